@@ -1,0 +1,31 @@
+"""Learnable two-stage sparse attention for pretrained Transformers models.
+
+Importing this package registers it with Transformers: ``from_pretrained(..., sparse_attention={...})`` then gives a
+sparse model; without that argument, and for stock checkpoints, everything stays stock.
+"""
+
+from .versions import check_transformers
+
+check_transformers()
+
+from .attention import SparseCall, learned_selector  # noqa: E402  (the version check comes first)
+from .config import SparseAttentionConfig  # noqa: E402
+from .conversion import set_sparse_attention, sparse_attention_as, sparsify, to_dense  # noqa: E402
+from .registration import register, routers, sparse_class, sparse_config  # noqa: E402
+
+register()
+
+__version__ = "0.1.0"
+__all__ = [
+    "SparseAttentionConfig",
+    "SparseCall",
+    "learned_selector",
+    "register",
+    "routers",
+    "set_sparse_attention",
+    "sparse_attention_as",
+    "sparse_class",
+    "sparse_config",
+    "sparsify",
+    "to_dense",
+]

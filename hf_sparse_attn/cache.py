@@ -1,0 +1,153 @@
+"""Pooled-key summaries beside the KV cache: stage-1 keys of whole blocks, always derivable from the cached keys.
+
+A cache layer is adopted at its first use: its object is replaced by one of a subclass that shares its state. What is
+added is the rotary position of every slot and, for every row, the router keys of the blocks that are complete.
+Whatever changes the cache (crop, reorder, batch operations) keeps or drops summaries; dropped ones are rebuilt from
+the cached keys at the next call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .router import SparseRouter
+
+GROWTH_BLOCKS = 256  # summaries are stored with room for this many more blocks, so that decoding rarely copies them
+
+
+class SparseCacheLayerMixin:
+    """Placed in front of a stock cache layer class by `adopt`."""
+
+    slot_positions: Tensor | None  # [1 or B, slots] int64 rotary positions
+    router_keys: Tensor | None  # [B, G, capacity, R] float32
+    summarised: list[int]  # per row: blocks of router_keys that are valid
+    summarised_slots: list[int]  # per row: slot of the last key of the last valid block
+
+    def start_summaries(self) -> None:
+        self.slot_positions = self.router_keys = None
+        self.summarised, self.summarised_slots = [], []
+
+    def record_positions(self, positions: Tensor, slots: int) -> Tensor:
+        """Note the rotary ``positions`` [1 or B, Q] of the last Q of ``slots`` keys; return those of all slots.
+
+        Slots that were filled before this layer was adopted are taken to run up to the first new position.
+        """
+        known, past = self.slot_positions, slots - positions.shape[1]
+        have = 0 if known is None else min(known.shape[1], past)
+        parts = [] if known is None else [known[:, :have]]
+        if have < past:
+            parts.append(positions[:, :1] + torch.arange(have - past, 0, device=positions.device))
+        rows = max(p.shape[0] for p in (*parts, positions))
+        self.slot_positions = torch.cat([p.expand(rows, -1) for p in (*parts, positions)], 1)
+        return self.slot_positions
+
+    def summaries(self, router: SparseRouter, rows: slice, slots: Tensor | None, keys: Tensor, positions: Tensor) -> Tensor:
+        """Router keys of the whole blocks of ``keys`` [b, G, N, D], the real keys of batch rows ``rows``.
+
+        ``slots`` [N] are their cache slots (None: 0 … N − 1), ``positions`` [1 or b, N] their rotary positions. Only
+        blocks that are not summarised yet are computed.
+        """
+        size = router.config.block_size
+        need = keys.shape[2] // size
+        batch = self.keys.shape[0]  # type: ignore[attr-defined]
+        if self.router_keys is None:
+            self.router_keys = keys.new_empty(batch, keys.shape[1], 0, router.wk.shape[1], dtype=torch.float32)
+            self.summarised, self.summarised_slots = [0] * batch, [-1] * batch
+        have = min(self.summarised[rows])
+        last = have * size - 1
+        slot = -1 if have == 0 else last if slots is None else int(slots[last])
+        if have > need or any(seen != slot for seen in self.summarised_slots[rows]):
+            have = 0
+        if need > have:
+            self._reserve(need)
+            fresh = slice(have * size, need * size)
+            self.router_keys[rows, :, have:need] = router.router_keys(keys[:, :, fresh], positions[:, fresh])
+        last_slot = -1 if need == 0 else need * size - 1 if slots is None else int(slots[need * size - 1])
+        for row in range(*rows.indices(batch)):
+            self.summarised[row], self.summarised_slots[row] = need, last_slot
+        return self.router_keys[rows, :, :need]
+
+    def _reserve(self, blocks: int) -> None:
+        assert self.router_keys is not None
+        if blocks > self.router_keys.shape[2]:
+            self.router_keys = F.pad(self.router_keys, (0, 0, 0, blocks + GROWTH_BLOCKS - self.router_keys.shape[2]))
+
+    def _take_rows(self, index: Tensor) -> None:
+        if self.slot_positions is not None and self.slot_positions.shape[0] > 1:
+            self.slot_positions = self.slot_positions[index.to(self.slot_positions.device)]
+        if self.router_keys is not None:
+            self.router_keys = self.router_keys[index.to(self.router_keys.device)]
+            picked = torch.arange(len(self.summarised))[index.cpu()].tolist()
+            self.summarised = [self.summarised[i] for i in picked]
+            self.summarised_slots = [self.summarised_slots[i] for i in picked]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._take_rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._take_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        rows = len(self.summarised) or (0 if self.slot_positions is None else self.slot_positions.shape[0])
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._take_rows(torch.arange(rows).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        before = int(self.get_seq_length())  # type: ignore[attr-defined]
+        super().crop(tokens_to_remove)  # type: ignore[misc]
+        slots = int(self.get_seq_length())  # type: ignore[attr-defined]
+        if slots < before:
+            if self.slot_positions is not None:
+                self.slot_positions = self.slot_positions[:, :slots]
+            # which blocks lost a key depends on padding; a row whose last summarised slot is gone starts again
+            kept = [slot < slots for slot in self.summarised_slots]
+            self.summarised = [n if ok else 0 for n, ok in zip(self.summarised, kept, strict=True)]
+            self.summarised_slots = [s if ok else -1 for s, ok in zip(self.summarised_slots, kept, strict=True)]
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self.start_summaries()
+
+
+_CLASSES: dict[type, type] = {}
+
+
+def _sparse_layer_class(cls: type) -> type:
+    if cls not in _CLASSES:
+        _CLASSES[cls] = type(f"Sparse{cls.__name__}", (SparseCacheLayerMixin, cls), {"__module__": __name__})
+        globals()[_CLASSES[cls].__name__] = _CLASSES[cls]  # picklable
+    return _CLASSES[cls]
+
+
+def adopt(cache: Any, index: int) -> SparseCacheLayerMixin:
+    """The cache layer ``index`` of a Transformers ``cache``, made to hold summaries if it does not yet.
+
+    Raises:
+        ValueError: the cache is of a kind whose keys cannot be read back (no ``layers``, or not a dynamic layer).
+    """
+    if not hasattr(cache, "layers"):
+        raise ValueError(f"sparse attention supports caches with layers (DynamicCache), got {type(cache).__name__}")
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) <= index:
+            cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[index]
+    if isinstance(layer, SparseCacheLayerMixin):
+        return layer
+    if type(layer).__name__ != "DynamicLayer":
+        raise ValueError(
+            f"sparse attention supports DynamicCache layers, got {type(layer).__name__}; pass a DynamicCache, or run dense "
+            'with model.set_attn_implementation("sdpa")'
+        )
+    # the ABC base of cache layers has __slots__, which forbids assigning __class__: replace the object, share its state
+    cls = _sparse_layer_class(type(layer))
+    adopted = cls.__new__(cls)
+    adopted.__dict__ = layer.__dict__
+    adopted.start_summaries()
+    cache.layers[index] = adopted
+    return adopted

@@ -1,0 +1,164 @@
+"""`SparseAttentionConfig`: what a user can choose, validated on construction, and its JSON form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+CONFIG_VERSION = 1
+BLOCK_SIZES = (16, 32, 64, 128)
+QUERY_TILES = (1, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Bookkeeping:
+    """What the library writes into a saved config; users do not choose these."""
+
+    version: int = CONFIG_VERSION  # layout of this dict
+    trained: bool = False  # the routers were trained: a checkpoint without router weights is refused
+    calibration: str | None = None  # file name of a calibration beside config.json, None if there is none
+
+    def __post_init__(self) -> None:
+        if self.version != CONFIG_VERSION:
+            raise ValueError(
+                f"sparse_attention.bookkeeping.version is {self.version!r}; this hf_sparse_attn reads version {CONFIG_VERSION}: "
+                "install the version of hf_sparse_attn that wrote the checkpoint"
+            )
+        if not isinstance(self.trained, bool):
+            raise ValueError(f"sparse_attention.bookkeeping.trained is {self.trained!r}: must be true or false")
+
+
+@dataclass(frozen=True)
+class SparseAttentionConfig:
+    """How a model's attention is made sparse. Lengths are in tokens; see README, "How it works", for the terms.
+
+    Raises:
+        ValueError: a field has an impossible value; the message names field, value and what is allowed.
+    """
+
+    block_size: int = 16  # keys of one block, the unit of selection: 16, 32, 64 or 128
+    query_tile: int = 64  # consecutive queries that share one selection at prefill and training
+    density: float = 0.125  # share of the visible keys that a query tile may keep, in (0, 1]
+    min_keys: int = 512  # a tile keeps at least this many keys (forced ones included) if that many are visible
+    max_keys: int | None = None  # and at most this many; None = no cap
+    candidate_factor: float = 3.0  # stage 1 passes this many times the budget on to stage 2, >= 1
+    sink: int = 64  # the first tokens, always kept
+    local: int = 128  # tokens before a tile's first query, always kept
+    dense_below: int = 2048  # calls with fewer keys than this run the stock attention
+    dense_layers: tuple[int, ...] = ()  # indices of layers that stay dense
+    router_dim: int | None = None  # feature size of stage 1, at least the head dim; None = 2 × head dim
+    index_dim: int | None = None  # rank of stage 2's token scores, at most the head dim; None = half the head dim
+    query_samples: int = 16  # queries of a tile that stage 2 scores
+    bookkeeping: Bookkeeping = field(default_factory=Bookkeeping)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        if isinstance(self.bookkeeping, Mapping):
+            object.__setattr__(self, "bookkeeping", Bookkeeping(**self.bookkeeping))
+        self._check_types()
+        if self.block_size not in BLOCK_SIZES:
+            self._refuse("block_size", f"one of {BLOCK_SIZES}")
+        if self.query_tile not in QUERY_TILES:
+            self._refuse("query_tile", f"one of {QUERY_TILES}")
+        if not 0 < self.density <= 1:
+            self._refuse("density", "a share in (0, 1]")
+        if not (math.isfinite(self.candidate_factor) and self.candidate_factor >= 1):
+            self._refuse("candidate_factor", "a finite number >= 1")
+        for name, least in (("sink", 0), ("local", 0), ("dense_below", 0), ("query_samples", 1), ("min_keys", 1)):
+            if getattr(self, name) < least:
+                self._refuse(name, f"an integer >= {least}")
+        for name in ("router_dim", "index_dim"):
+            value = getattr(self, name)
+            if value is not None and (value < 2 or value % 2):
+                self._refuse(name, "None or an even integer >= 2")
+        if any(layer < 0 for layer in self.dense_layers):
+            self._refuse("dense_layers", "layer indices >= 0")
+        if self.min_keys < self.forced_keys:
+            self._refuse("min_keys", f">= {self.forced_keys}, the keys that sink, local and the tile itself force (in whole blocks)")
+        if self.max_keys is not None and self.max_keys < self.min_keys:
+            self._refuse("max_keys", f"None or >= min_keys ({self.min_keys})")
+
+    def _refuse(self, name: str, allowed: str) -> None:
+        raise ValueError(f"sparse_attention.{name} is {getattr(self, name)!r}: must be {allowed}")
+
+    def _check_types(self) -> None:
+        numbers = {"density", "candidate_factor"}
+        optional = {"max_keys", "router_dim", "index_dim"}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name == "bookkeeping":
+                if not isinstance(value, Bookkeeping):
+                    self._refuse(f.name, "a dict of bookkeeping fields")
+            elif f.name == "dense_layers":
+                if not all(type(layer) is int for layer in value):
+                    self._refuse(f.name, "a list of layer indices")
+            elif value is None and f.name in optional:
+                continue
+            elif type(value) is not int and not (f.name in numbers and type(value) is float):
+                self._refuse(f.name, "a number" if f.name in numbers else "an integer")
+
+    @property
+    def forced_keys(self) -> int:
+        """Most keys that the forced links of one tile can hold, in whole blocks."""
+        sink = -(-self.sink // self.block_size)
+        return self.block_size * (sink + max(self._near_blocks(self.query_tile), self._near_blocks(1)))
+
+    def _near_blocks(self, query_tile: int) -> int:
+        """Most blocks that ``local`` tokens and a tile of ``query_tile`` touch together."""
+        span = self.local + query_tile
+        aligned = query_tile % self.block_size == 0
+        return -(-self.local // self.block_size) + query_tile // self.block_size if aligned else (span + self.block_size - 2) // self.block_size + 1
+
+    def budget_blocks(self, visible: int) -> int:
+        """Blocks that a tile may keep, forced ones included, when its last query sees ``visible`` keys."""
+        keys = max(math.ceil(self.density * visible), self.min_keys)
+        keys = keys if self.max_keys is None else min(keys, self.max_keys)
+        return -(-keys // self.block_size)
+
+    def resolved_router_dim(self, head_dim: int) -> int:
+        """``router_dim`` for this head dim. Raises ValueError if it is smaller than the head dim."""
+        value = 2 * head_dim if self.router_dim is None else self.router_dim
+        if value < head_dim:
+            self._refuse("router_dim", f">= the head dim of this model, {head_dim} (or None)")
+        return value
+
+    def resolved_index_dim(self, head_dim: int) -> int:
+        """``index_dim`` for this head dim. Raises ValueError if it is larger than the head dim."""
+        value = max(2, head_dim // 2) if self.index_dim is None else self.index_dim
+        if value > head_dim:
+            self._refuse("index_dim", f"<= the head dim of this model, {head_dim} (or None)")
+        return value
+
+    def changed(self, **changes: Any) -> SparseAttentionConfig:
+        """A validated copy with some fields changed. Raises ValueError for an unknown field."""
+        _check_names(changes)
+        return replace(self, **changes)
+
+    def mark_trained(self) -> SparseAttentionConfig:
+        return replace(self, bookkeeping=replace(self.bookkeeping, trained=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready dict; `from_dict` is its inverse."""
+        return {**asdict(self), "dense_layers": list(self.dense_layers)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SparseAttentionConfig:
+        """Read a dict of fields. Raises ValueError for an unknown field or an impossible value."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"sparse_attention is {values!r}: must be a dict of fields or a SparseAttentionConfig")
+        _check_names(values)
+        return cls(**values)
+
+    @classmethod
+    def coerce(cls, value: SparseAttentionConfig | Mapping[str, Any]) -> SparseAttentionConfig:
+        """A config from a config or a dict."""
+        return value if isinstance(value, cls) else cls.from_dict(value)
+
+
+def _check_names(values: Mapping[str, Any]) -> None:
+    known = [f.name for f in fields(SparseAttentionConfig)]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"sparse_attention has no field {', '.join(map(repr, unknown))}; fields: {', '.join(known)}")

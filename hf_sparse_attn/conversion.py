@@ -1,0 +1,96 @@
+"""Converting a model that is already in memory, back again, and changing its budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .attention import ATTN_IMPLEMENTATION
+from .config import SparseAttentionConfig
+from .registration import KEY, SparseModelMixin, attach_routers, detach_routers, routers, sparse_class, sparse_config_class
+
+FIXED_FIELDS = ("block_size", "router_dim", "index_dim")  # the routers' weights depend on these
+
+
+def sparsify(model: PreTrainedModel, sparse_attention: SparseAttentionConfig | Mapping[str, Any]) -> PreTrainedModel:
+    """Give a stock model in memory routers and sparse attention, in place; returns it.
+
+    Raises:
+        ValueError: the architecture is not supported, the config is impossible, or the model is sparse already.
+    """
+    if isinstance(model, SparseModelMixin):
+        raise ValueError(f"{type(model).__name__} is sparse already; change its budget with set_sparse_attention, or call to_dense first")
+    config = SparseAttentionConfig.coerce(sparse_attention)
+    target = sparse_class(type(model))
+    attach_routers(model, config)
+    for router in routers(model):  # in float32, as after from_pretrained
+        router.to(model.device).train(model.training)
+        router.init_weights()
+    model.config.__class__ = sparse_config_class(type(model.config))
+    setattr(model.config, KEY, config.to_dict())
+    model.__class__ = target
+    model.set_attn_implementation(ATTN_IMPLEMENTATION)
+    model.add_model_tags(["hf-sparse-attn"])
+    return model
+
+
+def to_dense(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo `sparsify` (or loading as sparse), in place: the stock class and config, without routers; returns it.
+
+    Raises:
+        ValueError: the model is not sparse.
+    """
+    if not isinstance(model, SparseModelMixin):
+        raise ValueError(f"{type(model).__name__} is not a sparse model")
+    detach_routers(model)
+    model.set_attn_implementation("sdpa")
+    delattr(model.config, KEY)
+    model.config.__class__ = _stock(type(model.config))
+    model.__class__ = _stock(type(model))
+    model.model_tags = [tag for tag in (model.model_tags or []) if tag != "hf-sparse-attn"]
+    return model
+
+
+def _stock(cls: type) -> type:
+    return cls.__bases__[1]
+
+
+def set_sparse_attention(model: nn.Module, **changes: Any) -> SparseAttentionConfig:
+    """Change fields of a sparse model's config, e.g. ``min_keys=1024, max_keys=1024``; returns the new config.
+
+    Raises:
+        ValueError: an unknown field, an impossible value, a field that the routers' weights depend on, or no routers.
+    """
+    found = routers(model)
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no routers: convert it with hf_sparse_attn.sparsify first")
+    config = found[0].config.changed(**changes)
+    for name in FIXED_FIELDS:
+        if getattr(config, name) != getattr(found[0].config, name):
+            raise ValueError(
+                f"sparse_attention.{name} cannot change from {getattr(found[0].config, name)!r} to {getattr(config, name)!r}: "
+                "the routers' weights depend on it. Convert the dense model anew"
+            )
+    for router in found:
+        router.config = config
+    setattr(model.config, KEY, config.to_dict())
+    return config
+
+
+@contextmanager
+def sparse_attention_as(model: nn.Module, **changes: Any) -> Iterator[SparseAttentionConfig]:
+    """Change fields for the length of a ``with`` block."""
+    before = routers(model)[0].config
+    try:
+        yield set_sparse_attention(model, **changes)
+    finally:
+        set_sparse_attention(model, **{name: getattr(before, name) for name in changes})
+
+
+def mark_trained(model: nn.Module) -> None:
+    """Note in the config that the routers were trained."""
+    set_sparse_attention(model, bookkeeping=routers(model)[0].config.mark_trained().bookkeeping)

@@ -1,0 +1,70 @@
+"""Writing files so that a kill or a full disk never costs what was there before."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+WEIGHT_PATTERNS = ("model*.safetensors", "model.safetensors.index.json")
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Call ``write`` with a temporary path in the same folder, then rename it to ``path``; on failure remove it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        _sync(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON with a final newline. Raises ValueError for NaN or infinity, which JSON cannot hold."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+@contextmanager
+def replaced_folder(target: str | Path) -> Iterator[Path]:
+    """A temporary folder whose files move into ``target`` when the block ends well; else ``target`` stays as it was.
+
+    Every file is complete on disk before the first one is renamed. Weight files in ``target`` that the new set does
+    not have (another number of shards) are removed last.
+    """
+    target = Path(target)
+    target.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield temporary
+        files = [f.relative_to(temporary) for f in temporary.rglob("*") if f.is_file()]
+        for file in files:
+            _sync(temporary / file)
+        for file in files:
+            (target / file).parent.mkdir(parents=True, exist_ok=True)
+            (temporary / file).replace(target / file)
+        if any(Path(file).match(pattern) for file in files for pattern in WEIGHT_PATTERNS):
+            stale = {f for pattern in WEIGHT_PATTERNS for f in target.glob(pattern)} - {target / f for f in files}
+            for file in stale:
+                file.unlink()
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,97 @@
+"""Which blocks a tile must keep, may keep, and how many: the budget arithmetic that every selector shares."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from hf_sparse_attn_kernels import BlockSelection, TileGrid, ordered_topk
+from torch import Tensor
+
+from .config import SparseAttentionConfig
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """Budget of the ``n`` query tiles of one call; every tensor is int64 ``[n]`` and counts or indexes blocks.
+
+    Blocks ``[0, sink)`` and ``[near, last]`` are forced; blocks ``[sink, near)`` are eligible, and ``free`` of them
+    may be kept; stage 1 passes ``candidates`` of them on.
+    """
+
+    grid: TileGrid
+    sink: int
+    near: Tensor
+    last: Tensor
+    eligible: Tensor
+    free: Tensor
+    candidates: Tensor
+
+    @classmethod
+    def make(cls, config: SparseAttentionConfig, grid: TileGrid, device: torch.device | None = None) -> TilePlan:
+        size = config.block_size
+        last_pos = grid.last_positions(device)
+        near = (grid.first_positions(device) - config.local).clamp_(min=0) // size
+        last = last_pos // size
+        sink = min(-(-config.sink // size), grid.blocks)
+        budget = torch.tensor([config.budget_blocks(pos + 1) for pos in last_pos.tolist()], device=device)
+        eligible = (near - sink).clamp_(min=0)
+        forced = last + 1 - eligible
+        passed = torch.tensor([math.ceil(config.candidate_factor * b) for b in budget.tolist()], device=device)
+        return cls(grid, sink, near, last, eligible, torch.minimum(eligible, (budget - forced).clamp_(min=0)), torch.minimum(eligible, passed))
+
+    @property
+    def open(self) -> Tensor:
+        """Boolean [n]: tiles that have more eligible blocks than they may keep, so that there is something to select."""
+        return self.eligible > self.free
+
+    def forced_blocks(self, tiles: Tensor) -> Tensor:
+        """Forced blocks of the tiles (int64 [m]): int64 [m, F], −1 = empty; a tile's own blocks are the last columns."""
+        near, last = self.near[tiles][:, None], self.last[tiles][:, None]
+        width = int((last - near).max()) + 1
+        close = last - torch.arange(width - 1, -1, -1, device=near.device)
+        close = torch.where(close >= near.clamp(min=self.sink), close, -1)
+        sink = torch.arange(self.sink, device=near.device).expand(len(tiles), -1)
+        return torch.cat([torch.where(sink <= last, sink, -1), close], 1)
+
+    def eligible_mask(self, tiles: Tensor) -> Tensor:
+        """Boolean [m, nb]: blocks that may be selected."""
+        block = torch.arange(self.grid.blocks, device=tiles.device)
+        return (block >= self.sink) & (block < self.near[tiles][:, None])
+
+    def best(self, scores: Tensor, tiles: Tensor, count: Tensor) -> Tensor:
+        """The ``count`` [m] best eligible blocks by ``scores`` [B, G, m, nb or fewer]: int64 [B, G, m, max count], −1 = empty.
+
+        A block without a score (NaN) counts as 0.
+        """
+        mask = self.eligible_mask(tiles)[:, : scores.shape[-1]]
+        width = int(count.max())
+        _, index = ordered_topk(torch.where(scores.isnan(), 0.0, scores).masked_fill(~mask, -torch.inf), width)
+        return torch.where(torch.arange(width, device=tiles.device) < count[:, None], index, -1)
+
+    def assemble(self, chosen: Tensor, tiles: Tensor) -> Tensor:
+        """Kept blocks: ``chosen`` [B, G, m, C] and the forced ones, int32 [B, G, m, K], ascending, −1 first."""
+        forced = self.forced_blocks(tiles).expand(*chosen.shape[:2], -1, -1)
+        return torch.cat([chosen, forced], -1).sort(-1).values.int()
+
+
+def join(plan: TilePlan, parts: list[Tensor], scores: list[Tensor] | None = None) -> BlockSelection:
+    """One selection from the kept blocks ``[B, G, m, K_i]`` of consecutive runs of tiles."""
+    width = max(part.shape[-1] for part in parts)
+
+    def stack(tensors: list[Tensor], fill: float) -> Tensor:
+        return torch.cat([torch.nn.functional.pad(t, (width - t.shape[-1], 0), value=fill) for t in tensors], 2)
+
+    indices = stack(parts, -1)
+    empty = int((indices < 0).sum(-1).min())
+    kept = None if scores is None else stack(scores, torch.nan)[..., empty:]
+    return BlockSelection(indices[..., empty:].contiguous(), plan.grid, kept)
+
+
+def select_by_scores(plan: TilePlan, scores: Tensor) -> BlockSelection:
+    """Keep each tile's best eligible blocks by ``scores`` [B, G, n, nb]: oracle, random and single-stage selections."""
+    tiles = torch.arange(plan.grid.tiles, device=scores.device)
+    kept = plan.assemble(plan.best(scores, tiles, plan.free), tiles).long()
+    mass = scores.float().gather(-1, kept.clamp(min=0, max=scores.shape[-1] - 1))
+    return join(plan, [kept.int()], [mass.masked_fill(kept < 0, torch.nan)])

@@ -1,0 +1,73 @@
+"""Rotating and un-rotating by a model's own rotary embedding, at integer or fractional positions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+STATIC_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+
+
+class Rotary:
+    """A view of a model's rotary embedding module: its frequencies, its scaling of cos and sin, its layout.
+
+    The module is read at every call, so moving the model moves this too. The first ``2 * len(inv_freq)`` dimensions
+    are rotated, in pairs (i, i + half) or, ``interleaved``, (2i, 2i + 1); the others are left as they are.
+
+    Raises:
+        ValueError: the module's frequencies change with the length of the input (dynamic RoPE, longrope).
+    """
+
+    def __init__(self, module: nn.Module, interleaved: bool = False) -> None:
+        rope_type = getattr(module, "rope_type", "default")
+        if rope_type not in STATIC_ROPE_TYPES:
+            raise ValueError(
+                f"rope_type={rope_type!r} is not supported by sparse attention: its frequencies change with the length; "
+                f"supported: {', '.join(STATIC_ROPE_TYPES)}"
+            )
+        self.module = module
+        self.interleaved = interleaved
+
+    @property
+    def dim(self) -> int:
+        """Number of rotated dimensions."""
+        return 2 * self.module.inv_freq.shape[-1]  # type: ignore[union-attr, index]
+
+    def _angles(self, positions: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        inv_freq = self.module.inv_freq.to(device=device, dtype=torch.float32)  # type: ignore[union-attr, operator]
+        angle = positions.to(device=device, dtype=torch.float32)[..., None] * inv_freq
+        return angle.cos(), angle.sin()
+
+    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor, scaling: float) -> Tensor:
+        rotated, rest = x[..., : self.dim].float(), x[..., self.dim :]
+        if self.interleaved:
+            a, b = rotated[..., 0::2], rotated[..., 1::2]
+            turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+        else:
+            a, b = rotated.chunk(2, -1)
+            turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+        turned = turned * scaling if scaling != 1.0 else turned
+        return torch.cat([turned, rest.float()], -1) if rest.shape[-1] else turned
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """``x`` [..., L, D] at ``positions`` [..., L] (broadcastable, may be fractional) -> float32 [..., L, D]."""
+        cos, sin = self._angles(positions, x.device)
+        return self._turn(x, cos, sin, self._scaling)
+
+    def unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Inverse of `rotate`: float32 [..., L, D]."""
+        cos, sin = self._angles(positions, x.device)
+        return self._turn(x, cos, -sin, 1.0 / self._scaling)
+
+    @property
+    def _scaling(self) -> float:
+        return float(getattr(self.module, "attention_scaling", 1.0))
+
+
+def find_rotary(model: nn.Module) -> Rotary | None:
+    """The one rotary embedding of ``model``, or None if it has none. Raises ValueError if it has several kinds."""
+    found = [m for m in model.modules() if hasattr(m, "inv_freq")]
+    if len({id(m) for m in found}) > 1:
+        names = ", ".join(sorted({type(m).__name__ for m in found}))
+        raise ValueError(f"{type(model).__name__} has {len(found)} rotary embeddings ({names}); sparse attention supports one shared by all layers")
+    return Rotary(found[0]) if found else None

@@ -1,0 +1,240 @@
+"""The two-stage router of one attention layer: features -> coarse candidates -> fine scores -> BlockSelection.
+
+Shape legend: B batch, H query heads, G KV heads, Hg = H/G, N keys, Q queries, D head dim, n query tiles, m some of
+them, T query tile, S block size, nb blocks, R router_dim, I index_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from hf_sparse_attn_kernels import BlockSelection, TileGrid, gather_blocks, pooled_features, to_tiles
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .config import SparseAttentionConfig
+from .plan import TilePlan, join
+from .rotary import Rotary
+
+QUERY_RUNS = 8  # stage 1 scores the means of this many runs of a tile's tokens
+COARSE_SCORES = 1 << 20  # stage-1 scores of one chunk of tiles, 4 MB
+FINE_SCORES = 1 << 21  # stage-2 scores of one chunk, 4 MB in bf16
+
+
+@dataclass(frozen=True)
+class RoutingInputs:
+    """What a selector sees of one call: unpadded rows of one document each.
+
+    ``q`` [B, H, Q, D] holds the queries of the last Q of the N tokens of ``k`` [B, G, N, D], both after RoPE, at the
+    rotary ``positions`` [1 or B, N]. ``scale`` multiplies q·k. ``router_keys`` [B, G, >= N // S, R] are cached stage-1
+    keys, or None.
+    """
+
+    q: Tensor
+    k: Tensor
+    positions: Tensor
+    scale: float
+    router_keys: Tensor | None = None
+
+    def grid(self, query_tile: int, block_size: int) -> TileGrid:
+        return TileGrid(self.q.shape[2], self.k.shape[2], query_tile, block_size)
+
+    def span(self, start: int, stop: int) -> RoutingInputs:
+        """The queries ``[start, stop)`` of this call with the keys up to the last of them."""
+        kv_len = self.k.shape[2] - self.q.shape[2] + stop
+        return RoutingInputs(self.q[:, :, start:stop], self.k[:, :, :kv_len], self.positions[:, :kv_len], self.scale, self.router_keys)
+
+
+class SparseRouter(nn.Module):
+    """Learned weights and scoring of both stages for one attention layer."""
+
+    def __init__(self, config: SparseAttentionConfig, heads: int, groups: int, head_dim: int, rotary: Rotary | None, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.heads, self.groups, self.head_dim, self.layer = heads, groups, head_dim, layer
+        self.rotary = rotary
+        self.fresh = True  # no weights were loaded into it
+        router_dim, index_dim = config.resolved_router_dim(head_dim), config.resolved_index_dim(head_dim)
+        self.wq = nn.Parameter(torch.empty(groups, router_dim, heads // groups * head_dim))
+        self.wk = nn.Parameter(torch.empty(groups, router_dim, 3 * head_dim))
+        self.wq_index = nn.Parameter(torch.empty(groups, index_dim, head_dim))
+        self.wk_index = nn.Parameter(torch.empty(groups, index_dim, head_dim))
+
+    def extra_repr(self) -> str:
+        return f"router_dim={self.wq.shape[1]}, index_dim={self.wq_index.shape[1]}, layer={self.layer}"
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Untrained start: stage 1 is mean-pool q·k averaged over a group's heads, stage 2 reads ``index_dim`` dims of q·k.
+
+        Router dimensions beyond the head dim start with ``wq`` zero and ``wk`` small, so they add nothing yet but can
+        learn. Without data stage 2 takes the slowest rotary pairs; `distill` replaces that by the joint SVD.
+        """
+        self.fresh = not all(getattr(weight, "_is_hf_initialized", False) for weight in self.parameters())
+        hg, d = self.heads // self.groups, self.head_dim
+        eye = torch.eye(d)
+        wq, wk = torch.zeros(self.wq.shape), torch.empty(self.wk.shape).normal_(std=0.5 / d**0.5, generator=torch.Generator().manual_seed(self.layer))
+        wq[:, :d] = (eye / hg).repeat(1, hg)
+        wk[:, :d] = torch.cat([torch.zeros(d, 2 * d), eye], 1)
+        index = eye[self._slowest_dims(self.wq_index.shape[1])].expand_as(self.wq_index)
+        for weight, value in ((self.wq, wq), (self.wk, wk), (self.wq_index, index), (self.wk_index, index)):
+            init.copy_(weight, value.to(weight.dtype))
+
+    def _slowest_dims(self, count: int) -> Tensor:
+        d = self.head_dim
+        if self.rotary is None:
+            return torch.arange(count)
+        half = self.rotary.dim // 2
+        pair = torch.arange(half).repeat_interleave(2)
+        first, second = (2 * pair, 2 * pair + 1) if self.rotary.interleaved else (pair, pair + half)
+        order = torch.where(torch.arange(2 * half) % 2 == 0, first, second)
+        return torch.cat([order, torch.arange(self.rotary.dim, d)])[-count:].sort().values
+
+    # -- stage 1 ---------------------------------------------------------------------------------------------------
+
+    def pooled(self, k: Tensor, positions: Tensor) -> Tensor:
+        """Features of the whole blocks of ``k`` [B, G, N, D] (after RoPE): float32 [B, G, N // S, 3·D]."""
+        plain = k.float() if self.rotary is None else self.rotary.unrotate(k, positions[:, None])
+        return pooled_features(plain, self.config.block_size)
+
+    def project_keys(self, features: Tensor, positions: Tensor) -> Tensor:
+        """Stage-1 keys from `pooled` features: float32 [B, G, N // S, R], rotated at each block's centre."""
+        keys = torch.einsum("bgnf,grf->bgnr", features, self.wk.float())
+        size = self.config.block_size
+        centres = positions[:, : keys.shape[2] * size : size].float() + (size - 1) / 2
+        return self._rotate_features(keys, centres[:, None])
+
+    def router_keys(self, k: Tensor, positions: Tensor) -> Tensor:
+        """Stage-1 keys of the whole blocks of ``k`` [B, G, N, D] at ``positions`` [1 or B, N]: float32 [B, G, N // S, R]."""
+        return self.project_keys(self.pooled(k, positions), positions)
+
+    def _rotate_features(self, x: Tensor, positions: Tensor) -> Tensor:
+        return x if self.rotary is None else self.rotary.rotate(x, positions)
+
+    def query_features(self, q: Tensor, positions: Tensor, grid: TileGrid, tiles: Tensor) -> tuple[Tensor, Tensor]:
+        """Stage-1 queries of the tiles (int64 [m]): (float32 [B, G, m, runs, R], boolean [m, runs]: the run has tokens).
+
+        ``q`` [B·G, m, Hg, T, D] are the tiles' queries, ``positions`` [1 or B, N] the rotary positions of all keys.
+        """
+        runs = min(QUERY_RUNS, grid.query_tile)
+        q = q.unflatten(0, (-1, self.groups))
+        content = grid.first_positions(q.device)[tiles][:, None] + torch.arange(grid.query_tile, device=q.device)
+        real = (content >= grid.q_offset) & (content < grid.kv_len)
+        positions = positions[:, content.clamp(0, grid.kv_len - 1)].float()
+        plain = q.float() if self.rotary is None else self.rotary.unrotate(q, positions[:, None, :, None])
+        if not bool(real.all()):
+            plain = plain * real[:, None, :, None]
+        count = real.unflatten(-1, (runs, -1)).sum(-1)
+        share = 1 / count.clamp(min=1)
+        sums = plain.unflatten(4, (runs, -1)).sum(5).transpose(3, 4).flatten(-2)
+        centres = (positions * real).unflatten(-1, (runs, -1)).sum(-1) * share
+        queries = torch.einsum("bgmrf,gof->bgmro", sums * share[..., None], self.wq.float())
+        return self._rotate_features(queries, centres[:, None]), count > 0
+
+    def coarse_scores(self, features: tuple[Tensor, Tensor], router_keys: Tensor, scale: float) -> Tensor:
+        """Stage-1 score of every whole block for the tiles of `query_features`: float32 [B, G, m, N // S]."""
+        queries, real = features
+        scores = torch.einsum("bgmrf,bgnf->bgmrn", queries, router_keys) * scale
+        return scores.masked_fill(~real[..., None], -torch.inf).logsumexp(3)
+
+    # -- stage 2 ---------------------------------------------------------------------------------------------------
+
+    def representatives(self, grid: TileGrid, device: torch.device | None = None) -> Tensor:
+        """Which tokens of a tile stage 2 scores, strided with an offset per head: int64 [Hg, r]."""
+        hg, t = self.heads // self.groups, grid.query_tile
+        count = min(self.config.query_samples, t)
+        offset = torch.arange(hg, device=device) * (t // count) // hg
+        return torch.arange(count, device=device) * t // count + offset[:, None]
+
+    def index_queries(self, q: Tensor, fold: bool) -> Tensor:
+        """``q`` [B·G, ..., D] in index space [..., I]; with ``fold`` mapped back so that it meets keys themselves, [..., D]."""
+        batch = q.shape[0] // self.groups
+        matrix = torch.einsum("gid,gie->ged", self.wq_index.float(), self.wk_index.float()) if fold else self.wq_index.float()
+        out = torch.einsum("bgxd,god->bgxo", q.float().reshape(batch, self.groups, -1, self.head_dim), matrix)
+        return out.reshape(*q.shape[:-1], -1)
+
+    def index_keys(self, k: Tensor) -> Tensor:
+        """``k`` [B, G, N, D] in index space: [B·G, N, I] in its own dtype."""
+        return torch.matmul(k, self.wk_index.to(k.dtype).transpose(1, 2)).flatten(0, 1).contiguous()
+
+    def fine_mass(self, queries: Tensor, keys: Tensor, plan: TilePlan, tiles: Tensor, blocks: Tensor, reps: Tensor) -> Tensor:
+        """Stage-2 estimate of the softmax mass of ``blocks`` [B·G, m, L] (−1 = empty): float32 [B·G, m, L], sums to 1.
+
+        ``queries`` [B·G, m, Hg, r, E] and ``keys`` [B·G, N, E] live in one space, scaled. The last columns of
+        ``blocks`` are the tile's own blocks; only there can a key be later than a query.
+        """
+        grid, size = plan.grid, self.config.block_size
+        rows, m, hg, r, e = queries.shape
+        gathered = gather_blocks(keys, blocks, size)
+        scores = torch.bmm(queries.reshape(rows * m, hg * r, e), gathered.flatten(0, 1).transpose(1, 2)).view(rows, m, hg, r, -1)
+        q_pos = plan.grid.first_positions(blocks.device)[tiles][:, None, None] + reps
+        own = blocks[..., -grid.own_blocks :]
+        k_pos = (own[..., None] * size + torch.arange(size, device=blocks.device)).flatten(2)
+        scores[..., -k_pos.shape[-1] :].masked_fill_(k_pos[:, :, None, None] > q_pos[None, ..., None], -torch.inf)
+        if bool((blocks < 0).any()):
+            scores.masked_fill_((blocks < 0).repeat_interleave(size, -1)[:, :, None, None], -torch.inf)
+        p = torch.softmax(scores, -1).flatten(2, 3)
+        real = ((q_pos >= grid.q_offset) & (q_pos < grid.kv_len)).flatten(1)
+        total = p.sum(2) if bool(real.all()) else p.masked_fill(~real[..., None], 0).sum(2)
+        return total.float().view(*blocks.shape, size).sum(-1) / real.sum(-1)[:, None]
+
+    # -- both ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def select(self, inputs: RoutingInputs, query_tile: int | None = None) -> BlockSelection:
+        """Kept blocks for every query tile of the call. Deterministic; no gradient flows through it."""
+        grid = inputs.grid(query_tile or self.config.query_tile, self.config.block_size)
+        plan = TilePlan.make(self.config, grid, inputs.q.device)
+        scorer = TwoStageScorer(self, inputs, plan) if bool(plan.open.any()) else None
+        rows = inputs.k.shape[0] * self.groups * min(QUERY_RUNS, grid.query_tile)
+        kept, masses = [], []
+        for tiles in torch.arange(grid.tiles, device=inputs.q.device).split(max(1, COARSE_SCORES // (rows * grid.blocks))):
+            if scorer is None or not bool(plan.open[tiles].any()):
+                mass = inputs.q.new_full((*inputs.k.shape[:2], len(tiles), grid.blocks), torch.nan, dtype=torch.float32)
+            else:
+                mass = scorer.block_mass(tiles)
+            indices = plan.assemble(plan.best(mass, tiles, plan.free[tiles]), tiles)
+            kept.append(indices)
+            masses.append(mass.gather(-1, indices.clamp(min=0).long()).masked_fill(indices < 0, torch.nan))
+        return join(plan, kept, masses)
+
+
+class TwoStageScorer:
+    """Both stages for the tiles of one call; holds what all chunks of tiles share."""
+
+    def __init__(self, router: SparseRouter, inputs: RoutingInputs, plan: TilePlan) -> None:
+        self.router, self.inputs, self.plan = router, inputs, plan
+        whole = inputs.k.shape[2] // router.config.block_size
+        cached = inputs.router_keys
+        self.router_keys = router.router_keys(inputs.k, inputs.positions) if cached is None else cached[:, :, :whole]
+        # a single query is cheaper mapped back into key space than all keys mapped into index space
+        self.fold = plan.grid.query_tile == 1
+        self.keys = inputs.k.contiguous().flatten(0, 1) if self.fold else router.index_keys(inputs.k)
+        self.q_tiles = to_tiles(inputs.q, plan.grid, router.groups)
+        self.reps = router.representatives(plan.grid, inputs.q.device)
+
+    def coarse(self, tiles: Tensor) -> Tensor:
+        """Stage-1 scores of the tiles (int64 [m]): float32 [B, G, m, N // S]."""
+        features = self.router.query_features(self.q_tiles[:, tiles], self.inputs.positions, self.plan.grid, tiles)
+        return self.router.coarse_scores(features, self.router_keys, self.inputs.scale)
+
+    def fine(self, tiles: Tensor, blocks: Tensor) -> Tensor:
+        """Stage-2 mass of ``blocks`` [B, G, m, L] for the tiles (int64 [m]): float32 [B, G, m, L]."""
+        heads = torch.arange(self.reps.shape[0], device=tiles.device)[:, None]
+        step = max(1, FINE_SCORES // (blocks[:, :, 0].numel() * self.reps.numel() * self.router.config.block_size))
+        parts = []
+        for part, index in zip(tiles.split(step), blocks.flatten(0, 1).split(step, 1), strict=True):
+            sampled = self.q_tiles[:, part[:, None, None], heads, self.reps]
+            queries = (self.router.index_queries(sampled, self.fold) * self.inputs.scale).to(self.keys.dtype)
+            parts.append(self.router.fine_mass(queries, self.keys, self.plan, part, index, self.reps))
+        return torch.cat(parts, 1).view_as(blocks)
+
+    def block_mass(self, tiles: Tensor) -> Tensor:
+        """Estimated mass by block for the tiles: float32 [B, G, m, nb], −inf for blocks that are no candidates."""
+        plan = self.plan
+        candidates = plan.best(self.coarse(tiles), tiles, plan.candidates[tiles])
+        blocks = torch.cat([candidates, plan.forced_blocks(tiles).expand(*candidates.shape[:2], -1, -1)], -1)
+        by_block = torch.full((*blocks.shape[:3], plan.grid.blocks + 1), -torch.inf, device=blocks.device)
+        # column 0 collects the empty entries (−1), which are no block
+        return by_block.scatter_(3, blocks + 1, self.fine(tiles, blocks))[..., 1:]

@@ -1,0 +1,22 @@
+"""Maths on tensors for two-stage sparse attention: attention over a selection, pooled features, block mass, top-k.
+
+Imports only the standard library, torch and itself.
+"""
+
+from .attention import IMPLEMENTATIONS, block_sparse_attention, default_implementation
+from .features import block_mass, pooled_features
+from .gathered import gather_blocks, to_tiles
+from .selection import BlockSelection, TileGrid, ordered_topk
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "BlockSelection",
+    "TileGrid",
+    "block_mass",
+    "block_sparse_attention",
+    "default_implementation",
+    "gather_blocks",
+    "ordered_topk",
+    "pooled_features",
+    "to_tiles",
+]

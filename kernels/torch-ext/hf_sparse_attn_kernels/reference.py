@@ -1,0 +1,43 @@
+"""The specification: attention over a selection by a dense mask, in any dtype. Slow, and meant to be read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .selection import BlockSelection
+
+
+def visible_mask(selection: BlockSelection) -> Tensor:
+    """Boolean ``[B, G, Q, N]``: True where a query may read a key, i.e. the link is kept and the key is not later."""
+    grid = selection.grid
+    device = selection.indices.device
+    q_pos = torch.arange(grid.q_offset, grid.kv_len, device=device)
+    k_pos = torch.arange(grid.kv_len, device=device)
+    tile = q_pos // grid.query_tile - grid.q_offset // grid.query_tile
+    kept = selection.kept()[:, :, tile][..., k_pos // grid.block_size]
+    return kept & (k_pos[None, :] <= q_pos[:, None])
+
+
+def weighted_values(p: Tensor, v: Tensor) -> Tensor:
+    """``p @ v`` in which a weight of exactly zero hides even a NaN or infinite value."""
+    bad = ~torch.isfinite(v)
+    if not bool(bad.any()):
+        return p @ v
+    touched = (p > 0).to(p.dtype) @ bad.to(p.dtype)
+    return (p @ v.masked_fill(bad, 0)).masked_fill(touched > 0, torch.nan)
+
+
+def block_sparse_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of ``q`` [B, H, Q, D] over the kept keys: (out [B, H, Q, D], lse [B, H, Q] in float32 or float64)."""
+    heads_per_group = q.shape[1] // k.shape[1]
+    keys = k.repeat_interleave(heads_per_group, 1)
+    values = v.repeat_interleave(heads_per_group, 1)
+    mask = visible_mask(selection).repeat_interleave(heads_per_group, 1)
+    accum = torch.promote_types(q.dtype, torch.float32)
+    scores = (q @ keys.transpose(-1, -2) * scale).to(accum).masked_fill(~mask, -torch.inf)
+    lse = scores.logsumexp(-1)
+    p = torch.softmax(scores, -1).masked_fill(~mask, 0)
+    return weighted_values(p.to(q.dtype), values), lse

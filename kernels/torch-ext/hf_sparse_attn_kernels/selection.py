@@ -1,0 +1,122 @@
+"""The selection that routers make and attention consumes, and the deterministic top-k that both stages use.
+
+Shape legend of this package: B batch, H query heads, G KV heads (groups), N keys, Q queries, D head dim, T query
+tile, S block size, n query tiles, nb key blocks, K kept blocks of a tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TileGrid:
+    """Which content positions the query tiles of one call cover.
+
+    The queries are the last ``q_len`` of ``kv_len`` tokens. Tiles are counted from content position 0, so the first
+    tile of a call that continues a cache may hold only the end of a tile.
+    """
+
+    q_len: int
+    kv_len: int
+    query_tile: int
+    block_size: int
+
+    def __post_init__(self) -> None:
+        if self.q_len < 1 or self.kv_len < self.q_len:
+            raise ValueError(f"q_len={self.q_len} queries cannot be the last of kv_len={self.kv_len} keys: need 1 <= q_len <= kv_len")
+        if self.query_tile != 1 and self.query_tile % self.block_size and self.block_size % self.query_tile:
+            raise ValueError(
+                f"query_tile={self.query_tile} and block_size={self.block_size}: one must divide the other (or query_tile be 1)"
+            )
+
+    @property
+    def q_offset(self) -> int:
+        """Content position of the first query."""
+        return self.kv_len - self.q_len
+
+    @property
+    def lead(self) -> int:
+        """Tokens of the first tile that lie before the first query."""
+        return self.q_offset % self.query_tile
+
+    @property
+    def tiles(self) -> int:
+        return -(-(self.lead + self.q_len) // self.query_tile)
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.kv_len // self.block_size)
+
+    @property
+    def own_blocks(self) -> int:
+        """Most blocks that one tile's own tokens touch."""
+        return max(1, self.query_tile // self.block_size)
+
+    def first_positions(self, device: torch.device | None = None) -> Tensor:
+        """Content position at which each tile starts, ``[n]`` (int64)."""
+        tile = torch.arange(self.tiles, device=device)
+        return (tile + self.q_offset // self.query_tile) * self.query_tile
+
+    def last_positions(self, device: torch.device | None = None) -> Tensor:
+        """Content position of each tile's last query, ``[n]`` (int64)."""
+        return (self.first_positions(device) + self.query_tile - 1).clamp_(max=self.kv_len - 1)
+
+
+@dataclass(frozen=True)
+class BlockSelection:
+    """The links that are kept: for every query tile of every KV head a list of key blocks.
+
+    ``indices`` ``[B, G, n, K]`` int32, ascending, −1 = empty (so empty entries come first). ``scores`` ``[B, G, n, K]``
+    float32 is the router's estimate of the softmax mass of each link, NaN where a link was kept without being scored.
+    """
+
+    indices: Tensor
+    grid: TileGrid
+    scores: Tensor | None = None
+
+    def check(self, q: Tensor, k: Tensor) -> None:
+        """Raise ValueError unless this selection fits ``q`` [B, H, Q, D] and ``k`` [B, G, N, D]."""
+        want = (k.shape[0], k.shape[1], self.grid.tiles)
+        if tuple(self.indices.shape[:3]) != want or (q.shape[2], k.shape[2]) != (self.grid.q_len, self.grid.kv_len):
+            raise ValueError(
+                f"the selection was made for indices {tuple(self.indices.shape[:3])}, q_len={self.grid.q_len}, "
+                f"kv_len={self.grid.kv_len}, but got q {tuple(q.shape)} and k {tuple(k.shape)} (indices must be {want})"
+            )
+        if q.shape[1] % k.shape[1]:
+            raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} KV heads: the first must be a multiple of the second")
+        idx = self.indices
+        if idx.shape[-1] == 0:
+            return
+        if bool(((idx[..., 1:] <= idx[..., :-1]) & (idx[..., 1:] >= 0)).any()):
+            raise ValueError("BlockSelection.indices must be ascending and unique, with -1 for empty entries first")
+        last_block = (self.grid.last_positions(idx.device) // self.grid.block_size).view(1, 1, -1)
+        if bool((idx[..., -1] > last_block).any()):
+            raise ValueError("BlockSelection.indices holds a block that starts after the tile's last query: causal attention cannot read it")
+
+    def kept(self) -> Tensor:
+        """Boolean ``[B, G, n, nb]``: which blocks are kept."""
+        shape = (*self.indices.shape[:3], self.grid.blocks + 1)
+        mask = torch.zeros(shape, dtype=torch.bool, device=self.indices.device)
+        return mask.scatter_(3, (self.indices.long() + 1), True)[..., 1:]
+
+
+def ordered_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ``k`` best entries of the last dimension, ties to the lower index: (values, indices), best first.
+
+    ``torch.topk`` promises no order among ties, so the order-preserving bits of the float32 score and the inverted
+    index are packed into one int64 that has no ties. NaN counts as −inf.
+    """
+    width = scores.shape[-1]
+    scores = scores.float()
+    # −0.0 and 0.0 are equal scores but differ in bits: adding 0.0 makes both +0.0
+    clean = torch.where(scores.isnan(), -torch.inf, scores) + 0.0
+    bits = clean.view(torch.int32).long()
+    ordered = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+    packed = ordered * width + torch.arange(width - 1, -1, -1, device=scores.device)
+    best = packed.topk(k, dim=-1).values
+    index = width - 1 - best.remainder(width)
+    return clean.gather(-1, index), index
