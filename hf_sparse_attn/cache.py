@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .router import SparseRouter
 
-GROWTH_BLOCKS = 256  # summaries are stored with room for this many more blocks, so that decoding rarely copies them
+GROWTH_TOKENS = 4096  # keys, values and summaries are stored with room for this many more tokens, so that decoding rarely copies them
 
 
 class SparseCacheLayerMixin:
@@ -27,9 +27,32 @@ class SparseCacheLayerMixin:
     summarised: list[int]  # per row: blocks of router_keys that are valid
     summarised_slots: list[int]  # per row: slot of the last key of the last valid block
 
+    buffers: dict[str, Tensor]  # storage of which `keys` and `values` are the filled part
+
     def start_summaries(self) -> None:
         self.slot_positions = self.router_keys = None
         self.summarised, self.summarised_slots = [], []
+        self.buffers = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As the stock layer, but appends in place: concatenation would copy the whole cache for every new token."""
+        if not self.is_initialized or key_states.requires_grad:  # type: ignore[has-type]
+            self.buffers = {}
+            return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc, no-any-return]
+        self.keys = self._append("keys", self.keys, key_states)  # type: ignore[has-type]
+        self.values = self._append("values", self.values, value_states)  # type: ignore[has-type]
+        return self.keys, self.values
+
+    def _append(self, name: str, old: Tensor, new: Tensor) -> Tensor:
+        length, total = old.shape[2], old.shape[2] + new.shape[2]
+        buffer = self.buffers.get(name)
+        usable = buffer is not None and buffer.data_ptr() == old.data_ptr() and buffer.shape[0] == old.shape[0]
+        if buffer is None or not usable or total > buffer.shape[2]:
+            buffer = old.new_empty(*old.shape[:2], total + GROWTH_TOKENS, old.shape[3])
+            buffer[:, :, :length] = old
+            self.buffers[name] = buffer
+        buffer[:, :, length:total] = new
+        return buffer[:, :, :total]
 
     def record_positions(self, positions: Tensor, slots: int) -> Tensor:
         """Note the rotary ``positions`` [1 or B, Q] of the last Q of ``slots`` keys; return those of all slots.
@@ -63,7 +86,7 @@ class SparseCacheLayerMixin:
         if have > need or any(seen != slot for seen in self.summarised_slots[rows]):
             have = 0
         if need > have:
-            self._reserve(need)
+            self._reserve(need, size)
             fresh = slice(have * size, need * size)
             self.router_keys[rows, :, have:need] = router.router_keys(keys[:, :, fresh], positions[:, fresh])
         last_slot = -1 if need == 0 else need * size - 1 if slots is None else int(slots[need * size - 1])
@@ -71,10 +94,11 @@ class SparseCacheLayerMixin:
             self.summarised[row], self.summarised_slots[row] = need, last_slot
         return self.router_keys[rows, :, :need]
 
-    def _reserve(self, blocks: int) -> None:
+    def _reserve(self, blocks: int, block_size: int) -> None:
         assert self.router_keys is not None
         if blocks > self.router_keys.shape[2]:
-            self.router_keys = F.pad(self.router_keys, (0, 0, 0, blocks + GROWTH_BLOCKS - self.router_keys.shape[2]))
+            room = blocks + GROWTH_TOKENS // block_size
+            self.router_keys = F.pad(self.router_keys, (0, 0, 0, room - self.router_keys.shape[2]))
 
     def _take_rows(self, index: Tensor) -> None:
         if self.slot_positions is not None and self.slot_positions.shape[0] > 1:

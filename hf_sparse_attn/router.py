@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from hf_sparse_attn_kernels import BlockSelection, TileGrid, gather_blocks, pooled_features, to_tiles
+from hf_sparse_attn_kernels import BlockSelection, TileGrid, as_rows, gather_blocks, pooled_features, to_tiles
 from torch import Tensor, nn
 from transformers import initialization as init
 
@@ -56,10 +56,10 @@ class SparseRouter(nn.Module):
         self.rotary = rotary
         self.fresh = True  # no weights were loaded into it
         router_dim, index_dim = config.resolved_router_dim(head_dim), config.resolved_index_dim(head_dim)
-        self.wq = nn.Parameter(torch.empty(groups, router_dim, heads // groups * head_dim))
-        self.wk = nn.Parameter(torch.empty(groups, router_dim, 3 * head_dim))
-        self.wq_index = nn.Parameter(torch.empty(groups, index_dim, head_dim))
-        self.wk_index = nn.Parameter(torch.empty(groups, index_dim, head_dim))
+        self.wq = nn.Parameter(torch.empty(groups, router_dim, heads // groups * head_dim, dtype=torch.float32))
+        self.wk = nn.Parameter(torch.empty(groups, router_dim, 3 * head_dim, dtype=torch.float32))
+        self.wq_index = nn.Parameter(torch.empty(groups, index_dim, head_dim, dtype=torch.float32))
+        self.wk_index = nn.Parameter(torch.empty(groups, index_dim, head_dim, dtype=torch.float32))
 
     def extra_repr(self) -> str:
         return f"router_dim={self.wq.shape[1]}, index_dim={self.wq_index.shape[1]}, layer={self.layer}"
@@ -210,7 +210,7 @@ class TwoStageScorer:
         self.router_keys = router.router_keys(inputs.k, inputs.positions) if cached is None else cached[:, :, :whole]
         # a single query is cheaper mapped back into key space than all keys mapped into index space
         self.fold = plan.grid.query_tile == 1
-        self.keys = inputs.k.contiguous().flatten(0, 1) if self.fold else router.index_keys(inputs.k)
+        self.keys = as_rows(inputs.k) if self.fold else router.index_keys(inputs.k)
         self.q_tiles = to_tiles(inputs.q, plan.grid, router.groups)
         self.reps = router.representatives(plan.grid, inputs.q.device)
 

@@ -5,13 +5,14 @@ Imports only the standard library, torch and itself.
 
 from .attention import IMPLEMENTATIONS, block_sparse_attention, default_implementation
 from .features import block_mass, pooled_features
-from .gathered import gather_blocks, to_tiles
+from .gathered import as_rows, gather_blocks, to_tiles
 from .selection import BlockSelection, TileGrid, ordered_topk
 
 __all__ = [
     "IMPLEMENTATIONS",
     "BlockSelection",
     "TileGrid",
+    "as_rows",
     "block_mass",
     "block_sparse_attention",
     "default_implementation",

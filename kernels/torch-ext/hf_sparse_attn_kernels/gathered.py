@@ -20,8 +20,13 @@ from .selection import BlockSelection, TileGrid
 CHUNK_SCORES = 1 << 21  # scores of one chunk: 4 MB in bf16, 8 MB in float32; of 2^20 to 2^24 the fastest or close to it
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """[B, G, N, D] -> [B·G, N, D] whose rows are contiguous; a copy only where they are not (a cache with room to grow is a view)."""
+    return (x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()).flatten(0, 1)
+
+
 def gather_blocks(x: Tensor, index: Tensor, block_size: int) -> Tensor:
-    """Rows of ``x`` [BG, N, D] (contiguous) in blocks ``index`` [BG, ..., K] -> [BG, ..., K·block_size, D].
+    """Rows of ``x`` [BG, N, D] (see `as_rows`) in blocks ``index`` [BG, ..., K] -> [BG, ..., K·block_size, D].
 
     Entries below 0 read block 0, the missing rows of a partial last block are zeros: the caller masks both.
     """
@@ -116,9 +121,8 @@ class GatheredAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         b, groups = k.shape[:2]
         q_tiles = to_tiles(q, grid, groups)
-        keys, values = k.contiguous().flatten(0, 1), v.contiguous().flatten(0, 1)
+        keys, values = as_rows(k), as_rows(v)
         index = indices.flatten(0, 1)
-        weigh = torch.matmul if bool(torch.isfinite(values).all()) else weighted_values
         out = torch.empty_like(q_tiles)
         lse = q.new_empty(q_tiles.shape[:4] if need_lse else (0,), dtype=torch.float32)
         for tiles, part in tile_chunks(index, grid, q_tiles.shape[2] * grid.query_tile):
@@ -129,7 +133,7 @@ class GatheredAttention(torch.autograd.Function):
             if need_lse:
                 lse[:, tiles] = scores.float().logsumexp(-1)
             p = probabilities(scores, hidden).flatten(2, 3)
-            out[:, tiles] = weigh(p, chunk_v).view_as(out[:, tiles])
+            out[:, tiles] = weighted_values(p, chunk_v).view_as(out[:, tiles])
         ctx.save_for_backward(q, k, v, indices)
         ctx.grid, ctx.scale = grid, scale
         lse_rows = from_tiles(lse, grid, b) if need_lse else lse
@@ -142,7 +146,7 @@ class GatheredAttention(torch.autograd.Function):
         grid, scale = ctx.grid, ctx.scale
         b, groups = k.shape[:2]
         q_tiles, do_tiles = to_tiles(q, grid, groups), to_tiles(grad_out, grid, groups)
-        keys, values = k.contiguous().flatten(0, 1), v.contiguous().flatten(0, 1)
+        keys, values = as_rows(k), as_rows(v)
         index = indices.flatten(0, 1)
         dq = torch.empty_like(q_tiles)
         accum = torch.promote_types(q.dtype, torch.float32)

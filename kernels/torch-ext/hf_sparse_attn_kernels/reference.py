@@ -21,9 +21,10 @@ def visible_mask(selection: BlockSelection) -> Tensor:
 
 def weighted_values(p: Tensor, v: Tensor) -> Tensor:
     """``p @ v`` in which a weight of exactly zero hides even a NaN or infinite value."""
+    out = p @ v
+    if bool(torch.isfinite(out.sum())):  # 0 · NaN and 0 · inf are NaN: the plain product would show them
+        return out
     bad = ~torch.isfinite(v)
-    if not bool(bad.any()):
-        return p @ v
     touched = (p > 0).to(p.dtype) @ bad.to(p.dtype)
     return (p @ v.masked_fill(bad, 0)).masked_fill(touched > 0, torch.nan)
 

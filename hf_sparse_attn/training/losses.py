@@ -1,0 +1,128 @@
+"""The distillation loss: KL from the teacher's block mass to the router, for both stages, on a few tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from hf_sparse_attn_kernels import block_mass, ordered_topk, to_tiles
+from torch import Tensor
+
+from ..plan import TilePlan
+from ..router import RoutingInputs, SparseRouter
+
+
+@dataclass(frozen=True)
+class TileLoss:
+    """Losses of one layer on a few tiles, and what the router would have kept there.
+
+    ``coarse`` and ``fine`` are scalar float32 KL divergences with gradient; ``kept``, ``window`` and ``oracle`` are
+    the mean softmax mass of the selections at equal budget.
+    """
+
+    coarse: Tensor
+    fine: Tensor
+    kept: float
+    window: float
+    oracle: float
+
+
+def sample_tiles(plan: TilePlan, count: int, generator: torch.Generator) -> Tensor:
+    """Up to ``count`` random tiles that have something to select (int64, sorted)."""
+    open_tiles = plan.open.cpu().nonzero()[:, 0]
+    picked = torch.randperm(len(open_tiles), generator=generator)[:count]
+    return open_tiles[picked].sort().values.to(plan.near.device)
+
+
+def tile_loss(router: SparseRouter, inputs: RoutingInputs, query_tile: int, count: int, generator: torch.Generator) -> TileLoss | None:
+    """KL(teacher ‖ router) of both stages on ``count`` random tiles; None if no tile has anything to select.
+
+    Gradient flows to the router's weights only. The teacher is the dense softmax mass per block over all visible keys,
+    averaged over a tile's tokens and the group's heads, without the forced blocks and renormalised. Stage 1 is trained
+    over all eligible blocks, stage 2 over its candidates and the oracle's blocks; its softmax includes the forced keys.
+    """
+    plan = TilePlan.make(router.config, inputs.grid(query_tile, router.config.block_size), inputs.q.device)
+    tiles = sample_tiles(plan, count, generator)
+    if not len(tiles):
+        return None
+    mass = block_mass(inputs.q, inputs.k, plan.grid, tiles, inputs.scale)
+    eligible = plan.eligible_mask(tiles)
+    q_tiles = to_tiles(inputs.q, plan.grid, router.groups)[:, tiles]
+
+    features = router.query_features(q_tiles, inputs.positions, plan.grid, tiles)
+    scores = router.coarse_scores(features, router.router_keys(inputs.k, inputs.positions), inputs.scale)
+    whole = scores.shape[-1]  # an eligible block is never partial
+    coarse = masked_kl(mass[..., :whole], scores, eligible[:, :whole])
+
+    candidates = plan.best(scores.detach(), tiles, plan.candidates[tiles])
+    target = plan.best(mass, tiles, plan.free[tiles])
+    chosen = _union(candidates, target, plan.grid.blocks)
+    estimate = _fine_estimate(router, inputs, plan, tiles, q_tiles, chosen)
+    valid = chosen >= 0
+    teacher = mass.gather(-1, chosen.clamp(min=0))
+    fine = masked_kl(teacher, estimate[..., : chosen.shape[-1]].clamp(min=1e-20).log(), valid)
+
+    seen = _by_block(estimate.detach()[..., : chosen.shape[-1]], chosen, plan.grid.blocks)
+    passed = _members(candidates, plan.grid.blocks)  # inference sees the candidates only
+    kept = _mean_kept(mass, plan.assemble(plan.best(seen.masked_fill(~passed, -torch.inf), tiles, plan.free[tiles]), tiles))
+    oracle = _mean_kept(mass, plan.assemble(target, tiles))
+    return TileLoss(coarse, fine, kept, _mean_kept(mass, window_blocks(plan, tiles, mass)), oracle)
+
+
+def masked_kl(teacher: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
+    """Mean KL(teacher ‖ softmax(logits)) over rows, both restricted to ``mask`` and renormalised.
+
+    ``teacher`` >= 0 and ``logits`` are [..., n]; rows whose teacher has no mass inside the mask are left out.
+    """
+    weight = teacher.float() * mask
+    total = weight.sum(-1, keepdim=True)
+    p = weight / total.clamp(min=1e-20)
+    log_q = F.log_softmax(logits.float().masked_fill(~mask, -torch.inf), -1).masked_fill(~mask, 0.0)
+    kl = (torch.xlogy(p, p) - p * log_q).sum(-1)
+    rows = (total[..., 0] > 1e-12).float()
+    return (kl * rows).sum() / rows.sum().clamp(min=1)
+
+
+def window_blocks(plan: TilePlan, tiles: Tensor, mass: Tensor) -> Tensor:
+    """Blocks that window + sink keeps at equal budget: the forced ones and the nearest of the others."""
+    nearness = torch.arange(plan.grid.blocks, device=mass.device, dtype=torch.float32).expand_as(mass)
+    return plan.assemble(plan.best(nearness, tiles, plan.free[tiles]), tiles)
+
+
+def _mean_kept(mass: Tensor, kept: Tensor) -> float:
+    return float(kept_mass(mass, kept).mean())
+
+
+def kept_mass(mass: Tensor, kept: Tensor) -> Tensor:
+    """Mass [B, G, m, nb] that the blocks ``kept`` [B, G, m, K] (−1 = empty) hold: [B, G, m]."""
+    return mass.gather(-1, kept.long().clamp(min=0)).masked_fill(kept < 0, 0.0).sum(-1)
+
+
+def _members(index: Tensor, blocks: int) -> Tensor:
+    """Boolean [..., blocks]: which blocks ``index`` [..., n] (−1 = empty) names."""
+    member = torch.zeros(*index.shape[:-1], blocks + 1, dtype=torch.bool, device=index.device)
+    return member.scatter_(-1, index + 1, True)[..., 1:]
+
+
+def _by_block(values: Tensor, index: Tensor, blocks: int) -> Tensor:
+    """``values`` of the blocks ``index`` [..., n] (−1 = empty) as [..., blocks], −inf elsewhere."""
+    out = torch.full((*index.shape[:-1], blocks + 1), -torch.inf, device=values.device)
+    return out.scatter_(-1, index + 1, values)[..., 1:]
+
+
+def _union(a: Tensor, b: Tensor, blocks: int) -> Tensor:
+    """Distinct blocks of ``a`` and ``b`` [..., n] (−1 = empty): [..., width], ascending, −1 last."""
+    member = (_members(a, blocks) | _members(b, blocks)).float()
+    value, index = ordered_topk(member, int(member.sum(-1).max()))
+    return torch.where(value > 0, index, -1)
+
+
+def _fine_estimate(router: SparseRouter, inputs: RoutingInputs, plan: TilePlan, tiles: Tensor, q_tiles: Tensor, chosen: Tensor) -> Tensor:
+    """Stage-2 mass of ``chosen`` [B, G, m, L] and the forced blocks, differentiable: [B, G, m, L + forced]."""
+    blocks = torch.cat([chosen, plan.forced_blocks(tiles).expand(*chosen.shape[:2], -1, -1)], -1)
+    reps = router.representatives(plan.grid, tiles.device)
+    heads = torch.arange(reps.shape[0], device=tiles.device)[:, None]
+    queries = router.index_queries(q_tiles[:, :, heads, reps], fold=True) * inputs.scale
+    keys = inputs.k.float().flatten(0, 1).contiguous()
+    return router.fine_mass(queries, keys, plan, tiles, blocks.flatten(0, 1), reps).view_as(blocks)
