@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from ..attention import SparseCall
@@ -23,6 +23,7 @@ from ..files import write_atomically
 from ..registration import routers
 from ..router import RoutingInputs, SparseRouter
 from .losses import TileLoss, tile_loss
+from .progress import bar
 from .svd import start_index
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,8 @@ class DistillationConfig:
         ValueError: a field has an impossible value.
     """
 
-    lr: float = 2e-3  # AdamW, no weight decay
+    lr: float = 2e-3  # of stage 1; AdamW, no weight decay
+    index_lr: float = 2e-4  # of stage 2, whose start (joint SVD) is good: at stage 1's rate training made upper layers worse
     warmup_steps: int = 20  # optimiser steps of linear warm-up; then cosine to a tenth over the rest
     steps_per_batch: int = 4  # optimiser steps on each forward pass
     tiles_per_step: int = 4  # query tiles of each row in a step on tiles
@@ -48,8 +50,9 @@ class DistillationConfig:
         for name in ("steps_per_batch", "tiles_per_step", "queries_per_step", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"distillation.{name} is {getattr(self, name)!r}: must be >= 1")
-        if not self.lr > 0 or self.warmup_steps < 0:
-            raise ValueError(f"distillation.lr is {self.lr!r} and warmup_steps {self.warmup_steps!r}: must be > 0 and >= 0")
+        if not (self.lr > 0 and self.index_lr > 0 and self.warmup_steps >= 0):
+            values = f"lr {self.lr!r}, index_lr {self.index_lr!r}, warmup_steps {self.warmup_steps!r}"
+            raise ValueError(f"distillation has {values}: learning rates must be > 0, warmup_steps >= 0")
 
 
 @dataclass
@@ -99,18 +102,23 @@ class _Distiller:
     def __init__(self, found: list[SparseRouter], config: DistillationConfig, total_batches: int) -> None:
         self.config = config
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.optimizers = {r.layer: torch.optim.AdamW(r.parameters(), lr=config.lr, weight_decay=0.0) for r in found}
+        self.optimizers = {r.layer: self._optimizer(r) for r in found}
         self.total_steps = max(1, total_batches * config.steps_per_batch)
         self.batch = 0
         self.losses: list[TileLoss] = []
         self.start_index = False
 
-    def _lr(self, step: int) -> float:
+    def _optimizer(self, router: SparseRouter) -> torch.optim.AdamW:
+        stages = ((router.wq, router.wk), (router.wq_index, router.wk_index))
+        return torch.optim.AdamW([{"params": list(stage)} for stage in stages], weight_decay=0.0)
+
+    def _schedule(self, step: int) -> float:
+        """Factor on the learning rates at an optimiser step."""
         config = self.config
         if step < config.warmup_steps:
-            return config.lr * (step + 1) / config.warmup_steps
+            return (step + 1) / config.warmup_steps
         done = min(1.0, (step - config.warmup_steps) / max(1, self.total_steps - config.warmup_steps))
-        return config.lr * (0.55 + 0.45 * float(torch.cos(torch.tensor(torch.pi * done))))
+        return 0.55 + 0.45 * math.cos(math.pi * done)
 
     def __call__(self, router: SparseRouter, inputs: RoutingInputs) -> None:
         if self.start_index:
@@ -125,11 +133,13 @@ class _Distiller:
                 if loss is None:
                     continue
                 (loss.coarse + loss.fine).backward()
-            optimizer.param_groups[0]["lr"] = self._lr(self.batch * self.config.steps_per_batch + i)
+            factor = self._schedule(self.batch * self.config.steps_per_batch + i)
+            for group, lr in zip(optimizer.param_groups, (self.config.lr, self.config.index_lr), strict=True):
+                group["lr"] = lr * factor
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if not single:
-                self.losses.append(loss)
+                self.losses.append(replace(loss, coarse=loss.coarse.detach(), fine=loss.fine.detach()))
 
     def row(self) -> dict[str, float]:
         """Means over the layers of the batch just done; recovered share over layers at equal budget."""
@@ -199,8 +209,8 @@ def distill(
         _resume(model, distiller, report, Path(checkpoint), config)
     elif all(r.fresh for r in found):
         _start(model, distiller, todo[0])
-    with _bar(progress) as bar:
-        task = bar.add_task("distilling", total=len(todo), completed=distiller.batch, info="")
+    with bar(progress) as shown:
+        task = shown.add_task("distilling", total=len(todo), completed=distiller.batch, info="")
         for batch in todo[distiller.batch :]:
             _forward(model, batch, distiller)
             if not distiller.losses:
@@ -211,7 +221,7 @@ def distill(
             distiller.batch += 1
             row = distiller.row()
             report.log.append(row)
-            bar.update(task, advance=1, info=f"KL {row['kl_coarse']:.3f} + {row['kl_fine']:.3f}, recovered share {row['recovered_share']:.3f}")
+            shown.update(task, advance=1, info=f"KL {row['kl_coarse']:.3f} + {row['kl_fine']:.3f}, recovered share {row['recovered_share']:.3f}")
             if on_batch is not None:
                 on_batch(row)
             if checkpoint is not None and (distiller.batch % config.save_every == 0 or distiller.batch == len(todo)):
@@ -224,11 +234,6 @@ def distill(
     mark_trained(model)
     report.steps = distiller.batch * config.steps_per_batch
     return report
-
-
-def _bar(progress: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[info]}"))
-    return Progress(*columns, disable=not progress)
 
 
 @torch.no_grad()

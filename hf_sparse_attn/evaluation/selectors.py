@@ -1,0 +1,75 @@
+"""Selections to compare the router with, all at equal budget and with the same forced links."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from hf_sparse_attn_kernels import BlockSelection, block_mass
+
+from ..attention import Selector, learned_selector
+from ..plan import TilePlan, select_by_scores
+from ..router import RoutingInputs, SparseRouter, TwoStageScorer
+
+ORACLE_TILES = 64  # tiles whose dense mass is computed at a time
+
+
+def _plan(router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> TilePlan:
+    return TilePlan.make(router.config, inputs.grid(query_tile, router.config.block_size), inputs.q.device)
+
+
+def _all_tiles(plan: TilePlan) -> torch.Tensor:
+    return torch.arange(plan.grid.tiles, device=plan.near.device)
+
+
+@torch.no_grad()
+def window(router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection:
+    """Window + sink: the forced links, then the nearest blocks."""
+    plan = _plan(router, inputs, query_tile)
+    nearness = torch.arange(plan.grid.blocks, device=inputs.q.device, dtype=torch.float32)
+    return select_by_scores(plan, nearness.expand(*inputs.k.shape[:2], plan.grid.tiles, -1))
+
+
+@torch.no_grad()
+def oracle(router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection:
+    """The blocks with the most dense softmax mass."""
+    plan = _plan(router, inputs, query_tile)
+    mass = [block_mass(inputs.q, inputs.k, plan.grid, tiles, inputs.scale) for tiles in _all_tiles(plan).split(ORACLE_TILES)]
+    return select_by_scores(plan, torch.cat(mass, 2))
+
+
+@torch.no_grad()
+def stage_one(router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection:
+    """Stage 1 alone decides."""
+    plan = _plan(router, inputs, query_tile)
+    if not bool(plan.open.any()):
+        return router.select(inputs, query_tile)
+    scorer = TwoStageScorer(router, inputs, plan)
+    scores = torch.cat([scorer.coarse(tiles) for tiles in _all_tiles(plan).split(ORACLE_TILES)], 2)
+    missing = plan.grid.blocks - scores.shape[-1]
+    return select_by_scores(plan, torch.nn.functional.pad(scores, (0, missing), value=-torch.inf))
+
+
+class ByOtherRouters:
+    """``selector`` with other routers in place of the model's own, by layer: the untrained start."""
+
+    def __init__(self, others: Mapping[int, SparseRouter], selector: Selector) -> None:
+        self.others, self.selector = others, selector
+
+    def __call__(self, router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection:
+        other = self.others[router.layer]
+        other.config = router.config  # at the model's present budget
+        # summaries in the cache were made with the model's own weights
+        return self.selector(other, RoutingInputs(inputs.q, inputs.k, inputs.positions, inputs.scale), query_tile)
+
+
+def standard_selectors(untrained: Mapping[int, SparseRouter]) -> dict[str, Selector]:
+    """The rows of the quality table below "dense": name -> selector."""
+    return {
+        "oracle": oracle,
+        "two stages": learned_selector,
+        "stage 1 alone": stage_one,
+        "untrained": ByOtherRouters(untrained, learned_selector),
+        "mean-pool": ByOtherRouters(untrained, stage_one),
+        "window + sink": window,
+    }

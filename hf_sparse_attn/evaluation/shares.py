@@ -1,0 +1,88 @@
+"""Shares between window + sink and the oracle: of log-loss with a paired bootstrap, and of kept mass per layer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .quality import WindowResult
+
+LEAST_GAP = 0.02  # a layer counts for the worst layer only where the oracle keeps this much more mass than the window
+RESAMPLES = 2000
+
+
+def loss_share(window: np.ndarray, loss: np.ndarray, oracle: np.ndarray, seed: int = 0) -> dict[str, float]:
+    """Share of the way from the window's to the oracle's mean loss, with a 95 % interval over resampled windows.
+
+    Each argument holds one loss per window, paired by position.
+    """
+    rng = np.random.default_rng(seed)
+    picks = rng.integers(0, len(loss), (RESAMPLES, len(loss)))
+
+    def share(index: np.ndarray) -> np.ndarray:
+        gap = window[index].mean(-1) - oracle[index].mean(-1)
+        return np.divide(window[index].mean(-1) - loss[index].mean(-1), gap, out=np.zeros_like(gap), where=gap != 0)
+
+    low, high = np.quantile(share(picks), [0.025, 0.975])
+    return {"share": float(share(np.arange(len(loss)))), "low": float(low), "high": float(high)}
+
+
+def recovered_share(kept: dict[int, float], window: dict[int, float], oracle: dict[int, float]) -> dict[str, Any]:
+    """Σ(kept − window) / Σ(oracle − window) over layers, per layer, and the worst layer with a gap of at least 0.02."""
+    gaps = {layer: oracle[layer] - window[layer] for layer in kept}
+    shares = {layer: (kept[layer] - window[layer]) / gaps[layer] for layer in kept if gaps[layer] >= LEAST_GAP}
+    worst = min(shares, key=lambda layer: shares[layer]) if shares else None
+    return {
+        "share": sum(kept[layer] - window[layer] for layer in kept) / sum(gaps.values()) if sum(gaps.values()) > 0 else 0.0,
+        "worst": None if worst is None else shares[worst],
+        "worst_layer": worst,
+        "by_layer": {str(layer): value for layer, value in shares.items()},
+    }
+
+
+def _mean_mass(results: Sequence[WindowResult]) -> dict[int, float]:
+    by_layer: dict[int, list[float]] = defaultdict(list)
+    for result in results:
+        for layer, value in result.mass.items():
+            by_layer[int(layer)].append(value)
+    return {layer: float(np.mean(values)) for layer, values in sorted(by_layer.items())}
+
+
+def quality_table(results: Sequence[WindowResult]) -> list[dict[str, Any]]:
+    """One row per length, budget and selection: mean log-losses, shares, kept mass and recovered share, with n."""
+    rows: list[dict[str, Any]] = []
+    dense = {(r.document, r.length): r for r in results if r.keys is None}
+    cells: dict[tuple[int, int], dict[str, list[WindowResult]]] = defaultdict(lambda: defaultdict(list))
+    for result in results:
+        if result.keys is not None:
+            cells[result.length, result.keys][result.selection].append(result)
+    for (length, keys), by_selection in sorted(cells.items()):
+        bounds = [{r.document: r for r in by_selection[name]} for name in ("window + sink", "oracle")]
+        # only windows for which every selection is there: an interrupted run never mixes unpaired ones
+        documents = sorted(set.intersection(*({r.document for r in found} for found in by_selection.values())))
+        if not documents:
+            continue
+        rows.append(_row(length, None, "dense", [dense[d, length] for d in documents], None))
+        paired = [[bound[d] for d in documents] for bound in bounds]
+        for selection, found in by_selection.items():
+            own = {r.document: r for r in found}
+            rows.append(_row(length, keys, selection, [own[d] for d in documents], paired))
+    return rows
+
+
+def _row(length: int, keys: int | None, selection: str, own: list[WindowResult], bounds: list[list[WindowResult]] | None) -> dict[str, Any]:
+    row: dict[str, Any] = {"length": length, "keys": keys, "selection": selection, "n": len(own)}
+    for path in ("prefill", "decode"):
+        losses = np.array([getattr(r, path) for r in own])
+        row[path] = float(losses.mean())
+        if bounds is not None:
+            window, oracle = (np.array([getattr(r, path) for r in bound]) for bound in bounds)
+            row[f"{path}_share"] = loss_share(window, losses, oracle)
+    if bounds is not None and own[0].mass:
+        mass = _mean_mass(own)
+        row["kept_mass"] = {"mean": float(np.mean(list(mass.values()))), "by_layer": {str(k): v for k, v in mass.items()}}
+        row["recovered_share"] = recovered_share(mass, _mean_mass(bounds[0]), _mean_mass(bounds[1]))
+    return row

@@ -1,0 +1,318 @@
+"""Generation: the cache, its summaries, and decoding, against stock models and against the uncached forward."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from hf_sparse_attn import SparseCall, routers, set_sparse_attention
+from hf_sparse_attn.cache import SparseCacheLayerMixin
+
+NEW = 24
+
+
+@pytest.fixture(scope="module")
+def stock(stock_llama):
+    return stock_llama()
+
+
+@pytest.fixture(scope="module")
+def complete(sparse_llama, every_block):
+    """Every block kept, through the sparse path."""
+    return sparse_llama(every_block, noise=0.1)
+
+
+@pytest.fixture(scope="module")
+def sparse(sparse_llama, real_budget):
+    """A real budget, routers away from their untrained start."""
+    return sparse_llama(real_budget, noise=0.1)
+
+
+def greedy(model, ids, **options):
+    return model.generate(ids, **{"max_new_tokens": NEW, "do_sample": False, **options})
+
+
+@torch.no_grad()
+def fed(model, ids, cache, **options):
+    return model(input_ids=ids, past_key_values=cache, use_cache=True, **options).logits
+
+
+def assert_summaries_are_those_of_the_keys(model, cache, pads=None):
+    """Every valid summary equals the one computed anew from the cached keys and their positions."""
+    checked = 0
+    for router, layer in zip(routers(model), cache.layers, strict=True):
+        assert isinstance(layer, SparseCacheLayerMixin)
+        for row, blocks in enumerate(layer.summarised):
+            start = 0 if pads is None else pads[row]
+            keys = layer.keys[row : row + 1, :, start:]
+            want = router.router_keys(keys, torch.arange(keys.shape[2])[None])
+            torch.testing.assert_close(layer.router_keys[row, :, :blocks], want[0, :, :blocks], rtol=1e-4, atol=1e-4)
+            checked += blocks
+    return checked
+
+
+# -- every block kept: the stock model's tokens ---------------------------------------------------------------------
+
+
+def test_greedy_tokens_are_those_of_the_stock_model(stock, complete, token_ids):
+    ids = token_ids(2, 150)
+    assert torch.equal(greedy(complete, ids), greedy(stock, ids))
+
+
+def test_beam_search_tokens_are_those_of_the_stock_model(stock, complete, token_ids):
+    ids = token_ids(2, 130, seed=1)
+    options = {"num_beams": 3, "num_return_sequences": 2}
+    assert torch.equal(greedy(complete, ids, **options), greedy(stock, ids, **options))
+
+
+def test_prompt_lookup_tokens_are_those_of_the_stock_model(stock, complete, token_ids, monkeypatch):
+    """Prompt lookup crops the cache whenever a guess was wrong."""
+    crops = []
+    crop = SparseCacheLayerMixin.crop
+    monkeypatch.setattr(SparseCacheLayerMixin, "crop", lambda self, n: crops.append(n) or crop(self, n))
+    ids = token_ids(1, 30, seed=2).repeat(1, 4)
+    assert torch.equal(greedy(complete, ids, prompt_lookup_num_tokens=5), greedy(stock, ids))
+    assert any(n < 0 for n in crops)
+
+
+def test_a_left_padded_batch_generates_the_tokens_of_the_stock_model(stock, complete, token_ids, left_padded):
+    ids, mask = left_padded([token_ids(1, n, seed=n)[0] for n in (140, 97, 33)])
+    assert torch.equal(greedy(complete, ids, attention_mask=mask), greedy(stock, ids, attention_mask=mask))
+
+
+def test_generation_that_crosses_dense_below_gives_the_tokens_of_the_stock_model(stock, sparse_llama, every_block, token_ids, left_padded):
+    model = sparse_llama({**every_block, "dense_below": 150}, noise=0.1)
+    ids, mask = left_padded([token_ids(1, n, seed=n)[0] for n in (140, 97)])
+    assert torch.equal(greedy(model, ids, attention_mask=mask), greedy(stock, ids, attention_mask=mask))
+
+
+# -- a real budget: cached equals uncached --------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def cached_logits(model, ids, cuts):
+    """Logits of ``ids`` fed through a cache in pieces that end at ``cuts``, and the cache."""
+    cache, parts, start = DynamicCache(), [], 0
+    for stop in cuts:
+        parts.append(fed(model, ids[:, start:stop], cache))
+        start = stop
+    return torch.cat(parts, 1), cache
+
+
+@pytest.mark.parametrize("chunks", [(), (16,), (96,), (32, 64, 128), tuple(range(16, 160, 16))])
+@pytest.mark.parametrize("prompt", [160, 171])
+def test_cached_decoding_equals_the_uncached_forward(sparse, token_ids, chunks, prompt):
+    ids = token_ids(2, prompt + NEW, seed=3)
+    ends = [*chunks, prompt]
+    if prompt - (chunks[-1] if chunks else 0) < 16:
+        pytest.skip("the last piece would be routed as decoding")
+    got, _ = cached_logits(sparse, ids, [*ends, *range(prompt + 1, prompt + NEW + 1)])
+    with torch.no_grad():
+        want = sparse(ids, sparse_call=SparseCall(decode_from=prompt)).logits
+        dense = sparse(ids, sparse_call=SparseCall(dense=True)).logits
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+    assert (want - dense).abs().max() > 0.05, "the budget cuts nothing: this test would prove nothing"
+
+
+def test_several_new_tokens_at_once_are_decoded_like_single_ones(sparse, token_ids):
+    """Assisted decoding checks a few guesses in one call."""
+    ids = token_ids(1, 180, seed=4)
+    singly, _ = cached_logits(sparse, ids, [160, *range(161, 181)])
+    together, _ = cached_logits(sparse, ids, [160, 165, 172, 180])
+    torch.testing.assert_close(together, singly, rtol=1e-3, atol=1e-3)
+
+
+def test_a_padded_row_decodes_as_if_it_were_alone(sparse, token_ids, left_padded):
+    rows = [token_ids(1, n, seed=n)[0] for n in (170, 131)]
+    ids, mask = left_padded(rows)
+    out = sparse.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    for i, row in enumerate(rows):
+        alone = sparse.generate(row[None], max_new_tokens=NEW, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        assert torch.equal(out.sequences[i, ids.shape[1] :], alone.sequences[0, len(row) :])
+        torch.testing.assert_close(torch.stack(out.logits, 1)[i], torch.stack(alone.logits, 1)[0], rtol=1e-3, atol=1e-3)
+
+
+def test_a_cache_that_was_filled_densely_crosses_into_sparse_decoding(sparse_llama, real_budget, token_ids):
+    """The first tokens are attended below dense_below; from there on, calls equal those of a model that was always sparse."""
+    model = sparse_llama({**real_budget, "dense_below": 170}, noise=0.1)
+    ids = token_ids(2, 190, seed=5)
+    got, cache = cached_logits(model, ids, [100, 160, *range(161, 191)])
+    assert_summaries_are_those_of_the_keys(model, cache)
+    # the same keys, but the summaries are made from scratch at every step
+    model_again, cache = model, DynamicCache()
+    parts = [fed(model, ids[:, :160], cache)]
+    for i in range(160, 190):
+        for layer in cache.layers:
+            if layer.summarised:
+                layer.summarised, layer.summarised_slots = [0, 0], [-1, -1]
+        parts.append(fed(model_again, ids[:, i : i + 1], cache))
+    torch.testing.assert_close(got[:, 160:], torch.cat(parts, 1)[:, 160:], rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        dense = model(ids, sparse_call=SparseCall(dense=True)).logits
+    torch.testing.assert_close(got[:, :169], dense[:, :169], rtol=1e-3, atol=1e-3)
+    assert (got[:, 169:] - dense[:, 169:]).abs().max() > 0.05
+
+
+# -- summaries ------------------------------------------------------------------------------------------------------
+
+
+def test_summaries_equal_recomputed_ones_in_every_step(sparse, token_ids, left_padded):
+    rows = [token_ids(1, n, seed=n)[0] for n in (150, 121)]
+    ids, mask = left_padded(rows)
+    cache, positions = DynamicCache(), (mask.cumsum(1) - 1).clamp(min=0)
+    fed(sparse, ids, cache, attention_mask=mask, position_ids=positions)
+    counts = [assert_summaries_are_those_of_the_keys(sparse, cache, pads=[0, 29])]
+    for step in range(NEW):
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        new = token_ids(2, 1, seed=step)
+        fed(sparse, new, cache, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1)
+        counts.append(assert_summaries_are_those_of_the_keys(sparse, cache, pads=[0, 29]))
+    assert counts[0] == 2 * (150 // 16 + 121 // 16) and counts[-1] == 2 * (174 // 16 + 145 // 16)
+
+
+def continue_with(model, cache, new, upto=30):
+    return torch.cat([fed(model, new[:, i : i + 1], cache) for i in range(upto)], 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "rows"),
+    [
+        (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
+        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([2, 1])), [2, 1]),
+    ],
+    ids=["reorder", "repeat", "select"],
+)
+@pytest.mark.parametrize("steps", [0, 5])
+def test_batch_operations_keep_summaries_with_their_rows(sparse, token_ids, change, rows, steps):
+    ids, more = token_ids(3, 150, seed=6), token_ids(3, 5, seed=7)
+    cache = DynamicCache()
+    fed(sparse, ids, cache)
+    for i in range(steps):
+        fed(sparse, more[:, i : i + 1], cache)
+    change(cache)
+    assert assert_summaries_are_those_of_the_keys(sparse, cache) == 2 * len(rows) * (150 + steps) // 16 // 1 - 2 * len(rows) * ((150 + steps) % 16) // 16
+    fresh = DynamicCache()
+    fed(sparse, ids[rows], fresh)
+    for i in range(steps):
+        fed(sparse, more[rows][:, i : i + 1], fresh)
+    new = token_ids(len(rows), 30, seed=8)
+    torch.testing.assert_close(continue_with(sparse, cache, new), continue_with(sparse, fresh, new), rtol=1e-3, atol=1e-3)
+    assert_summaries_are_those_of_the_keys(sparse, cache)
+
+
+@pytest.mark.parametrize("drop", [1, 6, 7, 22, 38, 149])
+def test_a_cropped_cache_decodes_other_tokens_like_a_fresh_one(sparse, token_ids, drop):
+    """Blocks that lost a key must be summarised anew: the new tokens differ from those that were dropped."""
+    ids, new = token_ids(2, 160, seed=9), token_ids(2, 30, seed=10)
+    cache = DynamicCache()
+    fed(sparse, ids[:, :128], cache)
+    for i in range(128, 160):
+        fed(sparse, ids[:, i : i + 1], cache)
+    cache.crop(-drop)
+    got = continue_with(sparse, cache, new)
+    assert_summaries_are_those_of_the_keys(sparse, cache)
+    with torch.no_grad():
+        both = torch.cat([ids[:, : 160 - drop], new], 1)
+        want = sparse(both, sparse_call=SparseCall(decode_from=min(128, 160 - drop))).logits[:, -30:]
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_a_reset_cache_is_as_good_as_a_new_one(sparse, token_ids):
+    ids, other = token_ids(1, 150, seed=11), token_ids(1, 140, seed=12)
+    want, _ = cached_logits(sparse, other, [120, *range(121, 141)])
+    cache = DynamicCache()
+    fed(sparse, ids, cache)
+    cache.reset()
+    got = torch.cat([fed(sparse, other[:, :120], cache), continue_with(sparse, cache, other[:, 120:], 20)], 1)
+    assert torch.equal(got, want)
+    assert_summaries_are_those_of_the_keys(sparse, cache)
+
+
+def test_a_chat_is_continued_with_its_cache(sparse, token_ids):
+    """Two turns through one cache give the logits of the uncached forward over everything said so far."""
+    first, second = token_ids(1, 128, seed=13), token_ids(1, 64, seed=14)
+    cache = DynamicCache()
+    said = sparse.generate(first, past_key_values=cache, max_new_tokens=17, do_sample=False)  # the last token is not in the cache
+    ids = torch.cat([said, second[:, :63]], 1)
+    assert cache.get_seq_length() == 144
+    got = fed(sparse, ids[:, 144:], cache)
+    assert_summaries_are_those_of_the_keys(sparse, cache)
+
+    def turns(router, inputs, query_tile):
+        return router.select(inputs, query_tile)
+
+    want_cache = DynamicCache()
+    fed(sparse, ids[:, :128], want_cache)
+    for i in range(128, 144):
+        fed(sparse, ids[:, i : i + 1], want_cache)
+    assert torch.equal(got, fed(sparse, ids[:, 144:], want_cache))
+    again = sparse.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    assert again.shape[1] == ids.shape[1] + 4
+
+
+def test_a_copied_cache_and_its_original_do_not_touch_each_other(sparse, token_ids):
+    """A prompt's cache is copied and continued in two ways: in-place appending must not leak from one to the other."""
+    ids = token_ids(1, 150, seed=15)
+    cache = DynamicCache()
+    fed(sparse, ids, cache)
+    fed(sparse, token_ids(1, 1, seed=1), cache)
+    copied = copy.deepcopy(cache)
+    one, two = token_ids(1, 12, seed=16), token_ids(1, 12, seed=17)
+    want = continue_with(sparse, copy.deepcopy(cache), one, 12)
+    got = []
+    for i in range(12):
+        got.append(fed(sparse, one[:, i : i + 1], cache))
+        fed(sparse, two[:, i : i + 1], copied)
+    torch.testing.assert_close(torch.cat(got, 1), want, rtol=1e-4, atol=1e-4)
+    assert_summaries_are_those_of_the_keys(sparse, copied)
+
+
+def test_keys_that_were_read_before_a_crop_stay_as_they_were(sparse, token_ids):
+    """Stock caches never write into tensors they gave out; appending in place after a crop must not either."""
+    cache = DynamicCache()
+    fed(sparse, token_ids(1, 150, seed=18), cache)
+    fed(sparse, token_ids(1, 1, seed=18), cache)
+    held = cache.layers[0].keys
+    before = held.clone()
+    cache.crop(-20)
+    fed(sparse, token_ids(1, 1, seed=19), cache)
+    assert torch.equal(held, before)
+
+
+def test_a_cache_filled_in_inference_mode_can_be_continued_outside_of_it(sparse, token_ids):
+    ids = token_ids(1, 160, seed=20)
+    cache = DynamicCache()
+    with torch.inference_mode():
+        sparse(input_ids=ids[:, :150], past_key_values=cache)
+        sparse(input_ids=ids[:, 150:151], past_key_values=cache)
+    got = fed(sparse, ids[:, 151:152], cache)
+    want, _ = cached_logits(sparse, ids[:, :152], [150, 151, 152])
+    torch.testing.assert_close(got, want[:, -1:], rtol=1e-4, atol=1e-4)
+
+
+def test_the_budget_can_change_between_calls_with_one_cache(sparse_llama, real_budget, token_ids):
+    model = sparse_llama(real_budget, noise=0.1)
+    ids = token_ids(1, 170, seed=21)
+    _, cache = cached_logits(model, ids, [160, *range(161, 170)])
+    set_sparse_attention(model, min_keys=10**6)
+    got = fed(model, ids[:, 169:], cache)
+    fresh = copy.deepcopy(cache)
+    for layer in fresh.layers:
+        layer.summarised, layer.summarised_slots = [0], [-1]
+    fresh.crop(-1)
+    torch.testing.assert_close(fed(model, ids[:, 169:], fresh), got, rtol=1e-4, atol=1e-4)
+
+
+# -- caches that are not supported ----------------------------------------------------------------------------------
+
+
+def test_a_static_cache_is_refused_with_the_kind_that_works(sparse, token_ids):
+    ids = token_ids(1, 100)
+    with pytest.raises(ValueError, match=r"DynamicCache.*StaticLayer.*sdpa"):
+        fed(sparse, ids, StaticCache(config=sparse.config, max_cache_len=128))
+    with pytest.raises(ValueError, match=r"DynamicCache.*StaticLayer"):
+        greedy(sparse, ids, cache_implementation="static")
