@@ -120,7 +120,9 @@ def _checked_router(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -
             "from_pretrained(..., sparse_attention={...}) or convert it with hf_sparse_attn.sparsify(model, {...})"
         )
     if dropout:
-        raise ValueError(f"sparse attention has no attention dropout, got attention_dropout={dropout}: set model.config.attention_dropout = 0.0")
+        raise ValueError(
+            f"sparse attention has no attention dropout, got attention_dropout={dropout}: set model.config.attention_dropout = 0.0"
+        )
     if kwargs.get("output_attentions"):
         raise ValueError(
             "sparse attention never forms the attention matrix, so output_attentions=True cannot be answered: "
@@ -128,7 +130,9 @@ def _checked_router(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -
         )
     for name in ("softcap", "s_aux", "position_bias", "sliding_window"):
         if kwargs.get(name) is not None:
-            raise ValueError(f"sparse attention does not support {name} yet (layer {type(module).__name__}): list the layer in dense_layers")
+            raise ValueError(
+                f"sparse attention does not support {name} yet (layer {type(module).__name__}): list the layer in dense_layers"
+            )
     if kwargs.get("is_causal", getattr(module, "is_causal", True)) is False:
         raise ValueError(f"sparse attention is causal, but {type(module).__name__} asks for bidirectional attention")
     return router  # type: ignore[no-any-return]
@@ -162,7 +166,9 @@ def _attend(router: SparseRouter, inputs: RoutingInputs, value: Tensor, call: Sp
         if call.on_selection is not None:
             call.on_selection(router, span, selection)
         kv_len = span.k.shape[2]
-        out, _ = block_sparse_attention(inputs.q[:, :, start:stop], inputs.k[:, :, :kv_len], value[:, :, :kv_len], selection, scale=inputs.scale)
+        out, _ = block_sparse_attention(
+            inputs.q[:, :, start:stop], inputs.k[:, :, :kv_len], value[:, :, :kv_len], selection, scale=inputs.scale
+        )
         outputs.append(out)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 

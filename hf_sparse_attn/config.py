@@ -49,7 +49,7 @@ class SparseAttentionConfig:
     dense_below: int = 2048  # calls with fewer keys than this run the stock attention
     dense_layers: tuple[int, ...] = ()  # indices of layers that stay dense
     router_dim: int | None = None  # feature size of stage 1, at least the head dim; None = 2 × head dim
-    index_dim: int | None = None  # rank of stage 2's token scores, at most the head dim; None = half the head dim
+    index_dim: int | None = None  # rank of stage 2's token scores; None = the head dim, i.e. exact q·k at the start
     query_samples: int = 16  # queries of a tile that stage 2 scores
     bookkeeping: Bookkeeping = field(default_factory=Bookkeeping)
 
@@ -109,7 +109,11 @@ class SparseAttentionConfig:
         """Most blocks that ``local`` tokens and a tile of ``query_tile`` touch together."""
         span = self.local + query_tile
         aligned = query_tile % self.block_size == 0
-        return -(-self.local // self.block_size) + query_tile // self.block_size if aligned else (span + self.block_size - 2) // self.block_size + 1
+        return (
+            -(-self.local // self.block_size) + query_tile // self.block_size
+            if aligned
+            else (span + self.block_size - 2) // self.block_size + 1
+        )
 
     def budget_blocks(self, visible: int) -> int:
         """Blocks that a tile may keep, forced ones included, when its last query sees ``visible`` keys."""
@@ -126,7 +130,7 @@ class SparseAttentionConfig:
 
     def resolved_index_dim(self, head_dim: int) -> int:
         """``index_dim`` for this head dim. Raises ValueError if it is larger than the head dim."""
-        value = max(2, head_dim // 2) if self.index_dim is None else self.index_dim
+        value = head_dim if self.index_dim is None else self.index_dim
         if value > head_dim:
             self._refuse("index_dim", f"<= the head dim of this model, {head_dim} (or None)")
         return value

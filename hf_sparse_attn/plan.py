@@ -39,7 +39,9 @@ class TilePlan:
         eligible = (near - sink).clamp_(min=0)
         forced = last + 1 - eligible
         passed = torch.tensor([math.ceil(config.candidate_factor * b) for b in budget.tolist()], device=device)
-        return cls(grid, sink, near, last, eligible, torch.minimum(eligible, (budget - forced).clamp_(min=0)), torch.minimum(eligible, passed))
+        return cls(
+            grid, sink, near, last, eligible, torch.minimum(eligible, (budget - forced).clamp_(min=0)), torch.minimum(eligible, passed)
+        )
 
     @property
     def open(self) -> Tensor:

@@ -42,10 +42,10 @@ class Rotary:
         rotated, rest = x[..., : self.dim].float(), x[..., self.dim :]
         if self.interleaved:
             a, b = rotated[..., 0::2], rotated[..., 1::2]
-            turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+            turned = torch.stack(_turn_pair(a, b, cos, sin), -1).flatten(-2)
         else:
             a, b = rotated.chunk(2, -1)
-            turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+            turned = torch.cat(_turn_pair(a, b, cos, sin), -1)
         turned = turned * scaling if scaling != 1.0 else turned
         return torch.cat([turned, rest.float()], -1) if rest.shape[-1] else turned
 
@@ -64,10 +64,16 @@ class Rotary:
         return float(getattr(self.module, "attention_scaling", 1.0))
 
 
+def _turn_pair(a: Tensor, b: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
+
+
 def find_rotary(model: nn.Module) -> Rotary | None:
     """The one rotary embedding of ``model``, or None if it has none. Raises ValueError if it has several kinds."""
     found = [m for m in model.modules() if hasattr(m, "inv_freq")]
     if len({id(m) for m in found}) > 1:
         names = ", ".join(sorted({type(m).__name__ for m in found}))
-        raise ValueError(f"{type(model).__name__} has {len(found)} rotary embeddings ({names}); sparse attention supports one shared by all layers")
+        raise ValueError(
+            f"{type(model).__name__} has {len(found)} rotary embeddings ({names}); sparse attention supports one shared by all layers"
+        )
     return Rotary(found[0]) if found else None

@@ -74,7 +74,10 @@ class SparseRouter(nn.Module):
         self.fresh = not all(getattr(weight, "_is_hf_initialized", False) for weight in self.parameters())
         hg, d = self.heads // self.groups, self.head_dim
         eye = torch.eye(d)
-        wq, wk = torch.zeros(self.wq.shape), torch.empty(self.wk.shape).normal_(std=0.5 / d**0.5, generator=torch.Generator().manual_seed(self.layer))
+        wq, wk = (
+            torch.zeros(self.wq.shape),
+            torch.empty(self.wk.shape).normal_(std=0.5 / d**0.5, generator=torch.Generator().manual_seed(self.layer)),
+        )
         wq[:, :d] = (eye / hg).repeat(1, hg)
         wk[:, :d] = torch.cat([torch.zeros(d, 2 * d), eye], 1)
         index = eye[self._slowest_dims(self.wq_index.shape[1])].expand_as(self.wq_index)

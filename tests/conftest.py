@@ -17,13 +17,20 @@ from hf_sparse_attn import SparseAttentionConfig, sparsify
 from hf_sparse_attn.rotary import Rotary
 from hf_sparse_attn.router import RoutingInputs, SparseRouter
 
+torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
+
 settings.register_profile(
-    "suite", deadline=None, derandomize=True, database=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    "suite",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=30,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("suite")
 
 # blocks and tiles of 16; forced: 16 sink tokens, 16 local ones and the tile's own
-SMALL = {"block_size": 16, "query_tile": 16, "sink": 16, "local": 16, "dense_below": 0, "query_samples": 8}
+SMALL = {"block_size": 16, "query_tile": 16, "sink": 16, "local": 16, "dense_below": 0, "query_samples": 8, "index_dim": 8}
 REAL_BUDGET = {**SMALL, "density": 0.05, "min_keys": 80, "candidate_factor": 1.5}  # 5 blocks, 2 of them selected
 EVERY_BLOCK = {**SMALL, "density": 1.0, "min_keys": 80}
 

@@ -205,7 +205,9 @@ def test_scale_and_lse_are_those_that_were_asked_for(random_selection):
     selection = random_selection(8, 1, 2, grid, 1.0)
     for impl in ("reference", "torch"):
         out, lse = block_sparse_attention(q, k, v, selection, scale=0.3, impl=impl, return_lse=True)
-        torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            out, F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True), rtol=1e-4, atol=1e-5
+        )
         scores = (q @ k.repeat_interleave(3, 1).transpose(-1, -2) * 0.3).masked_fill(~torch.ones(100, 100).tril().bool(), -torch.inf)
         torch.testing.assert_close(lse, scores.logsumexp(-1), rtol=1e-4, atol=1e-5)
         assert block_sparse_attention(q, k, v, selection, impl=impl)[1] is None

@@ -33,11 +33,13 @@ def test_the_defaults_are_those_that_are_promised():
     config = SparseAttentionConfig()
     assert {f.name: getattr(config, f.name) for f in fields(config)} == DEFAULTS
     assert config.bookkeeping == Bookkeeping(version=1, trained=False, calibration=None)
-    assert config.resolved_router_dim(64) == 128 and config.resolved_index_dim(64) == 32
+    assert config.resolved_router_dim(64) == 128 and config.resolved_index_dim(64) == 64
 
 
 def test_json_round_trip():
-    config = SparseAttentionConfig(density=0.5, min_keys=1024, max_keys=2048, dense_layers=(0, 3), router_dim=96, index_dim=16).mark_trained()
+    config = SparseAttentionConfig(
+        density=0.5, min_keys=1024, max_keys=2048, dense_layers=(0, 3), router_dim=96, index_dim=16
+    ).mark_trained()
     text = json.dumps(config.to_dict(), allow_nan=False)
     assert SparseAttentionConfig.from_dict(json.loads(text)) == config
     assert SparseAttentionConfig.from_dict(json.loads(text)).bookkeeping.trained
@@ -140,7 +142,7 @@ def test_bookkeeping_of_another_layout_is_refused(bookkeeping, message):
 
 
 def test_an_unknown_bookkeeping_field_is_refused_as_a_value():
-    with pytest.raises(ValueError, match="bookkeeping.*taught"):
+    with pytest.raises(ValueError, match=r"bookkeeping.*taught"):
         SparseAttentionConfig.from_dict({"bookkeeping": {"taught": True}})
 
 

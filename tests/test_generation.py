@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache
 from hf_sparse_attn import SparseCall, routers, set_sparse_attention
 from hf_sparse_attn.cache import SparseCacheLayerMixin
 
-NEW = 24
+NEW = 20
 
 
 @pytest.fixture(scope="module")
@@ -102,14 +102,11 @@ def cached_logits(model, ids, cuts):
     return torch.cat(parts, 1), cache
 
 
-@pytest.mark.parametrize("chunks", [(), (16,), (96,), (32, 64, 128), tuple(range(16, 160, 16))])
+@pytest.mark.parametrize("chunks", [(), (16,), (32, 64, 128), tuple(range(16, 145, 16))])
 @pytest.mark.parametrize("prompt", [160, 171])
 def test_cached_decoding_equals_the_uncached_forward(sparse, token_ids, chunks, prompt):
     ids = token_ids(2, prompt + NEW, seed=3)
-    ends = [*chunks, prompt]
-    if prompt - (chunks[-1] if chunks else 0) < 16:
-        pytest.skip("the last piece would be routed as decoding")
-    got, _ = cached_logits(sparse, ids, [*ends, *range(prompt + 1, prompt + NEW + 1)])
+    got, _ = cached_logits(sparse, ids, [*chunks, prompt, *range(prompt + 1, prompt + NEW + 1)])
     with torch.no_grad():
         want = sparse(ids, sparse_call=SparseCall(decode_from=prompt)).logits
         dense = sparse(ids, sparse_call=SparseCall(dense=True)).logits
@@ -142,13 +139,13 @@ def test_a_cache_that_was_filled_densely_crosses_into_sparse_decoding(sparse_lla
     got, cache = cached_logits(model, ids, [100, 160, *range(161, 191)])
     assert_summaries_are_those_of_the_keys(model, cache)
     # the same keys, but the summaries are made from scratch at every step
-    model_again, cache = model, DynamicCache()
+    cache = DynamicCache()
     parts = [fed(model, ids[:, :160], cache)]
     for i in range(160, 190):
         for layer in cache.layers:
             if layer.summarised:
                 layer.summarised, layer.summarised_slots = [0, 0], [-1, -1]
-        parts.append(fed(model_again, ids[:, i : i + 1], cache))
+        parts.append(fed(model, ids[:, i : i + 1], cache))
     torch.testing.assert_close(got[:, 160:], torch.cat(parts, 1)[:, 160:], rtol=1e-3, atol=1e-3)
     with torch.no_grad():
         dense = model(ids, sparse_call=SparseCall(dense=True)).logits
@@ -170,7 +167,7 @@ def test_summaries_equal_recomputed_ones_in_every_step(sparse, token_ids, left_p
         new = token_ids(2, 1, seed=step)
         fed(sparse, new, cache, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1)
         counts.append(assert_summaries_are_those_of_the_keys(sparse, cache, pads=[0, 29]))
-    assert counts[0] == 2 * (150 // 16 + 121 // 16) and counts[-1] == 2 * (174 // 16 + 145 // 16)
+    assert counts[0] == 2 * (150 // 16 + 121 // 16) and counts[-1] == 2 * ((150 + NEW) // 16 + (121 + NEW) // 16)
 
 
 def continue_with(model, cache, new, upto=30):
@@ -194,7 +191,7 @@ def test_batch_operations_keep_summaries_with_their_rows(sparse, token_ids, chan
     for i in range(steps):
         fed(sparse, more[:, i : i + 1], cache)
     change(cache)
-    assert assert_summaries_are_those_of_the_keys(sparse, cache) == 2 * len(rows) * (150 + steps) // 16 // 1 - 2 * len(rows) * ((150 + steps) % 16) // 16
+    assert assert_summaries_are_those_of_the_keys(sparse, cache) == 2 * len(rows) * ((150 + steps) // 16)
     fresh = DynamicCache()
     fed(sparse, ids[rows], fresh)
     for i in range(steps):
@@ -204,7 +201,7 @@ def test_batch_operations_keep_summaries_with_their_rows(sparse, token_ids, chan
     assert_summaries_are_those_of_the_keys(sparse, cache)
 
 
-@pytest.mark.parametrize("drop", [1, 6, 7, 22, 38, 149])
+@pytest.mark.parametrize("drop", [1, 7, 22, 48])
 def test_a_cropped_cache_decodes_other_tokens_like_a_fresh_one(sparse, token_ids, drop):
     """Blocks that lost a key must be summarised anew: the new tokens differ from those that were dropped."""
     ids, new = token_ids(2, 160, seed=9), token_ids(2, 30, seed=10)
@@ -241,9 +238,6 @@ def test_a_chat_is_continued_with_its_cache(sparse, token_ids):
     assert cache.get_seq_length() == 144
     got = fed(sparse, ids[:, 144:], cache)
     assert_summaries_are_those_of_the_keys(sparse, cache)
-
-    def turns(router, inputs, query_tile):
-        return router.select(inputs, query_tile)
 
     want_cache = DynamicCache()
     fed(sparse, ids[:, :128], want_cache)

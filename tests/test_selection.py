@@ -66,7 +66,9 @@ def test_tile_grid_counts_tiles_from_the_first_token(q_len, past, tiling):
     assert max(map(len, own)) <= grid.own_blocks
 
 
-@pytest.mark.parametrize(("values", "message"), [((0, 5, 64, 16), "q_len=0"), ((6, 5, 64, 16), "kv_len=5"), ((5, 5, 48, 32), "query_tile=48")])
+@pytest.mark.parametrize(
+    ("values", "message"), [((0, 5, 64, 16), "q_len=0"), ((6, 5, 64, 16), "kv_len=5"), ((5, 5, 48, 32), "query_tile=48")]
+)
 def test_tile_grid_refuses_impossible_lengths(values, message):
     with pytest.raises(ValueError, match=message):
         TileGrid(*values)

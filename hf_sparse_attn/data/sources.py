@@ -70,7 +70,9 @@ def _run(command: list[str], name: str, cwd: Path) -> None:
         raise SourceError(f"cannot fetch {name}: {command[0]} is not installed here; name local files in the recipe instead") from error
     except subprocess.CalledProcessError as error:
         last = (error.stderr.strip().splitlines() or ["no message"])[-1]
-        raise SourceError(f"cannot fetch {name}: {' '.join(command[:4])} failed: {last}. Check the network, or name local files instead") from error
+        raise SourceError(
+            f"cannot fetch {name}: {' '.join(command[:4])} failed: {last}. Check the network, or name local files instead"
+        ) from error
 
 
 def _fetch_pypi(name: str, temporary: Path, into: Path) -> None:

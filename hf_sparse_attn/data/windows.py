@@ -39,7 +39,9 @@ def token_windows(
     rounds = max((len(found) for found in per_document), default=0)
     windows = [found[i] for i in range(rounds) for found in per_document if i < len(found)]
     if len(windows) < count:
-        raise SourceError(f"the documents hold {len(windows)} windows of {length} tokens, {count} are asked for: add documents or ask for fewer")
+        raise SourceError(
+            f"the documents hold {len(windows)} windows of {length} tokens, {count} are asked for: add documents or ask for fewer"
+        )
     return windows[:count]
 
 

@@ -32,7 +32,7 @@ class WindowResult:
     keys: int | None  # budget, None for dense
     selection: str
     prefill: float  # last half of the window, tiles of query_tile
-    decode: float  # last tokens, fed through the cache in tiles of 1
+    decode: float | None  # last tokens, fed through the cache in tiles of 1; None if not measured
     mass: dict[int, float] = field(default_factory=dict)  # by layer
 
     def to_dict(self) -> dict[str, Any]:
@@ -48,16 +48,18 @@ def token_losses(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Ten
 
 
 @torch.no_grad()
-def window_losses(model: PreTrainedModel, ids: Tensor, call: SparseCall, decode_tokens: int) -> tuple[float, float]:
+def window_losses(model: PreTrainedModel, ids: Tensor, call: SparseCall, decode_tokens: int) -> tuple[float, float | None]:
     """(log-loss of the last half at prefill, log-loss of the last ``decode_tokens`` fed through the cache) of ``ids`` [1, N].
 
     The cache of the prefill pass is cropped and continued with fewer tokens than a query tile at a time, so that every
-    query is routed singly, as in generation.
+    query is routed singly, as in generation. Without ``decode_tokens`` the second loss is None.
     """
     n = ids.shape[1]
-    cache = DynamicCache(config=model.config)
-    hidden = model.base_model(ids, past_key_values=cache, sparse_call=call).last_hidden_state
+    cache = DynamicCache(config=model.config) if decode_tokens else None
+    hidden = model.base_model(ids, past_key_values=cache, use_cache=cache is not None, sparse_call=call).last_hidden_state
     prefill = token_losses(model, hidden[:, n // 2 - 1 : -1], ids[:, n // 2 :]).mean()
+    if cache is None:
+        return float(prefill), None
     cache.crop(-(decode_tokens + 1))
     start, step = n - decode_tokens - 1, routers(model)[0].config.query_tile - 1
     losses = []
@@ -102,7 +104,8 @@ def evaluate_windows(
 ) -> list[WindowResult]:
     """Every window, dense and under every selector at every budget (keys).
 
-    Results in ``done`` are not computed again; ``on_result`` is called after each new one.
+    Kept mass is measured at the first budget. Results in ``done`` are not computed again; ``on_result`` is called
+    after each new one.
     """
     results = list(done)
     have = {(r.document, r.length, r.keys, r.selection) for r in results}
@@ -116,15 +119,15 @@ def evaluate_windows(
         n = window.ids.shape[1]
         for keys in budgets:
             todo = [name for name in selectors if (window.document, n, keys, name) not in have]
-            if not todo:
-                continue
             with sparse_attention_as(model, min_keys=keys, max_keys=keys):
-                observer = MassObserver({name: selectors[name] for name in todo})
-                dense = window_losses(model, window.ids, SparseCall(dense=True, observer=observer), decode_tokens)
-                if (window.document, n, None, "dense") not in have:
-                    have.add((window.document, n, None, "dense"))
-                    add(WindowResult(window.document, n, None, "dense", *dense))
+                observer = MassObserver({name: selectors[name] for name in todo if keys == budgets[0]})
+                first = (window.document, n, None, "dense") not in have
+                if first or (observer.selectors and todo):
+                    dense = window_losses(model, window.ids, SparseCall(dense=True, observer=observer), decode_tokens if first else 0)
+                    if first:
+                        have.add((window.document, n, None, "dense"))
+                        add(WindowResult(window.document, n, None, "dense", *dense))
                 for name in todo:
                     losses = window_losses(model, window.ids, SparseCall(selector=selectors[name]), decode_tokens)
-                    add(WindowResult(window.document, n, keys, name, *losses, mass=observer.mass[name]))
+                    add(WindowResult(window.document, n, keys, name, *losses, mass=observer.mass.get(name, {})))
     return results

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 
 import torch
 from hf_sparse_attn_kernels import BlockSelection, block_mass
+from torch import nn
 
 from ..attention import Selector, learned_selector
 from ..plan import TilePlan, select_by_scores
+from ..registration import routers
 from ..router import RoutingInputs, SparseRouter, TwoStageScorer
 
 ORACLE_TILES = 64  # tiles whose dense mass is computed at a time
@@ -61,6 +63,16 @@ class ByOtherRouters:
         other.config = router.config  # at the model's present budget
         # summaries in the cache were made with the model's own weights
         return self.selector(other, RoutingInputs(inputs.q, inputs.k, inputs.positions, inputs.scale), query_tile)
+
+
+def fresh_routers(model: nn.Module) -> dict[int, SparseRouter]:
+    """Untrained routers like those of ``model``, by layer."""
+    fresh: dict[int, SparseRouter] = {}
+    for own in routers(model):
+        router = SparseRouter(own.config, own.heads, own.groups, own.head_dim, own.rotary, own.layer).to(own.wq.device)
+        router.init_weights()
+        fresh[own.layer] = router
+    return fresh
 
 
 def standard_selectors(untrained: Mapping[int, SparseRouter]) -> dict[str, Selector]:

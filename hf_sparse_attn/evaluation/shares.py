@@ -76,12 +76,14 @@ def quality_table(results: Sequence[WindowResult]) -> list[dict[str, Any]]:
 def _row(length: int, keys: int | None, selection: str, own: list[WindowResult], bounds: list[list[WindowResult]] | None) -> dict[str, Any]:
     row: dict[str, Any] = {"length": length, "keys": keys, "selection": selection, "n": len(own)}
     for path in ("prefill", "decode"):
+        if any(getattr(r, path) is None for r in own):
+            continue
         losses = np.array([getattr(r, path) for r in own])
         row[path] = float(losses.mean())
         if bounds is not None:
             window, oracle = (np.array([getattr(r, path) for r in bound]) for bound in bounds)
             row[f"{path}_share"] = loss_share(window, losses, oracle)
-    if bounds is not None and own[0].mass:
+    if bounds is not None and own[0].mass and bounds[0][0].mass and bounds[1][0].mass:
         mass = _mean_mass(own)
         row["kept_mass"] = {"mean": float(np.mean(list(mass.values()))), "by_layer": {str(k): v for k, v in mass.items()}}
         row["recovered_share"] = recovered_share(mass, _mean_mass(bounds[0]), _mean_mass(bounds[1]))

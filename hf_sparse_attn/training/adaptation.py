@@ -79,7 +79,11 @@ def add_lora(model: PreTrainedModel, config: AdaptationConfig) -> Any:
     from peft import LoraConfig, get_peft_model  # heavy, and needed in this stage only
 
     lora = LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, target_modules=list(config.target_modules), modules_to_save=["router"], task_type="CAUSAL_LM"
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=list(config.target_modules),
+        modules_to_save=["router"],
+        task_type="CAUSAL_LM",
     )
     return get_peft_model(model, lora)
 

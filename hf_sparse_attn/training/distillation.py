@@ -37,8 +37,8 @@ class DistillationConfig:
         ValueError: a field has an impossible value.
     """
 
-    lr: float = 2e-3  # of stage 1; AdamW, no weight decay
-    index_lr: float = 2e-4  # of stage 2, whose start (joint SVD) is good: at stage 1's rate training made upper layers worse
+    lr: float = 1e-3  # of stage 1; AdamW, no weight decay
+    index_lr: float = 2e-4  # of stage 2, whose start is good
     warmup_steps: int = 20  # optimiser steps of linear warm-up; then cosine to a tenth over the rest
     steps_per_batch: int = 4  # optimiser steps on each forward pass
     tiles_per_step: int = 4  # query tiles of each row in a step on tiles
@@ -221,7 +221,9 @@ def distill(
             distiller.batch += 1
             row = distiller.row()
             report.log.append(row)
-            shown.update(task, advance=1, info=f"KL {row['kl_coarse']:.3f} + {row['kl_fine']:.3f}, recovered share {row['recovered_share']:.3f}")
+            shown.update(
+                task, advance=1, info=f"KL {row['kl_coarse']:.3f} + {row['kl_fine']:.3f}, recovered share {row['recovered_share']:.3f}"
+            )
             if on_batch is not None:
                 on_batch(row)
             if checkpoint is not None and (distiller.batch % config.save_every == 0 or distiller.batch == len(todo)):
@@ -251,7 +253,13 @@ def _start(model: nn.Module, distiller: _Distiller, batch: Mapping[str, Tensor])
 
 
 def _save(model: nn.Module, distiller: _Distiller, report: DistillationReport, path: Path, config: DistillationConfig) -> None:
-    state = {"routers": router_state(model), "distiller": distiller.state(), "log": report.log, "config": asdict(config), "hash": report.backbone_sha256}
+    state = {
+        "routers": router_state(model),
+        "distiller": distiller.state(),
+        "log": report.log,
+        "config": asdict(config),
+        "hash": report.backbone_sha256,
+    }
     write_atomically(path, lambda temporary: torch.save(state, temporary))
 
 

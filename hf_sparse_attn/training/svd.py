@@ -15,9 +15,11 @@ def start_index(router: SparseRouter, inputs: RoutingInputs) -> None:
     """Set ``wq_index`` and ``wk_index`` to the joint SVD of the queries and keys seen in ``inputs``.
 
     With C_q and C_k the second moments of one KV group's queries and keys, the rank-I map that least changes q·k is
-    the truncated SVD of C_q^½ C_k^½, whitened on both sides.
+    the truncated SVD of C_q^½ C_k^½, whitened on both sides. At full rank the untrained start is exact already.
     """
     rank = router.wq_index.shape[1]
+    if rank == router.head_dim:
+        return
     stride = max(1, inputs.k.shape[2] // SAMPLES)
     for g in range(router.groups):
         hg = router.heads // router.groups

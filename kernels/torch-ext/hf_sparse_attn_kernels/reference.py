@@ -29,9 +29,7 @@ def weighted_values(p: Tensor, v: Tensor) -> Tensor:
     return (p @ v.masked_fill(bad, 0)).masked_fill(touched > 0, torch.nan)
 
 
-def block_sparse_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float
-) -> tuple[Tensor, Tensor]:
+def block_sparse_attention_reference(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
     """Softmax attention of ``q`` [B, H, Q, D] over the kept keys: (out [B, H, Q, D], lse [B, H, Q] in float32 or float64)."""
     heads_per_group = q.shape[1] // k.shape[1]
     keys = k.repeat_interleave(heads_per_group, 1)

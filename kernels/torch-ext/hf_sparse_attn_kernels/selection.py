@@ -95,7 +95,9 @@ class BlockSelection:
             raise ValueError("BlockSelection.indices must be ascending and unique, with -1 for empty entries first")
         last_block = (self.grid.last_positions(idx.device) // self.grid.block_size).view(1, 1, -1)
         if bool((idx[..., -1] > last_block).any()):
-            raise ValueError("BlockSelection.indices holds a block that starts after the tile's last query: causal attention cannot read it")
+            raise ValueError(
+                "BlockSelection.indices holds a block that starts after the tile's last query: causal attention cannot read it"
+            )
 
     def kept(self) -> Tensor:
         """Boolean ``[B, G, n, nb]``: which blocks are kept."""

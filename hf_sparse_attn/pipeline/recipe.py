@@ -1,0 +1,140 @@
+"""Recipes: YAML deltas against ``defaults.yaml``, checked key by key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..config import SparseAttentionConfig
+from ..training.adaptation import AdaptationConfig
+from ..training.distillation import DistillationConfig
+
+SELECTIONS = ("oracle", "two stages", "stage 1 alone", "untrained", "mean-pool", "window + sink")
+DTYPES = ("bfloat16", "float32", "float16")
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; the message says which key and what is allowed."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One length at which quality is measured."""
+
+    length: int
+    windows: int
+    budgets: tuple[int, ...]
+    decode_tokens: int = 256
+    selections: tuple[str, ...] = SELECTIONS
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "budgets", tuple(self.budgets))
+        object.__setattr__(self, "selections", tuple(self.selections))
+        unknown = sorted(set(self.selections) - set(SELECTIONS))
+        if unknown:
+            raise RecipeError(f"quality.selections names {', '.join(map(repr, unknown))}; known: {', '.join(SELECTIONS)}")
+        needed = {"oracle", "window + sink"} - set(self.selections)
+        if needed:
+            raise RecipeError(f"quality.selections must hold {', '.join(sorted(needed))}: the shares are measured between them")
+        if not self.budgets or self.windows < 1 or not 0 <= self.decode_tokens < self.length // 2:
+            raise RecipeError("quality needs at least one budget and one window, and decode_tokens below half the length")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe; keys as documented in ``recipes/defaults.yaml``."""
+
+    name: str
+    seed: int
+    model: dict[str, Any]
+    sparse_attention: SparseAttentionConfig
+    data: dict[str, Any]
+    distill: dict[str, Any]
+    lora: dict[str, Any]
+    quality: tuple[Quality, ...]
+    speed: dict[str, Any]
+    prompt: str | None
+    max_new_tokens: int
+    raw: dict[str, Any] = field(repr=False)
+
+    @property
+    def distillation(self) -> DistillationConfig:
+        return DistillationConfig(**{"seed": self.seed, **self.distill["settings"]})
+
+    @property
+    def adaptation(self) -> AdaptationConfig:
+        return AdaptationConfig(**{"seed": self.seed, **self.lora["settings"]})
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a recipe and the ``defaults.yaml`` beside it.
+
+    Raises:
+        RecipeError: no such file, not YAML, an unknown key, a value of the wrong kind, or a missing model or text.
+    """
+    path = Path(path)
+    defaults = _read(path.with_name("defaults.yaml"))
+    values = _merge(defaults, _read(path), "")
+    for key in ("source",):
+        if not values["model"][key]:
+            raise RecipeError(f"{path}: model.{key} is missing")
+    for key in ("train", "eval"):
+        if not values["data"][key]:
+            raise RecipeError(f"{path}: data.{key} names no text")
+    if values["model"]["dtype"] not in DTYPES:
+        raise RecipeError(f"{path}: model.dtype is {values['model']['dtype']!r}; supported: {', '.join(DTYPES)}")
+    try:
+        quality = tuple(
+            Quality(**_checked(entry, {f.name for f in fields(Quality)}, f"quality[{i}]")) for i, entry in enumerate(values["quality"])
+        )
+        sparse = SparseAttentionConfig.from_dict(values["sparse_attention"])
+        recipe = Recipe(**{**values, "quality": quality, "sparse_attention": sparse}, raw=values)
+        _ = recipe.distillation, recipe.adaptation
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{path}: {error}") from error
+    return recipe
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError(f"{path}: no such file (a recipe needs defaults.yaml beside it)") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from error
+    if not isinstance(loaded, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys, got {type(loaded).__name__}")
+    return loaded
+
+
+def _merge(defaults: dict[str, Any], delta: dict[str, Any], where: str) -> dict[str, Any]:
+    """``defaults`` with ``delta`` over it; mappings that are empty in the defaults take any key."""
+    if defaults or not where:
+        _checked(delta, set(defaults), where or "the recipe")
+    out = dict(defaults)
+    for key, value in delta.items():
+        old = defaults.get(key)
+        name = f"{where}.{key}" if where else key
+        if isinstance(old, dict):
+            if not isinstance(value, dict):
+                raise RecipeError(f"{name} is {value!r}: must be a mapping")
+            out[key] = _merge(old, value, name)
+        elif isinstance(old, list) != isinstance(value, list) or (type(old) is int and type(value) is not int):
+            if old is not None and defaults:
+                raise RecipeError(f"{name} is {value!r}: must be {'a list' if isinstance(old, list) else f'a {type(old).__name__}'}")
+            out[key] = value
+        else:
+            out[key] = value
+    return out
+
+
+def _checked(values: Any, known: set[str], where: str) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise RecipeError(f"{where} is {values!r}: must be a mapping")
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise RecipeError(f"{where} has no key {', '.join(map(repr, unknown))}; keys: {', '.join(sorted(known))}")
+    return values

@@ -1,0 +1,291 @@
+"""Distillation of the routers: losses against literal computations, training, resuming, refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from hf_sparse_attn import SparseCall, routers
+from hf_sparse_attn.plan import TilePlan
+from hf_sparse_attn.registration import SparseModelMixin
+from hf_sparse_attn.training import losses
+from hf_sparse_attn.training.distillation import DistillationConfig, backbone_hash, distill, load_router_state, router_state
+from hf_sparse_attn.training.losses import kept_mass, masked_kl, tile_loss
+from hf_sparse_attn.training.svd import start_index
+
+SETTINGS = DistillationConfig(lr=5e-3, index_lr=5e-3, warmup_steps=2, save_every=1)
+
+
+@pytest.fixture
+def batches(token_ids):
+    return [{"input_ids": token_ids(2, 240, seed=seed)} for seed in range(6)]
+
+
+@pytest.fixture
+def model(sparse_llama, real_budget):
+    return sparse_llama(real_budget)
+
+
+# -- the whole of it ------------------------------------------------------------------------------------------------
+
+
+def test_distillation_lowers_the_divergence_and_leaves_the_backbone(model, batches):
+    backbone, before = backbone_hash(model), router_state(model)
+    rows = []
+    report = distill(model, batches * 6, SETTINGS, progress=False, on_batch=rows.append)
+    assert backbone_hash(model) == backbone == report.backbone_sha256
+    assert all(not torch.equal(weight, before[name]) for name, weight in router_state(model).items())
+    for name in ("kl_coarse", "kl_fine"):
+        first, last = (sum(row[name] for row in part) / 6 for part in (report.log[:6], report.log[-6:]))
+        assert last < 0.9 * first, f"{name}: {first:.3f} -> {last:.3f}"
+    assert report.log == rows and report.batches == 36 and report.steps == 36 * SETTINGS.steps_per_batch
+
+
+def test_routers_are_marked_as_trained_and_stay_so_when_saved(model, batches, tmp_path):
+    assert not model.config.sparse_attention["bookkeeping"]["trained"]
+    distill(model, batches[:1], SETTINGS, progress=False)
+    assert model.config.sparse_attention["bookkeeping"]["trained"]
+    assert all(router.config.bookkeeping.trained and not router.fresh for router in routers(model))
+    model.save_pretrained(tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert isinstance(again, SparseModelMixin) and again.config.sparse_attention["bookkeeping"]["trained"]
+    for name, weight in router_state(model).items():
+        assert torch.equal(weight, router_state(again)[name])
+
+
+def test_the_same_seed_gives_the_same_routers(sparse_llama, real_budget, batches):
+    models = [sparse_llama(real_budget) for _ in range(2)]
+    for each in models:
+        distill(each, batches[:2], SETTINGS, progress=False)
+    one, two = map(router_state, models)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(("stop_at", "save_every"), [(1, 1), (3, 1), (4, 2), (2, 3)])
+def test_an_interrupted_run_resumes_to_bit_identical_weights(sparse_llama, real_budget, batches, tmp_path, stop_at, save_every):
+    settings = DistillationConfig(lr=5e-3, warmup_steps=2, save_every=save_every)
+    whole, again = sparse_llama(real_budget), sparse_llama(real_budget)
+    want = distill(whole, batches, settings, progress=False)
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(row):
+        if row["batch"] == stop_at:
+            raise Interrupted
+
+    path = tmp_path / "checkpoint.pt"
+    with pytest.raises(Interrupted):
+        distill(sparse_llama(real_budget), batches, settings, checkpoint=path, progress=False, on_batch=interrupt)
+    report = distill(again, batches, settings, checkpoint=path, progress=False)
+    assert report.resumed_at == (stop_at - 1) // save_every * save_every
+    assert report.log == want.log and report.steps == want.steps
+    one, two = router_state(whole), router_state(again)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert [f.name for f in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_finished_run_is_not_run_again(sparse_llama, real_budget, batches, tmp_path):
+    done, again = sparse_llama(real_budget), sparse_llama(real_budget)
+    distill(done, batches[:2], SETTINGS, checkpoint=tmp_path / "c.pt", progress=False)
+    report = distill(
+        again, batches[:2], SETTINGS, checkpoint=tmp_path / "c.pt", progress=False, on_batch=lambda row: pytest.fail("ran again")
+    )
+    assert report.resumed_at == 2
+    one, two = router_state(done), router_state(again)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_checkpoint_of_another_model_or_other_settings_is_refused(model, sparse_llama, real_budget, batches, tmp_path):
+    path = tmp_path / "c.pt"
+    distill(model, batches[:1], SETTINGS, checkpoint=path, progress=False)
+    with pytest.raises(ValueError, match=r"c\.pt is a checkpoint of another model"):
+        distill(sparse_llama(real_budget, seed=1), batches[:1], SETTINGS, checkpoint=path, progress=False)
+    with pytest.raises(ValueError, match="other settings"):
+        distill(sparse_llama(real_budget), batches[:1], DistillationConfig(), checkpoint=path, progress=False)
+
+
+def test_training_mode_is_what_it_was_even_after_an_error(model, batches):
+    model.train()
+    distill(model, batches[:1], SETTINGS, progress=False)
+    assert model.training
+
+    def interrupt(row):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        distill(model, batches[:1], SETTINGS, progress=False, on_batch=interrupt)
+    assert model.training
+
+
+# -- refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_documents_without_anything_to_select_are_refused(model, token_ids):
+    with pytest.raises(ValueError, match=r"\(1, 64\).*nothing to select.*min_keys \(80\)"):
+        distill(model, [{"input_ids": token_ids(1, 64)}], SETTINGS, progress=False)
+
+
+def test_documents_below_dense_below_are_refused(sparse_llama, real_budget, token_ids):
+    with pytest.raises(ValueError, match=r"dense_below \(300\)"):
+        distill(sparse_llama({**real_budget, "dense_below": 300}), [{"input_ids": token_ids(1, 240)}], SETTINGS, progress=False)
+
+
+def test_no_batches_and_no_routers_are_refused(model, stock_llama, batches):
+    with pytest.raises(ValueError, match="no batches"):
+        distill(model, [], SETTINGS, progress=False)
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no routers"):
+        distill(stock_llama(), batches, SETTINGS, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("steps_per_batch", 0), ("tiles_per_step", 0), ("queries_per_step", -1), ("save_every", 0), ("lr", 0.0)]
+)
+def test_impossible_settings_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name}.*{value}"):
+        DistillationConfig(**{name: value})
+
+
+def test_router_weights_of_another_shape_are_refused(model, sparse_llama, real_budget):
+    state = router_state(sparse_llama({**real_budget, "index_dim": 4}))
+    with pytest.raises(ValueError, match=r"index has shape \(2, 4, 16\), the model needs \(2, 8, 16\)"):
+        load_router_state(model, state)
+    state.popitem()
+    with pytest.raises(ValueError, match="on one side only"):
+        load_router_state(model, state)
+
+
+# -- losses ---------------------------------------------------------------------------------------------------------
+
+
+def test_masked_kl_is_that_of_torch_on_the_restricted_distributions():
+    generator = torch.Generator().manual_seed(0)
+    teacher, logits = torch.rand(5, 9, generator=generator), torch.randn(5, 9, generator=generator)
+    mask = torch.rand(5, 9, generator=generator) < 0.6
+    mask[:, 0] = True
+    teacher[3] = teacher[3] * ~mask[3]  # no mass inside the mask: left out
+    want = []
+    for row in (0, 1, 2, 4):
+        p = teacher[row][mask[row]] / teacher[row][mask[row]].sum()
+        want.append(F.kl_div(torch.log_softmax(logits[row][mask[row]], -1), p, reduction="sum"))
+    torch.testing.assert_close(masked_kl(teacher, logits, mask), torch.stack(want).mean())
+    same = teacher.clamp(min=1e-6).log()
+    torch.testing.assert_close(masked_kl(teacher, same, mask), torch.zeros(()), atol=1e-5, rtol=0)
+
+
+def test_masked_kl_has_finite_gradients_where_everything_is_masked():
+    logits = torch.zeros(2, 4, requires_grad=True)
+    mask = torch.tensor([[False] * 4, [True, True, False, False]])
+    masked_kl(torch.rand(2, 4), logits, mask).backward()
+    assert bool(torch.isfinite(logits.grad).all()) and torch.equal(logits.grad[0], torch.zeros(4))
+
+
+@pytest.mark.parametrize("query_tile", [16, 1])
+def test_the_teacher_is_the_dense_softmax_over_all_visible_keys(make_router, routing_inputs, monkeypatch, query_tile):
+    """Forced keys stay in the denominator, heads and tokens are averaged first, then forced blocks are dropped."""
+    router, inputs = make_router(), routing_inputs(240, batch=2)
+    seen, kl = [], losses.masked_kl
+
+    def record(teacher, logits, mask):
+        seen.append((teacher, logits, mask))
+        return kl(teacher, logits, mask)
+
+    monkeypatch.setattr(losses, "masked_kl", record)
+    loss = tile_loss(router, inputs, query_tile, 1000, torch.Generator())
+    plan = TilePlan.make(router.config, inputs.grid(query_tile, 16))
+    tiles = plan.open.nonzero()[:, 0]
+    scores = inputs.q @ inputs.k.repeat_interleave(2, 1).transpose(-1, -2) * inputs.scale
+    p = torch.softmax(scores.masked_fill(~torch.ones(240, 240).tril().bool(), -torch.inf), -1)
+    mass = p.unflatten(1, (2, 2)).mean(2).unflatten(2, (-1, query_tile)).mean(3).unflatten(3, (-1, 16)).sum(-1)[:, :, tiles]
+    (teacher, _, mask), (fine_teacher, _, fine_mask) = seen
+    torch.testing.assert_close(teacher, mass, rtol=1e-4, atol=1e-6)
+    assert torch.equal(mask.expand_as(teacher), plan.eligible_mask(tiles).expand_as(teacher))
+    assert bool((fine_teacher.masked_fill(~fine_mask, 0).sum(-1) <= mass.sum(-1)).all())
+    assert 0 < loss.window <= loss.oracle <= 1 and 0 < loss.kept <= loss.oracle
+    free = plan.free[tiles]
+    for i in range(len(tiles)):
+        forced = set(plan.forced_blocks(tiles)[i].tolist()) - {-1}
+        eligible = plan.eligible_mask(tiles)[i]
+        best = mass[0, 0, i].masked_fill(~eligible, -1).topk(int(free[i])).values.sum()
+        want = mass[0, 0, i, sorted(forced)].sum() + best
+        oracle = plan.assemble(plan.best(mass[:, :, i : i + 1], tiles[i : i + 1], free[i : i + 1]), tiles[i : i + 1])
+        torch.testing.assert_close(kept_mass(mass[:, :, i : i + 1], oracle)[0, 0, 0], want)
+
+
+def test_gradients_reach_all_router_weights_and_nothing_else(make_router, routing_inputs):
+    router, inputs = make_router(rotary=True, noise=0.1), routing_inputs(240)
+    inputs.q.requires_grad_(), inputs.k.requires_grad_()
+    with torch.no_grad():
+        detached = type(inputs)(inputs.q.detach(), inputs.k.detach(), inputs.positions, inputs.scale)
+    loss = tile_loss(router, detached, 16, 4, torch.Generator().manual_seed(0))
+    loss.coarse.backward(retain_graph=True)
+    assert router.wq.grad.abs().sum() > 0 and router.wk.grad.abs().sum() > 0 and router.wq_index.grad is None
+    loss.fine.backward()
+    assert router.wq_index.grad.abs().sum() > 0 and router.wk_index.grad.abs().sum() > 0
+    assert inputs.q.grad is None and inputs.k.grad is None
+
+
+def test_tiles_whose_past_fits_the_budget_are_left_out(make_router, routing_inputs):
+    router = make_router()
+    assert tile_loss(router, routing_inputs(80), 16, 4, torch.Generator()) is None
+    assert tile_loss(router, routing_inputs(128), 16, 4, torch.Generator()) is not None
+
+
+def test_padded_rows_train_like_unpadded_ones(sparse_llama, real_budget, token_ids, left_padded):
+    """The observer sees documents without padding."""
+    model, shapes = sparse_llama(real_budget), []
+    ids, mask = left_padded([token_ids(1, n, seed=n)[0] for n in (200, 131)])
+    call = SparseCall(dense=True, observer=lambda router, inputs: shapes.append((router.layer, inputs.q.shape[2])))
+    with torch.no_grad():
+        model(ids, attention_mask=mask, use_cache=False, sparse_call=call)
+    assert shapes == [(0, 200), (0, 131), (1, 200), (1, 131)]
+
+
+# -- the start of stage 2 -------------------------------------------------------------------------------------------
+
+
+def index_error(router, inputs):
+    """Root-mean-square error of the index's q·k over all pairs."""
+    total = 0.0
+    with torch.no_grad():
+        for group in range(router.groups):
+            q = inputs.q[:, 2 * group : 2 * group + 2].flatten(0, 2)
+            k = inputs.k[:, group].flatten(0, 1)
+            approximation = (q @ router.wq_index[group].T) @ (k @ router.wk_index[group].T).T
+            total += (approximation - q @ k.T).pow(2).mean().item()
+    return (total / router.groups) ** 0.5
+
+
+@pytest.fixture
+def uneven_inputs(routing_inputs):
+    """Queries and keys whose dimensions differ in size and are correlated."""
+    inputs = routing_inputs(300)
+    generator = torch.Generator().manual_seed(5)
+    scale = torch.linspace(0.1, 2, 16)
+    mix = [torch.randn(16, 16, generator=generator) * scale / 4 for _ in range(2)]
+    return type(inputs)(inputs.q @ mix[0], inputs.k @ mix[1], inputs.positions, inputs.scale)
+
+
+@pytest.mark.parametrize("rank", [2, 4, 8, 12])
+def test_the_joint_svd_start_is_no_worse_than_any_other_and_than_the_slowest_dims(make_router, uneven_inputs, rank):
+    router = make_router(rotary=True, index_dim=rank)
+    truncated = index_error(router, uneven_inputs)
+    start_index(router, uneven_inputs)
+    best = index_error(router, uneven_inputs)
+    assert best <= truncated
+    # least squares of rank r over all pairs: the singular values that are cut off
+    cut = 0.0
+    for group in range(2):
+        q, k = uneven_inputs.q[:, 2 * group : 2 * group + 2].flatten(0, 2), uneven_inputs.k[:, group].flatten(0, 1)
+        singular = torch.linalg.svdvals((torch.linalg.qr(q).R @ torch.linalg.qr(k).R.T).double())
+        cut += (singular[rank:].pow(2).sum() / (len(q) * len(k))).item()
+    assert best == pytest.approx((cut / 2) ** 0.5, rel=1e-3)
+
+
+def test_the_joint_svd_is_exact_at_full_rank(make_router, uneven_inputs):
+    router = make_router(index_dim=16)
+    start_index(router, uneven_inputs)
+    scale = (uneven_inputs.q[:, :2].flatten(0, 2) @ uneven_inputs.k[:, 0].flatten(0, 1).T).pow(2).mean().sqrt()
+    assert index_error(router, uneven_inputs) < 1e-4 * scale
