@@ -113,6 +113,7 @@ def sparse_attention_forward(
 
 
 def _checked_router(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> SparseRouter:
+    """The layer's router, or a ValueError that says what sparse attention cannot give."""
     router = getattr(module, "router", None)
     if router is None:
         raise ValueError(
@@ -131,7 +132,7 @@ def _checked_router(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -
     for name in ("softcap", "s_aux", "position_bias", "sliding_window"):
         if kwargs.get(name) is not None:
             raise ValueError(
-                f"sparse attention does not support {name} yet (layer {type(module).__name__}): list the layer in dense_layers"
+                f"sparse attention does not support {name} (asked for by {type(module).__name__}); supported: plain causal attention"
             )
     if kwargs.get("is_causal", getattr(module, "is_causal", True)) is False:
         raise ValueError(f"sparse attention is causal, but {type(module).__name__} asks for bidirectional attention")
@@ -198,7 +199,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def sparse_attention_mask(
-    batch_size: int, q_length: int, kv_length: int, *args: Any, attention_mask: Tensor | None = None, config: Any = None, **kwargs: Any
+    batch_size: int, q_length: int, kv_length: int, attention_mask: Tensor | None = None, config: Any = None, **kwargs: Any
 ) -> Tensor | None:
     """Mask function registered beside the attention function.
 
@@ -210,7 +211,7 @@ def sparse_attention_mask(
     """
     sparse = getattr(config, "sparse_attention", None)
     if sparse is None or kv_length < sparse["dense_below"]:
-        return sdpa_mask(batch_size, q_length, kv_length, *args, attention_mask=attention_mask, config=config, **kwargs)
+        return sdpa_mask(batch_size, q_length, kv_length, attention_mask=attention_mask, config=config, **kwargs)
     if kwargs.get("use_vmap"):
         raise ValueError(
             "sparse attention supports causal attention with padding and packed documents; this model or call overlays another mask. "

@@ -22,6 +22,9 @@ GROWTH_TOKENS = 4096  # keys, values and summaries are stored with room for this
 class SparseCacheLayerMixin:
     """Placed in front of a stock cache layer class by `adopt`."""
 
+    keys: Tensor  # the stock layer's
+    values: Tensor
+    is_initialized: bool
     slot_positions: Tensor | None  # [1 or B, slots] int64 rotary positions
     router_keys: Tensor | None  # [B, G, capacity, R] float32
     summarised: list[int]  # per row: blocks of router_keys that are valid
@@ -36,17 +39,19 @@ class SparseCacheLayerMixin:
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As the stock layer, but appends in place: concatenation would copy the whole cache for every new token."""
-        if not self.is_initialized or key_states.requires_grad:  # type: ignore[has-type]
+        if not self.is_initialized or key_states.requires_grad:
             self.buffers = {}
             return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc, no-any-return]
-        self.keys = self._append("keys", self.keys, key_states)  # type: ignore[has-type]
-        self.values = self._append("values", self.values, value_states)  # type: ignore[has-type]
+        self.keys = self._append("keys", self.keys, key_states)
+        self.values = self._append("values", self.values, value_states)
         return self.keys, self.values
 
     def _append(self, name: str, old: Tensor, new: Tensor) -> Tensor:
         length, total = old.shape[2], old.shape[2] + new.shape[2]
         buffer = self.buffers.get(name)
         usable = buffer is not None and buffer.data_ptr() == old.data_ptr() and buffer.shape[0] == old.shape[0]
+        if buffer is not None and buffer.is_inference() and not torch.is_inference_mode_enabled():
+            usable = False  # filled under inference_mode: such a tensor cannot be written to outside it
         if buffer is None or not usable or total > buffer.shape[2]:
             buffer = old.new_empty(*old.shape[:2], total + GROWTH_TOKENS, old.shape[3])
             buffer[:, :, :length] = old
@@ -76,14 +81,15 @@ class SparseCacheLayerMixin:
         """
         size = router.config.block_size
         need = keys.shape[2] // size
-        batch = self.keys.shape[0]  # type: ignore[attr-defined]
+        batch = self.keys.shape[0]
         if self.router_keys is None:
             self.router_keys = keys.new_empty(batch, keys.shape[1], 0, router.wk.shape[1], dtype=torch.float32)
             self.summarised, self.summarised_slots = [0] * batch, [-1] * batch
         have = min(self.summarised[rows])
+        have = 0 if have > need else have  # another, shorter document of this row
         last = have * size - 1
         slot = -1 if have == 0 else last if slots is None else int(slots[last])
-        if have > need or any(seen != slot for seen in self.summarised_slots[rows]):
+        if any(seen != slot for seen in self.summarised_slots[rows]):
             have = 0
         if need > have:
             self._reserve(need, size)
@@ -127,6 +133,7 @@ class SparseCacheLayerMixin:
         super().crop(tokens_to_remove)  # type: ignore[misc]
         slots = int(self.get_seq_length())  # type: ignore[attr-defined]
         if slots < before:
+            self.buffers = {}  # whoever read the keys before keeps them: the next append must not overwrite
             if self.slot_positions is not None:
                 self.slot_positions = self.slot_positions[:, :slots]
             # which blocks lost a key depends on padding; a row whose last summarised slot is gone starts again
@@ -169,8 +176,8 @@ def adopt(cache: Any, index: int) -> SparseCacheLayerMixin:
             'with model.set_attn_implementation("sdpa")'
         )
     # the ABC base of cache layers has __slots__, which forbids assigning __class__: replace the object, share its state
-    cls = _sparse_layer_class(type(layer))
-    adopted = cls.__new__(cls)
+    cls: Any = _sparse_layer_class(type(layer))
+    adopted: SparseCacheLayerMixin = cls.__new__(cls)
     adopted.__dict__ = layer.__dict__
     adopted.start_summaries()
     cache.layers[index] = adopted

@@ -54,8 +54,10 @@ class SparseAttentionConfig:
     bookkeeping: Bookkeeping = field(default_factory=Bookkeeping)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        if isinstance(self.dense_layers, list):
+            object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
         if isinstance(self.bookkeeping, Mapping):
+            _check_names(self.bookkeeping, Bookkeeping, "sparse_attention.bookkeeping")
             object.__setattr__(self, "bookkeeping", Bookkeeping(**self.bookkeeping))
         self._check_types()
         if self.block_size not in BLOCK_SIZES:
@@ -92,7 +94,7 @@ class SparseAttentionConfig:
                 if not isinstance(value, Bookkeeping):
                     self._refuse(f.name, "a dict of bookkeeping fields")
             elif f.name == "dense_layers":
-                if not all(type(layer) is int for layer in value):
+                if not isinstance(value, tuple) or not all(type(layer) is int for layer in value):
                     self._refuse(f.name, "a list of layer indices")
             elif value is None and f.name in optional:
                 continue
@@ -137,7 +139,7 @@ class SparseAttentionConfig:
 
     def changed(self, **changes: Any) -> SparseAttentionConfig:
         """A validated copy with some fields changed. Raises ValueError for an unknown field."""
-        _check_names(changes)
+        _check_names(changes, SparseAttentionConfig, "sparse_attention")
         return replace(self, **changes)
 
     def mark_trained(self) -> SparseAttentionConfig:
@@ -152,17 +154,17 @@ class SparseAttentionConfig:
         """Read a dict of fields. Raises ValueError for an unknown field or an impossible value."""
         if not isinstance(values, Mapping):
             raise ValueError(f"sparse_attention is {values!r}: must be a dict of fields or a SparseAttentionConfig")
-        _check_names(values)
+        _check_names(values, SparseAttentionConfig, "sparse_attention")
         return cls(**values)
 
     @classmethod
     def coerce(cls, value: SparseAttentionConfig | Mapping[str, Any]) -> SparseAttentionConfig:
         """A config from a config or a dict."""
-        return value if isinstance(value, cls) else cls.from_dict(value)
+        return value if isinstance(value, SparseAttentionConfig) else cls.from_dict(value)
 
 
-def _check_names(values: Mapping[str, Any]) -> None:
-    known = [f.name for f in fields(SparseAttentionConfig)]
+def _check_names(values: Mapping[str, Any], cls: type, where: str) -> None:
+    known = [f.name for f in fields(cls)]
     unknown = sorted(set(values) - set(known))
     if unknown:
-        raise ValueError(f"sparse_attention has no field {', '.join(map(repr, unknown))}; fields: {', '.join(known)}")
+        raise ValueError(f"{where} has no field {', '.join(map(repr, unknown))}; fields: {', '.join(known)}")

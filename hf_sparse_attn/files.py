@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-WEIGHT_PATTERNS = ("model*.safetensors", "model.safetensors.index.json")
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?(?P<variant>\.\w+)?\.safetensors|model\.safetensors\.index(?P<index_variant>\.\w+)?\.json")
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
@@ -41,10 +42,10 @@ def write_json(path: str | Path, value: Any) -> None:
 
 @contextmanager
 def replaced_folder(target: str | Path) -> Iterator[Path]:
-    """A temporary folder whose files move into ``target`` when the block ends well; else ``target`` stays as it was.
+    """A temporary folder whose files move into ``target`` when the block ends well; if it fails ``target`` stays as it was.
 
-    Every file is complete on disk before the first one is renamed. Weight files in ``target`` that the new set does
-    not have (another number of shards) are removed last.
+    Every file is complete on disk before the first one is renamed, so a kill during the renames leaves whole files.
+    Weight files of the same variant that the new set does not have (another number of shards) are removed last.
     """
     target = Path(target)
     target.mkdir(parents=True, exist_ok=True)
@@ -57,12 +58,18 @@ def replaced_folder(target: str | Path) -> Iterator[Path]:
         for file in files:
             (target / file).parent.mkdir(parents=True, exist_ok=True)
             (temporary / file).replace(target / file)
-        if any(Path(file).match(pattern) for file in files for pattern in WEIGHT_PATTERNS):
-            stale = {f for pattern in WEIGHT_PATTERNS for f in target.glob(pattern)} - {target / f for f in files}
-            for file in stale:
-                file.unlink()
+        variants = {_variant(file.name) for file in files} - {None}
+        for old in target.iterdir():
+            if _variant(old.name) in variants and old.relative_to(target) not in files:
+                old.unlink()
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _variant(name: str) -> str | None:
+    """Variant of a weight file name ("" for the plain one), None for any other file."""
+    found = WEIGHTS.fullmatch(name)
+    return None if found is None else found["variant"] or found["index_variant"] or ""
 
 
 def _sync(path: Path) -> None:

@@ -53,9 +53,9 @@ class TilePlan:
         near, last = self.near[tiles][:, None], self.last[tiles][:, None]
         width = int((last - near).max()) + 1
         close = last - torch.arange(width - 1, -1, -1, device=near.device)
-        close = torch.where(close >= near.clamp(min=self.sink), close, -1)
+        close = torch.where(close >= near, close, -1)
         sink = torch.arange(self.sink, device=near.device).expand(len(tiles), -1)
-        return torch.cat([torch.where(sink <= last, sink, -1), close], 1)
+        return torch.cat([torch.where(sink < near, sink, -1), close], 1)
 
     def eligible_mask(self, tiles: Tensor) -> Tensor:
         """Boolean [m, nb]: blocks that may be selected."""

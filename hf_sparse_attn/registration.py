@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, cast
 
 import transformers
 from torch import nn
@@ -52,18 +52,18 @@ class SparseModelMixin(SparseSavingMixin):
     """In front of a stock model class: routers in every eligible attention layer."""
 
     _supports_flash_attn = False  # continuous batching would silently switch to dense flash attention
-    _keep_in_fp32_modules_strict = {"router"}
+    _keep_in_fp32_modules_strict = ("router",)
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        attach_routers(self, SparseAttentionConfig.coerce(config.sparse_attention))  # type: ignore[arg-type]
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        attach_routers(self, SparseAttentionConfig.coerce(config.sparse_attention))
         self.add_model_tags(["hf-sparse-attn"])  # type: ignore[attr-defined]
         self.post_init()  # type: ignore[attr-defined]
 
     def initialize_weights(self) -> None:
         # an inner stock model would dispatch to its own _init_weights, which does not know routers
         super().initialize_weights()  # type: ignore[misc]
-        for router in routers(self):
+        for router in routers(cast(nn.Module, self)):
             router.init_weights()
 
 
@@ -72,7 +72,7 @@ def routers(model: nn.Module) -> list[SparseRouter]:
     return [m for m in model.modules() if isinstance(m, SparseRouter)]
 
 
-def attention_sites(model: nn.Module) -> list[nn.Module]:
+def attention_sites(model: nn.Module) -> list[Any]:
     """Attention modules that call the attention interface with a causal self-attention of their own cache layer."""
     return [m for m in model.modules() if "Attention" in type(m).__name__ and hasattr(m, "layer_idx") and hasattr(m, "q_proj")]
 
@@ -88,9 +88,9 @@ def attach_routers(model: Any, config: SparseAttentionConfig) -> None:
     rotary = find_rotary(model)
     for site in sites:
         cfg = site.config
-        heads = int(cfg.num_attention_heads)  # type: ignore[union-attr]
+        heads = int(cfg.num_attention_heads)
         groups = int(getattr(cfg, "num_key_value_heads", None) or heads)
-        site.router = SparseRouter(config, heads, groups, int(site.head_dim), rotary, int(site.layer_idx))  # type: ignore[arg-type]
+        site.router = SparseRouter(config, heads, groups, int(site.head_dim), rotary, int(site.layer_idx))
         site.__class__ = sparse_attention_class(type(site))
 
 
@@ -174,7 +174,7 @@ def _dispatcher(stock: type[PreTrainedConfig]) -> type:
     def new(_cls: type, *args: Any, **kwargs: Any) -> Any:
         return choose(kwargs)(*args, **kwargs)
 
-    def from_dict(_cls: type, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    def from_dict(_cls: Any, /, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         cls: Any = choose(config_dict, kwargs)
         if kwargs.get(KEY):  # a nested config object is not JSON; the stock code expects plain values
             kwargs[KEY] = SparseAttentionConfig.coerce(kwargs[KEY]).to_dict()
@@ -182,7 +182,7 @@ def _dispatcher(stock: type[PreTrainedConfig]) -> type:
         return cls.from_dict(config_dict, **kwargs)
 
     # Transformers finds a class by its __name__, and would prefer a class from outside `transformers` to remote code
-    namespace = {"__module__": f"transformers.{__name__}", "__new__": new, "from_dict": classmethod(from_dict)}
+    namespace = {"__module__": f"transformers.{__name__}", "__new__": new, "from_dict": classmethod(cast(Any, from_dict))}
     return type(stock.__name__, (stock,), namespace)
 
 

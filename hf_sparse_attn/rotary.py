@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -29,12 +31,16 @@ class Rotary:
         self.interleaved = interleaved
 
     @property
+    def _inv_freq(self) -> Tensor:
+        return cast(Tensor, self.module.inv_freq)
+
+    @property
     def dim(self) -> int:
         """Number of rotated dimensions."""
-        return 2 * self.module.inv_freq.shape[-1]  # type: ignore[union-attr, index]
+        return 2 * int(self._inv_freq.shape[-1])
 
     def _angles(self, positions: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        inv_freq = self.module.inv_freq.to(device=device, dtype=torch.float32)  # type: ignore[union-attr, operator]
+        inv_freq = self._inv_freq.to(device=device, dtype=torch.float32)
         angle = positions.to(device=device, dtype=torch.float32)[..., None] * inv_freq
         return angle.cos(), angle.sin()
 

@@ -22,7 +22,7 @@ class SparseSavingMixin:
         fresh = [m.layer for m in model.modules() if isinstance(m, SparseRouter) and m.fresh]
         if fresh and SparseAttentionConfig.coerce(model.config.sparse_attention).bookkeeping.trained:
             raise ValueError(
-                f"{pretrained_model_name_or_path} says that its routers were trained, but holds none for layers {fresh}: the checkpoint was "
+                f"{pretrained_model_name_or_path} says that its routers were trained, but holds none for layers {fresh}: it was "
                 "probably saved again without hf_sparse_attn. Load the original one, or pass sparse_attention={...} without bookkeeping "
                 "to start with untrained routers"
             )
@@ -33,5 +33,5 @@ class SparseSavingMixin:
         if push_to_hub:
             kwargs.setdefault("repo_id", Path(save_directory).name)
         if kwargs.get("is_main_process", True):
-            with replaced_folder(save_directory) as temporary:
+            with replaced_folder(Path(save_directory)) as temporary:
                 super().save_pretrained(temporary, *args, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]

@@ -81,6 +81,15 @@ def _document_starts(
     if position_ids is None or position_ids.shape[-1] != kv_len:
         return None
     falls = position_ids[:, 1:] <= position_ids[:, :-1]
-    if mask is not None:  # positions inside padding are arbitrary
-        falls = falls & mask[:, 1:] & mask[:, :-1]
+    if mask is not None:  # positions inside padding are arbitrary: compare each real token with the real one before it
+        rows = zip(position_ids.expand(len(mask), -1), mask, strict=True)
+        falls = torch.stack([_falls_among_real(row, real) for row, real in rows])
     return torch.nn.functional.pad(falls, (1, 0)) if bool(falls.any()) else None
+
+
+def _falls_among_real(positions: Tensor, real: Tensor) -> Tensor:
+    """Boolean [N − 1]: the real token at slot i + 1 has no higher position than the real token before it."""
+    slots = real.nonzero()[:, 0]
+    starts = torch.zeros_like(real)
+    starts[slots[1:]] = positions[slots[1:]] <= positions[slots[:-1]]
+    return starts[1:]

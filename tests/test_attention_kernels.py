@@ -232,8 +232,8 @@ BAD = {
     "duplicate": ([[-1, -1, 0], [-1, 4, 4], [0, 3, 6]], "ascending and unique"),
     "empty in the middle": ([[-1, -1, 0], [1, -1, 4], [0, 3, 6]], "-1"),
     "empty last": ([[-1, 0, -1], [-1, 1, 4], [0, 3, 6]], "-1"),
-    "block after the tile": ([[-1, -1, 4], [-1, 1, 4], [0, 3, 6]], "after the tile's last query"),
-    "block after the end": ([[-1, -1, 0], [-1, 1, 4], [0, 3, 9]], "after the tile's last query"),
+    "block after the tile": ([[-1, -1, 4], [-1, 1, 4], [0, 3, 6]], "after its tile's last query"),
+    "block after the end": ([[-1, -1, 0], [-1, 1, 4], [0, 3, 9]], "after its tile's last query"),
     "too few tiles": ([[-1, -1, 0], [-1, 1, 4]], r"\(1, 1, 2\)"),
 }
 

@@ -1,0 +1,1 @@
+"""Sources of models and texts, and windows of tokens."""

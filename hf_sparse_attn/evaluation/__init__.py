@@ -1,0 +1,1 @@
+"""Quality of selections on unseen text."""

@@ -24,7 +24,8 @@ def loss_share(window: np.ndarray, loss: np.ndarray, oracle: np.ndarray, seed: i
 
     def share(index: np.ndarray) -> np.ndarray:
         gap = window[index].mean(-1) - oracle[index].mean(-1)
-        return np.divide(window[index].mean(-1) - loss[index].mean(-1), gap, out=np.zeros_like(gap), where=gap != 0)
+        ratio: np.ndarray = np.divide(window[index].mean(-1) - loss[index].mean(-1), gap, out=np.zeros_like(gap), where=gap != 0)
+        return ratio
 
     low, high = np.quantile(share(picks), [0.025, 0.975])
     return {"share": float(share(np.arange(len(loss)))), "low": float(low), "high": float(high)}

@@ -100,7 +100,7 @@ class Run:
         source, gguf = local_model(self.recipe.model["source"])
         extra = {"gguf_file": gguf} if gguf else {}
         tokenizer = AutoTokenizer.from_pretrained(source, **extra)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **extra)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **extra)
         if gguf:  # otherwise save_pretrained refuses: the quantiser's config would be written for plain weights
             model.hf_quantizer.remove_quantization_config(model)
         model = model.to(self.dtype)
@@ -111,7 +111,7 @@ class Run:
         return {"parameters": sum(p.numel() for p in model.parameters())}
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(self.state / "base")  # type: ignore[no-any-return]
+        return AutoTokenizer.from_pretrained(self.state / "base")
 
     def _base(self) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(self.state / "base", sparse_attention=self.recipe.sparse_attention, dtype=self.dtype)
@@ -187,7 +187,8 @@ class Run:
         return {"attention": attention, "model": model}
 
     def _answer(self) -> dict[str, Any]:
-        model, tokenizer = self._model(), self._tokenizer()
+        model: Any = self._model()
+        tokenizer: Any = self._tokenizer()
         result = {"class": type(model).__name__, "sparse_attention": model.config.sparse_attention}
         if self.recipe.prompt is None:
             return result

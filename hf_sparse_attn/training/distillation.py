@@ -75,7 +75,7 @@ def backbone_hash(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         if ".router." not in name:
             digest.update(name.encode())
-            digest.update(parameter.detach().contiguous().view(torch.uint8).cpu().numpy())
+            digest.update(parameter.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -205,30 +205,21 @@ def distill(
     report = DistillationReport(batches=len(todo), backbone_sha256=backbone_hash(model))
     training = model.training
     model.eval()
-    if checkpoint is not None and Path(checkpoint).exists():
-        _resume(model, distiller, report, Path(checkpoint), config)
-    elif all(r.fresh for r in found):
-        _start(model, distiller, todo[0])
-    with bar(progress) as shown:
-        task = shown.add_task("distilling", total=len(todo), completed=distiller.batch, info="")
-        for batch in todo[distiller.batch :]:
-            _forward(model, batch, distiller)
-            if not distiller.losses:
-                raise ValueError(
-                    f"a batch of {tuple(batch['input_ids'].shape)} tokens has nothing to select: documents must be longer than dense_below "
-                    f"({found[0].config.dense_below}) and than min_keys ({found[0].config.min_keys})"
-                )
-            distiller.batch += 1
-            row = distiller.row()
-            report.log.append(row)
-            shown.update(
-                task, advance=1, info=f"KL {row['kl_coarse']:.3f} + {row['kl_fine']:.3f}, recovered share {row['recovered_share']:.3f}"
-            )
-            if on_batch is not None:
-                on_batch(row)
-            if checkpoint is not None and (distiller.batch % config.save_every == 0 or distiller.batch == len(todo)):
-                _save(model, distiller, report, Path(checkpoint), config)
-    model.train(training)
+    try:
+        _start_or_resume(model, distiller, report, todo, config, None if checkpoint is None else Path(checkpoint))
+        with bar(progress) as shown:
+            task = shown.add_task("distilling", total=len(todo), completed=distiller.batch, info="")
+            for batch in todo[distiller.batch :]:
+                row = _train_batch(model, batch, distiller)
+                report.log.append(row)
+                losses = f"KL {row['kl_coarse']:.3f} + {row['kl_fine']:.3f}"
+                shown.update(task, advance=1, info=f"{losses}, recovered share {row['recovered_share']:.3f}")
+                if on_batch is not None:
+                    on_batch(row)
+                if checkpoint is not None and (distiller.batch % config.save_every == 0 or distiller.batch == len(todo)):
+                    _save(model, distiller, report, Path(checkpoint), config)
+    finally:
+        model.train(training)
     if backbone_hash(model) != report.backbone_sha256:
         raise RuntimeError("the backbone changed during distillation; this is a bug, please report it")
     for router in found:
@@ -236,6 +227,34 @@ def distill(
     mark_trained(model)
     report.steps = distiller.batch * config.steps_per_batch
     return report
+
+
+def _start_or_resume(
+    model: nn.Module,
+    distiller: _Distiller,
+    report: DistillationReport,
+    batches: list[Mapping[str, Tensor]],
+    config: DistillationConfig,
+    checkpoint: Path | None,
+) -> None:
+    if checkpoint is not None and checkpoint.exists():
+        _resume(model, distiller, report, checkpoint, config)
+    elif all(router.fresh for router in routers(model)):
+        distiller.start_index = True
+        _forward(model, batches[0], distiller)
+        distiller.start_index = False
+
+
+def _train_batch(model: nn.Module, batch: Mapping[str, Tensor], distiller: _Distiller) -> dict[str, float]:
+    _forward(model, batch, distiller)
+    if not distiller.losses:
+        config = routers(model)[0].config
+        raise ValueError(
+            f"a batch of {tuple(batch['input_ids'].shape)} tokens has nothing to select: documents must be longer than dense_below "
+            f"({config.dense_below}) and than min_keys ({config.min_keys})"
+        )
+    distiller.batch += 1
+    return distiller.row()
 
 
 @torch.no_grad()
@@ -246,12 +265,6 @@ def _forward(model: nn.Module, batch: Mapping[str, Tensor], observer: _Distiller
     backbone(**inputs, use_cache=False, sparse_call=SparseCall(dense=True, observer=observer))
 
 
-def _start(model: nn.Module, distiller: _Distiller, batch: Mapping[str, Tensor]) -> None:
-    distiller.start_index = True
-    _forward(model, batch, distiller)
-    distiller.start_index = False
-
-
 def _save(model: nn.Module, distiller: _Distiller, report: DistillationReport, path: Path, config: DistillationConfig) -> None:
     state = {
         "routers": router_state(model),
@@ -259,13 +272,14 @@ def _save(model: nn.Module, distiller: _Distiller, report: DistillationReport, p
         "log": report.log,
         "config": asdict(config),
         "hash": report.backbone_sha256,
+        "batches": report.batches,
     }
     write_atomically(path, lambda temporary: torch.save(state, temporary))
 
 
 def _resume(model: nn.Module, distiller: _Distiller, report: DistillationReport, path: Path, config: DistillationConfig) -> None:
     state = torch.load(path, weights_only=True)
-    if state["hash"] != report.backbone_sha256 or state["config"] != asdict(config):
+    if state["hash"] != report.backbone_sha256 or state["config"] != asdict(config) or state["batches"] != report.batches:
         raise ValueError(f"{path} is a checkpoint of another model or of other settings: remove it or give another path")
     load_router_state(model, state["routers"])
     distiller.load(state["distiller"])

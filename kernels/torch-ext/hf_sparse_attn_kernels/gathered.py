@@ -141,7 +141,7 @@ class GatheredAttention(torch.autograd.Function):
         return from_tiles(out, grid, b).contiguous(), lse_rows
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, indices = ctx.saved_tensors
         grid, scale = ctx.grid, ctx.scale
         b, groups = k.shape[:2]
@@ -155,13 +155,15 @@ class GatheredAttention(torch.autograd.Function):
             chunk_k = gather_blocks(keys, part, grid.block_size)
             chunk_v = gather_blocks(values, part, grid.block_size)
             hidden = chunk_mask(part, grid, tiles)
-            p = probabilities(chunk_scores(q_tiles[:, tiles], chunk_k, hidden, scale), hidden).flatten(2, 3)
+            scores = chunk_scores(q_tiles[:, tiles], chunk_k, hidden, scale)
+            # the softmax backward in `accum`, as eager attention does; only what enters a matmul is rounded
+            p = probabilities(scores.to(accum), hidden).flatten(2, 3)
             do = do_tiles[:, tiles].flatten(2, 3)
-            dp = do @ chunk_v.transpose(-1, -2)
-            ds = (p * (dp - (p * dp).sum(-1, keepdim=True))) * scale
+            dp = (do @ chunk_v.transpose(-1, -2)).to(accum)
+            ds = (p * (dp - (p * dp).sum(-1, keepdim=True)) * scale).to(q.dtype)
             dq[:, tiles] = (ds @ chunk_k).view_as(dq[:, tiles])
             scatter_blocks(dk, part, ds.transpose(-1, -2) @ q_tiles[:, tiles].flatten(2, 3), grid.block_size)
-            scatter_blocks(dv, part, p.transpose(-1, -2) @ do, grid.block_size)
+            scatter_blocks(dv, part, p.to(q.dtype).transpose(-1, -2) @ do, grid.block_size)
         grads = (x[:, : grid.kv_len].to(like.dtype).view_as(like) for x, like in ((dk, k), (dv, v)))
         return from_tiles(dq, grid, b), *grads, None, None, None, None
 

@@ -91,12 +91,16 @@ class BlockSelection:
         idx = self.indices
         if idx.shape[-1] == 0:
             return
-        if bool(((idx[..., 1:] <= idx[..., :-1]) & (idx[..., 1:] >= 0)).any()):
-            raise ValueError("BlockSelection.indices must be ascending and unique, with -1 for empty entries first")
+        wrong = (idx[..., 1:] <= idx[..., :-1]) & (idx[..., :-1].maximum(idx[..., 1:]) >= 0)
+        if bool(wrong.any()):
+            at = tuple(wrong.nonzero()[0, :3].tolist())
+            raise ValueError(f"BlockSelection.indices{list(at)} is {idx[at].tolist()}: must be ascending and unique, with -1 (empty) first")
         last_block = (self.grid.last_positions(idx.device) // self.grid.block_size).view(1, 1, -1)
-        if bool((idx[..., -1] > last_block).any()):
+        late = idx[..., -1] > last_block
+        if bool(late.any()):
+            block = int(idx[..., -1][late][0])
             raise ValueError(
-                "BlockSelection.indices holds a block that starts after the tile's last query: causal attention cannot read it"
+                f"BlockSelection.indices holds block {block}, which starts after its tile's last query: causal attention cannot read it"
             )
 
     def kept(self) -> Tensor:
