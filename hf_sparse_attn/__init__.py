@@ -12,13 +12,19 @@ from .attention import SparseCall, learned_selector  # noqa: E402  (the version 
 from .config import SparseAttentionConfig  # noqa: E402
 from .conversion import set_sparse_attention, sparse_attention_as, sparsify, to_dense  # noqa: E402
 from .registration import register, routers, sparse_class, sparse_config  # noqa: E402
+from .training.adaptation import AdaptationConfig, adapt  # noqa: E402
+from .training.distillation import DistillationConfig, distill  # noqa: E402
 
 register()
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdaptationConfig",
+    "DistillationConfig",
     "SparseAttentionConfig",
     "SparseCall",
+    "adapt",
+    "distill",
     "learned_selector",
     "register",
     "routers",

@@ -19,6 +19,8 @@ from .saving import SparseSavingMixin
 
 KEY = "sparse_attention"
 SUPPORTED_MODEL_TYPES = ("llama",)
+# well-known decoders that are refused by name in from_pretrained; for the rest Transformers' own TypeError names the argument
+REFUSED_MODEL_TYPES = ("bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt", "mistral", "qwen2", "qwen3", "gemma2")
 AUTO_CLASSES = (
     "AutoModel",
     "AutoModelForCausalLM",
@@ -169,14 +171,14 @@ def _dispatcher(stock: type[PreTrainedConfig]) -> type:
     """Stands in CONFIG_MAPPING for ``stock``: gives a sparse config where ``sparse_attention`` is asked for, else ``stock``."""
 
     def choose(*values: dict[str, Any]) -> type:
-        return sparse_config_class(stock) if any(v.get(KEY) for v in values) else stock
+        return sparse_config_class(stock) if any(v.get(KEY) is not None for v in values) else stock
 
     def new(_cls: type, *args: Any, **kwargs: Any) -> Any:
         return choose(kwargs)(*args, **kwargs)
 
     def from_dict(_cls: Any, /, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         cls: Any = choose(config_dict, kwargs)
-        if kwargs.get(KEY):  # a nested config object is not JSON; the stock code expects plain values
+        if kwargs.get(KEY) is not None:  # a nested config object is not JSON; the stock code expects plain values
             kwargs[KEY] = SparseAttentionConfig.coerce(kwargs[KEY]).to_dict()
             config_dict = {**config_dict, KEY: kwargs[KEY]}
         return cls.from_dict(config_dict, **kwargs)
@@ -190,7 +192,7 @@ def register() -> None:
     """Register with Transformers: additive and idempotent. Stock checkpoints still give stock classes."""
     AttentionInterface.register(ATTN_IMPLEMENTATION, sparse_attention_forward)
     AttentionMaskInterface.register(ATTN_IMPLEMENTATION, sparse_attention_mask)
-    for model_type in SUPPORTED_MODEL_TYPES:
+    for model_type in (*SUPPORTED_MODEL_TYPES, *REFUSED_MODEL_TYPES):
         stock = CONFIG_MAPPING[model_type]
         if not stock.__module__.startswith(f"transformers.{__name__}"):
             AutoConfig.register(model_type, _dispatcher(stock), exist_ok=True)
