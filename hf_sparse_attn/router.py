@@ -122,7 +122,13 @@ class SparseRouter(nn.Module):
         """
         runs = min(QUERY_RUNS, grid.query_tile)
         q = q.unflatten(0, (-1, self.groups))
-        content = grid.first_positions(q.device)[tiles][:, None] + torch.arange(grid.query_tile, device=q.device)
+        first = grid.first_positions(q.device)[tiles]
+        if grid.query_tile == 1:  # one run of one token: nothing to pool
+            positions = positions[:, first, None].float()
+            plain = q.float() if self.rotary is None else self.rotary.unrotate(q, positions[:, None, :, None])
+            queries = torch.einsum("bgmrf,gof->bgmro", plain.flatten(-3)[..., None, :], self.wq.float())
+            return self._rotate_features(queries, positions[:, None]), torch.ones_like(first, dtype=torch.bool)[:, None]
+        content = first[:, None] + torch.arange(grid.query_tile, device=q.device)
         real = (content >= grid.q_offset) & (content < grid.kv_len)
         positions = positions[:, content.clamp(0, grid.kv_len - 1)].float()
         plain = q.float() if self.rotary is None else self.rotary.unrotate(q, positions[:, None, :, None])
@@ -138,7 +144,9 @@ class SparseRouter(nn.Module):
     def coarse_scores(self, features: tuple[Tensor, Tensor], router_keys: Tensor, scale: float) -> Tensor:
         """Stage-1 score of every whole block for the tiles of `query_features`: float32 [B, G, m, N // S]."""
         queries, real = features
-        scores = torch.einsum("bgmrf,bgnf->bgmrn", queries, router_keys) * scale
+        scores = torch.einsum("bgmrf,bgnf->bgmrn", queries * scale, router_keys)
+        if scores.shape[3] == 1:
+            return scores[:, :, :, 0]
         return scores.masked_fill(~real[..., None], -torch.inf).logsumexp(3)
 
     # -- stage 2 ---------------------------------------------------------------------------------------------------
@@ -178,6 +186,8 @@ class SparseRouter(nn.Module):
         if bool((blocks < 0).any()):
             scores.masked_fill_((blocks < 0).repeat_interleave(size, -1)[:, :, None, None], -torch.inf)
         p = torch.softmax(scores, -1).flatten(2, 3)
+        if grid.query_tile == 1:  # every tile is one real query
+            return p.sum(2).float().view(*blocks.shape, size).sum(-1) / (hg * r)
         real = ((q_pos >= grid.q_offset) & (q_pos < grid.kv_len)).flatten(1)
         total = p.sum(2) if bool(real.all()) else p.masked_fill(~real[..., None], 0).sum(2)
         return total.float().view(*blocks.shape, size).sum(-1) / real.sum(-1)[:, None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -10,7 +11,10 @@ import pytest
 import torch
 from hf_sparse_attn_kernels import BlockSelection
 from hypothesis import HealthCheck, settings
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from hf_sparse_attn import SparseAttentionConfig, sparsify
@@ -173,3 +177,31 @@ def routing_inputs():
         return RoutingInputs(q, k, torch.arange(kv_len)[None], head_dim**-0.5)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer():
+    """A tokenizer of the words w3 ... w96, one token each."""
+    vocabulary = {"<pad>": 0, "<bos>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, 97)}}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="session")
+def random_words():
+    """A text of ``count`` random words that the tokenizer knows."""
+
+    def make(count, seed=0):
+        return " ".join(f"w{i}" for i in random.Random(seed).choices(range(3, 97), k=count))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def llama_folder(stock_llama, word_tokenizer, tmp_path_factory):
+    """A saved stock model with its tokenizer."""
+    folder = tmp_path_factory.mktemp("llama") / "tiny-llama"
+    stock_llama().save_pretrained(folder)
+    word_tokenizer.save_pretrained(folder)
+    return folder

@@ -28,19 +28,22 @@ def as_rows(x: Tensor) -> Tensor:
 def gather_blocks(x: Tensor, index: Tensor, block_size: int) -> Tensor:
     """Rows of ``x`` [BG, N, D] (see `as_rows`) in blocks ``index`` [BG, ..., K] -> [BG, ..., K·block_size, D].
 
-    Entries below 0 read block 0, the missing rows of a partial last block are zeros: the caller masks both.
+    Entries below 0 read block 0, the missing rows of a partial last block are zeros: the caller masks both. A partial
+    last block may stand in the last column only, as it does in ascending lists.
     """
     rows, n, d = x.shape
     full = n // block_size
-    flat = index.clamp(min=0).long().reshape(rows, -1)
-    out = x.new_empty(rows, flat.shape[1], block_size * d)
-    tail = F.pad(x[:, full * block_size :], (0, 0, 0, (full + 1) * block_size - n)).reshape(rows, 1, -1) if n % block_size else None
-    for row in range(rows):
-        if full:
-            blocks = x[row, : full * block_size].view(full, block_size * d)
-            torch.index_select(blocks, 0, flat[row].clamp(max=full - 1), out=out[row])
-        if tail is not None:
-            out[row][flat[row] == full] = tail[row]
+    flat = index.clamp(0, max(full - 1, 0)).long().reshape(rows, -1)
+    shape = (rows, flat.shape[1], block_size * d)
+    out = x.new_empty(shape) if full else x.new_zeros(shape)
+    if full:
+        for row in range(rows):
+            torch.index_select(x[row, : full * block_size].view(full, block_size * d), 0, flat[row], out=out[row])
+    if n % block_size:
+        tail = F.pad(x[:, full * block_size :], (0, 0, 0, (full + 1) * block_size - n)).reshape(rows, 1, -1)
+        last = out.view(rows, -1, index.shape[-1], block_size * d)[:, :, -1]
+        partial = (index[..., -1:] == full).reshape(rows, -1, 1)
+        last.copy_(torch.where(partial, tail, last))
     return out.view(*index.shape[:-1], index.shape[-1] * block_size, d)
 
 

@@ -117,9 +117,8 @@ def ordered_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     index are packed into one int64 that has no ties. NaN counts as −inf.
     """
     width = scores.shape[-1]
-    scores = scores.float()
     # −0.0 and 0.0 are equal scores but differ in bits: adding 0.0 makes both +0.0
-    clean = torch.where(scores.isnan(), -torch.inf, scores) + 0.0
+    clean = scores.float().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf) + 0.0
     bits = clean.view(torch.int32).long()
     ordered = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
     packed = ordered * width + torch.arange(width - 1, -1, -1, device=scores.device)

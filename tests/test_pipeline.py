@@ -1,0 +1,255 @@
+"""The main job end to end on a tiny model: files of a run, reloading, continuing, refusals."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_sparse_attn import SparseAttentionConfig, routers
+from hf_sparse_attn.pipeline import run as run_module
+from hf_sparse_attn.pipeline.recipe import RecipeError, load_recipe
+from hf_sparse_attn.pipeline.run import Run, run_recipe
+
+# peft asks transformers for a property that the newest versions call by another name
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+STEPS = ("convert", "distill", "lora", "quality", "speed", "answer")
+
+
+class Stopped(Exception):
+    """Stands for a kill."""
+
+
+def quiet():
+    return Console(file=io.StringIO(), width=200)
+
+
+@pytest.fixture(scope="module")
+def recipe_values(llama_folder, random_words, real_budget, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    for i, count in enumerate((600, 600, 2300, 2300)):
+        (folder / f"{'train' if i < 2 else 'eval'}{i}.txt").write_text(random_words(count, seed=i))
+    return {
+        "name": "tiny",
+        "model": {"source": str(llama_folder), "name": "tiny Llama", "license": "apache-2.0", "dtype": "float32"},
+        "sparse_attention": real_budget,
+        "data": {"train": [str(folder / "train*.txt")], "eval": [str(folder / "eval*.txt")]},
+        "distill": {"context": 256, "batches": 2},
+        "lora": {"context": 256, "steps": 2, "settings": {"rank": 2, "kl_tile_share": 4}},
+        "quality": [{"length": 256, "windows": 2, "budgets": [80, 128], "decode_tokens": 16}],
+        "speed": {"length": 512, "keys": 256, "decode_tokens": 3, "repeats": 1, "attention_repeats": 1},
+        "prompt": "w5 w6 w7",
+        "max_new_tokens": 4,
+    }
+
+
+@pytest.fixture(scope="module")
+def write_recipe(recipe_values, tmp_path_factory):
+    """A recipe file with some changes, beside a copy of the defaults."""
+
+    def make(**changes):
+        folder = tmp_path_factory.mktemp("recipes")
+        shutil.copy(RECIPES / "defaults.yaml", folder)
+        (folder / "tiny.yaml").write_text(yaml.safe_dump({**recipe_values, **changes}))
+        return folder / "tiny.yaml"
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def done(write_recipe, tmp_path_factory):
+    """A run that was stopped between distillation and LoRA and in the middle of the quality step, then continued."""
+    recipe, folder = load_recipe(write_recipe()), tmp_path_factory.mktemp("run") / "tiny"
+    distilled, evaluated = [], []
+    distill, losses = run_module.distill, run_module.evaluate_windows
+
+    def counted(*args, **options):
+        distilled.append(1)
+        return distill(*args, **options)
+
+    def stop(*_):
+        raise Stopped
+
+    def stop_in_the_middle(*args, on_result, **options):
+        def note(result):
+            on_result(result)
+            if len(evaluated) == 5:
+                raise Stopped
+            evaluated.append((result.document, result.keys, result.selection))
+
+        return losses(*args, on_result=note, **options)
+
+    def note_all(*args, on_result, **options):
+        def note(result):
+            on_result(result)
+            evaluated.append((result.document, result.keys, result.selection))
+
+        return losses(*args, on_result=note, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "distill", counted)
+        patch.setattr(Run, "_lora", stop)
+        with pytest.raises(Stopped):
+            run_recipe(recipe, folder, quiet())
+        after_stop = sorted(p.name for p in (folder / "state").glob("*.json"))
+        patch.undo()
+        patch.setattr(run_module, "distill", counted)
+        patch.setattr(run_module, "evaluate_windows", stop_in_the_middle)
+        with pytest.raises(Stopped):
+            run_recipe(recipe, folder, quiet())
+        patch.setattr(run_module, "evaluate_windows", note_all)
+        results = run_recipe(recipe, folder, quiet())
+    return SimpleNamespace(
+        recipe=recipe, folder=folder, results=results, after_stop=after_stop, distilled=len(distilled), evaluated=evaluated
+    )
+
+
+def test_an_interrupted_run_continues_where_it_stopped(done):
+    assert done.after_stop == ["convert.json", "distill.json", "recipe.json"]
+    assert done.distilled == 1
+    # dense and 2 budgets x 6 selections for 2 windows; the one that was being noted at the kill was kept
+    assert len(done.evaluated) == len(set(done.evaluated)) == 26 - 1
+    assert len(done.results["quality"]["windows"]) == 26
+
+
+def test_results_json_holds_every_step(done):
+    written = json.loads((done.folder / "results.json").read_text())
+    assert written == json.loads(json.dumps(done.results))
+    for name in STEPS:
+        assert written[name]["seconds"] >= 0 and written[name]["peak_process_bytes"] > 0
+    assert written["recipe"]["name"] == "tiny" and written["recipe"]["max_new_tokens"] == 4
+    assert written["environment"]["packages"]["torch"] == torch.__version__
+    assert [row["batch"] for row in written["distill"]["log"]] == [1, 2]
+    assert [row["step"] for row in written["lora"]["log"]] == [1, 2]
+    assert written["speed"]["model"]["length"] == 512 and written["speed"]["attention"]["keys"] == 256
+    assert written["answer"]["class"] == "SparseLlamaForCausalLM" and written["answer"]["prompt"] == "w5 w6 w7"
+
+
+def test_training_and_evaluation_texts_are_apart(done):
+    seen = {name.split("[")[0] for name in done.results["distill"]["documents"]}
+    unseen = {row["document"].split("[")[0] for row in done.results["quality"]["windows"]}
+    assert seen == {"train0.txt", "train1.txt"} and unseen == {"eval2.txt", "eval3.txt"}
+
+
+def test_the_quality_table_is_complete_and_ordered(done):
+    table = done.results["quality"]["table"]
+    assert [(r["keys"], r["n"]) for r in table] == [(None, 2), *[(80, 2)] * 6, (None, 2), *[(128, 2)] * 6]
+    by_name = {r["selection"]: r for r in table if r["keys"] == 80}
+    assert list(by_name) == ["oracle", "two stages", "stage 1 alone", "untrained", "mean-pool", "window + sink"]
+    assert by_name["oracle"]["recovered_share"]["share"] == pytest.approx(1) and by_name["window + sink"]["recovered_share"]["share"] == 0
+    assert all(by_name["oracle"]["kept_mass"]["mean"] >= r["kept_mass"]["mean"] - 1e-6 for r in by_name.values())
+    assert all("kept_mass" not in r for r in table if r["keys"] != 80) and all("decode" in r for r in table)
+
+
+def test_the_report_is_self_contained_and_holds_the_figures(done):
+    html = (done.folder / "report.html").read_text()
+    assert not re.search(r"""(?:src|href)\s*=\s*["']?\s*(?:https?:)?//""", html) and "@import" not in html and "url(" not in html
+    assert html.count('<img alt="') == html.count('src="data:image/svg+xml;base64,') == 4
+    for row in done.results["quality"]["table"]:
+        assert f"<td>{row['prefill']:.4f}</td>" in html and f"<td>{row['decode']:.4f}</td>" in html
+        if "prefill_share" in row:
+            share = row["prefill_share"]
+            assert f"{share['share']:.2f} [{share['low']:.2f}, {share['high']:.2f}]" in html
+    assert f"{done.results['speed']['attention']['speedup']['median']:.2f}×" in html
+    assert "Only n = 2 window(s)" in html and done.results["answer"]["answer"] in html
+
+
+def test_the_card_is_made_from_the_results(done):
+    card = (done.folder / "model" / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head == {"library_name": "transformers", "license": "apache-2.0", "tags": ["hf-sparse-attn", "sparse-attention"]}
+    assert "# tiny: tiny Llama with learnable two-stage sparse attention" in card
+    for row in done.results["quality"]["table"]:
+        assert f"| {row['keys'] or 'all'} | {row['selection']} | 2 | {row['prefill']:.4f} |" in card
+    assert f"Prefill {done.results['speed']['model']['prefill_speedup']:.2f}×" in card and "2 joint LoRA steps (merged)" in card
+
+
+def test_the_model_reloads_through_the_plain_auto_class(done, recipe_values):
+    model = AutoModelForCausalLM.from_pretrained(done.folder / "model")
+    assert type(model).__name__ == "SparseLlamaForCausalLM" and len(routers(model)) == 2
+    assert model.config.sparse_attention["bookkeeping"]["trained"] is True and model.dtype == torch.float32
+    want = SparseAttentionConfig(**recipe_values["sparse_attention"]).mark_trained()
+    assert SparseAttentionConfig.coerce(model.config.sparse_attention) == want
+    assert not any("lora" in name or "modules_to_save" in name for name in model.state_dict())
+    tokenizer = AutoTokenizer.from_pretrained(done.folder / "model")
+    inputs = tokenizer("w5 w6 w7", return_tensors="pt")
+    assert inputs["input_ids"].tolist() == [[5, 6, 7]]
+    out = model.eval().generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert tokenizer.decode(out[0, 3:], skip_special_tokens=True) == done.results["answer"]["answer"]
+
+
+def test_no_leftovers_of_interrupted_writes(done):
+    hidden = [p for p in done.folder.rglob(".*")]
+    assert not hidden, hidden
+    assert sorted(p.name for p in done.folder.iterdir()) == ["adapter", "model", "report.html", "results.json", "state"]
+
+
+def test_a_second_call_does_nothing_again(done, monkeypatch):
+    for name in STEPS:
+        monkeypatch.setattr(Run, f"_{name}", lambda self, name=name: pytest.fail(f"{name} ran again"))
+    again = run_recipe(done.recipe, done.folder, quiet())
+    assert {k: v for k, v in again.items() if k != "environment"} == {k: v for k, v in done.results.items() if k != "environment"}
+
+
+def test_a_changed_recipe_is_refused_for_the_same_folder(done, write_recipe):
+    before = (done.folder / "results.json").read_bytes()
+    changed = load_recipe(write_recipe(seed=1))
+    with pytest.raises(RecipeError, match=r"holds a run of another recipe.*--out"):
+        run_recipe(changed, done.folder, quiet())
+    assert (done.folder / "results.json").read_bytes() == before
+
+
+def test_a_nearly_full_disk_is_refused_before_any_work(done, monkeypatch, tmp_path):
+    monkeypatch.setattr(run_module, "free_bytes", lambda path: 1 << 20)
+    with pytest.raises(RecipeError, match="less than 3 GB are free"):
+        run_recipe(done.recipe, tmp_path / "run", quiet())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("prompt", ["w5 [/INST] w6", "w5 [bold] w6"])
+def test_square_brackets_in_a_prompt_are_text(done, prompt):
+    console = quiet()
+    result = Run(replace(done.recipe, prompt=prompt), done.folder, console)._answer()
+    assert result["prompt"] == prompt and prompt in console.file.getvalue()
+
+
+def test_without_lora_and_speed_the_report_leaves_them_out(done, write_recipe, tmp_path):
+    recipe = load_recipe(
+        write_recipe(
+            distill={"context": 256, "batches": 1},
+            lora={"steps": 0},
+            speed={"length": 0},
+            prompt=None,
+            quality=[{"length": 256, "windows": 1, "budgets": [80], "decode_tokens": 0, "selections": ["oracle", "window + sink"]}],
+        )
+    )
+    results = run_recipe(recipe, tmp_path / "run", quiet())
+    html, card = (tmp_path / "run" / "report.html").read_text(), (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "Speed and memory" not in html and "LoRA:" not in html and "answers" not in html and "## Speed" not in card
+    assert "LoRA" not in card and not (tmp_path / "run" / "adapter").exists()
+    assert all("decode" not in row for row in results["quality"]["table"])
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").config.sparse_attention["bookkeeping"]["trained"] is True
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
+def test_published_recipes_load(path):
+    if path.stem == "defaults":
+        with pytest.raises(RecipeError, match=r"model\.source is missing"):
+            load_recipe(path)
+        return
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    assert recipe.distillation.seed == recipe.adaptation.seed == recipe.seed
+    assert not set(recipe.data["train"]) & set(recipe.data["eval"])
