@@ -184,7 +184,12 @@ def _dispatcher(stock: type[PreTrainedConfig]) -> type:
         return cls.from_dict(config_dict, **kwargs)
 
     # Transformers finds a class by its __name__, and would prefer a class from outside `transformers` to remote code
-    namespace = {"__module__": f"transformers.{__name__}", "__new__": new, "from_dict": classmethod(cast(Any, from_dict))}
+    namespace = {
+        "__module__": f"transformers.{__name__}",
+        "__doc__": stock.__doc__,
+        "__new__": new,
+        "from_dict": classmethod(cast(Any, from_dict)),
+    }
     return type(stock.__name__, (stock,), namespace)
 
 
