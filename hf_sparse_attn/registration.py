@@ -40,7 +40,9 @@ class SparseConfigMixin:
     def __post_init__(self, **kwargs: Any) -> None:
         # Transformers never saves the attention implementation, so it is the default of this class
         kwargs["attn_implementation"] = kwargs.get("attn_implementation") or ATTN_IMPLEMENTATION
-        self.sparse_attention: dict[str, Any] = SparseAttentionConfig.coerce(self.sparse_attention).to_dict()
+        self.sparse_attention: dict[str, Any] | None
+        if self.sparse_attention is not None:  # None: a stock checkpoint read through this class, as PEFT does
+            self.sparse_attention = SparseAttentionConfig.coerce(self.sparse_attention).to_dict()
         super().__post_init__(**kwargs)  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
