@@ -186,7 +186,7 @@ def _dispatcher(stock: type[PreTrainedConfig]) -> type:
         return cls.from_dict(config_dict, **kwargs)
 
     # Transformers finds a class by its __name__, and would prefer a class from outside `transformers` to remote code
-    namespace = {
+    namespace: dict[str, Any] = {
         "__module__": f"transformers.{__name__}",
         "__doc__": stock.__doc__,
         "__new__": new,

@@ -66,7 +66,9 @@ def quality_table(results: Sequence[WindowResult]) -> list[dict[str, Any]]:
         documents = sorted(set.intersection(*({r.document for r in found} for found in by_selection.values())))
         if not documents:
             continue
-        rows.append(_row(length, None, "dense", [dense[d, length] for d in documents], None))
+        reference = _row(length, None, "dense", [dense[d, length] for d in documents], None)
+        if reference not in rows:  # one for all budgets that were measured on the same windows
+            rows.append(reference)
         paired = [[bound[d] for d in documents] for bound in bounds]
         for selection, found in by_selection.items():
             own = {r.document: r for r in found}
