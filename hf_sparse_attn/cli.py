@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Learnable two-stage sparse attention for pretrained models.")
@@ -45,9 +46,10 @@ def _integers(text: str, option: str) -> list[int]:
 def _sparse_options(text: str) -> dict[str, Any]:
     import yaml
 
-    loaded = yaml.safe_load("{" + text + "}") if text else {}
-    if not isinstance(loaded, dict):
-        raise ValueError(f"--sparse is {text!r}: must be fields like 'min_keys: 1024, max_keys: 1024'")
+    try:
+        loaded: dict[str, Any] = yaml.safe_load("{" + text + "}")
+    except yaml.YAMLError as error:
+        raise ValueError(f"--sparse is {text!r}: must be fields like 'min_keys: 1024, max_keys: 1024'") from error
     return loaded
 
 
@@ -210,7 +212,7 @@ def _windows(text: str, tokenizer: Any, length: int, count: int, model: Any) -> 
 
 def _show(result: Any) -> None:
     keys = "" if result.keys is None else f", {result.keys} keys"
-    console.print(f"{result.document}{keys}, {result.selection}: {result.prefill:.4f}")
+    console.print(f"{result.document}{keys}, {result.selection}: {result.prefill:.4f}", markup=False)
 
 
 def _print_quality(rows: list[dict[str, Any]]) -> None:
@@ -231,7 +233,7 @@ def guarded(command: Callable[[], Any]) -> int:
     except (ValueError, ImportError, OSError, RuntimeError) as error:
         if os.environ.get("HF_SPARSE_ATTN_DEBUG"):
             raise
-        console.print(f"[bold red]error:[/] {error}", highlight=False, markup=True, soft_wrap=True)
+        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         console.print("stopped; run the same command again to continue")

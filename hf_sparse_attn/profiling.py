@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import itertools
 import statistics
 import threading
 import time
@@ -148,19 +149,20 @@ def _kept_pairs(length: int, keys: int) -> float:
 def verify_attention(out: Tensor, router: SparseRouter, inputs: RoutingInputs, v: Tensor) -> None:
     """Raise BenchmarkError unless some tiles of ``out`` agree with float64 attention over the selected keys."""
     selection = router.select(inputs)
-    size, tile = router.config.block_size, router.config.query_tile
     hg = router.heads // router.groups
-    for t in torch.linspace(0, selection.grid.tiles - 1, VERIFY_TILES).long().tolist():
-        rows = torch.arange(t * tile, min((t + 1) * tile, inputs.q.shape[2]))
-        blocks = selection.indices[0, 0, t]
-        keys = (blocks[blocks >= 0].long()[:, None] * size + torch.arange(size)).flatten()
-        keys = keys[keys < inputs.k.shape[2]]
-        scores = inputs.q[0, :hg, rows].double() @ inputs.k[0, 0, keys].double().T * inputs.scale
-        p = scores.masked_fill(keys > rows[:, None], -torch.inf).softmax(-1)
-        error = float((out[0, :hg, rows].double() - p @ v[0, 0, keys].double()).abs().max())
-        allowed = 32 * torch.finfo(out.dtype).eps * float(v.abs().max())
-        if not error <= allowed:
-            raise BenchmarkError(f"the sparse output differs from the float64 one by {error:.3g} (allowed {allowed:.3g}) in tile {t}")
+    allowed = 32 * torch.finfo(out.dtype).eps * float(v.abs().max())
+    for row, group in itertools.product(range(out.shape[0]), range(router.groups)):
+        heads = slice(group * hg, (group + 1) * hg)
+        for t in torch.linspace(0, selection.grid.tiles - 1, VERIFY_TILES).long().tolist():
+            queries = torch.arange(t * router.config.query_tile, min((t + 1) * router.config.query_tile, out.shape[2]))
+            blocks = selection.indices[row, group, t]
+            keys = (blocks[blocks >= 0].long()[:, None] * router.config.block_size + torch.arange(router.config.block_size)).flatten()
+            keys = keys[keys < inputs.k.shape[2]]
+            scores = inputs.q[row, heads, queries].double() @ inputs.k[row, group, keys].double().T * inputs.scale
+            p = scores.masked_fill(keys > queries[:, None], -torch.inf).softmax(-1)
+            error = float((out[row, heads, queries].double() - p @ v[row, group, keys].double()).abs().max())
+            if not error <= allowed:
+                raise BenchmarkError(f"the sparse output differs from the float64 one by {error:.3g} (allowed {allowed:.3g}) in tile {t}")
 
 
 @contextmanager

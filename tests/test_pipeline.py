@@ -193,7 +193,7 @@ def test_the_model_reloads_through_the_plain_auto_class(done, recipe_values):
 
 
 def test_no_leftovers_of_interrupted_writes(done):
-    hidden = [p for p in done.folder.rglob(".*")]
+    hidden = list(done.folder.rglob(".*"))
     assert not hidden, hidden
     assert sorted(p.name for p in done.folder.iterdir()) == ["adapter", "model", "report.html", "results.json", "state"]
 

@@ -98,7 +98,7 @@ def read_documents(sources: list[str]) -> list[Document]:
         if source.startswith("hub:"):
             documents += _hub_documents(source)
         else:
-            files = package_files(source) if source.startswith(("pypi:", "deb:")) else [Path(p) for p in sorted(glob.glob(source))]
+            files = package_files(source) if source.startswith(("pypi:", "deb:")) else _local_files(source)
             if not files:
                 raise SourceError(f"source {source!r}: no such file; forms: {FORMS}")
             documents += [Document(file.name, read_text(file)) for file in files]
@@ -107,6 +107,10 @@ def read_documents(sources: list[str]) -> list[Document]:
     if twice:
         raise SourceError(f"documents must have distinct names, but {', '.join(twice[:3])} appear twice; narrow the globs")
     return documents
+
+
+def _local_files(pattern: str) -> list[Path]:
+    return [path for path in map(Path, sorted(glob.glob(pattern, recursive=True))) if path.is_file()]
 
 
 def read_text(file: Path) -> str:

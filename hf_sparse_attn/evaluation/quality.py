@@ -61,7 +61,7 @@ def window_losses(model: PreTrainedModel, ids: Tensor, call: SparseCall, decode_
     if cache is None:
         return float(prefill), None
     cache.crop(-(decode_tokens + 1))
-    start, step = n - decode_tokens - 1, routers(model)[0].config.query_tile - 1
+    start, step = n - decode_tokens - 1, max(1, routers(model)[0].config.query_tile - 1)
     losses = []
     for at in range(start, n - 1, step):
         stop = min(at + step, n - 1)

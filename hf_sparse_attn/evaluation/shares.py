@@ -53,7 +53,7 @@ def _mean_mass(results: Sequence[WindowResult]) -> dict[int, float]:
 
 
 def quality_table(results: Sequence[WindowResult]) -> list[dict[str, Any]]:
-    """One row per length, budget and selection: mean log-losses, shares, kept mass and recovered share, with n."""
+    """One row per length, budget and selection, each budget after its dense row: mean log-losses, shares, kept mass and recovered share, with n."""
     rows: list[dict[str, Any]] = []
     dense = {(r.document, r.length): r for r in results if r.keys is None}
     cells: dict[tuple[int, int], dict[str, list[WindowResult]]] = defaultdict(lambda: defaultdict(list))
@@ -66,9 +66,7 @@ def quality_table(results: Sequence[WindowResult]) -> list[dict[str, Any]]:
         documents = sorted(set.intersection(*({r.document for r in found} for found in by_selection.values())))
         if not documents:
             continue
-        reference = _row(length, None, "dense", [dense[d, length] for d in documents], None)
-        if reference not in rows:  # one for all budgets that were measured on the same windows
-            rows.append(reference)
+        rows.append(_row(length, None, "dense", [dense[d, length] for d in documents], None))
         paired = [[bound[d] for d in documents] for bound in bounds]
         for selection, found in by_selection.items():
             own = {r.document: r for r in found}

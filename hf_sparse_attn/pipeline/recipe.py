@@ -90,6 +90,8 @@ def load_recipe(path: str | Path) -> Recipe:
         quality = tuple(
             Quality(**_checked(entry, {f.name for f in fields(Quality)}, f"quality[{i}]")) for i, entry in enumerate(values["quality"])
         )
+        _checked(values["distill"]["settings"], {f.name for f in fields(DistillationConfig)}, "distill.settings")
+        _checked(values["lora"]["settings"], {f.name for f in fields(AdaptationConfig)}, "lora.settings")
         sparse = SparseAttentionConfig.from_dict(values["sparse_attention"])
         recipe = Recipe(**{**values, "quality": quality, "sparse_attention": sparse}, raw=values)
         _ = recipe.distillation, recipe.adaptation
@@ -103,8 +105,8 @@ def _read(path: Path) -> dict[str, Any]:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RecipeError(f"{path}: no such file (a recipe needs defaults.yaml beside it)") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML in UTF-8: {error}") from error
     if not isinstance(loaded, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys, got {type(loaded).__name__}")
     return loaded

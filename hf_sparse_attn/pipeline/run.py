@@ -171,7 +171,8 @@ class Run:
                 done.append(result)
                 write_json(partial, [r.to_dict() for r in done])
                 keys = "" if result.keys is None else f", {result.keys} keys"
-                self.console.print(f"  {result.document} {result.length} tokens{keys}, {result.selection}: {result.prefill:.4f}")
+                line = f"  {result.document} {result.length} tokens{keys}, {result.selection}: {result.prefill:.4f}"
+                self.console.print(line, markup=False)
 
             evaluate_windows(model, windows, entry.budgets, chosen, decode_tokens=entry.decode_tokens, done=list(done), on_result=note)
         return {"windows": [r.to_dict() for r in done], "table": quality_table(done)}
@@ -195,7 +196,8 @@ class Run:
         inputs = tokenizer(self.recipe.prompt, return_tensors="pt")
         out = model.generate(**inputs, max_new_tokens=self.recipe.max_new_tokens, do_sample=False)
         answer = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        self.console.print(f"  {self.recipe.prompt}[bold]{answer}[/]")
+        self.console.print(f"  {self.recipe.prompt}", end="", markup=False, highlight=False)
+        self.console.print(answer, style="bold", markup=False, highlight=False)
         return {**result, "prompt": self.recipe.prompt, "answer": answer}
 
     def _results(self) -> dict[str, Any]:

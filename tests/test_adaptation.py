@@ -1,0 +1,275 @@
+"""The joint LoRA stage: what learns from what, resuming, merging, saving, refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hf_sparse_attn import SparseCall, attention, routers
+from hf_sparse_attn.training import adaptation
+from hf_sparse_attn.training.adaptation import AdaptationConfig, KLCollector, adapt, add_lora
+from hf_sparse_attn.training.distillation import backbone_hash, router_state
+
+# peft asks transformers for a property that the newest versions call by another name
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+SETTINGS = {"rank": 4, "alpha": 8, "lr": 5e-3, "router_lr": 5e-3, "kl_tile_share": 2}
+
+
+@pytest.fixture
+def model(sparse_llama, real_budget):
+    return sparse_llama(real_budget, noise=0.1)
+
+
+@pytest.fixture
+def batches(token_ids):
+    return [{"input_ids": token_ids(1, 160, seed=seed)} for seed in range(6)]
+
+
+def train(model, batches, checkpoint=None, **changes):
+    return adapt(model, batches, AdaptationConfig(**{**SETTINGS, **changes}), checkpoint=checkpoint, progress=False)
+
+
+def trained_weights(peft_model):
+    return {name: p.detach().clone() for name, p in peft_model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(input_ids=ids).logits
+
+
+# -- what learns ----------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_falls_and_the_backbone_stays(model, batches):
+    backbone, before = backbone_hash(model), router_state(model)
+    peft_model, log = train(model, batches[:1] * 12)
+    sparse = [row["loss"] for row in log if not row["dense"]]
+    assert sparse[-1] < 0.9 * sparse[0] and log[-1]["kl"] < log[0]["kl"]
+    names = trained_weights(peft_model)
+    assert all(".lora_" in name or ".router." in name for name in names) and not peft_model.training
+    assert sum(".lora_" in name for name in names) == 2 * 2 * 4 and sum(".router." in name for name in names) == len(before)
+    stock = peft_model.unload()
+    assert backbone_hash(stock) == backbone
+
+
+def test_every_router_weight_and_lora_weight_moves(model, batches):
+    start = trained_weights(add_lora_like(model, batches))
+    peft_model, _ = train(model_again(model), batches)
+    after = trained_weights(peft_model)
+    assert after.keys() == start.keys()
+    assert all(not torch.equal(after[name], start[name]) for name in after)
+
+
+def add_lora_like(model, batches):
+    """The PeftModel that `adapt` starts with, of a copy of the model."""
+    config = AdaptationConfig(**SETTINGS)
+    torch.manual_seed(config.seed)
+    return add_lora(model_again(model), config)
+
+
+def model_again(model):
+    again = type(model)(model.config).eval()
+    again.load_state_dict(model.state_dict())
+    return again
+
+
+def test_without_a_kl_the_routers_stay(model, batches):
+    """The task's gradient never reaches them, and there is no weight decay."""
+    before, backbone = router_state(model), backbone_hash(model)
+    peft_model, log = train(model, batches[:3], kl_weight=0.0)
+    assert all(row["kl"] > 0 for row in log)
+    merged = peft_model.merge_and_unload()
+    assert all(torch.equal(weight, before[name]) for name, weight in router_state(merged).items())
+    assert backbone_hash(merged) != backbone
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_task_and_kl_reach_separate_weights(model, batches, dense):
+    config = AdaptationConfig(**SETTINGS)
+    peft_model = add_lora(model, config).train()
+    collector = KLCollector(config, torch.Generator().manual_seed(0))
+    ids = batches[0]["input_ids"]
+    task = peft_model(input_ids=ids, labels=ids, use_cache=False, sparse_call=SparseCall(dense=dense, observer=collector)).loss
+    weights = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
+    of_task, of_kl = (
+        {
+            name
+            for name, g in zip(weights, torch.autograd.grad(loss, weights.values(), retain_graph=True, allow_unused=True), strict=True)
+            if g is not None
+        }
+        for loss in (task, collector.total())
+    )
+    assert of_task == {name for name in weights if ".lora_" in name}
+    assert of_kl == {name for name in weights if ".router." in name}
+    assert len(collector.losses) == 2 and all(
+        0 <= window <= oracle + 1e-6 and kept <= oracle + 1e-6 for kept, window, oracle in collector.kept
+    )
+
+
+def test_the_kl_is_the_mean_over_layers_and_zero_without_open_tiles(model, token_ids):
+    config = AdaptationConfig(**SETTINGS)
+    collector = KLCollector(config, torch.Generator().manual_seed(0))
+    assert float(collector.total()) == 0.0
+    model(token_ids(1, 60), sparse_call=SparseCall(observer=collector))  # everything fits the budget
+    assert not collector.losses and float(collector.total()) == 0.0
+    model(token_ids(1, 160), sparse_call=SparseCall(observer=collector))
+    torch.testing.assert_close(collector.total(), (collector.losses[0] + collector.losses[1]) / 2)
+
+
+def test_windows_that_fit_the_budget_still_train_the_backbone(model, token_ids):
+    before = router_state(model)
+    peft_model, log = train(model, [{"input_ids": token_ids(1, 60)}] * 2)
+    assert [row["kl"] for row in log] == [0.0, 0.0] and log[1]["loss"] < log[0]["loss"]
+    assert all(torch.equal(weight, before[name]) for name, weight in router_state(peft_model.merge_and_unload()).items())
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_every_so_many_steps_run_dense(model, batches, every, monkeypatch):
+    sparse, original = [], attention.block_sparse_attention
+
+    def counted(*args, **options):
+        sparse.append(1)
+        return original(*args, **options)
+
+    monkeypatch.setattr(attention, "block_sparse_attention", counted)
+    _, log = train(model, batches[:5], dense_every=every)
+    assert [row["dense"] for row in log] == [(step + 1) % every == 0 for step in range(5)]
+    assert len(sparse) == 2 * sum(not row["dense"] for row in log)  # two layers
+    assert [row["step"] for row in log] == [1, 2, 3, 4, 5] and all(0 < row["kept_mass"] <= 1 for row in log)
+
+
+def test_labels_and_masks_of_a_batch_are_used(model, token_ids, left_padded):
+    ids, mask = left_padded([token_ids(1, 160)[0], token_ids(1, 120)[0]])
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    _, log = train(model, [batch])
+    with_pads = model_loss(model, {"input_ids": ids, "attention_mask": mask, "labels": ids})
+    assert log[0]["loss"] != pytest.approx(with_pads, abs=1e-4)
+
+
+@torch.no_grad()
+def model_loss(model, batch):
+    return float(model(**batch, use_cache=False).loss)
+
+
+# -- resuming -------------------------------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize("stop_at", [2, 3, 5])
+def test_a_resumed_run_equals_an_uninterrupted_one(model, batches, stop_at, tmp_path, monkeypatch):
+    first, second = model_again(model), model_again(model)
+    whole, whole_log = train(first, batches)
+    step = adaptation._Adapter.train_step
+
+    def until(self, batch):
+        if self.step == stop_at:
+            raise Stopped
+        return step(self, batch)
+
+    path = tmp_path / "lora.pt"
+    monkeypatch.setattr(adaptation._Adapter, "train_step", until)
+    with pytest.raises(Stopped):
+        train(second, batches, path)
+    ran = []
+
+    def count(self, batch):
+        ran.append(self.step)
+        return step(self, batch)
+
+    monkeypatch.setattr(adaptation._Adapter, "train_step", count)
+    torch.manual_seed(99)
+    torch.rand(7)  # another state of the global generator than at the kill
+    resumed, log = train(model, batches, path)
+    assert ran == list(range(stop_at - stop_at % 2, 6)) and log == whole_log
+    want = trained_weights(whole)
+    assert all(torch.equal(weight, want[name]) for name, weight in trained_weights(resumed).items())
+
+
+def test_a_finished_run_is_not_trained_again(model, batches, tmp_path, monkeypatch):
+    peft_model, log = train(model_again(model), batches[:3], tmp_path / "lora.pt")
+    monkeypatch.setattr(adaptation._Adapter, "train_step", lambda *_: pytest.fail("trained again"))
+    again, again_log = train(model, batches[:3], tmp_path / "lora.pt")
+    assert again_log == log and len(log) == 3
+    assert all(torch.equal(w, trained_weights(peft_model)[name]) for name, w in trained_weights(again).items())
+
+
+def test_a_checkpoint_of_other_settings_or_another_model_is_refused(model, batches, sparse_llama, real_budget, tmp_path):
+    train(model_again(model), batches[:1], tmp_path / "lora.pt")
+    with pytest.raises(ValueError, match=r"lora\.pt is a checkpoint of another model or of other settings"):
+        train(model_again(model), batches[:1], tmp_path / "lora.pt", lr=1e-3)
+    deeper = sparse_llama(real_budget, num_hidden_layers=3)
+    with pytest.raises(ValueError, match=r"lora\.pt is a checkpoint of another model"):
+        train(deeper, batches[:1], tmp_path / "lora.pt")
+
+
+# -- merging and saving ---------------------------------------------------------------------------------------------
+
+
+def test_merging_gives_a_plain_sparse_model_with_the_trained_routers(model, batches, tmp_path):
+    ids, before = batches[5]["input_ids"], router_state(model)
+    peft_model, _ = train(model, batches[:3])
+    adapted = logits(peft_model, ids)
+    trained = {
+        name.split("base_model.model.")[1].replace("modules_to_save.default.", ""): w for name, w in trained_weights(peft_model).items()
+    }
+    merged = peft_model.merge_and_unload()
+    assert type(merged).__name__ == "SparseLlamaForCausalLM" and len(routers(merged)) == 2
+    assert not any("lora" in name or "modules_to_save" in name for name in merged.state_dict())
+    assert merged.state_dict().keys() == model_again(merged).state_dict().keys()
+    for name, weight in router_state(merged).items():
+        assert torch.equal(weight, trained[name]) and not torch.equal(weight, before[name])
+    torch.testing.assert_close(logits(merged, ids), adapted, rtol=1e-4, atol=1e-4)
+    assert merged.config.sparse_attention["bookkeeping"]["trained"] and all(r.config.bookkeeping.trained for r in routers(merged))
+    merged.save_pretrained(tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    assert torch.equal(logits(again, ids), logits(merged, ids))
+
+
+def test_the_adapter_holds_the_routers_and_goes_on_the_untrained_model(model, batches, tmp_path):
+    ids, untrained = batches[5]["input_ids"], model_again(model)
+    peft_model, _ = train(model, batches[:3])
+    peft_model.save_pretrained(tmp_path / "adapter")
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert sum(".router." in name for name in saved) == len(router_state(untrained)) and sum("lora_" in name for name in saved) == 16
+    assert len(saved) == 16 + len(router_state(untrained))
+    again = PeftModel.from_pretrained(untrained, tmp_path / "adapter").eval()
+    assert torch.equal(logits(again, ids), logits(peft_model, ids))
+
+
+def test_the_adapter_of_a_model_from_a_stock_folder_can_be_saved(llama_folder, real_budget, batches, tmp_path):
+    """peft reads the config of the folder that the model came from, with the class of the model's config."""
+    model = AutoModelForCausalLM.from_pretrained(llama_folder, sparse_attention=real_budget)
+    peft_model, _ = train(model, batches[:1])
+    peft_model.save_pretrained(tmp_path / "adapter")
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert any(".router." in name for name in saved) and not any("embed_tokens" in name for name in saved)
+
+
+# -- refusals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["rank", "alpha", "lr", "router_lr", "kl_tile_share", "dense_every", "max_grad_norm", "save_every"])
+@pytest.mark.parametrize("value", [0, -1, float("nan")])
+def test_impossible_settings_are_refused(name, value):
+    with pytest.raises(ValueError, match=rf"lora\.{name} is {value}: must be > 0"):
+        AdaptationConfig(**{name: value})
+
+
+def test_a_negative_kl_weight_is_refused():
+    with pytest.raises(ValueError, match=r"lora\.kl_weight is -0\.1: must be >= 0"):
+        AdaptationConfig(kl_weight=-0.1)
+    assert AdaptationConfig(kl_weight=0).kl_weight == 0 and AdaptationConfig(target_modules=["q_proj"]).target_modules == ("q_proj",)
+
+
+def test_no_batches_are_refused(model):
+    with pytest.raises(ValueError, match="adapt got no batches"):
+        adapt(model, [], progress=False)
+    assert type(model).__name__ == "SparseLlamaForCausalLM" and not any("lora" in name for name in model.state_dict())

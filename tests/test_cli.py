@@ -1,0 +1,146 @@
+"""The command line: JSON results, and mistakes as one paragraph."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from hf_sparse_attn.cli import app, guarded
+
+SMALL = "block_size: 16, query_tile: 16, sink: 16, local: 16, dense_below: 0, min_keys: 80, density: 0.05, query_samples: 8"
+
+
+@pytest.fixture
+def invoke():
+    """Run the command line in this process; exceptions pass through, as `guarded` expects them."""
+
+    def run(*arguments):
+        return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def text(random_words, tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "words.txt"
+    file.write_text(random_words(1600))
+    return file
+
+
+@pytest.fixture(scope="module")
+def distilled(llama_folder, text, tmp_path_factory):
+    """(folder of the model, report) of the verb distill."""
+    out = tmp_path_factory.mktemp("cli")
+    arguments = ["distill", llama_folder, out / "sparse", "--text", text, "--sparse", SMALL, "--context", 200, "--batches", 2]
+    arguments += ["--dtype", "float32", "--json", out / "report.json"]
+    done = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return out / "sparse", json.loads((out / "report.json").read_text())
+
+
+def message_of(capsys, *arguments):
+    """What a user sees for a mistake: standard error of one paragraph, exit code 1, nothing on standard output."""
+    assert guarded(lambda: app([str(a) for a in arguments], standalone_mode=False)) == 1
+    captured = capsys.readouterr()
+    message = captured.err[captured.err.index("error: ") :]  # after what transformers says while it loads, which `main` silences
+    assert captured.out == "" and message.count("\n") == 1
+    return message
+
+
+def test_doctor_prints_json_on_standard_output(invoke):
+    done = invoke("doctor", "--json", "-")
+    found = json.loads(done.stdout)
+    assert done.exit_code == 0 and found["implementation"] in found["implementations"]
+    assert {"packages", "cpu", "commit", "device", "cache", "why", "model_types"} <= found.keys() and "llama" in found["model_types"]
+    assert "implementation" in done.stderr and invoke("doctor").stdout == ""
+
+
+def test_bench_writes_json(invoke, tmp_path):
+    done = invoke("bench", "--lengths", "300,512", "--keys", 256, "--repeats", 1, "--dtypes", "float32", "--json", tmp_path / "b.json")
+    written = json.loads((tmp_path / "b.json").read_text())
+    assert done.exit_code == 0 and done.stdout == "" and "speed-up" in done.stderr
+    assert [(row["length"], row["keys"], row["dtype"]) for row in written["attention"]] == [(300, 256, "float32"), (512, 256, "float32")]
+    assert written["model"] == [] and written["environment"]["threads"] >= 1
+
+
+def test_distill_saves_a_trained_model(distilled):
+    folder, report = distilled
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(model).__name__ == "SparseLlamaForCausalLM" and model.config.sparse_attention["bookkeeping"]["trained"] is True
+    assert model.config.sparse_attention["min_keys"] == 80 and (folder / "tokenizer.json").exists()
+    assert report["batches"] == 2 == len(report["log"]) and not (folder / "distill.pt").exists()
+
+
+def test_eval_writes_the_table(distilled, text, invoke, tmp_path):
+    arguments = [
+        "--text",
+        text,
+        "--length",
+        200,
+        "--windows",
+        2,
+        "--budgets",
+        "80,112",
+        "--decode-tokens",
+        8,
+        "--json",
+        tmp_path / "e.json",
+    ]
+    done = invoke("eval", distilled[0], *arguments)
+    written = json.loads((tmp_path / "e.json").read_text())
+    assert done.exit_code == 0 and done.stdout == ""
+    names = ["dense", "oracle", "two stages", "stage 1 alone", "window + sink"]
+    assert [(r["keys"], r["selection"]) for r in written["table"]] == [(None if n == "dense" else k, n) for k in (80, 112) for n in names]
+    assert len(written["windows"]) == 2 * 9 and all("decode" in row for row in written["table"])
+
+
+def test_bench_measures_a_model(distilled, text, invoke):
+    done = invoke("bench", "--lengths", 400, "--keys", 256, "--repeats", 1, "--model", distilled[0], "--text", text, "--json", "-")
+    assert [row["length"] for row in json.loads(done.stdout)["model"]] == [400]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "--lengths", "300,many"], "--lengths is '300,many': must be integers separated by commas"),
+        (["bench", "--lengths", ","], "--lengths is empty: give at least one integer"),
+        (["bench", "--lengths", "[bold]"], "--lengths is '[bold]': must be integers"),
+        (["bench", "--lengths", "[/b]"], "--lengths is '[/b]': must be integers"),
+        (["bench", "--lengths", "300", "--dtypes", "int8", "--keys", "256"], "dtype 'int8' is not supported; supported: bfloat16"),
+        (["bench", "--lengths", "300", "--keys", "10"], "min_keys is 10: must be >= 256"),
+        (["eval", "m", "--text", "t", "--budgets", "a"], "--budgets is 'a'"),
+        (["eval", "m", "--text", "t", "--selections", "magic"], "names 'magic'; known: oracle"),
+        (["run", "nothing/mine.yaml"], "nothing/defaults.yaml: no such file"),
+    ],
+)
+def test_mistakes_are_one_paragraph(arguments, message, capsys):
+    assert message in message_of(capsys, *arguments)
+
+
+def test_a_glob_in_a_message_is_shown_as_it_is(llama_folder, tmp_path, capsys):
+    glob = f"{tmp_path}/[a-l]*_gut.txt"
+    assert glob in message_of(capsys, "distill", llama_folder, tmp_path / "out", "--text", glob, "--sparse", SMALL)
+
+
+def test_fields_of_sparse_attention_that_are_no_yaml_are_refused(llama_folder, tmp_path, capsys):
+    err = message_of(capsys, "distill", llama_folder, tmp_path / "out", "--text", "t", "--sparse", "min_keys: [1")
+    assert "--sparse is 'min_keys: [1'" in err
+
+
+def test_a_model_needs_a_text_to_be_measured(distilled, capsys):
+    err = message_of(capsys, "bench", "--lengths", "300", "--keys", "256", "--repeats", "1", "--model", distilled[0])
+    assert "--model needs --text" in err
+
+
+def test_a_bad_recipe_ends_the_program_with_code_1_and_no_traceback(tmp_path):
+    (tmp_path / "defaults.yaml").write_text("name: defaults\n")
+    (tmp_path / "mine.yaml").write_text("nam: x\n")
+    command = [sys.executable, "-m", "hf_sparse_attn.cli", "run", str(tmp_path / "mine.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == "error: the recipe has no key 'nam'; keys: name\n"

@@ -1,0 +1,79 @@
+"""The built wheel holds everything and works without the source tree."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+CHECK = """
+import sys
+target, packages = sys.argv[1:]
+sys.path[:0] = [target]
+sys.path.append(packages)  # under -S no .pth file is read, so an editable install is not seen
+import hf_sparse_attn, hf_sparse_attn_kernels
+from importlib.metadata import distribution
+from importlib.resources import files
+for module in (hf_sparse_attn, hf_sparse_attn_kernels):
+    assert module.__file__.startswith(target), module.__file__
+import hf_sparse_attn.cli, hf_sparse_attn.training.distillation, hf_sparse_attn.evaluation.shares, hf_sparse_attn.data.windows
+import hf_sparse_attn.pipeline.report
+from transformers import LlamaConfig, LlamaForCausalLM
+import torch
+config = LlamaConfig(vocab_size=20, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+model = hf_sparse_attn.sparsify(LlamaForCausalLM(config), {"dense_below": 0})
+assert model(torch.arange(18)[None]).logits.isfinite().all()
+assert "<html" in files("hf_sparse_attn").joinpath("templates", "report.html").read_text()
+assert [e.value for e in distribution("hf_sparse_attn").entry_points] == ["hf_sparse_attn.cli:main"]
+print("works", distribution("hf_sparse_attn").version == hf_sparse_attn.__version__)
+"""
+
+
+def run(*command, **options):
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=120, **options)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    source, out = tmp_path_factory.mktemp("source") / "tree", tmp_path_factory.mktemp("dist")
+    source.mkdir()
+    leave = shutil.ignore_patterns("__pycache__", "*.pyc")
+    for name in ("hf_sparse_attn", "kernels"):
+        shutil.copytree(ROOT / name, source / name, ignore=leave)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    run("-m", "build", "--wheel", "--no-isolation", "--outdir", out, source, cwd=out)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {n.split("/")[0] for n in names} == {"hf_sparse_attn", "hf_sparse_attn_kernels", "hf_sparse_attn-0.1.0.dist-info"}
+    for folder, package in ((ROOT, "hf_sparse_attn"), (ROOT / "kernels" / "torch-ext", "hf_sparse_attn_kernels")):
+        code = {str(p.relative_to(folder)) for p in (folder / package).rglob("*.py")}
+        assert code == {n for n in names if n.startswith(f"{package}/") and n.endswith(".py")}
+        assert f"{package}/py.typed" in names
+    assert {"hf_sparse_attn/templates/report.html", "hf_sparse_attn/templates/model_card.md"} <= set(names)
+    assert any(n.endswith("licenses/LICENSE") for n in names)
+
+
+def test_the_installed_wheel_works_without_the_source_tree(wheel, tmp_path):
+    target = tmp_path / "site"
+    run(
+        "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index", "--no-deps", "--target", target, wheel, cwd=tmp_path
+    )
+    assert "works True" in run("-S", "-E", "-c", CHECK, target, sysconfig.get_paths()["purelib"], cwd=tmp_path)
+
+
+def test_the_source_tree_does_not_shadow_the_kernels_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists() and not (ROOT / "kernels" / "torch-ext" / "__init__.py").exists()
