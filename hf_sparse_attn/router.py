@@ -18,6 +18,7 @@ from .plan import TilePlan, join
 from .rotary import Rotary
 
 QUERY_RUNS = 8  # stage 1 scores the means of this many runs of a tile's tokens
+KEY_CHUNK = 2048  # keys that are un-rotated and pooled at a time, a multiple of every block size: bounds memory
 COARSE_SCORES = 1 << 20  # stage-1 scores of one chunk of tiles, 4 MB
 FINE_SCORES = 1 << 21  # stage-2 scores of one chunk, 4 MB in bf16
 
@@ -110,7 +111,8 @@ class SparseRouter(nn.Module):
 
     def router_keys(self, k: Tensor, positions: Tensor) -> Tensor:
         """Stage-1 keys of the whole blocks of ``k`` [B, G, N, D] at ``positions`` [1 or B, N]: float32 [B, G, N // S, R]."""
-        return self.project_keys(self.pooled(k, positions), positions)
+        spans = [slice(at, at + KEY_CHUNK) for at in range(0, max(k.shape[2], 1), KEY_CHUNK)]
+        return torch.cat([self.project_keys(self.pooled(k[:, :, at], positions[:, at]), positions[:, at]) for at in spans], 2)
 
     def _rotate_features(self, x: Tensor, positions: Tensor) -> Tensor:
         return x if self.rotary is None else self.rotary.rotate(x, positions)

@@ -53,7 +53,7 @@ def _mean_mass(results: Sequence[WindowResult]) -> dict[int, float]:
 
 
 def quality_table(results: Sequence[WindowResult]) -> list[dict[str, Any]]:
-    """One row per length, budget and selection, each budget after its dense row: mean log-losses, shares, kept mass and recovered share, with n."""
+    """Mean log-losses, shares, kept mass and recovered share, with n: a row per selection, each budget after its dense row."""
     rows: list[dict[str, Any]] = []
     dense = {(r.document, r.length): r for r in results if r.keys is None}
     cells: dict[tuple[int, int], dict[str, list[WindowResult]]] = defaultdict(lambda: defaultdict(list))
