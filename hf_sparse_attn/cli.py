@@ -19,7 +19,6 @@ console = Console(stderr=True)
 
 JsonOption = Annotated[str | None, typer.Option("--json", help="Write the result as JSON to this path ('-' = standard output).")]
 TextOption = Annotated[str, typer.Option("--text", help="Comma-separated sources: files, globs, pypi:…, deb:… or hub:….")]
-DTYPES = ("bfloat16", "float32", "float16")
 
 
 def _emit(result: dict[str, Any], target: str | None) -> None:
@@ -186,6 +185,8 @@ def doctor(json_path: JsonOption = None) -> None:
 def _dtype(name: str) -> Any:
     import torch
 
+    from .pipeline.recipe import DTYPES
+
     if name not in DTYPES:
         raise ValueError(f"dtype {name!r} is not supported; supported: {', '.join(DTYPES)}")
     return getattr(torch, name)
@@ -211,8 +212,7 @@ def _windows(text: str, tokenizer: Any, length: int, count: int, model: Any) -> 
 
 
 def _show(result: Any) -> None:
-    keys = "" if result.keys is None else f", {result.keys} keys"
-    console.print(f"{result.document}{keys}, {result.selection}: {result.prefill:.4f}", markup=False)
+    console.print(result.line(), markup=False)
 
 
 def _print_quality(rows: list[dict[str, Any]]) -> None:

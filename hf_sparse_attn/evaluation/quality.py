@@ -35,6 +35,11 @@ class WindowResult:
     decode: float | None  # last tokens, fed through the cache in tiles of 1; None if not measured
     mass: dict[int, float] = field(default_factory=dict)  # by layer
 
+    def line(self) -> str:
+        """The result in one line, for the terminal."""
+        keys = "" if self.keys is None else f", {self.keys} keys"
+        return f"{self.document} {self.length} tokens{keys}, {self.selection}: {self.prefill:.4f}"
+
     def to_dict(self) -> dict[str, Any]:
         return {**self.__dict__, "mass": {str(layer): value for layer, value in self.mass.items()}}
 

@@ -170,9 +170,7 @@ class Run:
             def note(result: WindowResult) -> None:
                 done.append(result)
                 write_json(partial, [r.to_dict() for r in done])
-                keys = "" if result.keys is None else f", {result.keys} keys"
-                line = f"  {result.document} {result.length} tokens{keys}, {result.selection}: {result.prefill:.4f}"
-                self.console.print(line, markup=False)
+                self.console.print(f"  {result.line()}", markup=False)
 
             evaluate_windows(model, windows, entry.budgets, chosen, decode_tokens=entry.decode_tokens, done=list(done), on_result=note)
         return {"windows": [r.to_dict() for r in done], "table": quality_table(done)}
