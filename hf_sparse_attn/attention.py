@@ -16,6 +16,7 @@ from transformers.masking_utils import sdpa_mask
 from .cache import SparseCacheLayerMixin, adopt
 from .router import RoutingInputs, SparseRouter
 from .segments import Segment, find_segments
+from .selecting import select_blocks
 
 ATTN_IMPLEMENTATION = "hf_sparse"
 
@@ -28,7 +29,7 @@ class Selector(Protocol):
 
 def learned_selector(router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection:
     """The layer's own two-stage router."""
-    return router.select(inputs, query_tile)
+    return select_blocks(router, inputs, query_tile)
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,8 @@ class SparseCacheLayerMixin:
         if buffer is not None and buffer.is_inference() and not torch.is_inference_mode_enabled():
             usable = False  # filled under inference_mode: such a tensor cannot be written to outside it
         if buffer is None or not usable or total > buffer.shape[2]:
-            buffer = old.new_empty(*old.shape[:2], total + GROWTH_TOKENS, old.shape[3])
+            room = -(-total // GROWTH_TOKENS) * GROWTH_TOKENS + GROWTH_TOKENS  # a multiple of every block size
+            buffer = old.new_empty(*old.shape[:2], room, old.shape[3])
             buffer[:, :, :length] = old
             self.buffers[name] = buffer
         buffer[:, :, length:total] = new

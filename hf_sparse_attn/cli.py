@@ -147,7 +147,7 @@ def bench(
             if text is None:
                 raise ValueError("--model needs --text: name the text that the model reads")
             loaded, tokenizer = _load(model, None, "")
-            ids = torch.cat([w.ids for w in _windows(text, tokenizer, 1024, -(-(length + 8) // 1024), loaded)], 1)[:, : length + 8]
+            ids = torch.cat([w.ids for w in _windows(text, tokenizer, 1024, -(-(length + 16) // 1024), loaded)], 1)[:, : length + 16]
             result["model"].append(bench_model(loaded, ids, keys))
     console.print(table)
     _emit(result, json_path)

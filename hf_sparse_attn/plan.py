@@ -4,12 +4,37 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from hf_sparse_attn_kernels import BlockSelection, TileGrid, ordered_topk
 from torch import Tensor
 
 from .config import SparseAttentionConfig
+
+
+class TileBudget(NamedTuple):
+    """Budget of one query tile, in blocks: ``[0, sink)`` and ``[near, last]`` are forced, ``free`` of the others may be kept."""
+
+    sink: int
+    near: int
+    last: int
+    eligible: int
+    free: int
+    candidates: int
+
+
+def tile_budget(config: SparseAttentionConfig, first_pos: int, last_pos: int) -> TileBudget:
+    """Budget of the tile whose queries start at content position ``first_pos`` and end at ``last_pos``."""
+    size = config.block_size
+    near = max(first_pos - config.local, 0) // size
+    last = last_pos // size
+    sink = min(-(-config.sink // size), last + 1)
+    eligible = max(near - sink, 0)
+    budget = config.budget_blocks(last_pos + 1)
+    free = min(eligible, max(budget - (last + 1 - eligible), 0))
+    return TileBudget(sink, near, last, eligible, free, min(eligible, math.ceil(config.candidate_factor * budget)))
 
 
 @dataclass(frozen=True)
@@ -29,19 +54,12 @@ class TilePlan:
     candidates: Tensor
 
     @classmethod
+    @lru_cache(maxsize=8)  # every layer of a model asks for the same one
     def make(cls, config: SparseAttentionConfig, grid: TileGrid, device: torch.device | None = None) -> TilePlan:
-        size = config.block_size
-        last_pos = grid.last_positions(device)
-        near = (grid.first_positions(device) - config.local).clamp_(min=0) // size
-        last = last_pos // size
-        sink = min(-(-config.sink // size), grid.blocks)
-        budget = torch.tensor([config.budget_blocks(pos + 1) for pos in last_pos.tolist()], device=device)
-        eligible = (near - sink).clamp_(min=0)
-        forced = last + 1 - eligible
-        passed = torch.tensor([math.ceil(config.candidate_factor * b) for b in budget.tolist()], device=device)
-        return cls(
-            grid, sink, near, last, eligible, torch.minimum(eligible, (budget - forced).clamp_(min=0)), torch.minimum(eligible, passed)
-        )
+        positions = zip(grid.first_positions().tolist(), grid.last_positions().tolist(), strict=True)
+        budgets = [tile_budget(config, first, last) for first, last in positions]
+        columns = torch.tensor(budgets, device=device).unbind(1)
+        return cls(grid, min(-(-config.sink // config.block_size), grid.blocks), *columns[1:])
 
     @property
     def open(self) -> Tensor:
@@ -69,7 +87,7 @@ class TilePlan:
         """
         mask = self.eligible_mask(tiles)[:, : scores.shape[-1]]
         width = int(count.max())
-        _, index = ordered_topk(torch.where(scores.isnan(), 0.0, scores).masked_fill(~mask, -torch.inf), width)
+        index = ordered_topk(torch.where(scores.isnan(), 0.0, scores).masked_fill(~mask, -torch.inf), width)
         return torch.where(torch.arange(width, device=tiles.device) < count[:, None], index, -1)
 
     def assemble(self, chosen: Tensor, tiles: Tensor) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 STATIC_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+MATRICES = 16  # rotations kept as matrices: two a decode step
 
 
 class Rotary:
@@ -29,6 +31,7 @@ class Rotary:
             )
         self.module = module
         self.interleaved = interleaved
+        self._matrices: dict[tuple[object, ...], Tensor] = {}
 
     @property
     def _inv_freq(self) -> Tensor:
@@ -64,6 +67,24 @@ class Rotary:
         """Inverse of `rotate`: float32 [..., L, D]."""
         cos, sin = self._angles(positions, x.device)
         return self._turn(x, cos, -sin, 1.0 / self._scaling)
+
+    def rotation(self, positions: Tensor, dim: int) -> Tensor:
+        """``rotate`` of ``dim``-dimensional rows at ``positions`` [b, 1] as a matrix: x @ matrix, float32 [b, dim, dim]."""
+        return self._as_matrix(self.rotate, positions, dim)
+
+    def unrotation(self, positions: Tensor, dim: int) -> Tensor:
+        """Inverse of `rotation`."""
+        return self._as_matrix(self.unrotate, positions, dim)
+
+    def _as_matrix(self, turn: Callable[[Tensor, Tensor], Tensor], positions: Tensor, dim: int) -> Tensor:
+        if positions.device.type != "cpu":  # reading positions back would wait for the device
+            return turn(torch.eye(dim, device=positions.device).expand(len(positions), -1, -1), positions)
+        key = (turn.__name__, dim, *positions[:, 0].tolist())
+        if key not in self._matrices:  # every layer of a step asks for the same two
+            if len(self._matrices) >= MATRICES:
+                self._matrices.clear()
+            self._matrices[key] = turn(torch.eye(dim).expand(len(positions), -1, -1), positions)
+        return self._matrices[key]
 
     @property
     def _scaling(self) -> float:

@@ -20,6 +20,8 @@ LAYERS = (
     ("rotary",),
     ("plan",),
     ("router",),
+    ("single",),
+    ("selecting",),
     ("segments",),
     ("cache",),
     ("attention",),

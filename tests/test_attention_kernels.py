@@ -282,3 +282,19 @@ def test_float64_goes_through_the_torch_implementation_unrounded(random_selectio
     got, _ = forward_backward(tensors, selection, "torch")
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kv_len", [1, 16, 77, 256])
+@pytest.mark.parametrize("keep_own", [True, False])
+@pytest.mark.parametrize("room", [0, 3, 64])
+def test_one_query_over_a_cache_with_room_to_grow_matches_the_reference(random_selection, kv_len, keep_own, room):
+    """What stands in memory behind the last key never contributes, whether or not it fills whole blocks."""
+    grid = TileGrid(1, kv_len, 1, 16)
+    q, k, v = qkv(9, grid, batch=2, head_dim=64)
+    selection = every_block(grid, 2, 2) if keep_own else random_selection(9, 2, 2, grid, 0.4)
+    grown_k, grown_v = (torch.full((2, 2, kv_len + room, 64), torch.nan) for _ in range(2))
+    grown_k[:, :, :kv_len], grown_v[:, :, :kv_len] = k, v
+    want, want_lse = block_sparse_attention(q, k, v, selection, impl="reference", return_lse=True)
+    got, lse = block_sparse_attention(q, grown_k[:, :, :kv_len], grown_v[:, :, :kv_len], selection, impl="torch", return_lse=True)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5)

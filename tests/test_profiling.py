@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -77,7 +79,7 @@ def settings_of(model):
 
 def test_a_model_benchmark_reports_ratios_and_leaves_the_model_alone(model, token_ids):
     before = settings_of(model)
-    row = bench_model(model, token_ids(1, 1605), 256, decode_tokens=5, repeats=2)
+    row = bench_model(model, token_ids(1, 1610), 256, decode_tokens=5, repeats=2)
     assert settings_of(model) == before
     assert (row["length"], row["keys"], row["dtype"]) == (1600, 256, "float32")
     assert sorted(row["prefill"]) == ["sparse", "stock"] and sorted(row["decode"]) == ["best_dense", "sparse", "stock"]
@@ -114,6 +116,7 @@ def test_peak_memory_sees_what_was_freed_again():
     size = 64 << 20
     with PeakMemory() as memory:
         block = torch.ones(size // 4)
+        time.sleep(0.1)  # many samples long
         del block
     assert 0.9 * size <= memory.bytes <= 1.25 * size
     with PeakMemory() as memory:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from hf_sparse_attn_kernels import TileGrid, block_mass, to_tiles
 
-from hf_sparse_attn import router as router_module
+from hf_sparse_attn import selecting
 from hf_sparse_attn.plan import TilePlan, select_by_scores
-from hf_sparse_attn.router import TwoStageScorer
+from hf_sparse_attn.selecting import TwoStageScorer, select_blocks, select_tiles
 
 
 def scorer_of(router, inputs, query_tile=16):
@@ -22,8 +22,8 @@ def scorer_of(router, inputs, query_tile=16):
 def test_selection_is_the_same_on_repeat_and_for_equal_routers(make_router, routing_inputs, query_tile, rotary):
     inputs = routing_inputs(230, batch=2)
     one, two = make_router(rotary, noise=0.1), make_router(rotary, noise=0.1)
-    first = one.select(inputs, query_tile)
-    for again in (one.select(inputs, query_tile), two.select(inputs, query_tile)):
+    first = select_blocks(one, inputs, query_tile)
+    for again in (select_blocks(one, inputs, query_tile), select_blocks(two, inputs, query_tile)):
         assert torch.equal(first.indices, again.indices)
         assert torch.equal(first.scores.nan_to_num(-1), again.scores.nan_to_num(-1))
 
@@ -32,7 +32,7 @@ def test_selection_is_the_same_on_repeat_and_for_equal_routers(make_router, rout
 @pytest.mark.parametrize(("q_len", "kv_len"), [(230, 230), (100, 230), (37, 256)])
 def test_forced_links_are_kept_and_the_budget_is_filled_but_never_exceeded(make_router, routing_inputs, query_tile, q_len, kv_len):
     router, inputs = make_router(rotary=True, noise=0.1), routing_inputs(kv_len, q_len, batch=2)
-    selection = router.select(inputs, query_tile)
+    selection = select_blocks(router, inputs, query_tile)
     plan, kept = TilePlan.make(router.config, selection.grid), selection.kept()
     for tile, forced in enumerate(plan.forced_blocks(torch.arange(selection.grid.tiles))):
         assert bool(kept[:, :, tile, forced[forced >= 0]].all())
@@ -79,7 +79,7 @@ def test_exact_fine_scores_are_the_exact_block_mass(make_router, routing_inputs,
     """Full rank, every query, every block a candidate: the scores of all links are the dense softmax mass."""
     router = make_router(index_dim=16, query_samples=16, candidate_factor=100.0, sink=sink, min_keys=112, noise=0.0)
     inputs = routing_inputs(230, batch=2)
-    selection = router.select(inputs, query_tile)
+    selection = select_blocks(router, inputs, query_tile)
     tiles = torch.arange(selection.grid.tiles)
     mass = block_mass(inputs.q, inputs.k, selection.grid, tiles, inputs.scale)
     plan = TilePlan.make(router.config, selection.grid)
@@ -119,10 +119,10 @@ def test_exact_fine_scores_are_the_softmax_over_the_candidates_and_the_forced_ke
 @pytest.mark.parametrize(("coarse", "fine"), [(1, 1), (1, 1 << 21), (1 << 20, 1), (1 << 13, 1 << 15)])
 def test_chunk_sizes_do_not_change_the_selection(make_router, routing_inputs, monkeypatch, query_tile, coarse, fine):
     router, inputs = make_router(rotary=True, noise=0.1), routing_inputs(230, batch=2)
-    want = router.select(inputs, query_tile)
-    monkeypatch.setattr(router_module, "COARSE_SCORES", coarse)
-    monkeypatch.setattr(router_module, "FINE_SCORES", fine)
-    got = router.select(inputs, query_tile)
+    want = select_blocks(router, inputs, query_tile)
+    monkeypatch.setattr(selecting, "COARSE_SCORES", coarse)
+    monkeypatch.setattr(selecting, "FINE_SCORES", fine)
+    got = select_blocks(router, inputs, query_tile)
     assert torch.equal(got.indices, want.indices)
     scored = ~(got.scores.isnan() | want.scores.isnan())  # a tile without a choice may be scored along with its neighbours
     torch.testing.assert_close(got.scores[scored], want.scores[scored], rtol=1e-4, atol=1e-6)
@@ -134,10 +134,10 @@ def test_cached_router_keys_give_the_same_selection(make_router, routing_inputs,
     pieces = [router.router_keys(inputs.k[:, :, a:b], inputs.positions[:, a:b]) for a, b in ((0, 64), (64, 160), (160, 230))]
     room = torch.full((2, 2, 40, pieces[0].shape[-1]), torch.nan)  # more room than is filled, as in a cache
     room[:, :, :14] = torch.cat(pieces, 2)
-    cached = router.select(replace(inputs, router_keys=room), query_tile)
-    assert torch.equal(cached.indices, router.select(inputs, query_tile).indices)
+    cached = select_blocks(router, replace(inputs, router_keys=room), query_tile)
+    assert torch.equal(cached.indices, select_blocks(router, inputs, query_tile).indices)
     room[:, :, :14] = room[:, :, :14].flip(2)  # they are really used
-    assert not torch.equal(router.select(replace(inputs, router_keys=room), query_tile).indices, cached.indices)
+    assert not torch.equal(select_blocks(router, replace(inputs, router_keys=room), query_tile).indices, cached.indices)
 
 
 @pytest.mark.parametrize("value", [torch.nan, 100.0])
@@ -146,12 +146,12 @@ def test_cached_router_keys_give_the_same_selection(make_router, routing_inputs,
 def test_a_tile_never_depends_on_later_tiles(make_router, routing_inputs, value, query_tile, sink):
     """Indices and scores of a tile stay when every query and key after the tile changes, even to NaN."""
     router, inputs = make_router(rotary=True, noise=0.1, sink=sink, min_keys=112), routing_inputs(240)
-    want = router.select(inputs, query_tile)
+    want = select_blocks(router, inputs, query_tile)
     for end in (16, 32, 40, 48, 112, 155, 224):
         q, k = inputs.q.clone(), inputs.k.clone()
         end = end // query_tile * query_tile
         q[:, :, end:], k[:, :, end:] = value, value
-        got = router.select(replace(inputs, q=q, k=k), query_tile)
+        got = select_blocks(router, replace(inputs, q=q, k=k), query_tile)
         tiles = end // query_tile
         kept, before = got.kept()[:, :, :tiles], want.kept()[:, :, :tiles]
         assert torch.equal(kept, before)
@@ -162,13 +162,13 @@ def test_a_tile_never_depends_on_later_tiles(make_router, routing_inputs, value,
 
 def test_calls_that_continue_a_cache_select_like_the_whole(make_router, routing_inputs):
     router, inputs = make_router(rotary=True, noise=0.1), routing_inputs(230)
-    whole = router.select(inputs, 16).kept()
+    whole = select_blocks(router, inputs, 16).kept()
     for start in (64, 112, 208):
-        part = router.select(inputs.span(start, 230), 16).kept()
+        part = select_blocks(router, inputs.span(start, 230), 16).kept()
         assert torch.equal(part, whole[:, :, start // 16 :])
-    singly = router.select(inputs, 1).kept()
+    singly = select_blocks(router, inputs, 1).kept()
     for position in (17, 100, 200, 229):
-        one = router.select(inputs.span(position, position + 1), 1).kept()
+        one = select_blocks(router, inputs.span(position, position + 1), 1).kept()
         assert torch.equal(one[:, :, 0], singly[:, :, position, : one.shape[-1]])
 
 
@@ -179,17 +179,17 @@ def test_a_rotary_shift_of_all_positions_does_not_change_the_selection(make_rout
     router.init_weights()
     shift = torch.arange(230) + 1000.0
     q, k = (router.rotary.rotate(router.rotary.unrotate(x, torch.arange(230)), shift) for x in (inputs.q, inputs.k))
-    moved = router.select(replace(inputs, q=q, k=k, positions=inputs.positions + 1000))
-    agree = (moved.kept() == router.select(inputs).kept()).float().mean()
+    moved = select_blocks(router, replace(inputs, q=q, k=k, positions=inputs.positions + 1000))
+    agree = (moved.kept() == select_blocks(router, inputs).kept()).float().mean()
     assert agree > 0.995
 
 
 def test_each_group_and_row_has_its_own_selection(make_router, routing_inputs):
     router, inputs = make_router(noise=0.1), routing_inputs(230, batch=2)
-    kept = router.select(inputs).kept()
+    kept = select_blocks(router, inputs).kept()
     assert not torch.equal(kept[0], kept[1]) and not torch.equal(kept[:, 0], kept[:, 1])
     for row in range(2):
-        alone = router.select(replace(inputs, q=inputs.q[row : row + 1], k=inputs.k[row : row + 1]))
+        alone = select_blocks(router, replace(inputs, q=inputs.q[row : row + 1], k=inputs.k[row : row + 1]))
         assert torch.equal(alone.kept()[0], kept[row])
     tiles = kept[:, :, -6:, 1:-7].flatten(0, 1)  # one selection collapsed over all queries would be the same in every tile
     assert not torch.equal(tiles[:, 0], tiles[:, -1])
@@ -204,3 +204,32 @@ def test_the_router_starts_alike_for_every_layout_of_heads(make_router, routing_
         reps = router.representatives(scorer.plan.grid)
         assert reps.shape == (heads // groups, 8) and int(reps.max()) < 16
         assert all(len(set(row)) == 8 for row in reps.tolist())
+
+
+# -- one query per row ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize(
+    "changes", [{}, {"sink": 0, "local": 0, "min_keys": 48}, {"density": 0.5}, {"index_dim": 16, "candidate_factor": 1.0}]
+)
+@pytest.mark.parametrize("kv_len", [1, 15, 16, 79, 97, 224, 230])
+def test_one_query_is_routed_like_a_tile_of_one(make_router, routing_inputs, rotary, changes, kv_len):
+    """The decode step's own code gives the general code's selection and scores, rows at different positions included."""
+    router = make_router(rotary, noise=0.1, **changes)
+    inputs = routing_inputs(kv_len, 1, batch=2)
+    inputs = replace(inputs, positions=torch.stack([inputs.positions[0], inputs.positions[0] + 37]))
+    got = select_blocks(router, inputs, 1)
+    want = select_tiles(router, inputs, TilePlan.make(router.config, inputs.grid(1, 16)))
+    assert got.indices.dtype == torch.int32 and torch.equal(got.indices, want.indices)
+    torch.testing.assert_close(got.scores, want.scores, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+def test_the_decode_step_does_not_depend_on_memory_behind_the_keys(make_router, routing_inputs):
+    """A cache with room to grow holds anything behind its last key; the partial last block must not show it."""
+    router, inputs = make_router(rotary=True, noise=0.1), routing_inputs(230, 1, batch=2)
+    room = torch.full((2, 2, 256, 16), torch.nan)
+    room[:, :, :230] = inputs.k
+    grown = replace(inputs, k=room[:, :, :230])
+    got, want = select_blocks(router, grown, 1), select_blocks(router, inputs, 1)
+    assert torch.equal(got.indices, want.indices) and torch.equal(got.scores, want.scores)

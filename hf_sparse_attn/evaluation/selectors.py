@@ -11,7 +11,8 @@ from torch import nn
 from ..attention import Selector, learned_selector
 from ..plan import TilePlan, select_by_scores
 from ..registration import routers
-from ..router import RoutingInputs, SparseRouter, TwoStageScorer
+from ..router import RoutingInputs, SparseRouter
+from ..selecting import TwoStageScorer, select_blocks
 
 ORACLE_TILES = 64  # tiles whose dense mass is computed at a time
 
@@ -45,7 +46,7 @@ def stage_one(router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> B
     """Stage 1 alone decides."""
     plan = _plan(router, inputs, query_tile)
     if not bool(plan.open.any()):
-        return router.select(inputs, query_tile)
+        return select_blocks(router, inputs, query_tile)
     scorer = TwoStageScorer(router, inputs, plan)
     scores = torch.cat([scorer.coarse(tiles) for tiles in _all_tiles(plan).split(ORACLE_TILES)], 2)
     missing = plan.grid.blocks - scores.shape[-1]

@@ -180,7 +180,7 @@ class Run:
         if not settings["length"]:
             return {}
         attention = bench_attention(settings["length"], settings["keys"], self.dtype, repeats=settings["attention_repeats"])
-        need = settings["length"] + settings["decode_tokens"]
+        need = settings["length"] + 2 * settings["decode_tokens"]  # sparse and best dense steps take turns
         ids = torch.cat([w.ids for w in self._eval_windows(2048, -(-need // 2048))], 1)[:, :need]
         model = bench_model(self._model(), ids, settings["keys"], decode_tokens=settings["decode_tokens"], repeats=settings["repeats"])
         return {"attention": attention, "model": model}

@@ -114,8 +114,8 @@ def _by_block(values: Tensor, index: Tensor, blocks: int) -> Tensor:
 def _union(a: Tensor, b: Tensor, blocks: int) -> Tensor:
     """Distinct blocks of ``a`` and ``b`` [..., n] (−1 = empty): [..., width], ascending, −1 last."""
     member = (_members(a, blocks) | _members(b, blocks)).float()
-    value, index = ordered_topk(member, int(member.sum(-1).max()))
-    return torch.where(value > 0, index, -1)
+    index = ordered_topk(member, int(member.sum(-1).max()))
+    return torch.where(member.gather(-1, index) > 0, index, -1)
 
 
 def _fine_estimate(router: SparseRouter, inputs: RoutingInputs, plan: TilePlan, tiles: Tensor, q_tiles: Tensor, chosen: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Imports only the standard library, torch and itself.
 
 from .attention import IMPLEMENTATIONS, block_sparse_attention, default_implementation
 from .features import block_mass, pooled_features
-from .gathered import as_rows, gather_blocks, to_tiles
+from .gathered import as_rows, gather_blocks, gather_visible, hide_after, to_tiles
 from .selection import BlockSelection, TileGrid, ordered_topk
 
 __all__ = [
@@ -17,6 +17,8 @@ __all__ = [
     "block_sparse_attention",
     "default_implementation",
     "gather_blocks",
+    "gather_visible",
+    "hide_after",
     "ordered_topk",
     "pooled_features",
     "to_tiles",

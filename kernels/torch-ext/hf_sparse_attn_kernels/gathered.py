@@ -25,6 +25,39 @@ def as_rows(x: Tensor) -> Tensor:
     return (x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()).flatten(0, 1)
 
 
+def _as_blocks(x: Tensor, count: int, block_size: int) -> tuple[Tensor, int] | None:
+    """All of ``x`` [BG, N, D] as one matrix of blocks and its blocks per row, if memory holds ``count`` blocks of every row so.
+
+    A cache with room to grow has memory behind a partial last block; what stands there is not part of ``x``.
+    """
+    rows, _, d = x.shape
+    width = block_size * d
+    per_row = x.stride(0) // width
+    need = (rows - 1) * per_row + count
+    held = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
+    if x.stride(2) != 1 or x.stride(1) != d or x.stride(0) % width or need * width > held:
+        return None
+    return x.as_strided((need, width), (width, 1)), per_row
+
+
+def gather_visible(x: Tensor, index: Tensor, block_size: int) -> Tensor:
+    """Rows of ``x`` [B, G, N, D] in the blocks ``index`` [B·G, K], for a query at N − 1: [B·G, K·block_size, D].
+
+    The last column must name the block of that query; the last ``-N % block_size`` rows, which come after it, are zeros.
+    """
+    d, n = x.shape[-1], x.shape[2]
+    rows = as_rows(x)
+    found = _as_blocks(rows, -(-n // block_size), block_size)
+    if found is None:
+        return gather_blocks(rows, index, block_size)
+    blocks, per_row = found
+    first = torch.arange(0, len(index) * per_row, per_row, device=index.device)
+    gathered = blocks.index_select(0, (index + first[:, None]).view(-1)).view(len(index), -1, d)
+    if n % block_size:
+        gathered[:, n % block_size - block_size :] = 0
+    return gathered
+
+
 def gather_blocks(x: Tensor, index: Tensor, block_size: int) -> Tensor:
     """Rows of ``x`` [BG, N, D] (see `as_rows`) in blocks ``index`` [BG, ..., K] -> [BG, ..., K·block_size, D].
 
@@ -175,5 +208,27 @@ def block_sparse_attention_torch(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """See `block_sparse_attention`."""
+    grid = selection.grid
+    if grid.q_len == grid.query_tile == 1 and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+        index = selection.indices.flatten(0, 2)
+        if bool(((index[:, 0] >= 0) & (index[:, -1] == grid.blocks - 1)).all()):
+            return _attend_single(q, k, v, index, grid.block_size, scale, return_lse)
     out, lse = GatheredAttention.apply(q, k, v, selection.indices, selection.grid, scale, return_lse)
     return out, lse if return_lse else None
+
+
+def hide_after(scores: Tensor, n: int, block_size: int) -> None:
+    """Hide from ``scores`` [..., K·block_size] the rows that `gather_visible` filled up with zeros."""
+    if n % block_size:
+        scores[..., n % block_size - block_size :] = -torch.inf
+
+
+def _attend_single(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, block_size: int, scale: float, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Forward pass of one query per row whose lists ``index`` [B·G, K] have no empty entry and end with its own block: nothing to mask."""
+    keys, values = (gather_visible(x, index, block_size) for x in (k, v))
+    scores = torch.bmm((q * scale).view(len(index), -1, q.shape[-1]), keys.transpose(1, 2))
+    hide_after(scores, k.shape[2], block_size)
+    out = torch.bmm(torch.softmax(scores, -1), values).view(q.shape)
+    return out, scores.float().logsumexp(-1).view(q.shape[:3]) if return_lse else None

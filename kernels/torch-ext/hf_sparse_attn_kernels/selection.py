@@ -7,6 +7,7 @@ tile, S block size, n query tiles, nb key blocks, K kept blocks of a tile.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -110,18 +111,21 @@ class BlockSelection:
         return mask.scatter_(3, (self.indices.long() + 1), True)[..., 1:]
 
 
-def ordered_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The ``k`` best entries of the last dimension, ties to the lower index: (values, indices), best first.
+def ordered_topk(scores: Tensor, k: int) -> Tensor:
+    """Indices (int64 [..., k]) of the ``k`` best entries of the last dimension, best first, ties to the lower index.
 
     ``torch.topk`` promises no order among ties, so the order-preserving bits of the float32 score and the inverted
     index are packed into one int64 that has no ties. NaN counts as −inf.
     """
     width = scores.shape[-1]
     # −0.0 and 0.0 are equal scores but differ in bits: adding 0.0 makes both +0.0
-    clean = scores.float().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf) + 0.0
-    bits = clean.view(torch.int32).long()
-    ordered = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
-    packed = ordered * width + torch.arange(width - 1, -1, -1, device=scores.device)
-    best = packed.topk(k, dim=-1).values
-    index = width - 1 - best.remainder(width)
-    return clean.gather(-1, index), index
+    clean = scores.float().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).add_(0.0)
+    bits = clean.view(torch.int32)
+    bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF))  # negative floats: more magnitude bits mean less
+    packed = bits.long().bitwise_left_shift_(32).add_(_descending(width, scores.device))
+    return packed.topk(k, dim=-1).values.bitwise_and_(0xFFFFFFFF).neg_().add_(width - 1)
+
+
+@lru_cache(maxsize=64)
+def _descending(width: int, device: torch.device) -> Tensor:
+    return torch.arange(width - 1, -1, -1, device=device)

@@ -1,0 +1,80 @@
+"""Making a selection with a router: coarse scores -> candidates -> fine scores -> BlockSelection."""
+
+from __future__ import annotations
+
+import torch
+from hf_sparse_attn_kernels import BlockSelection, as_rows, to_tiles
+from torch import Tensor
+
+from .plan import TilePlan, join
+from .router import QUERY_RUNS, RoutingInputs, SparseRouter
+from .single import select_single
+
+COARSE_SCORES = 1 << 20  # stage-1 scores of one chunk of tiles, 4 MB
+FINE_SCORES = 1 << 21  # stage-2 scores of one chunk, 4 MB in bf16
+
+
+@torch.no_grad()
+def select_blocks(router: SparseRouter, inputs: RoutingInputs, query_tile: int | None = None) -> BlockSelection:
+    """Kept blocks for every query tile of the call. Deterministic; no gradient flows through it."""
+    grid = inputs.grid(query_tile or router.config.query_tile, router.config.block_size)
+    if grid.query_tile == grid.q_len == 1:
+        return select_single(router, inputs, grid)
+    return select_tiles(router, inputs, TilePlan.make(router.config, grid, inputs.q.device))
+
+
+def select_tiles(router: SparseRouter, inputs: RoutingInputs, plan: TilePlan) -> BlockSelection:
+    """`select_blocks` for any number of tiles of any size."""
+    grid = plan.grid
+    scorer = TwoStageScorer(router, inputs, plan) if bool(plan.open.any()) else None
+    rows = inputs.k.shape[0] * router.groups * min(QUERY_RUNS, grid.query_tile)
+    kept, masses = [], []
+    for tiles in torch.arange(grid.tiles, device=inputs.q.device).split(max(1, COARSE_SCORES // (rows * grid.blocks))):
+        if scorer is None or not bool(plan.open[tiles].any()):
+            mass = inputs.q.new_full((*inputs.k.shape[:2], len(tiles), grid.blocks), torch.nan, dtype=torch.float32)
+        else:
+            mass = scorer.block_mass(tiles)
+        indices = plan.assemble(plan.best(mass, tiles, plan.free[tiles]), tiles)
+        kept.append(indices)
+        masses.append(mass.gather(-1, indices.clamp(min=0).long()).masked_fill(indices < 0, torch.nan))
+    return join(plan, kept, masses)
+
+
+class TwoStageScorer:
+    """Both stages for the tiles of one call; holds what all chunks of tiles share."""
+
+    def __init__(self, router: SparseRouter, inputs: RoutingInputs, plan: TilePlan) -> None:
+        self.router, self.inputs, self.plan = router, inputs, plan
+        whole = inputs.k.shape[2] // router.config.block_size
+        cached = inputs.router_keys
+        self.router_keys = router.router_keys(inputs.k, inputs.positions) if cached is None else cached[:, :, :whole]
+        # a single query is cheaper mapped back into key space than all keys mapped into index space
+        self.fold = plan.grid.query_tile == 1
+        self.keys = as_rows(inputs.k) if self.fold else router.index_keys(inputs.k)
+        self.q_tiles = to_tiles(inputs.q, plan.grid, router.groups)
+        self.reps = router.representatives(plan.grid, inputs.q.device)
+
+    def coarse(self, tiles: Tensor) -> Tensor:
+        """Stage-1 scores of the tiles (int64 [m]): float32 [B, G, m, N // S]."""
+        features = self.router.query_features(self.q_tiles[:, tiles], self.inputs.positions, self.plan.grid, tiles)
+        return self.router.coarse_scores(features, self.router_keys, self.inputs.scale)
+
+    def fine(self, tiles: Tensor, blocks: Tensor) -> Tensor:
+        """Stage-2 mass of ``blocks`` [B, G, m, L] for the tiles (int64 [m]): float32 [B, G, m, L]."""
+        heads = torch.arange(self.reps.shape[0], device=tiles.device)[:, None]
+        step = max(1, FINE_SCORES // (blocks[:, :, 0].numel() * self.reps.numel() * self.router.config.block_size))
+        parts = []
+        for part, index in zip(tiles.split(step), blocks.flatten(0, 1).split(step, 1), strict=True):
+            sampled = self.q_tiles[:, part[:, None, None], heads, self.reps]
+            queries = (self.router.index_queries(sampled, self.fold) * self.inputs.scale).to(self.keys.dtype)
+            parts.append(self.router.fine_mass(queries, self.keys, self.plan, part, index, self.reps))
+        return torch.cat(parts, 1).view_as(blocks)
+
+    def block_mass(self, tiles: Tensor) -> Tensor:
+        """Estimated mass by block for the tiles: float32 [B, G, m, nb], −inf for blocks that are no candidates."""
+        plan = self.plan
+        candidates = plan.best(self.coarse(tiles), tiles, plan.candidates[tiles])
+        blocks = torch.cat([candidates, plan.forced_blocks(tiles).expand(*candidates.shape[:2], -1, -1)], -1)
+        by_block = torch.full((*blocks.shape[:3], plan.grid.blocks + 1), -torch.inf, device=blocks.device)
+        # column 0 collects the empty entries (−1), which are no block
+        return by_block.scatter_(3, blocks + 1, self.fine(tiles, blocks))[..., 1:]
