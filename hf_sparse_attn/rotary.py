@@ -68,6 +68,11 @@ class Rotary:
         cos, sin = self._angles(positions, x.device)
         return self._turn(x, cos, -sin, 1.0 / self._scaling)
 
+    def relative(self, offsets: Tensor, dim: int) -> Tensor:
+        """Inverse rotations by ``offsets`` [L] without the embedding's scaling, as matrices: x @ matrix, float32 [L, dim, dim]."""
+        cos, sin = self._angles(offsets[:, None], offsets.device)
+        return self._turn(torch.eye(dim, device=offsets.device).expand(len(offsets), -1, -1), cos, -sin, 1.0)
+
     def rotation(self, positions: Tensor, dim: int) -> Tensor:
         """``rotate`` of ``dim``-dimensional rows at ``positions`` [b, 1] as a matrix: x @ matrix, float32 [b, dim, dim]."""
         return self._as_matrix(self.rotate, positions, dim)

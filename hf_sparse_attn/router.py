@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from hf_sparse_attn_kernels import TileGrid, gather_blocks, pooled_features
+from hf_sparse_attn_kernels import Scratch, TileGrid, gather_blocks, pooled_features
 from torch import Tensor, nn
 from transformers import initialization as init
 
@@ -131,15 +131,32 @@ class SparseRouter(nn.Module):
         content = first[:, None] + torch.arange(grid.query_tile, device=q.device)
         real = (content >= grid.q_offset) & (content < grid.kv_len)
         positions = positions[:, content.clamp(0, grid.kv_len - 1)].float()
-        plain = q.float() if self.rotary is None else self.rotary.unrotate(q, positions[:, None, :, None])
-        if not bool(real.all()):
-            plain = plain * real[:, None, :, None]
         count = real.unflatten(-1, (runs, -1)).sum(-1)
         share = 1 / count.clamp(min=1)
-        sums = plain.unflatten(4, (runs, -1)).sum(5).transpose(3, 4).flatten(-2)
+        sums = self._run_sums(q, positions, real, runs).transpose(3, 4).flatten(-2)
         centres = (positions * real).unflatten(-1, (runs, -1)).sum(-1) * share
         queries = torch.einsum("bgmrf,gof->bgmro", sums * share[..., None], self.wq.float())
         return self._rotate_features(queries, centres[:, None]), count > 0
+
+    def _run_sums(self, q: Tensor, positions: Tensor, real: Tensor, runs: int) -> Tensor:
+        """Sums of the un-rotated queries over the runs of each tile: float32 [B, G, m, Hg, runs, D].
+
+        ``q`` [B, G, m, Hg, T, D] and float ``positions`` [1 or B, m, T]; only tokens that are ``real`` [m, T] count.
+        """
+        complete = bool(real.all())
+        if self.rotary is None:
+            plain = q.float()
+            return (plain if complete else plain * real[:, None, :, None]).reshape(*q.shape[:4], runs, -1, q.shape[-1]).sum(5)
+        length = q.shape[4] // runs
+        if complete and length > 1 and bool((positions.diff(dim=-1) == 1).all()):
+            # consecutive positions turn alike around the middle of each run: one product per run, then one turn
+            offsets = torch.arange(length, device=q.device) - (length - 1) / 2
+            matrix = self.rotary.relative(offsets, q.shape[-1]).flatten(0, 1).to(q.dtype)
+            sums = torch.matmul(q.unflatten(4, (runs, -1)).flatten(-2), matrix)
+            middle = positions.unflatten(-1, (runs, -1)).mean(-1)
+            return self.rotary.unrotate(sums, middle[:, None, :, None])
+        plain = self.rotary.unrotate(q, positions[:, None, :, None])
+        return (plain if complete else plain * real[:, None, :, None]).reshape(*q.shape[:4], runs, -1, q.shape[-1]).sum(5)
 
     def coarse_scores(self, features: tuple[Tensor, Tensor], router_keys: Tensor, scale: float) -> Tensor:
         """Stage-1 score of every whole block for the tiles of `query_features`: float32 [B, G, m, N // S]."""
@@ -147,7 +164,9 @@ class SparseRouter(nn.Module):
         scores = torch.einsum("bgmrf,bgnf->bgmrn", queries * scale, router_keys)
         if scores.shape[3] == 1:
             return scores[:, :, :, 0]
-        return scores.masked_fill(~real[..., None], -torch.inf).logsumexp(3)
+        if not bool(real.all()):
+            scores.masked_fill_(~real[..., None], -torch.inf)
+        return scores.logsumexp(3)
 
     # -- stage 2 ---------------------------------------------------------------------------------------------------
 
@@ -169,23 +188,29 @@ class SparseRouter(nn.Module):
         """``k`` [B, G, N, D] in index space: [B·G, N, I] in its own dtype."""
         return torch.matmul(k, self.wk_index.to(k.dtype).transpose(1, 2)).flatten(0, 1).contiguous()
 
-    def fine_mass(self, queries: Tensor, keys: Tensor, plan: TilePlan, tiles: Tensor, blocks: Tensor, reps: Tensor) -> Tensor:
+    def fine_mass(
+        self, queries: Tensor, keys: Tensor, plan: TilePlan, tiles: Tensor, blocks: Tensor, reps: Tensor, scratch: Scratch | None = None
+    ) -> Tensor:
         """Stage-2 estimate of the softmax mass of ``blocks`` [B·G, m, L] (−1 = empty): float32 [B·G, m, L], sums to 1.
 
         ``queries`` [B·G, m, Hg, r, E] and ``keys`` [B·G, N, E] live in one space, scaled. The last columns of
-        ``blocks`` are the tile's own blocks; only there can a key be later than a query.
+        ``blocks`` are the tile's own blocks; only there can a key be later than a query. ``scratch`` lends memory where no
+        gradient is wanted.
         """
         grid, size = plan.grid, self.config.block_size
         rows, m, hg, r, e = queries.shape
-        gathered = gather_blocks(keys, blocks, size)
-        scores = torch.bmm(queries.reshape(rows * m, hg * r, e), gathered.flatten(0, 1).transpose(1, 2)).view(rows, m, hg, r, -1)
+        width = blocks.shape[-1] * size
+        memory = None if scratch is None else scratch.take("keys", (rows, m, width, e), keys)
+        gathered = gather_blocks(keys, blocks, size, memory).flatten(0, 1)
+        memory = None if scratch is None else scratch.take("scores", (rows * m, hg * r, width), keys)
+        scores = torch.bmm(queries.reshape(rows * m, hg * r, e), gathered.transpose(1, 2), out=memory).view(rows, m, hg, r, -1)
         q_pos = plan.grid.first_positions(blocks.device)[tiles][:, None, None] + reps
         own = blocks[..., -grid.own_blocks :]
         k_pos = (own[..., None] * size + torch.arange(size, device=blocks.device)).flatten(2)
         scores[..., -k_pos.shape[-1] :].masked_fill_(k_pos[:, :, None, None] > q_pos[None, ..., None], -torch.inf)
         if bool((blocks < 0).any()):
             scores.masked_fill_((blocks < 0).repeat_interleave(size, -1)[:, :, None, None], -torch.inf)
-        p = torch.softmax(scores, -1).flatten(2, 3)
+        p = torch.softmax(scores, -1, out=None if scratch is None else scores).flatten(2, 3)
         if grid.query_tile == 1:  # every tile is one real query
             return p.sum(2).float().view(*blocks.shape, size).sum(-1) / (hg * r)
         real = ((q_pos >= grid.q_offset) & (q_pos < grid.kv_len)).flatten(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hf_sparse_attn_kernels import BlockSelection, as_rows, to_tiles
+from hf_sparse_attn_kernels import BlockSelection, Scratch, as_rows, to_tiles
 from torch import Tensor
 
 from .plan import TilePlan, join
@@ -11,7 +11,7 @@ from .router import QUERY_RUNS, RoutingInputs, SparseRouter
 from .single import select_single
 
 COARSE_SCORES = 1 << 20  # stage-1 scores of one chunk of tiles, 4 MB
-FINE_SCORES = 1 << 21  # stage-2 scores of one chunk, 4 MB in bf16
+FINE_BYTES = 1 << 23  # memory for the stage-2 scores of one chunk
 
 
 @torch.no_grad()
@@ -52,22 +52,24 @@ class TwoStageScorer:
         self.fold = plan.grid.query_tile == 1
         self.keys = as_rows(inputs.k) if self.fold else router.index_keys(inputs.k)
         self.q_tiles = to_tiles(inputs.q, plan.grid, router.groups)
+        self.scratch = Scratch()
         self.reps = router.representatives(plan.grid, inputs.q.device)
 
     def coarse(self, tiles: Tensor) -> Tensor:
-        """Stage-1 scores of the tiles (int64 [m]): float32 [B, G, m, N // S]."""
+        """Stage-1 scores of the blocks that any of the tiles (int64 [m]) may select: float32 [B, G, m, most near]."""
         features = self.router.query_features(self.q_tiles[:, tiles], self.inputs.positions, self.plan.grid, tiles)
-        return self.router.coarse_scores(features, self.router_keys, self.inputs.scale)
+        return self.router.coarse_scores(features, self.router_keys[:, :, : int(self.plan.near[tiles].max())], self.inputs.scale)
 
     def fine(self, tiles: Tensor, blocks: Tensor) -> Tensor:
         """Stage-2 mass of ``blocks`` [B, G, m, L] for the tiles (int64 [m]): float32 [B, G, m, L]."""
         heads = torch.arange(self.reps.shape[0], device=tiles.device)[:, None]
-        step = max(1, FINE_SCORES // (blocks[:, :, 0].numel() * self.reps.numel() * self.router.config.block_size))
+        scores = blocks[:, :, 0].numel() * self.reps.numel() * self.router.config.block_size
+        step = max(1, FINE_BYTES // (scores * self.keys.element_size()))
         parts = []
         for part, index in zip(tiles.split(step), blocks.flatten(0, 1).split(step, 1), strict=True):
             sampled = self.q_tiles[:, part[:, None, None], heads, self.reps]
             queries = (self.router.index_queries(sampled, self.fold) * self.inputs.scale).to(self.keys.dtype)
-            parts.append(self.router.fine_mass(queries, self.keys, self.plan, part, index, self.reps))
+            parts.append(self.router.fine_mass(queries, self.keys, self.plan, part, index, self.reps, self.scratch))
         return torch.cat(parts, 1).view_as(blocks)
 
     def block_mass(self, tiles: Tensor) -> Tensor:

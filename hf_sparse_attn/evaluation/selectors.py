@@ -48,9 +48,10 @@ def stage_one(router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> B
     if not bool(plan.open.any()):
         return select_blocks(router, inputs, query_tile)
     scorer = TwoStageScorer(router, inputs, plan)
-    scores = torch.cat([scorer.coarse(tiles) for tiles in _all_tiles(plan).split(ORACLE_TILES)], 2)
-    missing = plan.grid.blocks - scores.shape[-1]
-    return select_by_scores(plan, torch.nn.functional.pad(scores, (0, missing), value=-torch.inf))
+    parts = [scorer.coarse(tiles) for tiles in _all_tiles(plan).split(ORACLE_TILES)]
+    blocks = plan.grid.blocks
+    scores = torch.cat([torch.nn.functional.pad(part, (0, blocks - part.shape[-1]), value=-torch.inf) for part in parts], 2)
+    return select_by_scores(plan, scores)
 
 
 class ByOtherRouters:

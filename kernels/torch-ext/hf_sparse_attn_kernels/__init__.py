@@ -5,12 +5,14 @@ Imports only the standard library, torch and itself.
 
 from .attention import IMPLEMENTATIONS, block_sparse_attention, default_implementation
 from .features import block_mass, pooled_features
-from .gathered import as_rows, gather_blocks, gather_visible, hide_after, to_tiles
+from .gathered import hide_after
+from .gathering import Scratch, as_rows, gather_blocks, gather_visible, to_tiles
 from .selection import BlockSelection, TileGrid, ordered_topk
 
 __all__ = [
     "IMPLEMENTATIONS",
     "BlockSelection",
+    "Scratch",
     "TileGrid",
     "as_rows",
     "block_mass",

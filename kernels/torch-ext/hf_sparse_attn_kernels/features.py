@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .gathered import to_tiles
+from .gathering import to_tiles
 from .selection import TileGrid
 
 MASS_SCORES = 1 << 22  # scores of one chunk of `block_mass`: 16 MB in float32

@@ -11,81 +11,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .gathering import Scratch, as_rows, from_tiles, gather_blocks, gather_visible, scatter_blocks, to_tiles
 from .reference import weighted_values
 from .selection import BlockSelection, TileGrid
 
 CHUNK_SCORES = 1 << 21  # scores of one chunk: 4 MB in bf16, 8 MB in float32; of 2^20 to 2^24 the fastest or close to it
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """[B, G, N, D] -> [B·G, N, D] whose rows are contiguous; a copy only where they are not (a cache with room to grow is a view)."""
-    return (x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()).flatten(0, 1)
-
-
-def _as_blocks(x: Tensor, count: int, block_size: int) -> tuple[Tensor, int] | None:
-    """All of ``x`` [BG, N, D] as one matrix of blocks and its blocks per row, if memory holds ``count`` blocks of every row so.
-
-    A cache with room to grow has memory behind a partial last block; what stands there is not part of ``x``.
-    """
-    rows, _, d = x.shape
-    width = block_size * d
-    per_row = x.stride(0) // width
-    need = (rows - 1) * per_row + count
-    held = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
-    if x.stride(2) != 1 or x.stride(1) != d or x.stride(0) % width or need * width > held:
-        return None
-    return x.as_strided((need, width), (width, 1)), per_row
-
-
-def gather_visible(x: Tensor, index: Tensor, block_size: int) -> Tensor:
-    """Rows of ``x`` [B, G, N, D] in the blocks ``index`` [B·G, K], for a query at N − 1: [B·G, K·block_size, D].
-
-    The last column must name the block of that query; the last ``-N % block_size`` rows, which come after it, are zeros.
-    """
-    d, n = x.shape[-1], x.shape[2]
-    rows = as_rows(x)
-    found = _as_blocks(rows, -(-n // block_size), block_size)
-    if found is None:
-        return gather_blocks(rows, index, block_size)
-    blocks, per_row = found
-    first = torch.arange(0, len(index) * per_row, per_row, device=index.device)
-    gathered = blocks.index_select(0, (index + first[:, None]).view(-1)).view(len(index), -1, d)
-    if n % block_size:
-        gathered[:, n % block_size - block_size :] = 0
-    return gathered
-
-
-def gather_blocks(x: Tensor, index: Tensor, block_size: int) -> Tensor:
-    """Rows of ``x`` [BG, N, D] (see `as_rows`) in blocks ``index`` [BG, ..., K] -> [BG, ..., K·block_size, D].
-
-    Entries below 0 read block 0, the missing rows of a partial last block are zeros: the caller masks both. A partial
-    last block may stand in the last column only, as it does in ascending lists.
-    """
-    rows, n, d = x.shape
-    full = n // block_size
-    flat = index.clamp(0, max(full - 1, 0)).long().reshape(rows, -1)
-    shape = (rows, flat.shape[1], block_size * d)
-    out = x.new_empty(shape) if full else x.new_zeros(shape)
-    if full:
-        for row in range(rows):
-            torch.index_select(x[row, : full * block_size].view(full, block_size * d), 0, flat[row], out=out[row])
-    if n % block_size:
-        tail = F.pad(x[:, full * block_size :], (0, 0, 0, (full + 1) * block_size - n)).reshape(rows, 1, -1)
-        last = out.view(rows, -1, index.shape[-1], block_size * d)[:, :, -1]
-        partial = (index[..., -1:] == full).reshape(rows, -1, 1)
-        last.copy_(torch.where(partial, tail, last))
-    return out.view(*index.shape[:-1], index.shape[-1] * block_size, d)
-
-
-def scatter_blocks(into: Tensor, index: Tensor, grad: Tensor, block_size: int) -> None:
-    """Add ``grad`` [BG, n, K·S, D] to the blocks ``index`` [BG, n, K] of ``into`` [BG, nb·S, D] (float32)."""
-    d = into.shape[-1]
-    for row in range(into.shape[0]):
-        target = into[row].view(-1, block_size * d)
-        target.index_add_(0, index[row].clamp(min=0).long().reshape(-1), grad[row].reshape(-1, block_size * d).to(into.dtype))
 
 
 def tile_chunks(index: Tensor, grid: TileGrid, rows_per_tile: int) -> Iterator[tuple[slice, Tensor]]:
@@ -97,6 +29,14 @@ def tile_chunks(index: Tensor, grid: TileGrid, rows_per_tile: int) -> Iterator[t
         part = index[:, tiles]
         empty = int((part < 0).sum(-1).min())
         yield tiles, part[..., min(empty, part.shape[-1] - 1) :]
+
+
+def gather_chunk(keys: Tensor, values: Tensor, index: Tensor, grid: TileGrid, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """Keys and values [BG, N, D] of the blocks ``index`` [BG, n, K]: [BG, n, K·S, D] each."""
+    size = grid.block_size
+    shape = (*index.shape[:-1], index.shape[-1] * size)
+    out_k, out_v = (scratch.take(name, (*shape, x.shape[-1]), x) for name, x in (("keys", keys), ("values", values)))
+    return gather_blocks(keys, index, size, out_k), gather_blocks(values, index, size, out_v)
 
 
 def chunk_mask(index: Tensor, grid: TileGrid, tiles: slice) -> Tensor:
@@ -115,37 +55,22 @@ def chunk_mask(index: Tensor, grid: TileGrid, tiles: slice) -> Tensor:
     return hidden | (last < 0).repeat_interleave(grid.block_size, -1)[:, :, None, :]
 
 
-def chunk_scores(q: Tensor, keys: Tensor, hidden: Tensor, scale: float) -> Tensor:
+def chunk_scores(q: Tensor, keys: Tensor, hidden: Tensor, scale: float, scratch: Scratch) -> Tensor:
     """Scaled, masked scores [BG, n, Hg, T, K·S] of ``q`` [BG, n, Hg, T, D] and ``keys`` [BG, n, K·S, D]."""
     rows, n, hg, t, d = q.shape
-    scores = torch.bmm((q * scale).reshape(rows * n, hg * t, d), keys.flatten(0, 1).transpose(1, 2))
+    out = scratch.take("scores", (rows * n, hg * t, keys.shape[2]), q)
+    scores = torch.bmm((q * scale).reshape(rows * n, hg * t, d), keys.flatten(0, 1).transpose(1, 2), out=out)
     scores = scores.view(rows, n, hg, t, -1)
     scores[..., -hidden.shape[-1] :].masked_fill_(hidden[:, :, None], -torch.inf)
     return scores
 
 
 def probabilities(scores: Tensor, hidden: Tensor) -> Tensor:
-    """Softmax over the last dimension in which a row that sees nothing is all zeros."""
-    p = torch.softmax(scores, -1)
+    """Softmax over the last dimension, in place, in which a row that sees nothing is all zeros."""
+    p = torch.softmax(scores, -1, out=scores)
     if hidden.shape[-1] < scores.shape[-1]:
         return p  # some columns are visible to every row
     return p.masked_fill_(hidden.all(-1)[:, :, None, :, None], 0)
-
-
-def to_tiles(x: Tensor, grid: TileGrid, groups: int) -> Tensor:
-    """[B, H, Q, D] -> [B·G, n, Hg, T, D], zero rows before and after the call's queries."""
-    b, h, q_len, d = x.shape
-    after = grid.tiles * grid.query_tile - grid.lead - q_len
-    if grid.lead or after:  # F.pad copies even when there is nothing to pad
-        x = F.pad(x, (0, 0, grid.lead, after))
-    return x.reshape(b * groups, h // groups, grid.tiles, grid.query_tile, d).transpose(1, 2)
-
-
-def from_tiles(x: Tensor, grid: TileGrid, b: int) -> Tensor:
-    """Inverse of `to_tiles`: [B·G, n, Hg, T, ...] -> [B, H, Q, ...]."""
-    x = x.transpose(1, 2)
-    x = x.reshape(b, -1, grid.tiles * grid.query_tile, *x.shape[4:])
-    return x[:, :, grid.lead : grid.lead + grid.q_len]
 
 
 class GatheredAttention(torch.autograd.Function):
@@ -158,14 +83,13 @@ class GatheredAttention(torch.autograd.Function):
         b, groups = k.shape[:2]
         q_tiles = to_tiles(q, grid, groups)
         keys, values = as_rows(k), as_rows(v)
-        index = indices.flatten(0, 1)
+        index, scratch = indices.flatten(0, 1), Scratch()
         out = torch.empty_like(q_tiles)
         lse = q.new_empty(q_tiles.shape[:4] if need_lse else (0,), dtype=torch.float32)
         for tiles, part in tile_chunks(index, grid, q_tiles.shape[2] * grid.query_tile):
-            chunk_k = gather_blocks(keys, part, grid.block_size)
-            chunk_v = gather_blocks(values, part, grid.block_size)
+            chunk_k, chunk_v = gather_chunk(keys, values, part, grid, scratch)
             hidden = chunk_mask(part, grid, tiles)
-            scores = chunk_scores(q_tiles[:, tiles], chunk_k, hidden, scale)
+            scores = chunk_scores(q_tiles[:, tiles], chunk_k, hidden, scale, scratch)
             if need_lse:
                 lse[:, tiles] = scores.float().logsumexp(-1)
             p = probabilities(scores, hidden).flatten(2, 3)
@@ -183,15 +107,14 @@ class GatheredAttention(torch.autograd.Function):
         b, groups = k.shape[:2]
         q_tiles, do_tiles = to_tiles(q, grid, groups), to_tiles(grad_out, grid, groups)
         keys, values = as_rows(k), as_rows(v)
-        index = indices.flatten(0, 1)
+        index, scratch = indices.flatten(0, 1), Scratch()
         dq = torch.empty_like(q_tiles)
         accum = torch.promote_types(q.dtype, torch.float32)
         dk, dv = (x.new_zeros(b * groups, grid.blocks * grid.block_size, x.shape[-1], dtype=accum) for x in (keys, values))
         for tiles, part in tile_chunks(index, grid, q_tiles.shape[2] * grid.query_tile):
-            chunk_k = gather_blocks(keys, part, grid.block_size)
-            chunk_v = gather_blocks(values, part, grid.block_size)
+            chunk_k, chunk_v = gather_chunk(keys, values, part, grid, scratch)
             hidden = chunk_mask(part, grid, tiles)
-            scores = chunk_scores(q_tiles[:, tiles], chunk_k, hidden, scale)
+            scores = chunk_scores(q_tiles[:, tiles], chunk_k, hidden, scale, scratch)
             # the softmax backward in `accum`, as eager attention does; only what enters a matmul is rounded
             p = probabilities(scores.to(accum), hidden).flatten(2, 3)
             do = do_tiles[:, tiles].flatten(2, 3)

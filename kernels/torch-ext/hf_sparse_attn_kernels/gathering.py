@@ -1,0 +1,118 @@
+"""Gathering the key blocks of query tiles into contiguous memory."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .selection import TileGrid
+
+
+class Scratch:
+    """Memory that the chunks of a loop use again: the system maps and clears a large new tensor page by page, every time."""
+
+    def __init__(self) -> None:
+        self._flat: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Uninitialised contiguous memory of ``shape`` in ``like``'s dtype; valid until ``name`` is taken again."""
+        count = math.prod(shape)
+        held = self._flat.get(name)
+        if held is None or held.numel() < count:
+            self._flat.pop(name, None)
+            held = self._flat[name] = like.new_empty(count)
+        return held[:count].view(shape)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """[B, G, N, D] -> [B·G, N, D] whose rows are contiguous; a copy only where they are not (a cache with room to grow is a view)."""
+    return (x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()).flatten(0, 1)
+
+
+def _as_blocks(x: Tensor, count: int, block_size: int) -> tuple[Tensor, int] | None:
+    """All of ``x`` [BG, N, D] as one matrix of blocks and its blocks per row, if memory holds ``count`` blocks of every row so.
+
+    A cache with room to grow has memory behind a partial last block; what stands there is not part of ``x``.
+    """
+    rows, _, d = x.shape
+    width = block_size * d
+    per_row = x.stride(0) // width
+    need = (rows - 1) * per_row + count
+    held = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
+    if x.stride(2) != 1 or x.stride(1) != d or x.stride(0) % width or need * width > held:
+        return None
+    return x.as_strided((need, width), (width, 1)), per_row
+
+
+def gather_visible(x: Tensor, index: Tensor, block_size: int) -> Tensor:
+    """Rows of ``x`` [B, G, N, D] in the blocks ``index`` [B·G, K], for a query at N − 1: [B·G, K·block_size, D].
+
+    The last column must name the block of that query; the last ``-N % block_size`` rows, which come after it, are zeros.
+    """
+    d, n = x.shape[-1], x.shape[2]
+    rows = as_rows(x)
+    found = _as_blocks(rows, -(-n // block_size), block_size)
+    if found is None:
+        return gather_blocks(rows, index, block_size)
+    blocks, per_row = found
+    first = torch.arange(0, len(index) * per_row, per_row, device=index.device)
+    gathered = blocks.index_select(0, (index + first[:, None]).view(-1)).view(len(index), -1, d)
+    if n % block_size:
+        gathered[:, n % block_size - block_size :] = 0
+    return gathered
+
+
+def gather_blocks(x: Tensor, index: Tensor, block_size: int, out: Tensor | None = None) -> Tensor:
+    """Rows of ``x`` [BG, N, D] (see `as_rows`) in blocks ``index`` [BG, ..., K] -> [BG, ..., K·block_size, D].
+
+    Entries below 0 read block 0, the missing rows of a partial last block are zeros: the caller masks both. A partial
+    last block may stand in the last column only, as it does in ascending lists. ``out`` is memory for the result.
+    """
+    rows, n, d = x.shape
+    full = n // block_size
+    flat = index.clamp(0, max(full - 1, 0)).long().reshape(rows, -1)
+    shape = (rows, flat.shape[1], block_size * d)
+    out = x.new_empty(shape) if out is None else out.view(shape)
+    found = _as_blocks(x, full, block_size)
+    if not full:
+        out.zero_()
+    elif found is not None:
+        blocks, per_row = found
+        flat += torch.arange(0, rows * per_row, per_row, device=flat.device)[:, None]
+        torch.index_select(blocks, 0, flat.view(-1), out=out.view(-1, block_size * d))
+    else:
+        for row in range(rows):
+            torch.index_select(x[row, : full * block_size].view(full, block_size * d), 0, flat[row], out=out[row])
+    if n % block_size:
+        tail = F.pad(x[:, full * block_size :], (0, 0, 0, (full + 1) * block_size - n)).reshape(rows, 1, -1)
+        last = out.view(rows, -1, index.shape[-1], block_size * d)[:, :, -1]
+        partial = (index[..., -1:] == full).reshape(rows, -1, 1)
+        last.copy_(torch.where(partial, tail, last))
+    return out.view(*index.shape[:-1], index.shape[-1] * block_size, d)
+
+
+def scatter_blocks(into: Tensor, index: Tensor, grad: Tensor, block_size: int) -> None:
+    """Add ``grad`` [BG, n, K·S, D] to the blocks ``index`` [BG, n, K] of ``into`` [BG, nb·S, D] (float32)."""
+    d = into.shape[-1]
+    for row in range(into.shape[0]):
+        target = into[row].view(-1, block_size * d)
+        target.index_add_(0, index[row].clamp(min=0).long().reshape(-1), grad[row].reshape(-1, block_size * d).to(into.dtype))
+
+
+def to_tiles(x: Tensor, grid: TileGrid, groups: int) -> Tensor:
+    """[B, H, Q, D] -> [B·G, n, Hg, T, D], zero rows before and after the call's queries."""
+    b, h, q_len, d = x.shape
+    after = grid.tiles * grid.query_tile - grid.lead - q_len
+    if grid.lead or after:  # F.pad copies even when there is nothing to pad
+        x = F.pad(x, (0, 0, grid.lead, after))
+    return x.reshape(b * groups, h // groups, grid.tiles, grid.query_tile, d).transpose(1, 2)
+
+
+def from_tiles(x: Tensor, grid: TileGrid, b: int) -> Tensor:
+    """Inverse of `to_tiles`: [B·G, n, Hg, T, ...] -> [B, H, Q, ...]."""
+    x = x.transpose(1, 2)
+    x = x.reshape(b, -1, grid.tiles * grid.query_tile, *x.shape[4:])
+    return x[:, :, grid.lead : grid.lead + grid.q_len]
