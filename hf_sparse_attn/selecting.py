@@ -23,6 +23,7 @@ def select_blocks(router: SparseRouter, inputs: RoutingInputs, query_tile: int |
     return select_tiles(router, inputs, TilePlan.make(router.config, grid, inputs.q.device))
 
 
+@torch.no_grad()
 def select_tiles(router: SparseRouter, inputs: RoutingInputs, plan: TilePlan) -> BlockSelection:
     """`select_blocks` for any number of tiles of any size."""
     grid = plan.grid
