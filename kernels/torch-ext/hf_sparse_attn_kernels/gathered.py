@@ -172,8 +172,17 @@ class GatheredAttention(torch.autograd.Function):
 
 
 def block_sparse_attention_torch(
-    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float, return_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: BlockSelection,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """See `block_sparse_attention`."""
+    if softcap is not None or sinks is not None or not selection.grid.causal:
+        raise NotImplementedError("impl='torch' has no softcap, sinks or bidirectional attention")
     out, lse = GatheredAttention.apply(q, k, v, selection.indices, selection.grid, scale, return_lse)
     return out, lse if return_lse else None
