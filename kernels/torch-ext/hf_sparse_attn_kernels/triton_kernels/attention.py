@@ -11,7 +11,7 @@ from ..selection import BlockSelection
 from .backward import delta_kernel, dkv_kernel, dq_kernel, reduce_kernel
 from .forward import combine_kernel, forward_kernel
 from .inverse import invert
-from .launch import architecture, decode_splits, launches, padded, processors, row_tile
+from .launch import SIMPLE, architecture, decode_splits, launches, padded, processors, row_tile
 
 
 def unit_stride(x: Tensor) -> Tensor:
@@ -88,13 +88,12 @@ def forward(
             HAS_DOCS=documents is not None,
             HAS_SINKS=sinks is not None,
             SOFTCAP=softcap > 0,
-            num_warps=launch.warps,
-            num_stages=launch.stages,
+            **launch.options,
         )
     if splits > 1:
         count = lse.numel()
         power = 1 << (splits - 1).bit_length()
-        combine_kernel[(count,)](part, part_lse, out, lse, count, D=d, DP=padded(d), SPLITS=splits, SP=power, num_warps=4)
+        combine_kernel[(count,)](part, part_lse, out, lse, count, D=d, DP=padded(d), SPLITS=splits, SP=power, **SIMPLE.options)
     return out, lse
 
 
@@ -134,7 +133,7 @@ def backward(
     fill = torch.empty if documents is None else torch.zeros
     dq, dk, dv = (fill(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta_kernel[(-(-q_len // 64), heads, b)](
-        out, grad_out, grad_lse.contiguous(), delta, *_strides(grad_out), heads, q_len, D=d, DP=padded(d), BLOCK_M=64, num_warps=4
+        out, grad_out, grad_lse.contiguous(), delta, *_strides(grad_out), heads, q_len, D=d, DP=padded(d), BLOCK_M=64, **SIMPLE.options
     )
     if not (rows and tiles):
         return dq, dk, dv, delta
@@ -148,8 +147,7 @@ def backward(
         **flags,
         BLOCK_M=block_m,
         BLOCK_N=table.dq.block_n,
-        num_warps=table.dq.warps,
-        num_stages=table.dq.stages,
+        **table.dq.options,
     )
     blocks = -(-kv_len // block_size)
     inverse = invert(indices, blocks, block_size, b, documents, chunk_tiles or None)
@@ -163,8 +161,7 @@ def backward(
         **flags,
         BLOCK_M=table.dkv.block_m,
         BLOCK_N=block_n,
-        num_warps=table.dkv.warps,
-        num_stages=table.dkv.stages,
+        **table.dkv.options,
     )
     if len(inverse.popular):
         reduce_kernel[(len(inverse.popular), block_size // 16, 2)](
@@ -174,7 +171,7 @@ def backward(
             S=block_size,
             BLOCK_N=16,
             HAS_DOCS=documents is not None,
-            num_warps=4,
+            **SIMPLE.options,
         )
     return dq, dk, dv, delta
 

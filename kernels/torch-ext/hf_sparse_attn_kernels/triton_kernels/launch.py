@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -18,6 +19,11 @@ class Launch:
     block_n: int
     warps: int = 4
     stages: int = 2
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton's launcher and compiler are told; fused multiply-adds are asked for, as the default is about to change."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ TABLE = {
     ("interpreter", 2, 64): Launches(Launch(128, 64), Launch(128, 64), Launch(128, 64)),
 }
 FAMILIES = {"sm80": "sm90", "sm90": "sm90", "sm100": "sm90"}  # sm_86, sm_89 and sm_120 have 99 KB of shared memory: "gfx"
+SIMPLE = Launch(64, 16)  # kernels without a matrix product
 LONG_DECODE = 2  # key tiles that a split of a decode step should at least have
 
 
