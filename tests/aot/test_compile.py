@@ -9,7 +9,6 @@ import torch
 from hf_sparse_attn_kernels.triton_kernels import backward, forward
 from hf_sparse_attn_kernels.triton_kernels.launch import SIMPLE, launches, padded, row_tile
 from hf_sparse_attn_kernels.triton_kernels.support import HEAD_DIMS
-
 from triton.runtime.jit import JITFunction
 
 TARGETS = ("sm80", "sm90", "sm100", "gfx942")

@@ -10,7 +10,9 @@ import torch
 
 if not torch.cuda.is_available():
     if "triton" in sys.modules:
-        pytest.exit("triton was imported before TRITON_INTERPRET could be set: run pytest --confcutdir tests/interpreter tests/interpreter", 2)
+        pytest.exit(
+            "triton was imported before TRITON_INTERPRET could be set: run pytest --confcutdir tests/interpreter tests/interpreter", 2
+        )
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="needs triton: pip install -c constraints.txt -e '.[dev,triton]'")
 

@@ -7,7 +7,7 @@ capped scores s; dQ = scale · dS·K, dK = scale · dSᵀ·Q, dV = Pᵀ·dO.
 import triton
 import triton.language as tl
 
-from .primitives import LN2, LOG2E, document, dot, empty_entries, finite, listed_keys, load_rows, log2_scores, store_rows
+from .primitives import LN2, LOG2E, cast, document, dot, empty_entries, finite, listed_keys, load_rows, log2_scores, store_rows
 
 
 @triton.jit
@@ -122,7 +122,7 @@ def dq_kernel(
         v = load_rows(v_base, pos, v_sn, listed, D, DP, False)
         s = log2_scores(dot(q, tl.trans(k)), scale, softcap, SOFTCAP)
         ds = score_gradient(tl.exp2(s - lse[:, None]), s, dot(do, tl.trans(v)), delta[:, None], softcap, SOFTCAP)
-        dq = dot(ds.to(k.dtype), k, dq)
+        dq = dot(cast(ds, k.dtype), k, dq)
     tail = empty + whole * PER_STEP
     last = tl.minimum(start + T, keys) if CAUSAL else keys
     for step in tl.range(0, tl.cdiv(width - tail, PER_STEP) * STEPS, num_stages=1):
@@ -138,7 +138,7 @@ def dq_kernel(
         ds = tl.where(visible, ds, 0.0)
         if CAUSAL:  # a row that sees a key that is not finite has a NaN in ds; it must not reach the other rows
             k = tl.where(finite(k), k, 0.0).to(k.dtype)
-        dq = dot(ds.to(k.dtype), k, dq)
+        dq = dot(cast(ds, k.dtype), k, dq)
     store_rows(dq_ptr, at, D, valid, dq * scale, D, DP)
 
 
@@ -243,9 +243,9 @@ def dkv_kernel(
             visible &= k_pos[None, :] <= q_pos[:, None]
         s = log2_scores(dot(q, tl.trans(k)), scale, softcap, SOFTCAP)
         p = tl.where(visible, tl.exp2(s - lse[:, None]), 0.0)
-        dv = dot(tl.trans(p.to(do.dtype)), do, dv)
+        dv = dot(tl.trans(cast(p, do.dtype)), do, dv)
         ds = tl.where(visible, score_gradient(p, s, dot(do, tl.trans(v)), delta[:, None], softcap, SOFTCAP), 0.0)
-        dk = dot(tl.trans(ds.to(q.dtype)), q, dk)
+        dk = dot(tl.trans(cast(ds, q.dtype)), q, dk)
     dk *= scale
     if several:
         slot = tl.load(slot_ptr + bin).to(tl.int64) + number

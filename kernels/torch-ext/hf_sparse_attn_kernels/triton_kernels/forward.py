@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .primitives import LN2, LOG2E, document, dot, empty_entries, finite, listed_keys, load_rows, log2_scores, store_rows
+from .primitives import LN2, LOG2E, cast, document, dot, empty_entries, finite, listed_keys, load_rows, log2_scores, store_rows
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def forward_kernel(
         s = log2_scores(dot(q, tl.trans(k)), scale, softcap, SOFTCAP)
         m, l, acc, p = softmax_step(s, m, l, acc)
         v = load_rows(v_base, pos, v_sn, listed, D, DP, False)
-        acc = dot(p.to(v.dtype), v, acc)
+        acc = dot(cast(p, v.dtype), v, acc)
     if split == SPLITS - 1:
         tail = empty + whole * PER_STEP
         last = tl.minimum(start + T, keys) if CAUSAL else keys
@@ -125,7 +125,7 @@ def forward_kernel(
                 touched = tl.max(tl.where(visible, bad_key[None, :], 0), 1)
                 acc = tl.where(touched[:, None] > 0, float("nan"), acc)
                 v = tl.where(good, v, 0.0).to(v.dtype)
-            acc = dot(p.to(v.dtype), v, acc)
+            acc = dot(cast(p, v.dtype), v, acc)
 
     out = acc / tl.where(l == 0, 1.0, l)[:, None]
     heads = groups * HG
@@ -151,5 +151,5 @@ def combine_kernel(
     share = weight / total
     out = tl.sum(part * share[:, None], 0)
     d = tl.arange(0, DP)
-    tl.store(out_ptr + row * D + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
+    tl.store(out_ptr + row * D + d, cast(out, out_ptr.dtype.element_ty), mask=d < D)
     tl.store(lse_ptr + row, top + tl.log2(total) * LN2)

@@ -39,11 +39,13 @@ class Launches:
 # element, head dim up to a power of two). Families that share 64 KB of local memory or less take the "gfx" column.
 TABLE = {
     ("sm90", 2, 64): Launches(Launch(64, 64, 4, 3), Launch(64, 64, 4, 2), Launch(64, 64, 4, 2)),
-    ("sm90", 2, 128): Launches(Launch(64, 64, 4, 3), Launch(128, 64, 8, 2), Launch(64, 64, 8, 2)),
+    ("sm90", 2, 128): Launches(Launch(128, 64, 8, 3), Launch(128, 64, 8, 2), Launch(64, 32, 8, 2)),
     ("sm90", 2, 256): Launches(Launch(64, 64, 8, 2), Launch(64, 64, 8, 1), Launch(64, 32, 8, 1)),
     ("sm90", 4, 64): Launches(Launch(64, 32, 4, 2), Launch(64, 32, 4, 2), Launch(32, 32, 4, 2)),
     ("sm90", 4, 128): Launches(Launch(32, 32, 4, 2), Launch(32, 32, 4, 1), Launch(32, 32, 8, 1)),
     ("sm90", 4, 256): Launches(Launch(16, 32, 4, 1), Launch(16, 32, 8, 1), Launch(16, 16, 8, 1)),
+    ("sm80", 2, 64): Launches(Launch(64, 64, 4, 2), Launch(64, 32, 4, 2), Launch(64, 64, 4, 2)),
+    ("sm80", 2, 128): Launches(Launch(64, 64, 8, 3), Launch(64, 64, 8, 2), Launch(64, 32, 8, 2)),
     ("gfx", 2, 64): Launches(Launch(64, 64, 4, 2), Launch(64, 64, 4, 1), Launch(64, 64, 4, 1)),
     ("gfx", 2, 128): Launches(Launch(64, 64, 4, 1), Launch(64, 32, 4, 1), Launch(64, 32, 4, 1)),
     ("gfx", 2, 256): Launches(Launch(64, 32, 8, 1), Launch(32, 32, 8, 1), Launch(32, 32, 8, 1)),
@@ -80,10 +82,11 @@ def padded(head_dim: int) -> int:
 
 
 def launches(arch: str, dtype: torch.dtype, head_dim: int) -> Launches:
-    """The table's row for an architecture; small head dims take that of 64."""
+    """The table's row for an architecture, or for its family; small head dims take that of 64."""
     if arch == "interpreter":
         return TABLE["interpreter", 2, 64]
-    return TABLE[FAMILIES.get(arch, "gfx"), dtype.itemsize, max(64, padded(head_dim))]
+    key = dtype.itemsize, max(64, padded(head_dim))
+    return TABLE[(arch, *key)] if (arch, *key) in TABLE else TABLE[(FAMILIES.get(arch, "gfx"), *key)]
 
 
 def row_tile(launch: Launch, rows: int) -> int:
@@ -98,3 +101,9 @@ def decode_splits(programs: int, width: int, block_size: int, block_n: int, mult
     """
     most = max(1, width * block_size // (block_n * LONG_DECODE))
     return min(most, max(1, 2 * multiprocessors // max(programs, 1)), 64)
+
+
+def scoring_launch(dtype: torch.dtype, head_dim: int) -> Launch:
+    """Launch of the routers' kernels: key tiles of 64 (a block of 128 is one tile), fewer rows for wide ones."""
+    wide = dtype.itemsize * padded(head_dim) > 256
+    return Launch(32 if wide else 64, 64, 4, 1 if wide else 2)

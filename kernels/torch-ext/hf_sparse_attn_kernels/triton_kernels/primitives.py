@@ -19,6 +19,16 @@ def dot(a, b, acc=None):
 
 
 @triton.jit
+def cast(x, TYPE: tl.constexpr):
+    """Float32 ``x`` in another type, rounded to nearest; the interpreter would cut bits off for bfloat16."""
+    if INTERPRET and tl.bfloat16 == TYPE:
+        bits = x.to(tl.int32, bitcast=True)
+        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, nearest, x)
+    return x.to(TYPE)
+
+
+@triton.jit
 def document(docs_ptr, r, q_len, kv_len, HAS_DOCS: tl.constexpr):
     """(batch row, first slot, keys, content position of the first query) of document r; it has queries if the last is below keys."""
     if HAS_DOCS:
@@ -48,9 +58,10 @@ def load_rows(base, positions, stride, valid, D: tl.constexpr, DP: tl.constexpr,
 
 @triton.jit
 def store_rows(base, positions, stride, valid, x, D: tl.constexpr, DP: tl.constexpr):
+    """Float32 ``x`` [n, DP] to the rows of ``base`` at ``positions`` where ``valid``."""
     d = tl.arange(0, DP)
     pointers = base + positions.to(tl.int64)[:, None] * stride + d[None, :]
-    tl.store(pointers, x.to(base.dtype.element_ty), mask=valid[:, None] & (d < D)[None, :])
+    tl.store(pointers, cast(x, base.dtype.element_ty), mask=valid[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -65,22 +76,25 @@ def empty_entries(list_ptr, width):
 
 @triton.jit
 def listed_keys(list_ptr, column, flat, width, S: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
-    """Content positions of keys ``flat`` ... of the blocks listed from ``column`` on: (int64 [BLOCK_N], boolean: it is listed)."""
+    """Content positions of keys ``flat`` ... of the blocks listed from ``column`` on: (int32 [BLOCK_N], boolean: it is listed)."""
     offset = tl.arange(0, BLOCK_N)
     if S >= BLOCK_N:  # one block holds the whole key tile: a scalar load
         at = column + flat // S
         block = tl.load(list_ptr + at, mask=at < width, other=-1) if MASKED else tl.load(list_ptr + at)
-        pos = block.to(tl.int64) * S + flat % S + offset
+        pos = block * S + flat % S + offset
     else:
         at = column + (flat + offset) // S
         block = tl.load(list_ptr + at, mask=at < width, other=-1) if MASKED else tl.load(list_ptr + at)
-        pos = block.to(tl.int64) * S + offset % S
+        pos = block * S + offset % S
     return pos, pos >= 0
 
 
 @triton.jit
 def tanh(x):
-    return 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E)))
+    """Hyperbolic tangent; a series where the closed form would cancel."""
+    xx = x * x
+    series = x * (1.0 + xx * (-1.0 / 3 + xx * (2.0 / 15 + xx * (-17.0 / 315 + xx * (62.0 / 2835)))))
+    return tl.where(xx < 0.0625, series, 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E))))
 
 
 @triton.jit
