@@ -6,8 +6,8 @@ import os
 
 import pytest
 import torch
-from hf_sparse_attn_kernels.triton_kernels import backward, forward
-from hf_sparse_attn_kernels.triton_kernels.launch import SIMPLE, launches, padded, row_tile
+from hf_sparse_attn_kernels.triton_kernels import backward, forward, scoring
+from hf_sparse_attn_kernels.triton_kernels.launch import SIMPLE, launches, padded, row_tile, scoring_launch
 from hf_sparse_attn_kernels.triton_kernels.support import HEAD_DIMS
 from triton.runtime.jit import JITFunction
 
@@ -35,6 +35,20 @@ def small_case(name, head_dim):
         "combine": (forward.combine_kernel, {**d, "SPLITS": 7, "SP": 8}, SIMPLE),
         "delta": (backward.delta_kernel, {**d, "BLOCK_M": 64}, SIMPLE),
         "reduce": (backward.reduce_kernel, {**d, "S": 64, "BLOCK_N": 16, "HAS_DOCS": True}, SIMPLE),
+    }[name]
+
+
+def scoring_case(name, head_dim, dtype):
+    """(kernel, constants, launch) of the routers' kernels."""
+    launch, d = scoring_launch(dtype, head_dim), {"D": head_dim, "DP": padded(head_dim)}
+    mass = {**d, "T": 64, "S": 16, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n}
+    return {
+        "features": (scoring.features_kernel, {**d, "S": 16}, SIMPLE),
+        "coarse": (scoring.coarse_kernel, {**d, "RUNS": 8, "BLOCK_T": launch.block_m // 8, "BLOCK_N": launch.block_n}, launch),
+        "row_lse listed": (scoring.row_lse_kernel, {**mass, "LISTED": True}, launch),
+        "mass listed": (scoring.mass_kernel, {**mass, "LISTED": True}, launch),
+        "row_lse teacher": (scoring.row_lse_kernel, {**mass, "LISTED": False}, launch),
+        "mass teacher": (scoring.mass_kernel, {**mass, "LISTED": False}, launch),
     }[name]
 
 
@@ -85,6 +99,18 @@ def test_decode(compile_kernel, baseline, table, splits, target):
 def test_kernels_without_a_matrix_product(compile_kernel, baseline, table, name, target):
     kernel, constants, launch = small_case(name, 80)
     verify(compile_kernel(kernel, target, torch.bfloat16, constants, launch), f"{name} D=80", target, baseline, table)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("name", "head_dim"),
+    [("features", 80), ("coarse", 64), ("row_lse listed", 32), ("mass listed", 32), ("row_lse teacher", 128), ("mass teacher", 128)],
+)
+def test_routing(compile_kernel, baseline, table, name, head_dim, target):
+    dtype = torch.float32 if name == "coarse" else torch.bfloat16
+    got = compile_kernel((case := scoring_case(name, head_dim, dtype))[0], target, dtype, *case[1:])
+    verify(got, f"{name} D={head_dim}", target, baseline, table)
+    assert target != "sm90" or got.spills == 0
 
 
 @pytest.mark.slow

@@ -82,10 +82,7 @@ def candidate_scores(
     """Scores (log2) of keys ``flat`` ... of the tile's candidate blocks; −inf where a query may not see the key."""
     offset = flat + tl.arange(0, BLOCK_N)
     column = offset // S
-    if LISTED:
-        block = tl.load(list_ptr + column, mask=column < width, other=-1).to(tl.int32)
-    else:
-        block = column
+    block = tl.load(list_ptr + column, mask=column < width, other=-1).to(tl.int32) if LISTED else column
     k_pos = block * S + offset % S
     ok = (k_pos >= 0) & (k_pos < kv_len)
     k = load_rows(k_base, k_pos, k_sn, ok, D, DP)
