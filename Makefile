@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TRITON := $(VENV)/.triton
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-full lint quality clean
+.PHONY: demo test test-full test-interpreter test-aot lint quality clean
 
 demo: $(STAMP)  ## the main job on real weights and text: runs/demo/report.html
 	$(BIN)/hf-sparse-attn run recipes/demo.yaml
@@ -16,6 +17,13 @@ test: $(STAMP) lint  ## lint, types and all tests
 
 test-full: $(STAMP) lint
 	$(BIN)/python -m pytest
+
+# each in a process of its own: Triton reads TRITON_INTERPRET once, when it is imported
+test-interpreter: $(TRITON)  ## the Triton kernels on CPU tensors
+	$(BIN)/python -m pytest --confcutdir tests/interpreter tests/interpreter
+
+test-aot: $(TRITON)  ## the Triton kernels compiled for four GPUs, none needed
+	$(BIN)/python -m pytest --confcutdir tests/aot -m "not slow" tests/aot
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -30,6 +38,10 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(TRITON): $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,triton]'
 	touch $@
 
 clean:

@@ -241,13 +241,23 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_selection_that_does_not_fit_is_refused(name):
+def test_a_selection_that_does_not_fit_is_refused(name, monkeypatch):
+    monkeypatch.setenv("HF_SPARSE_ATTN_DEBUG", "1")
     grid = TileGrid(140, 140, 64, 16)
     q, k, v = qkv(0, grid, groups=1)
     block_sparse_attention(q, k, v, BlockSelection(torch.tensor([[GOOD]], dtype=torch.int32), grid))
     indices, message = BAD[name]
     with pytest.raises(ValueError, match=message):
         block_sparse_attention(q, k, v, BlockSelection(torch.tensor([[indices]], dtype=torch.int32), grid))
+
+
+def test_values_are_read_back_only_when_asked_for():
+    grid = TileGrid(140, 140, 64, 16)
+    q, k, _ = qkv(0, grid, groups=1)
+    selection = BlockSelection(torch.tensor([[BAD["descending"][0]]], dtype=torch.int32), grid)
+    selection.check(q, k)
+    with pytest.raises(ValueError, match="ascending"):
+        selection.check(q, k, values=True)
 
 
 def test_a_selection_for_other_lengths_or_heads_is_refused():

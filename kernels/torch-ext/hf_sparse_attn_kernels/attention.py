@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import logging
 from functools import cache
+from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 from .gathered import block_sparse_attention_torch
 from .reference import block_sparse_attention_reference
 from .selection import BlockSelection
+from .triton_kernels.support import unsupported
 
 logger = logging.getLogger(__name__)
 
-IMPLEMENTATIONS = ("reference", "torch")
+IMPLEMENTATIONS = ("reference", "torch", "triton")
 
 
 @cache
 def default_implementation(device_type: str) -> str:
     """The implementation used when none is named, logged once per kind of device."""
-    logger.info("block_sparse_attention on %s: implementation 'torch' (gathered, chunked)", device_type)
-    return "torch"
+    impl = "triton" if device_type == "cuda" and find_spec("triton") is not None else "torch"
+    logger.info("block_sparse_attention on %s: implementation %r", device_type, impl)
+    return impl
 
 
 def block_sparse_attention(
@@ -30,33 +34,93 @@ def block_sparse_attention(
     selection: BlockSelection,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     impl: str | None = None,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Exact causal softmax attention over the keys of the kept blocks.
+    """Exact softmax attention over the keys of the kept blocks, causal unless ``selection.grid`` says otherwise.
 
     Args:
         q: queries ``[B, H, Q, D]``, the last Q of the N tokens.
         k, v: keys and values ``[B, G, N, D]``; H must be a multiple of G. Same dtype as ``q``.
         selection: kept blocks per query tile, see `BlockSelection`.
         scale: multiplies q·k; ``D ** -0.5`` if None.
+        softcap: if given, a score s becomes ``softcap · tanh(s / softcap)`` before masking.
+        sinks: ``[H]``, one more logit per head in the denominator of the softmax, without a value.
         impl: "reference" (dense mask, any dtype: the specification), "torch" (gathered, bounded memory, any torch
-            device) or None for the default. A named implementation never falls back to another.
-        return_lse: also return the log-sum-exp of the scaled scores, ``[B, H, Q]``, −inf for a row that sees nothing.
+            device), "triton" (GPU) or None for the default. A named implementation never falls back to another.
+        return_lse: also return the log-sum-exp of the scores (sinks included), ``[B, H, Q]``, −inf for a row that sees nothing.
 
     Returns:
-        (out ``[B, H, Q, D]``, lse or None). A row that sees no key is all zeros.
+        (out ``[B, H, Q, D]``, lse or None). A row that sees no key, or belongs to no document, is all zeros.
 
     Raises:
-        ValueError: unknown ``impl``, a dtype mismatch, or a selection that does not fit the shapes.
+        ValueError: unknown ``impl``, inputs that it does not support, a dtype mismatch, or a selection that does not fit.
     """
     if impl is not None and impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r} is not an implementation of block_sparse_attention; supported: {', '.join(IMPLEMENTATIONS)}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if sinks is not None and tuple(sinks.shape) != (q.shape[1],):
+        raise ValueError(f"sinks is {tuple(sinks.shape)}: must hold one logit per query head, [{q.shape[1]}]")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap={softcap} must be positive, or None for no cap")
     selection.check(q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if (impl or default_implementation(q.device.type)) == "reference":
-        out, lse = block_sparse_attention_reference(q, k, v, selection, scale)
+    chosen = impl or default_implementation(q.device.type)
+    if chosen == "triton":
+        reason = unsupported(q, selection.grid.query_tile, selection.grid.block_size)
+        if reason is None:
+            from .triton_kernels.attention import block_sparse_attention_triton
+
+            return block_sparse_attention_triton(q, k, v, selection, scale, softcap, sinks, return_lse)
+        if impl is not None:
+            raise ValueError(reason)
+        chosen = "torch"
+    if selection.documents is not None:
+        return _by_document(chosen, q, k, v, selection, scale, softcap, sinks, return_lse)
+    return _one_document_a_row(chosen, q, k, v, selection, scale, softcap, sinks, return_lse)
+
+
+def _one_document_a_row(
+    impl: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: BlockSelection,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    if impl == "reference":
+        out, lse = block_sparse_attention_reference(q, k, v, selection, scale, softcap, sinks)
         return out, lse if return_lse else None
-    return block_sparse_attention_torch(q, k, v, selection, scale, return_lse)
+    return block_sparse_attention_torch(q, k, v, selection, scale, softcap, sinks, return_lse)
+
+
+def _by_document(
+    impl: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: BlockSelection,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Each document by itself; queries of no document keep zeros and an lse of −inf."""
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32)) if return_lse else None
+    for row, first, part in selection.by_document():
+        slots = slice(first, first + part.grid.kv_len)
+        end = slots.stop - selection.grid.q_offset
+        at = (slice(row, row + 1), slice(None), slice(end - part.grid.q_len, end))
+        keys, values = k[row : row + 1, :, slots], v[row : row + 1, :, slots]
+        part_out, part_lse = _one_document_a_row(impl, q[at], keys, values, part, scale, softcap, sinks, return_lse)
+        out[at] = part_out
+        if lse is not None and part_lse is not None:
+            lse[at] = part_lse
+    return out, lse

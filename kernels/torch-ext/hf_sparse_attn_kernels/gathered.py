@@ -128,10 +128,22 @@ class GatheredAttention(torch.autograd.Function):
 
 
 def block_sparse_attention_torch(
-    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float, return_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: BlockSelection,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """See `block_sparse_attention`."""
     grid = selection.grid
+    for name, value, only in (("softcap", softcap, "None"), ("sinks", sinks, "None"), ("causal", None if grid.causal else False, "True")):
+        if value is not None:
+            raise ValueError(
+                f"impl='torch' does not support {name}={value!r}, only {only}: use impl='reference', or impl='triton' on a GPU"
+            )
     if grid.q_len == grid.query_tile == 1 and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
         index = selection.indices.flatten(0, 2)
         if bool(((index[:, 0] >= 0) & (index[:, -1] == grid.blocks - 1)).all()):

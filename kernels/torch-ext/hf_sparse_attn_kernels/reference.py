@@ -9,14 +9,14 @@ from .selection import BlockSelection
 
 
 def visible_mask(selection: BlockSelection) -> Tensor:
-    """Boolean ``[B, G, Q, N]``: True where a query may read a key, i.e. the link is kept and the key is not later."""
+    """Boolean ``[B, G, Q, N]``: True where a query may read a key: the link is kept and, if causal, the key is not later."""
     grid = selection.grid
     device = selection.indices.device
     q_pos = torch.arange(grid.q_offset, grid.kv_len, device=device)
     k_pos = torch.arange(grid.kv_len, device=device)
     tile = q_pos // grid.query_tile - grid.q_offset // grid.query_tile
     kept = selection.kept()[:, :, tile][..., k_pos // grid.block_size]
-    return kept & (k_pos[None, :] <= q_pos[:, None])
+    return kept & (k_pos[None, :] <= q_pos[:, None]) if grid.causal else kept
 
 
 def weighted_values(p: Tensor, v: Tensor) -> Tensor:
@@ -29,14 +29,27 @@ def weighted_values(p: Tensor, v: Tensor) -> Tensor:
     return (p @ v.masked_fill(bad, 0)).masked_fill(touched > 0, torch.nan)
 
 
-def block_sparse_attention_reference(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float) -> tuple[Tensor, Tensor]:
+def block_sparse_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: BlockSelection,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Softmax attention of ``q`` [B, H, Q, D] over the kept keys: (out [B, H, Q, D], lse [B, H, Q] in float32 or float64)."""
     heads_per_group = q.shape[1] // k.shape[1]
     keys = k.repeat_interleave(heads_per_group, 1)
     values = v.repeat_interleave(heads_per_group, 1)
     mask = visible_mask(selection).repeat_interleave(heads_per_group, 1)
     accum = torch.promote_types(q.dtype, torch.float32)
-    scores = (q @ keys.transpose(-1, -2) * scale).to(accum).masked_fill(~mask, -torch.inf)
+    scores = (q @ keys.transpose(-1, -2) * scale).to(accum)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:  # one more column that every query sees and that has no value
+        scores = torch.cat([scores, sinks.to(accum)[:, None, None].expand(*scores.shape[:3], 1)], -1)
     lse = scores.logsumexp(-1)
-    p = torch.softmax(scores, -1).masked_fill(~mask, 0)
+    p = torch.softmax(scores, -1)[..., : k.shape[2]].masked_fill(~mask, 0)
     return weighted_values(p.to(q.dtype), values), lse

@@ -6,7 +6,9 @@ tile, S block size, n query tiles, nb key blocks, K kept blocks of a tile.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -18,13 +20,15 @@ class TileGrid:
     """Which content positions the query tiles of one call cover.
 
     The queries are the last ``q_len`` of ``kv_len`` tokens. Tiles are counted from content position 0, so the first
-    tile of a call that continues a cache may hold only the end of a tile.
+    tile of a call that continues a cache may hold only the end of a tile. Without ``causal`` every key of a kept block
+    is visible to every query of its tile.
     """
 
     q_len: int
     kv_len: int
     query_tile: int
     block_size: int
+    causal: bool = True
 
     def __post_init__(self) -> None:
         if self.q_len < 1 or self.kv_len < self.q_len:
@@ -73,22 +77,68 @@ class BlockSelection:
 
     ``indices`` ``[B, G, n, K]`` int32, ascending, −1 = empty (so empty entries come first). ``scores`` ``[B, G, n, K]``
     float32 is the router's estimate of the softmax mass of each link, NaN where a link was kept without being scored.
+
+    ``documents`` int64 ``[R, 3]`` holds (batch row, first slot, end slot) of the R documents of a padded or packed batch;
+    they do not overlap. ``indices`` is then ``[R, G, n, K]`` with n the most tiles of any document (surplus tiles all −1);
+    tiles and blocks are counted from each document's first slot, and ``grid`` describes the slots of the whole call.
+    The queries of a document are those of its slots that lie among the call's queries. None: a document is a batch row.
     """
 
     indices: Tensor
     grid: TileGrid
     scores: Tensor | None = None
+    documents: Tensor | None = None
 
-    def check(self, q: Tensor, k: Tensor) -> None:
-        """Raise ValueError unless this selection fits ``q`` [B, H, Q, D] and ``k`` [B, G, N, D]."""
-        want = (k.shape[0], k.shape[1], self.grid.tiles)
+    def check(self, q: Tensor, k: Tensor, values: bool | None = None) -> None:
+        """Raise ValueError unless this selection fits ``q`` [B, H, Q, D] and ``k`` [B, G, N, D].
+
+        Shapes are always checked; ``values``, which reads the indices back from the device, only if asked for or if the
+        environment variable HF_SPARSE_ATTN_DEBUG is 1.
+        """
+        rows, tiles = (k.shape[0], self.grid.tiles) if self.documents is None else (len(self.documents), self.indices.shape[2])
+        want = (rows, k.shape[1], tiles)
         if tuple(self.indices.shape[:3]) != want or (q.shape[2], k.shape[2]) != (self.grid.q_len, self.grid.kv_len):
             raise ValueError(
                 f"the selection was made for indices {tuple(self.indices.shape[:3])}, q_len={self.grid.q_len}, "
                 f"kv_len={self.grid.kv_len}, but got q {tuple(q.shape)} and k {tuple(k.shape)} (indices must be {want})"
             )
+        if self.documents is not None and (self.documents.shape[1:] != (3,) or self.documents.dtype != torch.int64):
+            raise ValueError(
+                f"BlockSelection.documents is {self.documents.dtype} {tuple(self.documents.shape)}: must be int64 [R, 3] "
+                "with (batch row, first slot, end slot)"
+            )
         if q.shape[1] % k.shape[1]:
             raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} KV heads: the first must be a multiple of the second")
+        if os.environ.get("HF_SPARSE_ATTN_DEBUG") == "1" if values is None else values:
+            self._check_values(k.shape[0])
+
+    def by_document(self) -> Iterator[tuple[int, int, BlockSelection]]:
+        """(batch row, first slot, selection) of every document that has queries; reads ``documents`` back to the host."""
+        assert self.documents is not None
+        for index, (row, first, end) in enumerate(self.documents.tolist()):
+            queries = end - max(first, self.grid.q_offset)
+            if queries > 0:
+                grid = replace(self.grid, q_len=queries, kv_len=end - first)
+                yield row, first, BlockSelection(self.indices[index : index + 1, :, : grid.tiles], grid)
+
+    def _check_values(self, batch: int) -> None:
+        if self.documents is None:
+            self._check_indices()
+            return
+        taken = torch.zeros(batch, self.grid.kv_len, dtype=torch.bool)
+        for row, first, end in self.documents.tolist():
+            if not (0 <= row < batch and 0 <= first < end <= self.grid.kv_len) or bool(taken[row, first:end].any()):
+                raise ValueError(
+                    f"BlockSelection.documents holds {[row, first, end]}: must lie in {batch} rows of {self.grid.kv_len} slots "
+                    "and share no slot with another document"
+                )
+            taken[row, first:end] = True
+        for _, _, part in self.by_document():
+            if part.indices.shape[2] != part.grid.tiles:
+                raise ValueError(f"BlockSelection.indices holds {part.indices.shape[2]} tiles, but a document has {part.grid.tiles}")
+            part._check_indices()
+
+    def _check_indices(self) -> None:
         idx = self.indices
         if idx.shape[-1] == 0:
             return
@@ -96,13 +146,13 @@ class BlockSelection:
         if bool(wrong.any()):
             at = tuple(wrong.nonzero()[0, :3].tolist())
             raise ValueError(f"BlockSelection.indices{list(at)} is {idx[at].tolist()}: must be ascending and unique, with -1 (empty) first")
+        end = self.grid.blocks - 1
         last_block = (self.grid.last_positions(idx.device) // self.grid.block_size).view(1, 1, -1)
-        late = idx[..., -1] > last_block
+        late = idx[..., -1] > (last_block if self.grid.causal else end)
         if bool(late.any()):
             block = int(idx[..., -1][late][0])
-            raise ValueError(
-                f"BlockSelection.indices holds block {block}, which starts after its tile's last query: causal attention cannot read it"
-            )
+            why = "starts after its tile's last query: causal attention cannot read it" if self.grid.causal else f"is after the last, {end}"
+            raise ValueError(f"BlockSelection.indices holds block {block}, which {why}")
 
     def kept(self) -> Tensor:
         """Boolean ``[B, G, n, nb]``: which blocks are kept."""

@@ -1,0 +1,111 @@
+"""Small device functions that the kernels share: documents, key positions, loads, scores."""
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+INTERPRET = tl.constexpr(knobs.runtime.interpret)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def dot(a, b, acc=None):
+    """``a @ b + acc`` in float32. The interpreter multiplies bfloat16 bit patterns, so there the operands are widened first."""
+    if INTERPRET:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def cast(x, TYPE: tl.constexpr):
+    """Float32 ``x`` in another type, rounded to nearest; the interpreter would cut bits off for bfloat16."""
+    if INTERPRET and tl.bfloat16 == TYPE:
+        bits = x.to(tl.int32, bitcast=True)
+        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, nearest, x)
+    return x.to(TYPE)
+
+
+@triton.jit
+def document(docs_ptr, r, q_len, kv_len, HAS_DOCS: tl.constexpr):
+    """(batch row, first slot, keys, content position of the first query) of document r; it has queries if the last is below keys."""
+    if HAS_DOCS:
+        row = tl.load(docs_ptr + r * 3)
+        first = tl.load(docs_ptr + r * 3 + 1).to(tl.int32)
+        end = tl.load(docs_ptr + r * 3 + 2).to(tl.int32)
+    else:
+        row = r.to(tl.int64)
+        first = 0
+        end = kv_len
+    return row, first, end - first, tl.maximum(kv_len - q_len - first, 0)
+
+
+@triton.jit
+def load_rows(base, positions, stride, valid, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr = True):
+    """Rows of ``base`` at ``positions`` [n]: [n, DP]; zeros where not ``valid`` and in the columns from D on."""
+    d = tl.arange(0, DP)
+    pointers = base + positions.to(tl.int64)[:, None] * stride + d[None, :]
+    if MASKED:
+        if D == DP:
+            return tl.load(pointers, mask=valid[:, None], other=0.0)
+        return tl.load(pointers, mask=valid[:, None] & (d < D)[None, :], other=0.0)
+    if D == DP:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(base, positions, stride, valid, x, D: tl.constexpr, DP: tl.constexpr):
+    """Float32 ``x`` [n, DP] to the rows of ``base`` at ``positions`` where ``valid``."""
+    d = tl.arange(0, DP)
+    pointers = base + positions.to(tl.int64)[:, None] * stride + d[None, :]
+    tl.store(pointers, cast(x, base.dtype.element_ty), mask=valid[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def empty_entries(list_ptr, width):
+    """How many entries of a list are −1; they come first."""
+    count = 0
+    for start in range(0, width, 256):
+        column = start + tl.arange(0, 256)
+        count += tl.sum((tl.load(list_ptr + column, mask=column < width, other=0) < 0).to(tl.int32), 0)
+    return count
+
+
+@triton.jit
+def listed_keys(list_ptr, column, flat, width, S: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
+    """Content positions of keys ``flat`` ... of the blocks listed from ``column`` on: (int32 [BLOCK_N], boolean: it is listed)."""
+    offset = tl.arange(0, BLOCK_N)
+    if S >= BLOCK_N:  # one block holds the whole key tile: a scalar load
+        at = column + flat // S
+        block = tl.load(list_ptr + at, mask=at < width, other=-1) if MASKED else tl.load(list_ptr + at)
+        pos = block * S + flat % S + offset
+    else:
+        at = column + (flat + offset) // S
+        block = tl.load(list_ptr + at, mask=at < width, other=-1) if MASKED else tl.load(list_ptr + at)
+        pos = block * S + offset % S
+    return pos, pos >= 0
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent; a series where the closed form would cancel."""
+    xx = x * x
+    series = x * (1.0 + xx * (-1.0 / 3 + xx * (2.0 / 15 + xx * (-17.0 / 315 + xx * (62.0 / 2835)))))
+    return tl.where(xx < 0.0625, series, 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E))))
+
+
+@triton.jit
+def log2_scores(s, scale, softcap, SOFTCAP: tl.constexpr):
+    """Scaled, capped scores in units of log 2."""
+    if SOFTCAP:
+        return tanh(s * (scale / softcap)) * (softcap * LOG2E)
+    return s * (scale * LOG2E)
+
+
+@triton.jit
+def finite(x):
+    """True where x is neither NaN nor infinite."""
+    return tl.abs(x.to(tl.float32)) < float("inf")

@@ -1,0 +1,107 @@
+"""`block_sparse_attention`: documents, soft cap, sinks, bidirectional attention, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hf_sparse_attn_kernels import BlockSelection, TileGrid, block_sparse_attention
+from hf_sparse_attn_kernels.triton_kernels import support
+
+
+def qkv(grid, batch=1, groups=2):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(batch, groups * 3, grid.q_len, 16, generator=generator)
+    k, v = (torch.randn(batch, groups, grid.kv_len, 16, generator=generator) for _ in range(2))
+    return q, k, v
+
+
+def packed(seed, grid, documents, groups=2, share=0.6):
+    """A random selection of a batch of documents (batch row, first slot, end slot)."""
+    generator = torch.Generator().manual_seed(seed)
+    empty = BlockSelection(torch.empty(len(documents), groups, grid.tiles + 1, 0, dtype=torch.int32), grid, None, torch.tensor(documents))
+    parts = {(row, first): part.grid for row, first, part in empty.by_document()}
+    indices = torch.full((len(documents), groups, max(g.tiles for g in parts.values()), grid.blocks), -1, dtype=torch.int32)
+    block = torch.arange(grid.blocks)
+    for r, (row, first, _) in enumerate(documents):
+        if part := parts.get((row, first)):
+            last = (part.last_positions() // part.block_size)[:, None] if part.causal else part.blocks - 1
+            keep = (torch.rand(groups, part.tiles, grid.blocks, generator=generator) < share) & (block <= last)
+            indices[r, :, : part.tiles] = torch.where(keep, block, -1).sort(-1).values.int()
+    return BlockSelection(indices, grid, None, torch.tensor(documents))
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_each_document_is_computed_as_if_it_were_alone(impl):
+    grid = TileGrid(90, 130, 64, 16)
+    documents = [(0, 30, 130), (1, 0, 57), (1, 57, 120), (1, 121, 125)]
+    q, k, v = qkv(grid, batch=2)
+    selection = packed(1, grid, documents)
+    selection.check(q, k, values=True)
+    out, lse = block_sparse_attention(q, k, v, selection, impl=impl, return_lse=True)
+    real = torch.zeros(2, 130, dtype=torch.bool)
+    for r, (row, first, end) in enumerate(documents):
+        real[row, first:end] = True
+        queries = end - max(first, 40)
+        alone = TileGrid(queries, end - first, 64, 16)
+        part = BlockSelection(selection.indices[r : r + 1, :, : alone.tiles], alone)
+        want, _ = block_sparse_attention(
+            q[row : row + 1, :, end - 40 - queries : end - 40],
+            k[row : row + 1, :, first:end],
+            v[row : row + 1, :, first:end],
+            part,
+            impl=impl,
+        )
+        torch.testing.assert_close(out[row : row + 1, :, end - 40 - queries : end - 40], want)
+    blank = ~real[:, 40:, None].transpose(1, 2).expand(2, 6, 90)
+    assert not out[blank].any() and bool((lse[blank] == -torch.inf).all())
+    with pytest.raises(ValueError, match="share no slot"):
+        BlockSelection(selection.indices[:2], grid, None, torch.tensor([(0, 3, 9), (0, 8, 12)])).check(q, k, values=True)
+    with pytest.raises(ValueError, match="int64"):
+        BlockSelection(selection.indices, grid, None, torch.tensor(documents).int()).check(q, k)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_softcap_sinks_and_bidirectional_attention_of_the_reference(causal):
+    grid = TileGrid(50, 70, 64, 16, causal)
+    q, k, v = (x.double() for x in qkv(grid))
+    sinks = torch.linspace(-1, 3, 6, dtype=torch.float64)
+    block = torch.arange(5).expand(1, 2, grid.tiles, 5).int()
+    selection = BlockSelection(torch.where(block * 16 <= grid.last_positions()[:, None], block, -1).sort(-1).values.int(), grid)
+    if not causal:
+        selection = BlockSelection(block, grid)
+    out, lse = block_sparse_attention(q, k, v, selection, softcap=2.0, sinks=sinks, impl="reference", return_lse=True)
+    scores = 2 * torch.tanh(q @ k.repeat_interleave(3, 1).mT * 16**-0.5 / 2)
+    if causal:
+        scores = scores.masked_fill(torch.arange(70) > torch.arange(20, 70)[:, None], -torch.inf)
+    weights = scores.exp() / (scores.exp().sum(-1, keepdim=True) + sinks.exp()[:, None, None])
+    torch.testing.assert_close(out, weights @ v.repeat_interleave(3, 1))
+    torch.testing.assert_close(lse, (scores.exp().sum(-1) + sinks.exp()[:, None]).log())
+
+
+def test_the_triton_implementation_names_what_it_lacks(monkeypatch):
+    grid = TileGrid(140, 140, 64, 16)
+    q, k, v = qkv(grid, groups=1)
+    selection = BlockSelection(torch.zeros(1, 1, 3, 1, dtype=torch.int32), grid)
+    monkeypatch.setattr(support, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r'impl="triton".*not installed.*impl="torch"'):
+        block_sparse_attention(q, k, v, selection, impl="triton")
+    monkeypatch.setattr(support, "find_spec", lambda name: name)
+    with pytest.raises(ValueError, match=r'device "cpu"; supported: CUDA'):
+        block_sparse_attention(q, k, v, selection, impl="triton")
+    monkeypatch.setattr(support, "interpreted", lambda: True)
+    for name, case in {
+        "head dim=20": (q[..., :1].expand(-1, -1, -1, 20), 64, 16),
+        "block_size=8": (q, 64, 8),
+        "query_tile=24": (q, 24, 16),
+        "dtype=torch.float64": (q.double(), 64, 16),
+    }.items():
+        assert f'impl="triton": {name} is not supported; supported: ' in support.unsupported(*case)
+    assert support.unsupported(q, 64, 16) is None
+
+
+@pytest.mark.parametrize(("options", "message"), [({"sinks": torch.zeros(2)}, r"sinks is \(2,\)"), ({"softcap": 0.0}, "softcap=0.0")])
+def test_impossible_softcaps_and_sinks_are_refused(options, message):
+    grid = TileGrid(140, 140, 64, 16)
+    selection = BlockSelection(torch.zeros(1, 1, 3, 1, dtype=torch.int32), grid)
+    with pytest.raises(ValueError, match=message):
+        block_sparse_attention(*qkv(grid, groups=1), selection, **options)
