@@ -165,13 +165,16 @@ def doctor(json_path: JsonOption = None) -> None:
     from .versions import SUPPORTED_TRANSFORMERS
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    why = "the only implementation with bounded memory on every torch device; 'reference' is the slow specification"
+    reasons = {
+        "triton": "a GPU, and triton is installed; inputs that its kernels do not support run on 'torch'",
+        "torch": "bounded memory on every torch device; 'triton' needs a GPU and its package, 'reference' is the slow specification",
+    }
     result = {
         **environment(),
         "device": device,
         "implementation": default_implementation(device),
         "implementations": list(IMPLEMENTATIONS),
-        "why": why,
+        "why": reasons[default_implementation(device)],
         "supported_transformers": [str(v) for v in SUPPORTED_TRANSFORMERS],
         "model_types": list(SUPPORTED_MODEL_TYPES),
         "offline": os.environ.get("HF_HUB_OFFLINE", "0"),
