@@ -53,8 +53,11 @@ def scoring_case(name, head_dim, dtype):
 
 
 def verify(got, case, target, baseline, table):
+    """``baseline`` None: the absolute limits only."""
     table.append((case, target, got))
     assert got.shared <= SHARED_LIMIT[target], f"{case} on {target} needs {got.shared} bytes of shared memory"
+    if baseline is None:
+        return
     if os.environ.get("HF_SPARSE_ATTN_RECORD") == "1":
         baseline.setdefault(case, {})[target] = {"registers": got.registers, "spills": got.spills, "shared": got.shared}
     known = baseline[case][target]
@@ -119,8 +122,8 @@ def test_routing(compile_kernel, baseline, table, name, head_dim, target):
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("size", [16, 128])
 @pytest.mark.parametrize("kind", ["forward", "dq", "dkv"])
-def test_every_head_dim(compile_kernel, baseline, table, kind, size, head_dim, dtype, target):
-    check_attention(compile_kernel, baseline, table, kind, target, head_dim, dtype, size=size)
+def test_every_head_dim(compile_kernel, table, kind, size, head_dim, dtype, target):
+    check_attention(compile_kernel, None, table, kind, target, head_dim, dtype, size=size)
 
 
 def test_kernels_are_compiled_not_interpreted():

@@ -114,7 +114,7 @@ def test_decode_splits_of_an_empty_list_and_of_documents(inputs, select):
 
 @pytest.mark.parametrize("tile", [64, 1])
 def test_a_row_that_sees_nothing_is_zero_with_finite_gradients(inputs, judge, tile):
-    grid = TileGrid(128, 128, tile, 16)
+    grid = TileGrid(128, 128, tile, 16) if tile == 64 else TileGrid(24, 40, 1, 16)
     tensors = inputs(grid)
     indices = torch.full((2, 2, grid.tiles, 2), -1, dtype=torch.int32, device=tensors[0].device)
     indices[:, :, : -(-grid.tiles // 2), 1] = 3 if tile == 64 else 0
@@ -128,11 +128,11 @@ WITH_NAN = pytest.mark.filterwarnings("ignore:All-NaN slice", "ignore:invalid va
 @WITH_NAN
 @pytest.mark.parametrize(("tile", "size"), [(64, 16), (64, 128), (1, 16), (16, 64)])
 def test_later_keys_and_values_never_contribute(inputs, select, tile, size):
-    grid = TileGrid(110, 150, tile, size)
+    grid = TileGrid(90, 130, tile, size)
     q, k, v = inputs(grid, batch=1)
     selection = select(grid, batch=1)
     clean, clean_lse = block_sparse_attention(q, k, v, selection, impl="triton", return_lse=True)
-    for query, poison in ((20, torch.inf), (77, torch.nan)):
+    for query, poison in ((20, torch.inf), (67, torch.nan)):
         bad_k, bad_v = k.clone(), v.clone()
         bad_k[:, :, grid.q_offset + query + 1 :] = poison
         bad_v[:, :, grid.q_offset + query + 1 :] = poison
@@ -153,9 +153,9 @@ def test_a_value_that_is_not_finite_shows_in_the_rows_that_see_it(inputs, select
 
 
 def test_keys_of_blocks_that_nobody_kept_never_contribute(inputs, select, run):
-    grid = TileGrid(200, 200, 64, 16)
-    tensors = inputs(grid)
-    indices = select(grid).indices
+    grid = TileGrid(150, 150, 64, 16)
+    tensors = inputs(grid, batch=1)
+    indices = select(grid, batch=1).indices
     indices[(indices == 3) | (indices == 8)] = -1
     selection = BlockSelection(indices.sort(-1).values, grid)
     want = run(tensors, selection, "triton")
@@ -183,7 +183,7 @@ def test_strided_inputs_and_copies_give_the_same_bits(inputs, select, run):
 
 
 def test_two_runs_give_the_same_bits(inputs, select, run):
-    grid = TileGrid(200, 200, 16, 16)
+    grid = TileGrid(111, 111, 32, 16)
     tensors, selection = inputs(grid, dtype=torch.float16), select(grid)
     first, second = (run(tensors, selection, "triton") for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -233,10 +233,10 @@ def test_the_gradient_of_the_log_sum_exp(inputs, select):
 
 @pytest.mark.parametrize("documents", [None, PACKED])
 def test_the_operators_pass_opcheck(inputs, select, device, documents):
-    grid = TileGrid(111, 111, 64, 32)
+    grid = TileGrid(111, 111, 64, 64)
     q, k, v = (x.requires_grad_() for x in inputs(grid))
     selection, sinks = select(grid, documents=documents), torch.zeros(6, device=device, requires_grad=True)
-    options = (64, 32, True, 0.25, 5.0)
+    options = (64, 64, True, 0.25, 5.0)
     torch.library.opcheck(operators.forward, (q, k, v, selection.indices, selection.documents, sinks, *options, 0))
     with torch.no_grad():
         out, lse = operators.forward(q, k, v, selection.indices, selection.documents, sinks, *options, 0)
