@@ -10,7 +10,8 @@ from hf_sparse_attn_kernels.triton_kernels import routing
 
 from hf_sparse_attn import SparseAttentionConfig
 from hf_sparse_attn.plan import TilePlan
-from hf_sparse_attn.router import RoutingInputs, SparseRouter, TwoStageScorer
+from hf_sparse_attn.router import RoutingInputs, SparseRouter
+from hf_sparse_attn.selecting import TwoStageScorer
 
 
 def make_router(device, tile, size, heads=6, groups=2, head_dim=16):
