@@ -9,12 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from hf_sparse_attn_kernels import Scratch, TileGrid, gather_blocks, pooled_features
+from hf_sparse_attn_kernels import TileGrid, pooled_features
 from torch import Tensor, nn
 from transformers import initialization as init
 
 from .config import SparseAttentionConfig
-from .plan import TilePlan
 from .rotary import Rotary
 
 QUERY_RUNS = 8  # stage 1 scores the means of this many runs of a tile's tokens
@@ -158,16 +157,6 @@ class SparseRouter(nn.Module):
         plain = self.rotary.unrotate(q, positions[:, None, :, None])
         return (plain if complete else plain * real[:, None, :, None]).reshape(*q.shape[:4], runs, -1, q.shape[-1]).sum(5)
 
-    def coarse_scores(self, features: tuple[Tensor, Tensor], router_keys: Tensor, scale: float) -> Tensor:
-        """Stage-1 score of every whole block for the tiles of `query_features`: float32 [B, G, m, N // S]."""
-        queries, real = features
-        scores = torch.einsum("bgmrf,bgnf->bgmrn", queries * scale, router_keys)
-        if scores.shape[3] == 1:
-            return scores[:, :, :, 0]
-        if not bool(real.all()):
-            scores.masked_fill_(~real[..., None], -torch.inf)
-        return scores.logsumexp(3)
-
     # -- stage 2 ---------------------------------------------------------------------------------------------------
 
     def representatives(self, grid: TileGrid, device: torch.device | None = None) -> Tensor:
@@ -187,32 +176,3 @@ class SparseRouter(nn.Module):
     def index_keys(self, k: Tensor) -> Tensor:
         """``k`` [B, G, N, D] in index space: [B·G, N, I] in its own dtype."""
         return torch.matmul(k, self.wk_index.to(k.dtype).transpose(1, 2)).flatten(0, 1).contiguous()
-
-    def fine_mass(
-        self, queries: Tensor, keys: Tensor, plan: TilePlan, tiles: Tensor, blocks: Tensor, reps: Tensor, scratch: Scratch | None = None
-    ) -> Tensor:
-        """Stage-2 estimate of the softmax mass of ``blocks`` [B·G, m, L] (−1 = empty): float32 [B·G, m, L], sums to 1.
-
-        ``queries`` [B·G, m, Hg, r, E] and ``keys`` [B·G, N, E] live in one space, scaled. The last columns of
-        ``blocks`` are the tile's own blocks; only there can a key be later than a query. ``scratch`` lends memory where no
-        gradient is wanted.
-        """
-        grid, size = plan.grid, self.config.block_size
-        rows, m, hg, r, e = queries.shape
-        width = blocks.shape[-1] * size
-        memory = None if scratch is None else scratch.take("keys", (rows, m, width, e), keys)
-        gathered = gather_blocks(keys, blocks, size, memory).flatten(0, 1)
-        memory = None if scratch is None else scratch.take("scores", (rows * m, hg * r, width), keys)
-        scores = torch.bmm(queries.reshape(rows * m, hg * r, e), gathered.transpose(1, 2), out=memory).view(rows, m, hg, r, -1)
-        q_pos = plan.grid.first_positions(blocks.device)[tiles][:, None, None] + reps
-        own = blocks[..., -grid.own_blocks :]
-        k_pos = (own[..., None] * size + torch.arange(size, device=blocks.device)).flatten(2)
-        scores[..., -k_pos.shape[-1] :].masked_fill_(k_pos[:, :, None, None] > q_pos[None, ..., None], -torch.inf)
-        if bool((blocks < 0).any()):
-            scores.masked_fill_((blocks < 0).repeat_interleave(size, -1)[:, :, None, None], -torch.inf)
-        p = torch.softmax(scores, -1, out=None if scratch is None else scores).flatten(2, 3)
-        if grid.query_tile == 1:  # every tile is one real query
-            return p.sum(2).float().view(*blocks.shape, size).sum(-1) / (hg * r)
-        real = ((q_pos >= grid.q_offset) & (q_pos < grid.kv_len)).flatten(1)
-        total = p.sum(2) if bool(real.all()) else p.masked_fill(~real[..., None], 0).sum(2)
-        return total.float().view(*blocks.shape, size).sum(-1) / real.sum(-1)[:, None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hf_sparse_attn_kernels import BlockSelection, Scratch, as_rows, to_tiles
+from hf_sparse_attn_kernels import BlockSelection, Scratch, as_rows, coarse_scores, fine_mass, to_tiles
 from torch import Tensor
 
 from .plan import TilePlan, join
@@ -58,8 +58,8 @@ class TwoStageScorer:
 
     def coarse(self, tiles: Tensor) -> Tensor:
         """Stage-1 scores of the blocks that any of the tiles (int64 [m]) may select: float32 [B, G, m, most near]."""
-        features = self.router.query_features(self.q_tiles[:, tiles], self.inputs.positions, self.plan.grid, tiles)
-        return self.router.coarse_scores(features, self.router_keys[:, :, : int(self.plan.near[tiles].max())], self.inputs.scale)
+        queries, real = self.router.query_features(self.q_tiles[:, tiles], self.inputs.positions, self.plan.grid, tiles)
+        return coarse_scores(queries, real, self.router_keys[:, :, : int(self.plan.near[tiles].max())], self.inputs.scale)
 
     def fine(self, tiles: Tensor, blocks: Tensor) -> Tensor:
         """Stage-2 mass of ``blocks`` [B, G, m, L] for the tiles (int64 [m]): float32 [B, G, m, L]."""
@@ -70,7 +70,7 @@ class TwoStageScorer:
         for part, index in zip(tiles.split(step), blocks.flatten(0, 1).split(step, 1), strict=True):
             sampled = self.q_tiles[:, part[:, None, None], heads, self.reps]
             queries = (self.router.index_queries(sampled, self.fold) * self.inputs.scale).to(self.keys.dtype)
-            parts.append(self.router.fine_mass(queries, self.keys, self.plan, part, index, self.reps, self.scratch))
+            parts.append(fine_mass(queries, self.keys, self.plan.grid, part, index, self.reps, scratch=self.scratch))
         return torch.cat(parts, 1).view_as(blocks)
 
     def block_mass(self, tiles: Tensor) -> Tensor:

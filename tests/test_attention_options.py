@@ -78,6 +78,70 @@ def test_softcap_sinks_and_bidirectional_attention_of_the_reference(causal):
     torch.testing.assert_close(lse, (scores.exp().sum(-1) + sinks.exp()[:, None]).log())
 
 
+def random_rows(seed, grid, rows, share):
+    """A random selection with blocks of the future only where ``grid`` lets queries read them; no row is sure to see a key."""
+    block = torch.arange(grid.blocks)
+    last = (grid.last_positions() // grid.block_size)[:, None] if grid.causal else grid.blocks - 1
+    keep = torch.rand(*rows, grid.tiles, grid.blocks, generator=torch.Generator().manual_seed(seed)) < share
+    return BlockSelection(torch.where(keep & (block <= last), block, -1).sort(-1).values.int(), grid)
+
+
+def gradients(tensors, selection, impl, softcap, dtype=torch.float32):
+    """[out, lse, dq, dk, dv, dsinks] of a loss that reads both results; ``tensors`` are q, k, v and the sinks or None."""
+    q, k, v, sinks = (x if x is None else x.to(dtype).clone().requires_grad_() for x in tensors)
+    out, lse = block_sparse_attention(q, k, v, selection, softcap=softcap, sinks=sinks, impl=impl, return_lse=True)
+    generator = torch.Generator().manual_seed(7)
+    weights, lse_weights = (torch.randn(x.shape, generator=generator).to(dtype) for x in (out, lse))
+    seen = lse > -torch.inf
+    ((out * weights).sum() + (lse.masked_fill(~seen, 0) * lse_weights).sum()).backward()
+    return [out, lse, q.grad, k.grad, v.grad, *([] if sinks is None else [sinks.grad])]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize(("q_len", "kv_len", "tiling"), [(50, 70, (64, 16)), (130, 130, (64, 16)), (90, 90, (16, 64)), (40, 40, (1, 16))])
+def test_torch_matches_the_reference_under_every_option(causal, softcap, with_sinks, q_len, kv_len, tiling):
+    """Forward, log-sum-exp, and the gradients of both with respect to q, k, v and the sinks."""
+    grid = TileGrid(q_len, kv_len, *tiling, causal)
+    tensors = (*qkv(grid, batch=2), torch.linspace(-1, 3, 6) if with_sinks else None)
+    selection = random_rows(3, grid, (2, 2), 0.5)
+    want = gradients(tensors, selection, "reference", softcap, torch.float64)
+    got = gradients(tensors, selection, "torch", softcap)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_one_query_over_a_cache_under_every_option(softcap, with_sinks):
+    grid = TileGrid(1, 77, 1, 16)
+    q, k, v = qkv(grid, batch=2)
+    sinks = torch.linspace(-1, 3, 6) if with_sinks else None
+    selection = BlockSelection(torch.tensor([0, 2, 4], dtype=torch.int32).expand(2, 2, 1, 3), grid)
+    options = {"softcap": softcap, "sinks": sinks, "return_lse": True}
+    for a, b in zip(*(block_sparse_attention(q, k, v, selection, impl=impl, **options) for impl in ("torch", "reference")), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("softcap", "with_sinks"), [(2.0, False), (None, True), (2.0, True)])
+def test_the_error_of_options_in_low_precision_is_at_most_eager_s(dtype, softcap, with_sinks):
+    """Root-mean-square error of the output against float64; margin a tenth."""
+    grid = TileGrid(600, 600, 64, 16)
+    q, k, v = (x.to(dtype) for x in qkv(grid))
+    sinks = torch.linspace(-1, 3, 6).to(dtype) if with_sinks else None
+    selection = random_rows(4, grid, (1, 2), 0.4)
+
+    def run(impl, working):
+        cast = [x if x is None else x.to(working) for x in (q, k, v, sinks)]
+        return block_sparse_attention(*cast[:3], selection, softcap=softcap, sinks=cast[3], impl=impl)[0].double()
+
+    exact = run("reference", torch.float64)
+    ours, eager = ((run(impl, dtype) - exact).pow(2).mean().sqrt().item() for impl in ("torch", "reference"))
+    assert ours <= 1.1 * eager + 1e-6
+
+
 def test_the_triton_implementation_names_what_it_lacks(monkeypatch):
     grid = TileGrid(140, 140, 64, 16)
     q, k, v = qkv(grid, groups=1)

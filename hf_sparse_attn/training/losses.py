@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from hf_sparse_attn_kernels import block_mass, ordered_topk, to_tiles
+from hf_sparse_attn_kernels import block_mass, coarse_scores, fine_mass, ordered_topk, to_tiles
 from torch import Tensor
 
 from ..plan import TilePlan
@@ -50,8 +50,8 @@ def tile_loss(router: SparseRouter, inputs: RoutingInputs, query_tile: int, coun
     eligible = plan.eligible_mask(tiles)
     q_tiles = to_tiles(inputs.q, plan.grid, router.groups)[:, tiles]
 
-    features = router.query_features(q_tiles, inputs.positions, plan.grid, tiles)
-    scores = router.coarse_scores(features, router.router_keys(inputs.k, inputs.positions), inputs.scale)
+    queries, real = router.query_features(q_tiles, inputs.positions, plan.grid, tiles)
+    scores = coarse_scores(queries, real, router.router_keys(inputs.k, inputs.positions), inputs.scale)
     whole = scores.shape[-1]  # an eligible block is never partial
     coarse = masked_kl(mass[..., :whole], scores, eligible[:, :whole])
 
@@ -125,4 +125,4 @@ def _fine_estimate(router: SparseRouter, inputs: RoutingInputs, plan: TilePlan, 
     heads = torch.arange(reps.shape[0], device=tiles.device)[:, None]
     queries = router.index_queries(q_tiles[:, :, heads, reps], fold=True) * inputs.scale
     keys = inputs.k.float().flatten(0, 1).contiguous()
-    return router.fine_mass(queries, keys, plan, tiles, blocks.flatten(0, 1), reps).view_as(blocks)
+    return fine_mass(queries, keys, plan.grid, tiles, blocks.flatten(0, 1), reps).view_as(blocks)

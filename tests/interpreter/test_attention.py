@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hf_sparse_attn_kernels import BlockSelection, TileGrid, block_sparse_attention
+from hf_sparse_attn_kernels.options import ScoreOptions
 from hf_sparse_attn_kernels.triton_kernels import attention as operators
 from hf_sparse_attn_kernels.triton_kernels.attention import block_sparse_attention_triton
 from hf_sparse_attn_kernels.triton_kernels.inverse import invert
@@ -92,7 +93,7 @@ def test_decode_splits(inputs, select, device, size, splits):
     grid = TileGrid(3, 250, 1, size)
     q, k, v = inputs(grid, head_dim=80)
     selection, sinks = select(grid, share=0.7), torch.linspace(-2, 4, 6, device=device)
-    out, lse = block_sparse_attention_triton(q, k, v, selection, 0.2, 20.0, sinks, True, splits)
+    out, lse = block_sparse_attention_triton(q, k, v, selection, ScoreOptions(0.2, 20.0, sinks), True, splits)
     want = block_sparse_attention(
         q.double(), k.double(), v.double(), selection, scale=0.2, softcap=20.0, sinks=sinks, impl="reference", return_lse=True
     )
@@ -104,11 +105,11 @@ def test_decode_splits_of_an_empty_list_and_of_documents(inputs, select):
     grid = TileGrid(2, 111, 1, 16)
     q, k, v = inputs(grid)
     empty = BlockSelection(torch.full((2, 2, 2, 5), -1, dtype=torch.int32, device=q.device), grid)
-    out, lse = block_sparse_attention_triton(q, k, v, empty, 0.2, None, None, True, 3)
+    out, lse = block_sparse_attention_triton(q, k, v, empty, ScoreOptions(0.2), True, 3)
     assert not out.any() and bool((lse == -torch.inf).all())
     selection = select(grid, documents=[(0, 30, 111), (1, 0, 110)])
     want = block_sparse_attention(q, k, v, selection, scale=0.2, impl="reference", return_lse=True)
-    for a, b in zip(block_sparse_attention_triton(q, k, v, selection, 0.2, None, None, True, 3), want, strict=True):
+    for a, b in zip(block_sparse_attention_triton(q, k, v, selection, ScoreOptions(0.2), True, 3), want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+
 import hf_sparse_attn_kernels as plain
 import pytest
 import torch
-from hf_sparse_attn_kernels import TileGrid
+from hf_sparse_attn_kernels import TileGrid, implementations
 from hf_sparse_attn_kernels.triton_kernels import routing
 
 from hf_sparse_attn import SparseAttentionConfig
 from hf_sparse_attn.plan import TilePlan
 from hf_sparse_attn.router import RoutingInputs, SparseRouter
-from hf_sparse_attn.selecting import TwoStageScorer
+from hf_sparse_attn.selecting import TwoStageScorer, select_blocks
 
 
-def make_router(device, tile, size, heads=6, groups=2, head_dim=16):
+def make_router(device, tile, size, heads=6, groups=2, head_dim=16, min_keys=512):
     config = SparseAttentionConfig(
         block_size=size,
         query_tile=max(tile, 16),
@@ -23,7 +25,7 @@ def make_router(device, tile, size, heads=6, groups=2, head_dim=16):
         dense_below=0,
         query_samples=8,
         index_dim=8,
-        min_keys=512,
+        min_keys=min_keys,
         density=0.3,
     )
     router = SparseRouter(config, heads, groups, head_dim, None, layer=0)
@@ -39,9 +41,9 @@ def make_router(device, tile, size, heads=6, groups=2, head_dim=16):
 def test_pooled_features(inputs, length, size, head_dim, dtype):
     _, k, _ = inputs(TileGrid(length, length, 64, 16), head_dim=head_dim, dtype=dtype)
     k = k.transpose(1, 2).contiguous().transpose(1, 2)
-    got = routing.pooled_features(k, size)
+    got = plain.pooled_features(k, size, impl="triton")
     rounding = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
-    torch.testing.assert_close(got, plain.pooled_features(k, size), rtol=rounding, atol=rounding)
+    torch.testing.assert_close(got, plain.pooled_features(k, size, impl="torch"), rtol=rounding, atol=rounding)
 
 
 @pytest.mark.parametrize(
@@ -55,8 +57,8 @@ def test_coarse_scores(inputs, device, q_len, past, tile, size):
     tiles = torch.arange(grid.tiles, device=device)
     features = router.query_features(plain.to_tiles(q, grid, 2), positions, grid, tiles)
     router_keys = router.router_keys(k, positions).detach()
-    want = router.coarse_scores(features, router_keys, 0.25).detach()
-    got = routing.coarse_scores(features[0].detach(), features[1], router_keys, 0.25)
+    queries, real = features[0].detach(), features[1]
+    want, got = (plain.coarse_scores(queries, real, router_keys, 0.25, impl=impl) for impl in ("torch", "triton"))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -76,11 +78,10 @@ def test_fine_mass(inputs, device, q_len, past, tile, size):
     heads = torch.arange(3, device=device)[:, None]
     queries = router.index_queries(scorer.q_tiles[:, tiles[:, None, None], heads, reps], scorer.fold).detach() * 0.25
     keys = scorer.keys.detach()
-    want = router.fine_mass(queries, keys, scorer.plan, tiles, blocks, reps)
-    got = routing.fine_mass(queries, keys, grid, tiles, blocks, reps)
+    want, got = (plain.fine_mass(queries, keys, grid, tiles, blocks, reps, impl=impl) for impl in ("torch", "triton"))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(got.sum(-1), torch.ones_like(got[..., 0]))
-    again = routing.fine_mass(queries, keys, grid, tiles, blocks, reps)
+    again = plain.fine_mass(queries, keys, grid, tiles, blocks, reps, impl="triton")
     assert torch.equal(got, again)
 
 
@@ -91,8 +92,8 @@ def test_block_mass(inputs, device, q_len, past, tile, size, head_dim):
     q, k, _ = inputs(grid, head_dim=head_dim)
     k = k.transpose(1, 2).contiguous().transpose(1, 2)
     tiles = torch.randperm(grid.tiles, generator=torch.Generator().manual_seed(0))[:3].to(device)
-    want = plain.block_mass(q, k, grid, tiles, 0.5)
-    torch.testing.assert_close(routing.block_mass(q, k, grid, tiles, 0.5), want, rtol=1e-5, atol=1e-6)
+    want, got = (plain.block_mass(q, k, grid, tiles, 0.5, impl=impl) for impl in ("torch", "triton"))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -100,9 +101,47 @@ def test_block_mass_in_half_precision_is_as_exact_as_in_torch(inputs, device, dt
     grid = TileGrid(111, 150, 64, 16)
     q, k, _ = inputs(grid, head_dim=64, dtype=dtype)
     tiles = torch.arange(grid.tiles, device=device)
-    exact = plain.block_mass(q.double(), k.double(), grid, tiles, 0.3)
-    error, allowed = ((f(q, k, grid, tiles, 0.3) - exact).square().mean().sqrt().item() for f in (routing.block_mass, plain.block_mass))
+    exact = plain.block_mass(q.double(), k.double(), grid, tiles, 0.3, impl="torch")
+    mass = (plain.block_mass(q, k, grid, tiles, 0.3, impl=impl) for impl in ("triton", "torch"))
+    error, allowed = ((x - exact).square().mean().sqrt().item() for x in mass)
     assert error <= 1.1 * allowed + 1e-6
+
+
+@pytest.mark.parametrize(("q_len", "past", "tile", "size"), [(600, 0, 64, 16), (130, 470, 64, 32), (5, 595, 1, 16)])
+def test_a_router_keeps_the_same_blocks_up_to_ties_whoever_scores(inputs, device, monkeypatch, q_len, past, tile, size):
+    """Blocks that only one implementation keeps have a score within 1e-5 relative of the tile's threshold."""
+    grid = TileGrid(q_len, past + q_len, tile, size)
+    router = make_router(device, tile, size, min_keys=128)
+    q, k, _ = inputs(grid)
+    call = RoutingInputs(q, k, torch.arange(grid.kv_len, device=device)[None], 0.25)
+    selections = {}
+    for impl in ("torch", "triton"):
+        monkeypatch.setattr(implementations, "default_implementation", lambda device_type, impl=impl: impl)
+        selections[impl] = select_blocks(router, call, tile)
+    want, got = selections["torch"], selections["triton"]
+    plan = TilePlan.make(router.config, grid, device)
+    assert bool(plan.open.any())
+    eligible = plan.eligible_mask(torch.arange(grid.tiles, device=device))
+    for tile_at in plan.open.nonzero()[:, 0].tolist():
+        for row, group in itertools.product(range(2), range(2)):
+            at = (row, group, tile_at)
+            score = dict(zip(want.indices[at].tolist(), want.scores[at].tolist(), strict=True))
+            score |= dict(zip(got.indices[at].tolist(), got.scores[at].tolist(), strict=True))
+            kept = [{b for b in s.indices[at].tolist() if b >= 0 and eligible[tile_at, b]} for s in (want, got)]
+            assert len(kept[0]) == len(kept[1]) == int(plan.free[tile_at])
+            threshold = min(score[b] for b in kept[0])
+            for block in kept[0] ^ kept[1]:
+                assert abs(score[block] - threshold) <= 1e-5 * threshold
+
+
+def test_scores_of_triton_are_refused_by_name_where_a_gradient_is_wanted(inputs, device):
+    _, k, _ = inputs(TileGrid(64, 64, 64, 16))
+    with pytest.raises(ValueError, match="scores have no gradient"):
+        plain.pooled_features(k.requires_grad_(), 16, impl="triton")
+    with pytest.raises(ValueError, match=r"width 300.*up to 256"):
+        plain.pooled_features(torch.zeros(1, 1, 16, 300, device=device), 16, impl="triton")
+    with pytest.raises(ValueError, match=r"'reference'.*torch, triton"):
+        plain.pooled_features(k, 16, impl="reference")
 
 
 def test_the_operators_pass_opcheck(inputs, device):

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-from functools import cache
-from importlib.util import find_spec
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .gathered import block_sparse_attention_torch
+from .implementations import IMPLEMENTATIONS, choose
+from .options import ScoreOptions
 from .reference import block_sparse_attention_reference
 from .selection import BlockSelection
 from .triton_kernels.support import unsupported
 
-logger = logging.getLogger(__name__)
-
-IMPLEMENTATIONS = ("reference", "torch", "triton")
-
-
-@cache
-def default_implementation(device_type: str) -> str:
-    """The implementation used when none is named, logged once per kind of device."""
-    impl = "triton" if device_type == "cuda" and find_spec("triton") is not None else "torch"
-    logger.info("block_sparse_attention on %s: implementation %r", device_type, impl)
-    return impl
+Attend = Callable[[Tensor, Tensor, Tensor, BlockSelection, ScoreOptions, bool], tuple[Tensor, Tensor | None]]
 
 
 def block_sparse_attention(
@@ -58,8 +48,6 @@ def block_sparse_attention(
     Raises:
         ValueError: unknown ``impl``, inputs that it does not support, a dtype mismatch, or a selection that does not fit.
     """
-    if impl is not None and impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl={impl!r} is not an implementation of block_sparse_attention; supported: {', '.join(IMPLEMENTATIONS)}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     if sinks is not None and tuple(sinks.shape) != (q.shape[1],):
@@ -67,49 +55,20 @@ def block_sparse_attention(
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap={softcap} must be positive, or None for no cap")
     selection.check(q, k)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    chosen = impl or default_implementation(q.device.type)
+    options = ScoreOptions(q.shape[-1] ** -0.5 if scale is None else scale, softcap, sinks)
+    chosen = choose(impl, IMPLEMENTATIONS, q.device.type, lambda: unsupported(q, selection.grid.query_tile, selection.grid.block_size))
     if chosen == "triton":
-        reason = unsupported(q, selection.grid.query_tile, selection.grid.block_size)
-        if reason is None:
-            from .triton_kernels.attention import block_sparse_attention_triton
+        from .triton_kernels.attention import block_sparse_attention_triton
 
-            return block_sparse_attention_triton(q, k, v, selection, scale, softcap, sinks, return_lse)
-        if impl is not None:
-            raise ValueError(reason)
-        chosen = "torch"
+        return block_sparse_attention_triton(q, k, v, selection, options, return_lse)
+    attend = block_sparse_attention_reference if chosen == "reference" else block_sparse_attention_torch
     if selection.documents is not None:
-        return _by_document(chosen, q, k, v, selection, scale, softcap, sinks, return_lse)
-    return _one_document_a_row(chosen, q, k, v, selection, scale, softcap, sinks, return_lse)
-
-
-def _one_document_a_row(
-    impl: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    selection: BlockSelection,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    if impl == "reference":
-        out, lse = block_sparse_attention_reference(q, k, v, selection, scale, softcap, sinks)
-        return out, lse if return_lse else None
-    return block_sparse_attention_torch(q, k, v, selection, scale, softcap, sinks, return_lse)
+        return _by_document(attend, q, k, v, selection, options, return_lse)
+    return attend(q, k, v, selection, options, return_lse)
 
 
 def _by_document(
-    impl: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    selection: BlockSelection,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-    return_lse: bool,
+    attend: Attend, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: ScoreOptions, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Each document by itself; queries of no document keep zeros and an lse of −inf."""
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
@@ -118,8 +77,7 @@ def _by_document(
         slots = slice(first, first + part.grid.kv_len)
         end = slots.stop - selection.grid.q_offset
         at = (slice(row, row + 1), slice(None), slice(end - part.grid.q_len, end))
-        keys, values = k[row : row + 1, :, slots], v[row : row + 1, :, slots]
-        part_out, part_lse = _one_document_a_row(impl, q[at], keys, values, part, scale, softcap, sinks, return_lse)
+        part_out, part_lse = attend(q[at], k[row : row + 1, :, slots], v[row : row + 1, :, slots], part, options, return_lse)
         out[at] = part_out
         if lse is not None and part_lse is not None:
             lse[at] = part_lse

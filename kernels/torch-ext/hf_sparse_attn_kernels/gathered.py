@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gathering import Scratch, as_rows, from_tiles, gather_blocks, gather_visible, scatter_blocks, to_tiles
+from .gathering import Scratch, as_rows, as_tiles, from_tiles, gather_blocks, gather_visible, scatter_blocks, to_tiles
+from .options import ScoreOptions
 from .reference import weighted_values
 from .selection import BlockSelection, TileGrid
 
@@ -40,37 +41,64 @@ def gather_chunk(keys: Tensor, values: Tensor, index: Tensor, grid: TileGrid, sc
 
 
 def chunk_mask(index: Tensor, grid: TileGrid, tiles: slice) -> Tensor:
-    """Where scores of a chunk must be hidden: boolean [BG, n, T, K'·S] over the last K' blocks.
+    """Where scores of a chunk must be hidden: boolean [BG, n, T or 1, K'·S] over the last K' blocks.
 
-    Blocks are ascending, so only the last ``own_blocks`` columns can hold keys after a query; if the chunk has empty
-    entries all its columns are masked.
+    Blocks are ascending, so only the last ``own_blocks`` columns can hold keys after a query, and only the last one keys
+    after the end; if the chunk has empty entries all its columns are masked.
     """
-    columns = index.shape[-1] if bool((index < 0).any()) else min(grid.own_blocks, index.shape[-1])
+    columns = index.shape[-1] if bool((index < 0).any()) else min(grid.own_blocks if grid.causal else 1, index.shape[-1])
     last = index[..., -columns:]
-    first = grid.first_positions(index.device)[tiles]
-    q_pos = first[:, None] + torch.arange(grid.query_tile, device=index.device)
     offset = torch.arange(grid.block_size, device=index.device)
-    k_pos = (last.long()[..., None] * grid.block_size + offset).flatten(-2)
-    hidden = k_pos[:, :, None, :] > q_pos[None, :, :, None]
+    k_pos = (last.long()[..., None] * grid.block_size + offset).flatten(-2)[:, :, None, :]
+    if grid.causal:
+        q_pos = grid.first_positions(index.device)[tiles][:, None] + torch.arange(grid.query_tile, device=index.device)
+        hidden = k_pos > q_pos[None, :, :, None]
+    else:
+        hidden = k_pos >= grid.kv_len
     return hidden | (last < 0).repeat_interleave(grid.block_size, -1)[:, :, None, :]
 
 
-def chunk_scores(q: Tensor, keys: Tensor, hidden: Tensor, scale: float, scratch: Scratch) -> Tensor:
-    """Scaled, masked scores [BG, n, Hg, T, K·S] of ``q`` [BG, n, Hg, T, D] and ``keys`` [BG, n, K·S, D]."""
+def chunk_scores(q: Tensor, keys: Tensor, hidden: Tensor, options: ScoreOptions, dtype: torch.dtype, scratch: Scratch) -> Tensor:
+    """Masked scores [BG, n, Hg, T, K·S] in ``dtype`` of ``q`` [BG, n, Hg, T, D] and ``keys`` [BG, n, K·S, D]."""
     rows, n, hg, t, d = q.shape
     out = scratch.take("scores", (rows * n, hg * t, keys.shape[2]), q)
-    scores = torch.bmm((q * scale).reshape(rows * n, hg * t, d), keys.flatten(0, 1).transpose(1, 2), out=out)
-    scores = scores.view(rows, n, hg, t, -1)
+    scores = torch.bmm((q * options.scale).reshape(rows * n, hg * t, d), keys.flatten(0, 1).transpose(1, 2), out=out)
+    scores = options.cap(scores.view(rows, n, hg, t, -1).to(dtype))
     scores[..., -hidden.shape[-1] :].masked_fill_(hidden[:, :, None], -torch.inf)
     return scores
 
 
-def probabilities(scores: Tensor, hidden: Tensor) -> Tensor:
-    """Softmax over the last dimension, in place, in which a row that sees nothing is all zeros."""
-    p = torch.softmax(scores, -1, out=scores)
+def chunk_lse(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Log-sum-exp of each row [BG, n, Hg, T], the ``sinks`` [BG, 1, Hg, 1] included; at least float32."""
+    lse = scores.to(torch.promote_types(scores.dtype, torch.float32)).logsumexp(-1)
+    return lse if sinks is None else torch.logaddexp(lse, sinks.to(lse.dtype))
+
+
+def probabilities(scores: Tensor, hidden: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax over the last dimension and the ``sinks`` [BG, 1, Hg, 1], in place; a row that sees nothing is all zeros."""
+    p = torch.softmax(scores, -1, out=scores) if sinks is None else scores.sub_(chunk_lse(scores, sinks)[..., None]).exp_()
     if hidden.shape[-1] < scores.shape[-1]:
         return p  # some columns are visible to every row
     return p.masked_fill_(hidden.all(-1)[:, :, None, :, None], 0)
+
+
+def softmax_backward(
+    scores: Tensor, hidden: Tensor, sinks: Tensor | None, dp: Tensor, dlse: Tensor | None, options: ScoreOptions
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """From the gradient ``dp`` [BG, n, Hg·T, K·S] of the probabilities and ``dlse`` [BG, n, Hg·T, 1] of the log-sum-exp.
+
+    Returns the probabilities, the gradient of q·k (both shaped like ``dp``) and that of the sinks [BG, Hg]. All is in the
+    dtype of ``scores``, as in eager attention: only what enters a matmul is rounded.
+    """
+    slope = None if options.softcap is None else 1 - (scores.clamp(-options.softcap, options.softcap) / options.softcap) ** 2
+    weight = None if sinks is None else (sinks - chunk_lse(scores, sinks)).exp()
+    p = probabilities(scores, hidden, sinks).flatten(2, 3)
+    delta = (p * dp).sum(-1, keepdim=True)
+    if dlse is not None:
+        delta -= dlse
+    dsinks = None if weight is None else -(weight * delta.view_as(weight)).sum((1, 3))
+    ds = (dp - delta).mul_(p).mul_(options.scale)
+    return p, ds if slope is None else ds.mul_(slope.flatten(2, 3)), dsinks
 
 
 class GatheredAttention(torch.autograd.Function):
@@ -78,77 +106,90 @@ class GatheredAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, grid: TileGrid, scale: float, need_lse: bool
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        indices: Tensor,
+        grid: TileGrid,
+        options: ScoreOptions,
+        need_lse: bool,
     ) -> tuple[Tensor, Tensor]:
         b, groups = k.shape[:2]
         q_tiles = to_tiles(q, grid, groups)
         keys, values = as_rows(k), as_rows(v)
         index, scratch = indices.flatten(0, 1), Scratch()
-        out = torch.empty_like(q_tiles)
-        lse = q.new_empty(q_tiles.shape[:4] if need_lse else (0,), dtype=torch.float32)
+        accum = torch.promote_types(q.dtype, torch.float32)
+        padded = q.new_empty(*q.shape[:2], grid.tiles * grid.query_tile, v.shape[-1])
+        out = as_tiles(padded, grid, groups)
+        lse = torch.empty(q_tiles.shape[:4] if need_lse else (0,), dtype=accum, device=q.device)
+        row_sinks = _row_sinks(sinks, b, groups)
+        # what a cap or a sink changes is rounded once, when it enters the next matmul
+        dtype = q.dtype if row_sinks is None and options.softcap is None else accum
         for tiles, part in tile_chunks(index, grid, q_tiles.shape[2] * grid.query_tile):
             chunk_k, chunk_v = gather_chunk(keys, values, part, grid, scratch)
             hidden = chunk_mask(part, grid, tiles)
-            scores = chunk_scores(q_tiles[:, tiles], chunk_k, hidden, scale, scratch)
+            scores = chunk_scores(q_tiles[:, tiles], chunk_k, hidden, options, dtype, scratch)
             if need_lse:
-                lse[:, tiles] = scores.float().logsumexp(-1)
-            p = probabilities(scores, hidden).flatten(2, 3)
+                lse[:, tiles] = chunk_lse(scores, row_sinks)
+            p = probabilities(scores, hidden, row_sinks).to(q.dtype).flatten(2, 3)
             out[:, tiles] = weighted_values(p, chunk_v).view_as(out[:, tiles])
-        ctx.save_for_backward(q, k, v, indices)
-        ctx.grid, ctx.scale = grid, scale
-        lse_rows = from_tiles(lse, grid, b) if need_lse else lse
-        ctx.mark_non_differentiable(lse_rows)
-        return from_tiles(out, grid, b).contiguous(), lse_rows
+        ctx.save_for_backward(q, k, v, sinks, indices)
+        ctx.set_materialize_grads(False)
+        ctx.grid, ctx.options = grid, options
+        end = grid.lead + grid.q_len
+        return padded[:, :, grid.lead : end].contiguous(), from_tiles(lse, grid, b).contiguous() if need_lse else lse
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, indices = ctx.saved_tensors
-        grid, scale = ctx.grid, ctx.scale
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, sinks, indices = ctx.saved_tensors
+        grid, options = ctx.grid, ctx.options
         b, groups = k.shape[:2]
+        accum = torch.promote_types(q.dtype, torch.float32)
+        grad_out = torch.zeros_like(q) if grad_out is None else grad_out
         q_tiles, do_tiles = to_tiles(q, grid, groups), to_tiles(grad_out, grid, groups)
+        dlse_tiles = None if grad_lse is None else to_tiles(grad_lse[..., None].to(accum), grid, groups)
         keys, values = as_rows(k), as_rows(v)
         index, scratch = indices.flatten(0, 1), Scratch()
         dq = torch.empty_like(q_tiles)
-        accum = torch.promote_types(q.dtype, torch.float32)
         dk, dv = (x.new_zeros(b * groups, grid.blocks * grid.block_size, x.shape[-1], dtype=accum) for x in (keys, values))
+        row_sinks = _row_sinks(sinks, b, groups)
+        dsinks: list[Tensor] = []
         for tiles, part in tile_chunks(index, grid, q_tiles.shape[2] * grid.query_tile):
             chunk_k, chunk_v = gather_chunk(keys, values, part, grid, scratch)
             hidden = chunk_mask(part, grid, tiles)
-            scores = chunk_scores(q_tiles[:, tiles], chunk_k, hidden, scale, scratch)
-            # the softmax backward in `accum`, as eager attention does; only what enters a matmul is rounded
-            p = probabilities(scores.to(accum), hidden).flatten(2, 3)
+            scores = chunk_scores(q_tiles[:, tiles], chunk_k, hidden, options, accum, scratch)
             do = do_tiles[:, tiles].flatten(2, 3)
             dp = (do @ chunk_v.transpose(-1, -2)).to(accum)
-            ds = (p * (dp - (p * dp).sum(-1, keepdim=True)) * scale).to(q.dtype)
-            dq[:, tiles] = (ds @ chunk_k).view_as(dq[:, tiles])
-            scatter_blocks(dk, part, ds.transpose(-1, -2) @ q_tiles[:, tiles].flatten(2, 3), grid.block_size)
+            dlse = None if dlse_tiles is None else dlse_tiles[:, tiles].flatten(2, 3)
+            p, ds, dsink = softmax_backward(scores, hidden, row_sinks, dp, dlse, options)
+            if dsink is not None:
+                dsinks.append(dsink)
+            dq[:, tiles] = (ds.to(q.dtype) @ chunk_k).view_as(dq[:, tiles])
+            scatter_blocks(dk, part, ds.to(q.dtype).transpose(-1, -2) @ q_tiles[:, tiles].flatten(2, 3), grid.block_size)
             scatter_blocks(dv, part, p.to(q.dtype).transpose(-1, -2) @ do, grid.block_size)
         grads = (x[:, : grid.kv_len].to(like.dtype).view_as(like) for x, like in ((dk, k), (dv, v)))
-        return from_tiles(dq, grid, b), *grads, None, None, None, None
+        sum_sinks = torch.stack(dsinks).sum(0).view(b, -1).sum(0).to(sinks.dtype) if dsinks else None
+        return from_tiles(dq, grid, b), *grads, sum_sinks, None, None, None, None
+
+
+def _row_sinks(sinks: Tensor | None, batch: int, groups: int) -> Tensor | None:
+    """``sinks`` [H] beside the rows of scores: [B·G, 1, Hg, 1]."""
+    return None if sinks is None else sinks.view(groups, 1, -1, 1).repeat(batch, 1, 1, 1)
 
 
 def block_sparse_attention_torch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    selection: BlockSelection,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    return_lse: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: ScoreOptions, return_lse: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """See `block_sparse_attention`."""
     grid = selection.grid
-    for name, value, only in (("softcap", softcap, "None"), ("sinks", sinks, "None"), ("causal", None if grid.causal else False, "True")):
-        if value is not None:
-            raise ValueError(
-                f"impl='torch' does not support {name}={value!r}, only {only}: use impl='reference', or impl='triton' on a GPU"
-            )
-    if grid.q_len == grid.query_tile == 1 and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+    trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, options.sinks))
+    if grid.q_len == grid.query_tile == 1 and grid.causal and not trained:
         index = selection.indices.flatten(0, 2)
         if bool(((index[:, 0] >= 0) & (index[:, -1] == grid.blocks - 1)).all()):
-            return _attend_single(q, k, v, index, grid.block_size, scale, return_lse)
-    out, lse = GatheredAttention.apply(q, k, v, selection.indices, selection.grid, scale, return_lse)
+            return _attend_single(q, k, v, index, grid.block_size, options, return_lse)
+    out, lse = GatheredAttention.apply(q, k, v, options.sinks, selection.indices, grid, options, return_lse)
     return out, lse if return_lse else None
 
 
@@ -159,11 +200,17 @@ def hide_after(scores: Tensor, n: int, block_size: int) -> None:
 
 
 def _attend_single(
-    q: Tensor, k: Tensor, v: Tensor, index: Tensor, block_size: int, scale: float, return_lse: bool
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, block_size: int, options: ScoreOptions, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Forward pass of one query per row whose lists ``index`` [B·G, K] have no empty entry and end with its own block: nothing to mask."""
     keys, values = (gather_visible(x, index, block_size) for x in (k, v))
-    scores = torch.bmm((q * scale).view(len(index), -1, q.shape[-1]), keys.transpose(1, 2))
+    scores = torch.bmm((q * options.scale).view(len(index), -1, q.shape[-1]), keys.transpose(1, 2))
+    accum = torch.promote_types(q.dtype, torch.float32)
+    if options.softcap is not None:
+        scores = options.cap(scores.to(accum))
     hide_after(scores, k.shape[2], block_size)
-    out = torch.bmm(torch.softmax(scores, -1), values).view(q.shape)
-    return out, scores.float().logsumexp(-1).view(q.shape[:3]) if return_lse else None
+    sinks = None if options.sinks is None else options.sinks.view(k.shape[1], -1).repeat(q.shape[0], 1)
+    lse = chunk_lse(scores, sinks) if return_lse else None
+    p = torch.softmax(scores, -1) if sinks is None else (scores.to(accum) - chunk_lse(scores, sinks)[..., None]).exp()
+    out = torch.bmm(p.to(q.dtype), values).view(q.shape)
+    return out, None if lse is None else lse.view(q.shape[:3])

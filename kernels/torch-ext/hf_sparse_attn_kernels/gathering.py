@@ -104,11 +104,15 @@ def scatter_blocks(into: Tensor, index: Tensor, grad: Tensor, block_size: int) -
 
 def to_tiles(x: Tensor, grid: TileGrid, groups: int) -> Tensor:
     """[B, H, Q, D] -> [B·G, n, Hg, T, D], zero rows before and after the call's queries."""
-    b, h, q_len, d = x.shape
-    after = grid.tiles * grid.query_tile - grid.lead - q_len
+    after = grid.tiles * grid.query_tile - grid.lead - x.shape[2]
     if grid.lead or after:  # F.pad copies even when there is nothing to pad
         x = F.pad(x, (0, 0, grid.lead, after))
-    return x.reshape(b * groups, h // groups, grid.tiles, grid.query_tile, d).transpose(1, 2)
+    return as_tiles(x, grid, groups)
+
+
+def as_tiles(x: Tensor, grid: TileGrid, groups: int) -> Tensor:
+    """[B, H, n·T, D] -> [B·G, n, Hg, T, D], a view where ``x`` is contiguous."""
+    return x.reshape(x.shape[0] * groups, x.shape[1] // groups, grid.tiles, grid.query_tile, x.shape[3]).transpose(1, 2)
 
 
 def from_tiles(x: Tensor, grid: TileGrid, b: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .options import ScoreOptions
 from .selection import BlockSelection
 
 
@@ -30,26 +31,16 @@ def weighted_values(p: Tensor, v: Tensor) -> Tensor:
 
 
 def block_sparse_attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    selection: BlockSelection,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Softmax attention of ``q`` [B, H, Q, D] over the kept keys: (out [B, H, Q, D], lse [B, H, Q] in float32 or float64)."""
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: ScoreOptions, return_lse: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """See `block_sparse_attention`; the lse is float32 or float64."""
     heads_per_group = q.shape[1] // k.shape[1]
     keys = k.repeat_interleave(heads_per_group, 1)
     values = v.repeat_interleave(heads_per_group, 1)
     mask = visible_mask(selection).repeat_interleave(heads_per_group, 1)
     accum = torch.promote_types(q.dtype, torch.float32)
-    scores = (q @ keys.transpose(-1, -2) * scale).to(accum)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~mask, -torch.inf)
-    if sinks is not None:  # one more column that every query sees and that has no value
-        scores = torch.cat([scores, sinks.to(accum)[:, None, None].expand(*scores.shape[:3], 1)], -1)
-    lse = scores.logsumexp(-1)
+    scores = options.cap((q @ keys.transpose(-1, -2) * options.scale).to(accum)).masked_fill(~mask, -torch.inf)
+    if options.sinks is not None:  # one more column that every query sees and that has no value
+        scores = torch.cat([scores, options.sinks.to(accum)[:, None, None].expand(*scores.shape[:3], 1)], -1)
     p = torch.softmax(scores, -1)[..., : k.shape[2]].masked_fill(~mask, 0)
-    return weighted_values(p.to(q.dtype), values), lse
+    return weighted_values(p.to(q.dtype), values), scores.logsumexp(-1) if return_lse else None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..options import ScoreOptions
 from ..selection import BlockSelection
 from .backward import delta_kernel, dkv_kernel, dq_kernel, reduce_kernel
 from .forward import combine_kernel, forward_kernel
@@ -205,9 +206,7 @@ def block_sparse_attention_triton(
     k: Tensor,
     v: Tensor,
     selection: BlockSelection,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
+    options: ScoreOptions,
     return_lse: bool = False,
     splits: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
@@ -217,6 +216,7 @@ def block_sparse_attention_triton(
     value in one of the tile's own blocks in all columns.
     """
     grid = selection.grid
-    options = (grid.query_tile, grid.block_size, grid.causal, scale, softcap or 0.0, splits)
-    out, lse = forward(q, k, v, selection.indices, selection.documents, sinks, *options)
+    sizes = (grid.query_tile, grid.block_size, grid.causal)
+    scoring = (options.scale, options.softcap or 0.0)
+    out, lse = forward(q, k, v, selection.indices, selection.documents, options.sinks, *sizes, *scoring, splits)
     return out, lse if return_lse else None

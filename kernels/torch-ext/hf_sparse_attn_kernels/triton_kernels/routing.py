@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..gathered import to_tiles
+from ..gathering import to_tiles
 from ..selection import TileGrid
 from .attention import unit_stride
 from .launch import SIMPLE, padded, scoring_launch
@@ -110,7 +110,8 @@ def fine_mass(queries: Tensor, keys: Tensor, grid: TileGrid, tiles: Tensor, bloc
     ``queries`` [B·G, m, Hg, r, E], scaled, and ``keys`` [B·G, N, E] have one dtype; ``reps`` int64 [Hg, r].
     """
     options = (grid.q_len, grid.query_tile, grid.block_size, 1.0)
-    return candidate_mass(queries.flatten(2, 3), keys[None], blocks.long(), tiles, reps.flatten(), *options)
+    mass: Tensor = candidate_mass(queries.flatten(2, 3), keys[None], blocks.long(), tiles, reps.flatten(), *options)
+    return mass
 
 
 def block_mass(q: Tensor, k: Tensor, grid: TileGrid, tiles: Tensor, scale: float) -> Tensor:
@@ -118,5 +119,5 @@ def block_mass(q: Tensor, k: Tensor, grid: TileGrid, tiles: Tensor, scale: float
     b, groups = k.shape[:2]
     chosen = to_tiles(q, grid, groups)[:, tiles].flatten(2, 3)
     reps = torch.arange(grid.query_tile, device=q.device).repeat(q.shape[1] // groups)
-    mass = candidate_mass(chosen, k, None, tiles, reps, grid.q_len, grid.query_tile, grid.block_size, scale)
+    mass: Tensor = candidate_mass(chosen, k, None, tiles, reps, grid.q_len, grid.query_tile, grid.block_size, scale)
     return mass.view(b, groups, *mass.shape[1:])

@@ -1,0 +1,85 @@
+"""Scores of key blocks, each one operation with several implementations: pooled features, both stages' scores, the teacher.
+
+The `torch` implementation is the specification and the only one with gradients; `triton` is the default on GPUs where no
+gradient is wanted.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .features import block_mass_torch, coarse_scores_torch, fine_mass_torch, pooled_features_torch
+from .gathering import Scratch
+from .implementations import SCORE_IMPLEMENTATIONS, choose
+from .selection import TileGrid
+from .triton_kernels.support import unsupported_scores
+
+
+def _on_triton(impl: str | None, *inputs: Tensor, **sizes: int) -> bool:
+    return choose(impl, SCORE_IMPLEMENTATIONS, inputs[0].device.type, lambda: unsupported_scores(inputs, **sizes)) == "triton"
+
+
+def pooled_features(k: Tensor, block_size: int, *, impl: str | None = None) -> Tensor:
+    """Max, min and mean over each whole block: ``k`` [B, G, N, D] -> [B, G, N // block_size, 3·D].
+
+    Raises:
+        ValueError: ``impl`` is unknown, or was named and does not support the inputs (so for all operations here).
+    """
+    if _on_triton(impl, k, block_size=block_size):
+        from .triton_kernels import routing
+
+        features: Tensor = routing.pooled_features(k, block_size)
+        return features
+    return pooled_features_torch(k, block_size)
+
+
+def coarse_scores(queries: Tensor, real: Tensor, router_keys: Tensor, scale: float, *, impl: str | None = None) -> Tensor:
+    """Stage 1: log-sum-exp over a tile's runs of the scaled products with every block's key: float32 [B, G, m, nb].
+
+    ``queries`` [B, G, m, runs, R] float32, runs a power of two up to 16; ``real`` boolean [m, runs]: the run has tokens (a
+    single run always has); ``router_keys`` [B, G, nb, R] float32.
+    """
+    if _on_triton(impl, queries, router_keys):
+        from .triton_kernels import routing
+
+        scores: Tensor = routing.coarse_scores(queries, real, router_keys, scale)
+        return scores
+    return coarse_scores_torch(queries, real, router_keys, scale)
+
+
+def fine_mass(
+    queries: Tensor,
+    keys: Tensor,
+    grid: TileGrid,
+    tiles: Tensor,
+    blocks: Tensor,
+    reps: Tensor,
+    *,
+    scratch: Scratch | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Stage 2: softmax mass of ``blocks`` [B·G, m, L] (int64, −1 = empty): float32 [B·G, m, L], each row sums to 1.
+
+    ``queries`` [B·G, m, Hg, r, E] at the tokens ``reps`` (int64 [Hg, r]) of the tiles ``tiles`` (int64 [m]), and ``keys``
+    [B·G, N, E], live in one space and dtype, scaled. The last columns of ``blocks`` are the tile's own blocks; only there
+    can a key be later than a query. Averaged over the queries that are tokens of the call. ``scratch`` lends the `torch`
+    implementation memory where no gradient is wanted.
+    """
+    if _on_triton(impl, queries, keys, query_tile=grid.query_tile, block_size=grid.block_size):
+        from .triton_kernels import routing
+
+        return routing.fine_mass(queries, keys, grid, tiles, blocks, reps)
+    return fine_mass_torch(queries, keys, grid, tiles, blocks, reps, scratch)
+
+
+def block_mass(q: Tensor, k: Tensor, grid: TileGrid, tiles: Tensor, scale: float, *, impl: str | None = None) -> Tensor:
+    """The teacher: softmax mass of dense causal attention per block, for the query tiles ``tiles`` (int64 [m]) of ``grid``.
+
+    Averaged over a tile's tokens and over the query heads of a KV group; every row sums to 1. ``q`` [B, H, Q, D],
+    ``k`` [B, G, N, D] -> float32 [B, G, m, nb]. Memory is linear in N.
+    """
+    if _on_triton(impl, q, k, query_tile=grid.query_tile, block_size=grid.block_size):
+        from .triton_kernels import routing
+
+        return routing.block_mass(q, k, grid, tiles, scale)
+    return block_mass_torch(q, k, grid, tiles, scale)
