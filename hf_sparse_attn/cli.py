@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -10,46 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .cli_bench import bench
+from .cli_options import JsonOption, TextOption, console, emit, integers, load, windows_of
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Learnable two-stage sparse attention for pretrained models.")
-console = Console(stderr=True)
-
-JsonOption = Annotated[str | None, typer.Option("--json", help="Write the result as JSON to this path ('-' = standard output).")]
-TextOption = Annotated[str, typer.Option("--text", help="Comma-separated sources: files, globs, pypi:…, deb:… or hub:….")]
-
-
-def _emit(result: dict[str, Any], target: str | None) -> None:
-    if target is None:
-        return
-    if target == "-":
-        sys.stdout.write(json.dumps(result, indent=2) + "\n")
-    else:
-        from .files import write_json
-
-        write_json(target, result)
-
-
-def _integers(text: str, option: str) -> list[int]:
-    try:
-        values = [int(part) for part in text.split(",") if part.strip()]
-    except ValueError as error:
-        raise ValueError(f"{option} is {text!r}: must be integers separated by commas") from error
-    if not values:
-        raise ValueError(f"{option} is empty: give at least one integer")
-    return values
-
-
-def _sparse_options(text: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        loaded: dict[str, Any] = yaml.safe_load("{" + text + "}")
-    except yaml.YAMLError as error:
-        raise ValueError(f"--sparse is {text!r}: must be fields like 'min_keys: 1024, max_keys: 1024'") from error
-    return loaded
+app.add_typer(bench, name="bench")
 
 
 @app.command()
@@ -63,7 +30,7 @@ def run(
     from .pipeline.run import run_recipe
 
     loaded = load_recipe(recipe)
-    _emit(run_recipe(loaded, out or Path("runs") / loaded.name, console), json_path)
+    emit(run_recipe(loaded, out or Path("runs") / loaded.name, console), json_path)
 
 
 @app.command()
@@ -81,13 +48,13 @@ def distill(
     from .data.windows import batches as to_batches
     from .training.distillation import distill as train
 
-    loaded, tokenizer = _load(model, dtype, sparse)
-    windows = _windows(text, tokenizer, context, batches, loaded)
-    report = train(loaded, to_batches(windows), checkpoint=out / "distill.pt")
+    loaded, tokenizer = load(model, dtype, sparse)
+    found = windows_of(text, tokenizer, context, batches, loaded)
+    report = train(loaded, to_batches(found), checkpoint=out / "distill.pt")
     loaded.save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / "distill.pt").unlink()
-    _emit(report.to_dict(), json_path)
+    emit(report.to_dict(), json_path)
 
 
 @app.command(name="eval")
@@ -108,49 +75,14 @@ def evaluate(
     from .pipeline.recipe import Quality
 
     names = tuple(name.strip() for name in selections.split(","))
-    checked = Quality(length, windows, tuple(_integers(budgets, "--budgets")), decode_tokens, names)
-    loaded, tokenizer = _load(model, None, "")
+    checked = Quality(length, windows, tuple(integers(budgets, "--budgets")), decode_tokens, names)
+    loaded, tokenizer = load(model, None, "")
     known = standard_selectors(fresh_routers(loaded))
-    found = _windows(text, tokenizer, length, windows, loaded)
+    found = windows_of(text, tokenizer, length, windows, loaded)
     results = evaluate_windows(loaded, found, checked.budgets, {n: known[n] for n in names}, decode_tokens=decode_tokens, on_result=_show)
     table = quality_table(results)
     _print_quality(table)
-    _emit({"table": table, "windows": [r.to_dict() for r in results]}, json_path)
-
-
-@app.command()
-def bench(
-    lengths: Annotated[str, typer.Option(help="Comma-separated numbers of tokens.")] = "16384",
-    keys: Annotated[int, typer.Option(help="Keys kept.")] = 1024,
-    dtypes: Annotated[str, typer.Option(help="Comma-separated: bfloat16, float32, float16.")] = "bfloat16",
-    repeats: Annotated[int, typer.Option(help="Alternating runs of dense and sparse.")] = 5,
-    model: Annotated[str | None, typer.Option(help="Also measure this sparse model end to end (needs --text).")] = None,
-    text: Annotated[str | None, typer.Option("--text", help="Comma-separated sources for --model.")] = None,
-    json_path: JsonOption = None,
-) -> None:
-    """Speed and memory against dense attention in one run, router included, output verified first."""
-    import torch
-
-    from .pipeline.environment import environment
-    from .profiling import bench_attention, bench_model
-
-    result: dict[str, Any] = {"environment": environment(), "attention": [], "model": []}
-    table = Table("tokens", "dtype", "speed-up", "min–max", "ideal", "extra MB")
-    for length in _integers(lengths, "--lengths"):
-        for dtype in dtypes.split(","):
-            row = bench_attention(length, keys, _dtype(dtype), repeats=repeats)
-            result["attention"].append(row)
-            s = row["speedup"]
-            extra = f"{row['extra_bytes'] / 2**20:.0f}"
-            table.add_row(str(length), dtype, f"{s['median']:.2f}", f"{s['min']:.2f}–{s['max']:.2f}", f"{row['ideal_speedup']:.2f}", extra)
-        if model is not None:
-            if text is None:
-                raise ValueError("--model needs --text: name the text that the model reads")
-            loaded, tokenizer = _load(model, None, "")
-            ids = torch.cat([w.ids for w in _windows(text, tokenizer, 1024, -(-(length + 16) // 1024), loaded)], 1)[:, : length + 16]
-            result["model"].append(bench_model(loaded, ids, keys))
-    console.print(table)
-    _emit(result, json_path)
+    emit({"table": table, "windows": [r.to_dict() for r in results]}, json_path)
 
 
 @app.command()
@@ -160,7 +92,7 @@ def doctor(json_path: JsonOption = None) -> None:
     from hf_sparse_attn_kernels import IMPLEMENTATIONS, default_implementation
 
     from .data.sources import cache_folder
-    from .pipeline.environment import environment
+    from .environment import environment
     from .registration import SUPPORTED_MODEL_TYPES
     from .versions import SUPPORTED_TRANSFORMERS
 
@@ -182,36 +114,7 @@ def doctor(json_path: JsonOption = None) -> None:
     }
     for key, value in result.items():
         console.print(f"[bold]{key}[/]: {value}", highlight=False)
-    _emit(result, json_path)
-
-
-def _dtype(name: str) -> Any:
-    import torch
-
-    from .pipeline.recipe import DTYPES
-
-    if name not in DTYPES:
-        raise ValueError(f"dtype {name!r} is not supported; supported: {', '.join(DTYPES)}")
-    return getattr(torch, name)
-
-
-def _load(model: str, dtype: str | None, sparse: str) -> tuple[Any, Any]:
-    """(sparse model in eval mode, tokenizer); a stock model gets fresh routers with ``sparse`` fields."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    options: dict[str, Any] = {} if dtype is None else {"dtype": _dtype(dtype)}
-    if getattr(AutoConfig.from_pretrained(model), "sparse_attention", None) is None or sparse:
-        options["sparse_attention"] = {"min_keys": 512, **_sparse_options(sparse)}
-    return AutoModelForCausalLM.from_pretrained(model, **options).eval(), AutoTokenizer.from_pretrained(model)
-
-
-def _windows(text: str, tokenizer: Any, length: int, count: int, model: Any) -> Any:
-    from .config import SparseAttentionConfig
-    from .data.sources import read_documents
-    from .data.windows import token_windows
-
-    block_size = SparseAttentionConfig.coerce(model.config.sparse_attention).block_size
-    return token_windows(read_documents([part.strip() for part in text.split(",")]), tokenizer, length, count, block_size)
+    emit(result, json_path)
 
 
 def _show(result: Any) -> None:

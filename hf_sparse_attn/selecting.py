@@ -28,9 +28,8 @@ def select_tiles(router: SparseRouter, inputs: RoutingInputs, plan: TilePlan) ->
     """`select_blocks` for any number of tiles of any size."""
     grid = plan.grid
     scorer = TwoStageScorer(router, inputs, plan) if bool(plan.open.any()) else None
-    rows = inputs.k.shape[0] * router.groups * min(QUERY_RUNS, grid.query_tile)
     kept, masses = [], []
-    for tiles in torch.arange(grid.tiles, device=inputs.q.device).split(max(1, COARSE_SCORES // (rows * grid.blocks))):
+    for tiles in tile_chunks(inputs, plan):
         if scorer is None or not bool(plan.open[tiles].any()):
             mass = inputs.q.new_full((*inputs.k.shape[:2], len(tiles), grid.blocks), torch.nan, dtype=torch.float32)
         else:
@@ -39,6 +38,12 @@ def select_tiles(router: SparseRouter, inputs: RoutingInputs, plan: TilePlan) ->
         kept.append(indices)
         masses.append(mass.gather(-1, indices.clamp(min=0).long()).masked_fill(indices < 0, torch.nan))
     return join(plan, kept, masses)
+
+
+def tile_chunks(inputs: RoutingInputs, plan: TilePlan) -> list[Tensor]:
+    """The tiles of a call (int64 [m] each) in runs whose stage-1 scores take COARSE_SCORES entries."""
+    rows = inputs.k.shape[0] * inputs.k.shape[1] * min(QUERY_RUNS, plan.grid.query_tile)
+    return list(torch.arange(plan.grid.tiles, device=inputs.q.device).split(max(1, COARSE_SCORES // (rows * plan.grid.blocks))))
 
 
 class TwoStageScorer:
@@ -61,6 +66,11 @@ class TwoStageScorer:
         queries, real = self.router.query_features(self.q_tiles[:, tiles], self.inputs.positions, self.plan.grid, tiles)
         return coarse_scores(queries, real, self.router_keys[:, :, : int(self.plan.near[tiles].max())], self.inputs.scale)
 
+    def candidates(self, coarse: Tensor, tiles: Tensor) -> Tensor:
+        """What stage 2 scores for the tiles: their best blocks by ``coarse``, then the forced ones, int64 [B, G, m, L], −1 = empty."""
+        found = self.plan.best(coarse, tiles, self.plan.candidates[tiles])
+        return torch.cat([found, self.plan.forced_blocks(tiles).expand(*found.shape[:2], -1, -1)], -1)
+
     def fine(self, tiles: Tensor, blocks: Tensor) -> Tensor:
         """Stage-2 mass of ``blocks`` [B, G, m, L] for the tiles (int64 [m]): float32 [B, G, m, L]."""
         heads = torch.arange(self.reps.shape[0], device=tiles.device)[:, None]
@@ -76,8 +86,7 @@ class TwoStageScorer:
     def block_mass(self, tiles: Tensor) -> Tensor:
         """Estimated mass by block for the tiles: float32 [B, G, m, nb], −inf for blocks that are no candidates."""
         plan = self.plan
-        candidates = plan.best(self.coarse(tiles), tiles, plan.candidates[tiles])
-        blocks = torch.cat([candidates, plan.forced_blocks(tiles).expand(*candidates.shape[:2], -1, -1)], -1)
+        blocks = self.candidates(self.coarse(tiles), tiles)
         by_block = torch.full((*blocks.shape[:3], plan.grid.blocks + 1), -torch.inf, device=blocks.device)
         # column 0 collects the empty entries (−1), which are no block
         return by_block.scatter_(3, blocks + 1, self.fine(tiles, blocks))[..., 1:]

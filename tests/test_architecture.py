@@ -16,7 +16,7 @@ PACKAGE, KERNELS = ROOT / "hf_sparse_attn", ROOT / "kernels/torch-ext/hf_sparse_
 
 # each layer may import from those above it only; modules of one line are independent of each other
 LAYERS = (
-    ("config", "versions", "files"),
+    ("config", "versions", "files", "environment"),
     ("rotary",),
     ("plan",),
     ("router",),
@@ -32,6 +32,8 @@ LAYERS = (
     ("data", "profiling"),
     ("evaluation",),
     ("pipeline",),
+    ("cli_options",),
+    ("cli_bench",),
     ("cli", "__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -60,12 +60,24 @@ def test_doctor_prints_json_on_standard_output(invoke):
     assert "implementation" in done.stderr and invoke("doctor").stdout == ""
 
 
-def test_bench_writes_json(invoke, tmp_path):
-    done = invoke("bench", "--lengths", "300,512", "--keys", 256, "--repeats", 1, "--dtypes", "float32", "--json", tmp_path / "b.json")
+LAYER = ["--length", "300,512", "--keys", "256", "--dtype", "float32", "--heads", "4/2", "--head-dim", "16", "--repeats", "1"]
+
+
+@pytest.mark.parametrize("verb", ["attention", "backward", "decode", "router"])
+def test_bench_writes_json(verb, invoke, tmp_path):
+    done = invoke("bench", verb, *LAYER, "--json", tmp_path / "b.json")
+    assert done.exit_code == 0 and done.stdout == "" and "tokens  dtype" in done.stderr
     written = json.loads((tmp_path / "b.json").read_text())
-    assert done.exit_code == 0 and done.stdout == "" and "speed-up" in done.stderr
-    assert [(row["length"], row["keys"], row["dtype"]) for row in written["attention"]] == [(300, 256, "float32"), (512, 256, "float32")]
-    assert written["model"] == [] and written["environment"]["threads"] >= 1
+    assert [(row["benchmark"], row["length"], row["keys"], row["dtype"]) for row in written["rows"]] == [
+        (verb, n, 256, "float32") for n in (300, 512)
+    ]
+    assert written["environment"]["threads"] >= 1 and (tmp_path / "b.svg").exists() == (verb != "router")
+
+
+def test_bench_router_takes_every_combination(invoke):
+    done = invoke("bench", "router", *LAYER, "--index-dim", "8,16", "--query-samples", "8,16", "--candidate-factor", "1.5,2", "--json", "-")
+    rows = json.loads(done.stdout)["rows"]
+    assert len({(r["length"], r["index_dim"], r["query_samples"], r["candidate_factor"]) for r in rows}) == len(rows) == 16
 
 
 def test_distill_saves_a_trained_model(distilled):
@@ -100,19 +112,26 @@ def test_eval_writes_the_table(distilled, text, invoke, tmp_path):
 
 
 def test_bench_measures_a_model(distilled, text, invoke):
-    done = invoke("bench", "--lengths", 400, "--keys", 256, "--repeats", 1, "--model", distilled[0], "--text", text, "--json", "-")
-    assert [row["length"] for row in json.loads(done.stdout)["model"]] == [400]
+    done = invoke("bench", "model", distilled[0], "--text", text, "--length", 400, "--keys", 256, "--json", "-")
+    assert [row["length"] for row in json.loads(done.stdout)["rows"]] == [400]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["bench", "--lengths", "300,many"], "--lengths is '300,many': must be integers separated by commas"),
-        (["bench", "--lengths", ","], "--lengths is empty: give at least one integer"),
-        (["bench", "--lengths", "[bold]"], "--lengths is '[bold]': must be integers"),
-        (["bench", "--lengths", "[/b]"], "--lengths is '[/b]': must be integers"),
-        (["bench", "--lengths", "300", "--dtypes", "int8", "--keys", "256"], "dtype 'int8' is not supported; supported: bfloat16"),
-        (["bench", "--lengths", "300", "--keys", "10"], "min_keys is 10: must be >= 256"),
+        (["bench", "attention", "--length", "300,many"], "--length is '300,many': must be integers separated by commas"),
+        (["bench", "decode", "--length", ","], "--length is empty: give at least one integer"),
+        (["bench", "router", "--length", "[bold]"], "--length is '[bold]': must be integers"),
+        (["bench", "backward", "--length", "[/b]"], "--length is '[/b]': must be integers"),
+        (
+            ["bench", "attention", "--length", "300", "--dtype", "int8", "--keys", "256"],
+            "dtype 'int8' is not supported; supported: bfloat16",
+        ),
+        (["bench", "attention", "--length", "300", "--keys", "10"], "min_keys is 10: must be >= 256"),
+        (["bench", "attention", "--heads", "9"], "--heads is '9': must be query heads / KV heads"),
+        (["bench", "router", "--candidate-factor", "two"], "--candidate-factor is 'two'"),
+        (["bench"], "bench needs a benchmark (attention, backward, decode, router, model) or --suite gpu"),
+        (["bench", "--suite", "tpu"], "--suite is 'tpu'; supported: gpu"),
         (["eval", "m", "--text", "t", "--budgets", "a"], "--budgets is 'a'"),
         (["eval", "m", "--text", "t", "--selections", "magic"], "names 'magic'; known: oracle"),
         (["run", "nothing/mine.yaml"], "nothing/defaults.yaml: no such file"),
@@ -130,11 +149,6 @@ def test_a_glob_in_a_message_is_shown_as_it_is(llama_folder, tmp_path, capsys):
 def test_fields_of_sparse_attention_that_are_no_yaml_are_refused(llama_folder, tmp_path, capsys):
     err = message_of(capsys, "distill", llama_folder, tmp_path / "out", "--text", "t", "--sparse", "min_keys: [1")
     assert "--sparse is 'min_keys: [1'" in err
-
-
-def test_a_model_needs_a_text_to_be_measured(distilled, capsys):
-    err = message_of(capsys, "bench", "--lengths", "300", "--keys", "256", "--repeats", "1", "--model", distilled[0])
-    assert "--model needs --text" in err
 
 
 def test_a_bad_recipe_ends_the_program_with_code_1_and_no_traceback(tmp_path):

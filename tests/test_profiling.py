@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from hf_sparse_attn import attention, profiling
-from hf_sparse_attn.profiling import BenchmarkError, PeakMemory, bench_attention, bench_model, spread, timed
+from hf_sparse_attn import attention
+from hf_sparse_attn.profiling import (
+    BenchmarkError,
+    LayerShape,
+    bench_attention,
+    bench_backward,
+    bench_decode,
+    bench_model,
+    bench_router,
+    meters,
+    suite,
+)
+from hf_sparse_attn.profiling import attention as benchmarks
+from hf_sparse_attn.profiling import layer as layers
+from hf_sparse_attn.profiling import model as models
+from hf_sparse_attn.profiling.meters import spread, timed
+from hf_sparse_attn.profiling.peers import dense_peers
+from hf_sparse_attn.profiling.plot import plot_speedups
 
-SHAPE = {"heads": 4, "groups": 2, "head_dim": 16, "repeats": 2}
+IDEAL = (600 * 601 / 2) / (256 * 257 / 2 + 344 * 256)
+
+
+def shape(length=600, keys=256, dtype="float32", **sizes):
+    return LayerShape(length, keys, dtype=dtype, **{"heads": 4, "groups": 2, "head_dim": 16, **sizes})
 
 
 def wrong(function, change):
@@ -24,23 +45,75 @@ def wrong(function, change):
     return perturbed
 
 
+def never_timed(monkeypatch, *modules):
+    for module in modules:
+        monkeypatch.setattr(module, "timed", lambda *_: pytest.fail("a wrong output was timed"))
+
+
+def check_ratio(row, field, slow, fast="with router"):
+    """The median lies within its spread, and the spread within what the fastest and slowest rounds allow."""
+    times = row["times"]
+    assert row[field]["min"] <= row[field]["median"] <= row[field]["max"]
+    assert times[slow]["min_s"] / times[fast]["max_s"] <= row[field]["min"]
+    assert row[field]["max"] <= times[slow]["max_s"] / times[fast]["min_s"]
+
+
 # -- one layer ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_attention_benchmark_reports_speed_and_memory(dtype):
-    row = bench_attention(600, 256, dtype, **SHAPE)
-    assert (row["length"], row["keys"], row["dtype"]) == (600, 256, str(dtype).removeprefix("torch."))
-    for name in ("dense", "sparse_with_router", "router"):
-        assert 0 < row[name]["min_s"] <= row[name]["median_s"] <= row[name]["max_s"] and row[name]["n"] == 2
-    assert 0 < row["speedup"]["min"] <= row["speedup"]["median"] <= row["speedup"]["max"]
-    assert row["ideal_speedup"] == pytest.approx((600 * 601 / 2) / (256 * 257 / 2 + 344 * 256))
-    assert isinstance(row["extra_bytes"], int) and row["extra_bytes"] >= 0
+    row = bench_attention(shape(dtype=dtype), repeats=3)
+    assert (row["length"], row["keys"], row["dtype"], row["baseline"]) == (600, 256, dtype, "sdpa")
+    for name in ("sdpa", "attention", "with router", "router"):
+        assert 0 < row["times"][name]["min_s"] <= row["times"][name]["median_s"] <= row["times"][name]["max_s"]
+        assert row["times"][name]["n"] == 3
+    check_ratio(row, "speedup", "sdpa", "attention")
+    check_ratio(row, "speedup_with_router", "sdpa")
+    assert row["ideal_speedup"] == pytest.approx(IDEAL)
+    assert row["share_of_ideal_with_router"] == pytest.approx(row["speedup_with_router"]["median"] / IDEAL)
+    assert row["router_share"] == pytest.approx(row["times"]["router"]["median_s"] / row["times"]["with router"]["median_s"])
+    assert isinstance(row["peak_memory_bytes"], int) and row["peak_memory_bytes"] >= 0
+    json.dumps(row)
 
 
-def test_the_same_benchmark_runs_when_everything_is_kept():
-    row = bench_attention(300, 512, torch.float32, **SHAPE)
-    assert row["ideal_speedup"] == 1.0
+def test_the_ideal_counts_the_pairs_of_the_selection():
+    for sizes in (shape(300, 512), shape(600, 256), shape(1000, None, density=0.3)):
+        kept = (layers.Layer(sizes).select().indices >= 0).sum(-1)[0, 0] * 16
+        per_query = kept.repeat_interleave(64)[: sizes.length]
+        assert sizes.kept_pairs == int(torch.minimum(per_query, torch.arange(1, sizes.length + 1)).sum())
+    assert shape(300, 512).dense_pairs == shape(300, 512).kept_pairs
+
+
+def test_dense_times_of_an_earlier_benchmark_are_used():
+    row = bench_attention(shape(), repeats=2, dense={"slow": [100.0, 200.0], "fast": [10.0, 10.0]})
+    assert row["baseline"] == "fast" and row["times"]["slow"]["median_s"] == 150 and "sdpa" not in row["times"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_backward_benchmark_compares_a_whole_step(dtype):
+    row = bench_backward(shape(dtype=dtype), repeats=2)
+    check_ratio(row, "speedup", "sdpa", "attention")
+    check_ratio(row, "speedup_with_router", "sdpa")
+    assert row["peak_memory_bytes"] >= 0 and row["dense_peak_memory_bytes"] >= 0 and row["ideal_speedup"] == pytest.approx(IDEAL)
+    json.dumps(row)
+
+
+def test_a_decode_benchmark_compares_with_stock_and_the_best_dense():
+    row = bench_decode(shape(1000), repeats=3)
+    check_ratio(row, "speedup_with_router", "best dense")
+    check_ratio(row, "speedup_over_stock", "stock")
+    assert all(row["times"][name]["n"] == 3 for name in ("stock", "best dense", "with router", "router"))
+    assert row["ideal_speedup"] == pytest.approx(1000 / 256)
+    json.dumps(row)
+
+
+def test_a_router_benchmark_times_every_stage():
+    row = bench_router(shape(2000, 256), repeats=2, index_dim=8, query_samples=4, candidate_factor=1.5)
+    assert (row["index_dim"], row["query_samples"], row["candidate_factor"]) == (8, 4, 1.5)
+    assert all(row["times"][name]["min_s"] > 0 for name in ("keys", "coarse", "select", "fine", "router"))
+    assert row["router_share"] > 0
+    json.dumps(row)
 
 
 def last_group(out):
@@ -59,11 +132,91 @@ def last_group(out):
     ],
     ids=["everywhere", "nan", "last query", "last head"],
 )
-def test_a_wrong_attention_output_is_never_timed(change, monkeypatch):
-    monkeypatch.setattr(profiling, "block_sparse_attention", wrong(profiling.block_sparse_attention, change))
-    monkeypatch.setattr(profiling, "timed", lambda function: pytest.fail("a wrong output was timed"))
-    with pytest.raises(BenchmarkError, match=r"differs from the float64 one by .* in tile \d"):
-        bench_attention(600, 256, torch.float32, **SHAPE)
+@pytest.mark.parametrize("bench", [bench_attention, bench_decode, bench_router, bench_backward])
+def test_a_wrong_attention_output_is_never_timed(bench, change, monkeypatch):
+    monkeypatch.setattr(layers, "block_sparse_attention", wrong(layers.block_sparse_attention, change))
+    never_timed(monkeypatch, meters, benchmarks)
+    with pytest.raises(BenchmarkError, match=r"output differs from the float64 one by .* in tile \d"):
+        bench(shape(), repeats=1)
+
+
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+def test_a_wrong_gradient_is_never_timed(which, monkeypatch):
+    original = layers.block_sparse_attention
+
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 1.5
+
+    def attend(q, k, v, selection):
+        inputs = {"q": q, "k": k, "v": v}
+        inputs[which] = Doubled.apply(inputs[which])
+        return original(*inputs.values(), selection)
+
+    monkeypatch.setattr(layers, "block_sparse_attention", attend)
+    never_timed(monkeypatch, meters, benchmarks)
+    with pytest.raises(BenchmarkError, match=f"gradient of {which}"):
+        bench_backward(shape(), repeats=1)
+
+
+def test_the_dense_baseline_is_exact_attention():
+    layer = layers.Layer(shape(100, 512))
+    (name, peer), *others = dense_peers(layer).items()
+    assert name == "sdpa" and not others
+    torch.testing.assert_close(peer(), layer.attend(layer.select()), rtol=1e-4, atol=1e-5)
+
+
+def test_a_plot_is_drawn_from_the_rows(tmp_path):
+    rows = [bench_attention(shape(n, dtype=d), repeats=1) for n in (300, 600) for d in ("float32", "bfloat16")]
+    plot_speedups(tmp_path / "plot.svg", rows)
+    drawn = (tmp_path / "plot.svg").read_text()
+    assert drawn.startswith("<?xml") and "bfloat16, with router" in drawn
+
+
+# -- the suite of a GPU ---------------------------------------------------------------------------------------------
+
+
+def test_a_suite_keeps_what_it_measured_when_an_entry_fails_or_time_runs_out(tmp_path):
+    path = tmp_path / "suite.json"
+    seen = []
+
+    def measure(sizes):
+        seen.append(json.loads(path.read_text())["rows"] if path.exists() else None)
+        if sizes.length == 301:
+            raise RuntimeError("out of memory")
+        return bench_attention(sizes, repeats=1)
+
+    entries = [("prefill", shape(n), measure) for n in (300, 301, 302)]
+    result = suite.run_suite(path, entries=iter(entries))
+    assert [row["length"] for row in result["rows"]] == [300, 302] and "out of memory" in result["failed"][0]["error"]
+    assert len(seen[1]) == 1 and json.loads(path.read_text())["rows"] == result["rows"]
+    result = suite.run_suite(path, seconds=-1, entries=iter(entries))
+    assert result["rows"] == [] and len(result["not_run"]) == 3
+
+
+def test_the_entries_of_the_suite_run_on_a_small_cpu_layer(tmp_path, monkeypatch):
+    """Every kind of entry on a CPU, where the implementation that is checked is the default one."""
+    monkeypatch.setattr(suite, "CHECKED", "torch")
+    monkeypatch.setattr(suite, "ROUNDS", 1)
+    kinds = {name: (name, measure) for name, _, measure in suite.gpu_entries()}
+    assert list(kinds) == ["check", "dense share", "prefill", "backward", "decode", "router", "grid"]
+    entries = [(name, shape(600, None if name == "prefill" else 256, density=0.5), measure) for name, measure in kinds.values()]
+    result = suite.run_suite(tmp_path / "suite.json", entries=iter(entries))
+    assert not result["failed"] and len(result["rows"]) == 7 and result["rows"][0]["passed"]
+    grid = [s for name, s, _ in suite.gpu_entries() if name == "grid"]
+    assert {s.length for s in grid} == {4096, 8192, 16384, 32768, 65536, 131072} and {s.batch for s in grid} == {1, 4}
+    assert {s.density for s in grid} == {0.05, 0.1, 0.25, 0.5} and {s.heads // s.groups for s in grid} == {1, 3, 4, 8, 16}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_suite_of_a_gpu_says_that_there_is_none(tmp_path):
+    with pytest.raises(RuntimeError, match="needs a GPU"):
+        suite.run_suite(tmp_path / "suite.json")
 
 
 # -- a whole model --------------------------------------------------------------------------------------------------
@@ -95,7 +248,7 @@ def test_a_model_benchmark_reports_ratios_and_leaves_the_model_alone(model, toke
 def test_a_model_with_a_wrong_sparse_path_is_never_timed(model, token_ids, monkeypatch):
     before = settings_of(model)
     monkeypatch.setattr(attention, "block_sparse_attention", wrong(attention.block_sparse_attention, lambda out: out * 1.001))
-    monkeypatch.setattr(profiling, "timed", lambda function: pytest.fail("a wrong model was timed"))
+    never_timed(monkeypatch, models)
     with pytest.raises(BenchmarkError, match=r"with every block kept the logits differ from the stock model's by .* relative"):
         bench_model(model, token_ids(1, 300), 256, decode_tokens=2)
     assert settings_of(model) == before

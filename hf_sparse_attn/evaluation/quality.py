@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from ..attention import Selector, SparseCall
+from ..config import SparseAttentionConfig
 from ..conversion import sparse_attention_as
 from ..data.windows import Window
 from ..registration import routers
@@ -111,7 +112,17 @@ def evaluate_windows(
 
     Kept mass is measured at the first budget. Results in ``done`` are not computed again; ``on_result`` is called
     after each new one.
+
+    Raises:
+        ValueError: a window is so short that the model would run it dense.
     """
+    dense_below = SparseAttentionConfig.coerce(model.config.sparse_attention).dense_below
+    for length in (window.ids.shape[1] for window in windows):
+        if length < dense_below:
+            raise ValueError(
+                f"a window has {length} tokens, but this model runs inputs of fewer than dense_below={dense_below} tokens dense, "
+                "so that every selection would give the dense result. Use longer windows, or set_sparse_attention(model, dense_below=0)"
+            )
     results = list(done)
     have = {(r.document, r.length, r.keys, r.selection) for r in results}
 

@@ -23,14 +23,14 @@ from ..attention import SparseCall
 from ..conversion import mark_trained
 from ..data.sources import free_bytes, local_model, read_documents
 from ..data.windows import batches, token_windows
+from ..environment import environment
 from ..evaluation.quality import WindowResult, evaluate_windows, window_losses
 from ..evaluation.selectors import fresh_routers, standard_selectors
 from ..evaluation.shares import quality_table
 from ..files import replaced_folder, write_atomically, write_json
-from ..profiling import bench_attention, bench_model
+from ..profiling import LayerShape, bench_attention, bench_model
 from ..training.adaptation import adapt
 from ..training.distillation import distill, load_router_state, router_state
-from .environment import environment
 from .recipe import Recipe, RecipeError
 from .report import write_card, write_report
 
@@ -179,7 +179,8 @@ class Run:
         settings = self.recipe.speed
         if not settings["length"]:
             return {}
-        attention = bench_attention(settings["length"], settings["keys"], self.dtype, repeats=settings["attention_repeats"])
+        shape = LayerShape(settings["length"], settings["keys"], dtype=self.recipe.model["dtype"])
+        attention = bench_attention(shape, repeats=settings["attention_repeats"])
         need = settings["length"] + 2 * settings["decode_tokens"]  # sparse and best dense steps take turns
         ids = torch.cat([w.ids for w in self._eval_windows(2048, -(-need // 2048))], 1)[:, :need]
         model = bench_model(self._model(), ids, settings["keys"], decode_tokens=settings["decode_tokens"], repeats=settings["repeats"])

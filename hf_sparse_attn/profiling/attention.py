@@ -1,0 +1,211 @@
+"""Benchmarks of one attention layer: prefill, training step, decode step, router. Every output is verified before it is timed."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hf_sparse_attn_kernels import BlockSelection
+from torch import Tensor
+
+from ..plan import TilePlan
+from ..selecting import TwoStageScorer, tile_chunks
+from .layer import Layer, LayerShape
+from .meters import BenchmarkError, PeakMemory, alternate, ratio, spread, timed
+from .peers import dense_peers, flex_peer
+
+COLD_BYTES = 256 << 20  # caches of the layers of a decode benchmark together: more than a processor's cache holds
+
+
+def _row(shape: LayerShape, ideal: float, times: dict[str, list[float]], dense: str) -> dict[str, Any]:
+    """Sizes, times and the ratios that every benchmark reports, from alternating ``times``; ``dense`` names the baseline."""
+    row: dict[str, Any] = {**asdict(shape), "ideal_speedup": ideal, "baseline": dense}
+    for name, key in (("attention", "speedup"), ("with router", "speedup_with_router")):
+        if name in times:
+            row[key] = ratio(times[dense], times[name])
+            row[f"share_of_ideal{key.removeprefix('speedup')}"] = row[key]["median"] / ideal
+    if "router" in times:
+        row["router_share"] = statistics.median(times["router"]) / statistics.median(times["with router"])
+    return {**row, "times": {name: spread(seconds) for name, seconds in times.items()}}
+
+
+def fastest(times: dict[str, list[float]], names: Iterable[str]) -> str:
+    """Which of the ``names`` has the least median time."""
+    return min(names, key=lambda name: statistics.median(times[name]))
+
+
+@torch.no_grad()
+def bench_attention(
+    shape: LayerShape, *, repeats: int = 5, flex: bool = False, dense: dict[str, list[float]] | None = None
+) -> dict[str, Any]:
+    """Prefill of one layer against the best dense kernel of the device: the attention alone and with its router.
+
+    ``dense`` are times of the dense kernels that were measured before for the same sizes. Memory is that of the first
+    call beyond q, k, v and the output, in bytes.
+
+    Raises:
+        BenchmarkError: the sparse output differs from a float64 computation over the selected keys.
+    """
+    layer = Layer(shape)
+    with PeakMemory(shape.device) as memory:  # the first call at this size: no memory kept from an earlier one hides its need
+        out = layer.sparse()
+    selection = layer.select()
+    layer.verify(out, selection)
+    functions: dict[str, Callable[[], object]] = {
+        "attention": lambda: layer.attend(selection),
+        "with router": layer.sparse,
+        "router": layer.select,
+    }
+    if flex:
+        functions["flex"] = _verified_flex(layer, selection)
+    if dense is None:
+        functions |= dense_peers(layer)
+    times = alternate(functions, repeats, shape.device) | (dense or {})
+    baseline = min(
+        (name for name in times if name not in ("attention", "with router", "router", "flex")), key=lambda n: statistics.median(times[n])
+    )
+    row = _row(shape, shape.dense_pairs / shape.kept_pairs, times, baseline)
+    if flex:
+        row["flex_speedup"] = ratio(times[baseline], times["flex"])
+    attention = row["times"]["attention"]["median_s"]
+    extra = max(0, memory.bytes - out.numel() * out.element_size())
+    return {"benchmark": "attention", **row, "tflops": shape.flops / attention / 1e12, "peak_memory_bytes": extra}
+
+
+def _verified_flex(layer: Layer, selection: BlockSelection) -> Callable[[], Tensor]:
+    run = flex_peer(layer, selection)
+    try:
+        layer.verify(run(), selection)
+    except BenchmarkError as error:
+        raise BenchmarkError(f"compiled flex_attention is wrong here: {error}") from error
+    return run
+
+
+def bench_backward(shape: LayerShape, *, repeats: int = 5) -> dict[str, Any]:
+    """Forward and backward pass of one layer, router included, against the best dense kernel; memory is the peak of a step.
+
+    Raises:
+        BenchmarkError: the output or a gradient differs from a float64 computation over the selected keys.
+    """
+    layer = Layer(shape)
+    selection = layer.select()
+    grad = torch.randn(layer.q.shape, generator=torch.Generator().manual_seed(1)).to(layer.q)
+    leaves = [x.requires_grad_() for x in (layer.q, layer.k, layer.v)]
+
+    def step(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            for leaf in leaves:
+                leaf.grad = None
+            out = forward()
+            out.backward(grad)
+            return out.detach()
+
+        return run
+
+    functions = {"attention": step(lambda: layer.attend(selection)), "with router": step(layer.sparse)}
+    with PeakMemory(shape.device) as sparse_memory:
+        out = functions["with router"]()
+    _verify_gradients(layer, selection, out, grad)
+    peers = dense_peers(layer)
+    baseline, memory = "", 0
+    for name, peer in peers.items():
+        functions[name] = step(peer)
+        with PeakMemory(shape.device) as peak:
+            functions[name]()
+        memory = min(memory or peak.bytes, peak.bytes)
+    times = alternate(functions, repeats, shape.device)
+    baseline = min(peers, key=lambda name: statistics.median(times[name]))
+    return {
+        "benchmark": "backward",
+        **_row(shape, shape.dense_pairs / shape.kept_pairs, times, baseline),
+        "peak_memory_bytes": sparse_memory.bytes,
+        "dense_peak_memory_bytes": memory,
+    }
+
+
+@torch.no_grad()
+def _verify_gradients(layer: Layer, selection: BlockSelection, out: Tensor, grad: Tensor) -> None:
+    """dq of some tiles against float64; dk and dv as wholes, by Σ q·dq = Σ k·dk and Σ v·dv = Σ out·dout."""
+    q, k, v = (x.detach() for x in (layer.q, layer.k, layer.v))
+    dq, dk, dv = (x.grad for x in (layer.q, layer.k, layer.v))
+    assert dq is not None and dk is not None and dv is not None
+    layer.verify(out, selection, grad, dq)
+    for name, left, right in (("k", (q, dq), (k, dk)), ("v", (out, grad), (v, dv))):
+        want, got = (a.double() * b.double() for a, b in (left, right))
+        error, allowed = float((got.sum() - want.sum()).abs()), 64 * torch.finfo(out.dtype).eps * float(want.norm())
+        if not error <= allowed:
+            raise BenchmarkError(f"the gradient of {name} is wrong: its product with {name} is off by {error:.3g} (allowed {allowed:.3g})")
+
+
+@torch.no_grad()
+def bench_decode(shape: LayerShape, *, repeats: int = 20) -> dict[str, Any]:
+    """One query over a cache of ``length`` tokens, selection included, against stock attention and the best dense decode.
+
+    The best dense decode packs the query heads of a KV group into one matmul. Each round takes another layer's cache, so
+    that none is still in the processor's cache from the round before.
+
+    Raises:
+        BenchmarkError: the sparse output differs from a float64 computation over the selected keys.
+    """
+    count = max(2, min(repeats, COLD_BYTES // (2 * shape.batch * shape.groups * shape.length * shape.head_dim * 2)))
+    layers = [Layer(shape, queries=1, seed=seed) for seed in range(count)]
+    for layer in layers:
+        selection = layer.select()
+        layer.verify(layer.attend(selection), selection)
+    times: dict[str, list[float]] = {}
+    for layer in itertools.islice(itertools.cycle(layers), repeats + 1):
+        for name, seconds in alternate(_decode_functions(layer), 1, shape.device).items():
+            times.setdefault(name, []).extend(seconds)
+    times = {name: seconds[1:] for name, seconds in times.items()}  # the first round warms up
+    kept = statistics.fmean(float((layer.select().indices >= 0).sum(-1).float().mean()) for layer in layers) * shape.block_size
+    row = _row(shape, shape.length / kept, times, "best dense")
+    return {"benchmark": "decode", **row, "speedup_over_stock": ratio(times["stock"], times["with router"])}
+
+
+def _decode_functions(layer: Layer) -> dict[str, Callable[[], object]]:
+    q, k, v = layer.q, layer.k, layer.v
+    packed = q.reshape(*k.shape[:2], -1, q.shape[-1])
+    return {
+        "stock": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] > k.shape[1]),
+        "best dense": lambda: F.scaled_dot_product_attention(packed, k, v),
+        "with router": layer.sparse,
+        "router": layer.select,
+    }
+
+
+@torch.no_grad()
+def bench_router(shape: LayerShape, *, repeats: int = 5, **fields: Any) -> dict[str, Any]:
+    """Time of the router's stages at prefill; ``fields`` of SparseAttentionConfig replace those of the shape's.
+
+    ``coarse`` and ``fine`` are the two stages, ``keys`` the stage-1 keys and the index keys that a call prepares once,
+    ``select`` the top-k and the assembly of the lists.
+    """
+    layer = Layer(shape, config=replace(shape.config, **fields))
+    selection = layer.select()
+    layer.verify(layer.attend(selection), selection)
+    plan = TilePlan.make(layer.router.config, selection.grid, layer.q.device)
+    rounds = [_stage_times(layer, plan) for _ in range(repeats + 1)][1:]
+    times = {name: [r[name] for r in rounds] for name in rounds[0]}
+    times |= alternate({"router": layer.select, "with router": layer.sparse}, repeats, shape.device)
+    share = statistics.median(times["router"]) / statistics.median(times["with router"])
+    spreads = {name: spread(seconds) for name, seconds in times.items()}
+    return {"benchmark": "router", **asdict(shape), **fields, "router_share": share, "times": spreads}
+
+
+def _stage_times(layer: Layer, plan: TilePlan) -> dict[str, float]:
+    """Seconds of each stage, run one after the other over all tiles."""
+    device = layer.shape.device
+    made: list[TwoStageScorer] = []
+    times = {"keys": timed(lambda: made.append(TwoStageScorer(layer.router, layer.inputs, plan)), device)}
+    chunks = [tiles for tiles in tile_chunks(layer.inputs, plan) if bool(plan.open[tiles].any())]
+    coarse: list[Tensor] = []
+    times["coarse"] = timed(lambda: coarse.extend(made[0].coarse(tiles) for tiles in chunks), device)
+    listed: list[Tensor] = []
+    times["select"] = timed(lambda: listed.extend(made[0].candidates(c, t) for c, t in zip(coarse, chunks, strict=True)), device)
+    times["fine"] = timed(lambda: [made[0].fine(t, b) for t, b in zip(chunks, listed, strict=True)], device)
+    return times

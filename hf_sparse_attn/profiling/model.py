@@ -1,0 +1,86 @@
+"""Speed and memory of a whole model, sparse against stock, in one run."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from ..attention import ATTN_IMPLEMENTATION, SparseCall
+from ..conversion import sparse_attention_as
+from .meters import BenchmarkError, PeakMemory, spread, timed
+
+
+@contextmanager
+def _implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@torch.no_grad()
+def verify_model(model: PreTrainedModel, ids: Tensor) -> None:
+    """Raise BenchmarkError unless, with every block kept, the sparse path gives the stock logits of ``ids`` to rounding."""
+    with sparse_attention_as(model, min_keys=ids.shape[1], max_keys=None, dense_below=0):
+        sparse = model(ids, use_cache=False).logits.float()
+    with _implementation(model, "sdpa"):
+        dense = model(ids, use_cache=False).logits.float()
+    error = float((sparse - dense).norm() / dense.norm())
+    allowed = 8 * torch.finfo(model.dtype).eps
+    if not error <= allowed:
+        raise BenchmarkError(
+            f"with every block kept the logits differ from the stock model's by {error:.3g} relative (allowed {allowed:.3g})"
+        )
+
+
+@torch.no_grad()
+def bench_model(model: PreTrainedModel, ids: Tensor, keys: int, *, decode_tokens: int = 8, repeats: int = 1) -> dict[str, Any]:
+    """Prefill and decode of ``ids`` [1, N] by the sparse ``model`` against stock SDPA and the best dense decode.
+
+    The best dense decode is the sparse model's cache with the query heads of a KV group packed into one matmul. Decode
+    steps of the three alternate; sparse and best dense ones take turns on one cache, so their contexts differ by a token.
+
+    Raises:
+        BenchmarkError: with every block kept the logits are not the stock ones.
+    """
+    n = ids.shape[1] - 2 * decode_tokens
+    verify_model(model, ids[:, :1500])
+    prefill: dict[str, list[float]] = {"sparse": [], "stock": []}
+    memory: dict[str, int] = {}
+    caches: dict[str, Any] = {}
+    with sparse_attention_as(model, min_keys=keys, max_keys=keys):
+        for _ in range(repeats):
+            for name, implementation in (("sparse", ATTN_IMPLEMENTATION), ("stock", "sdpa")):
+                caches[name] = DynamicCache(config=model.config)
+                with _implementation(model, implementation), PeakMemory() as peak:
+                    run = lambda: model(ids[:, :n], past_key_values=caches[name], logits_to_keep=1)  # noqa: B023, E731
+                    prefill[name].append(timed(run))
+                memory[name] = max(memory.get(name, 0), peak.bytes)
+        decode: dict[str, list[float]] = {"sparse": [], "best_dense": [], "stock": []}
+        for at in range(n, n + 2 * decode_tokens, 2):
+            one, two = ids[:, at : at + 1], ids[:, at + 1 : at + 2]
+            with _implementation(model, "sdpa"):
+                decode["stock"].append(timed(lambda: model(one, past_key_values=caches["stock"])))  # noqa: B023
+            dense = SparseCall(dense=True)
+            decode["best_dense"].append(timed(lambda: model(one, past_key_values=caches["sparse"], sparse_call=dense)))  # noqa: B023
+            decode["sparse"].append(timed(lambda: model(two, past_key_values=caches["sparse"])))  # noqa: B023
+    decode = {name: times[1:] or times for name, times in decode.items()}  # the first step warms up and grows the caches
+    return {
+        "length": n,
+        "keys": keys,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "prefill": {name: {**spread(times), "tokens_per_s": n / statistics.median(times)} for name, times in prefill.items()},
+        "decode": {name: {**spread(times), "tokens_per_s": 1 / statistics.median(times)} for name, times in decode.items()},
+        "peak_bytes": memory,
+        "prefill_speedup": statistics.median(prefill["stock"]) / statistics.median(prefill["sparse"]),
+        "decode_speedup": statistics.median(decode["stock"]) / statistics.median(decode["sparse"]),
+        "decode_speedup_over_best_dense": statistics.median(decode["best_dense"]) / statistics.median(decode["sparse"]),
+    }

@@ -1,0 +1,42 @@
+"""Speed-up against length, drawn from the rows of a benchmark."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..files import write_atomically
+
+COLOURS = {"bfloat16": "#0b6e4f", "float32": "#2f9fd0", "float16": "#b03060"}
+
+
+def plot_speedups(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write an SVG: measured speed-ups with their spread, and the ratio of pairs that bounds them."""
+    import matplotlib
+
+    matplotlib.use("agg")  # no display is needed
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.add_subplot()
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        some = sorted((row for row in rows if row["dtype"] == dtype), key=lambda row: row["length"])
+        lengths = [row["length"] for row in some]
+        for key, style, name in (("speedup", "--", "attention alone"), ("speedup_with_router", "-", "with router")):
+            if all(key in row for row in some):
+                middle = [row[key]["median"] for row in some]
+                below, above = ([abs(row[key][end] - row[key]["median"]) for row in some] for end in ("min", "max"))
+                axis.errorbar(
+                    lengths, middle, (below, above), ls=style, marker="o", capsize=3, color=COLOURS[dtype], label=f"{dtype}, {name}"
+                )
+    ideal = sorted({(row["length"], row["ideal_speedup"]) for row in rows})
+    axis.plot(*zip(*ideal, strict=True), color="#999999", lw=1, label="ratio of pairs")
+    axis.axhline(1, color="#999999", lw=0.5)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log", base=2)
+    axis.set_xticks([length for length, _ in ideal], [f"{length:,}" for length, _ in ideal], minor=False)
+    axis.set_xlabel("tokens")
+    axis.set_ylabel(f"speed-up over {rows[0]['baseline']}")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="svg"))
