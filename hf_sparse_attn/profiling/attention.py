@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
@@ -19,6 +18,7 @@ from .layer import Layer, LayerShape
 from .meters import BenchmarkError, PeakMemory, alternate, ratio, spread, timed
 from .peers import dense_peers, flex_peer
 
+DECODE = ("stock", "best dense", "with router", "router")
 COLD_BYTES = 256 << 20  # caches of the layers of a decode benchmark together: more than a processor's cache holds
 
 
@@ -146,36 +146,36 @@ def _verify_gradients(layer: Layer, selection: BlockSelection, out: Tensor, grad
 def bench_decode(shape: LayerShape, *, repeats: int = 20) -> dict[str, Any]:
     """One query over a cache of ``length`` tokens, selection included, against stock attention and the best dense decode.
 
-    The best dense decode packs the query heads of a KV group into one matmul. Each round takes another layer's cache, so
-    that none is still in the processor's cache from the round before.
+    The best dense decode packs the query heads of a KV group into one matmul. A step passes through layers whose caches
+    together are more than a processor's cache holds, as in a model; times are a layer's share of a step.
 
     Raises:
         BenchmarkError: the sparse output differs from a float64 computation over the selected keys.
     """
-    count = max(2, min(repeats, COLD_BYTES // (2 * shape.batch * shape.groups * shape.length * shape.head_dim * 2)))
+    count = max(2, min(32, COLD_BYTES // (2 * shape.batch * shape.groups * shape.length * shape.head_dim * 2)))
     layers = [Layer(shape, queries=1, seed=seed) for seed in range(count)]
     for layer in layers:
         selection = layer.select()
         layer.verify(layer.attend(selection), selection)
-    times: dict[str, list[float]] = {}
-    for layer in itertools.islice(itertools.cycle(layers), repeats + 1):
-        for name, seconds in alternate(_decode_functions(layer), 1, shape.device).items():
-            times.setdefault(name, []).extend(seconds)
-    times = {name: seconds[1:] for name, seconds in times.items()}  # the first round warms up
+    steps = alternate({name: _decode_step(layers, name) for name in DECODE}, repeats + 1, shape.device)
+    times = {name: [t / count for t in seconds[1:]] for name, seconds in steps.items()}  # the first step warms up
     kept = statistics.fmean(float((layer.select().indices >= 0).sum(-1).float().mean()) for layer in layers) * shape.block_size
     row = _row(shape, shape.length / kept, times, "best dense")
     return {"benchmark": "decode", **row, "speedup_over_stock": ratio(times["stock"], times["with router"])}
 
 
-def _decode_functions(layer: Layer) -> dict[str, Callable[[], object]]:
-    q, k, v = layer.q, layer.k, layer.v
-    packed = q.reshape(*k.shape[:2], -1, q.shape[-1])
-    return {
-        "stock": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] > k.shape[1]),
-        "best dense": lambda: F.scaled_dot_product_attention(packed, k, v),
-        "with router": layer.sparse,
-        "router": layer.select,
-    }
+def _decode_step(layers: list[Layer], name: str) -> Callable[[], object]:
+    """What DECODE names, once for every layer."""
+
+    def attend(layer: Layer) -> object:
+        q, k, v = layer.q, layer.k, layer.v
+        if name == "stock":
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] > k.shape[1])
+        if name == "best dense":
+            return F.scaled_dot_product_attention(q.reshape(*k.shape[:2], -1, q.shape[-1]), k, v)
+        return layer.sparse() if name == "with router" else layer.select()
+
+    return lambda: [attend(layer) for layer in layers]
 
 
 @torch.no_grad()

@@ -7,7 +7,21 @@ capped scores s; dQ = scale · dS·K, dK = scale · dSᵀ·Q, dV = Pᵀ·dO.
 import triton
 import triton.language as tl
 
-from .primitives import LN2, LOG2E, cast, document, dot, empty_entries, finite, listed_keys, load_rows, log2_scores, store_rows
+from .primitives import (
+    LN2,
+    LOG2E,
+    cast,
+    document,
+    dot,
+    empty_entries,
+    finite,
+    listed_keys,
+    load_queries,
+    load_rows,
+    log2_scores,
+    store_rows,
+    tile_queries,
+)
 
 
 @triton.jit
@@ -91,21 +105,12 @@ def dq_kernel(
     part = tl.program_id(0) % PARTS
     index = tiles - 1 - tl.program_id(0) // PARTS
     group = tl.program_id(1)
-    row, first, keys, q_start = document(docs_ptr, tl.program_id(2), q_len, kv_len, HAS_DOCS)
-    start = (q_start // T + index) * T
-    if (q_start >= keys) | (start >= keys):
+    row, first, keys, start, head, q_pos, q_row, valid = tile_queries(part, index, docs_ptr, q_len, kv_len, HG, T, BLOCK_M, HAS_DOCS)
+    if start >= keys:
         return
 
-    m_row = part * BLOCK_M + tl.arange(0, BLOCK_M)
-    head = group * HG + m_row // T
-    q_pos = start + m_row % T
-    valid = (m_row < T * HG) & (q_pos >= q_start) & (q_pos < keys)
-    q_row = q_pos + first - (kv_len - q_len)
-    d = tl.arange(0, DP)
-    inside = valid[:, None] & (d < D)[None, :]
-    head64 = head.to(tl.int64)[:, None]
-    q = tl.load(q_ptr + row * q_sb + head64 * q_sh + q_row.to(tl.int64)[:, None] * q_sn + d[None, :], mask=inside, other=0.0)
-    do = tl.load(do_ptr + row * do_sb + head64 * do_sh + q_row.to(tl.int64)[:, None] * do_sn + d[None, :], mask=inside, other=0.0)
+    q = load_queries(q_ptr + row * q_sb, head, q_sh, q_row, q_sn, valid, D, DP)
+    do = load_queries(do_ptr + row * do_sb, head, do_sh, q_row, do_sn, valid, D, DP)
     at = (row * groups * HG + head) * q_len + q_row
     lse = load_lse(lse_ptr, at, valid)
     delta = tl.load(delta_ptr + at, mask=valid, other=0.0)
@@ -216,7 +221,6 @@ def dkv_kernel(
 
     dk = tl.zeros([BLOCK_N, DP], tl.float32)
     dv = tl.zeros([BLOCK_N, DP], tl.float32)
-    d = tl.arange(0, DP)
     for step in range(0, tl.cdiv(count * ROWS, BLOCK_M)):
         if ROWS % BLOCK_M == 0:  # the rows of a step belong to one tile: a scalar load
             inner = step * BLOCK_M % ROWS + tl.arange(0, BLOCK_M)
@@ -231,10 +235,8 @@ def dkv_kernel(
         q_pos = (q_start // T + index) * T + inner % T
         valid &= (q_pos >= q_start) & (q_pos < keys)
         q_row = q_pos + first - (kv_len - q_len)
-        inside = valid[:, None] & (d < D)[None, :]
-        head64 = head.to(tl.int64)[:, None]
-        q = tl.load(q_ptr + row * q_sb + head64 * q_sh + q_row.to(tl.int64)[:, None] * q_sn + d[None, :], mask=inside, other=0.0)
-        do = tl.load(do_ptr + row * do_sb + head64 * do_sh + q_row.to(tl.int64)[:, None] * do_sn + d[None, :], mask=inside, other=0.0)
+        q = load_queries(q_ptr + row * q_sb, head, q_sh, q_row, q_sn, valid, D, DP)
+        do = load_queries(do_ptr + row * do_sb, head, do_sh, q_row, do_sn, valid, D, DP)
         at = (row * groups * HG + head) * q_len + q_row
         lse = load_lse(lse_ptr, at, valid)
         delta = tl.load(delta_ptr + at, mask=valid, other=0.0)

@@ -3,7 +3,20 @@
 import triton
 import triton.language as tl
 
-from .primitives import LN2, LOG2E, cast, document, dot, empty_entries, finite, listed_keys, load_rows, log2_scores, store_rows
+from .primitives import (
+    LN2,
+    LOG2E,
+    cast,
+    dot,
+    empty_entries,
+    finite,
+    listed_keys,
+    load_queries,
+    load_rows,
+    log2_scores,
+    store_rows,
+    tile_queries,
+)
 
 
 @triton.jit
@@ -70,20 +83,11 @@ def forward_kernel(
     part = tl.program_id(0) // SPLITS % PARTS
     index = tiles - 1 - tl.program_id(0) // (SPLITS * PARTS)  # the longest lists first
     group = tl.program_id(1)
-    row, first, keys, q_start = document(docs_ptr, tl.program_id(2), q_len, kv_len, HAS_DOCS)
-    start = (q_start // T + index) * T
-    if (q_start >= keys) | (start >= keys):
+    row, first, keys, start, head, q_pos, q_row, valid = tile_queries(part, index, docs_ptr, q_len, kv_len, HG, T, BLOCK_M, HAS_DOCS)
+    if start >= keys:
         return
 
-    m_row = part * BLOCK_M + tl.arange(0, BLOCK_M)
-    head = m_row // T
-    q_pos = start + m_row % T
-    valid = (m_row < T * HG) & (q_pos >= q_start) & (q_pos < keys)
-    q_row = q_pos + first - (kv_len - q_len)
-    q_base = q_ptr + row * q_sb + (group * HG).to(tl.int64) * q_sh
-    d = tl.arange(0, DP)
-    q_at = q_base + head.to(tl.int64)[:, None] * q_sh + q_row.to(tl.int64)[:, None] * q_sn + d[None, :]
-    q = tl.load(q_at, mask=valid[:, None] & (d < D)[None, :], other=0.0)
+    q = load_queries(q_ptr + row * q_sb, head, q_sh, q_row, q_sn, valid, D, DP)
     k_base = k_ptr + row * k_sb + group.to(tl.int64) * k_sh + first.to(tl.int64) * k_sn
     v_base = v_ptr + row * v_sb + group.to(tl.int64) * v_sh + first.to(tl.int64) * v_sn
 
@@ -91,7 +95,7 @@ def forward_kernel(
     m = tl.full([BLOCK_M], -float("inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     if HAS_SINKS:  # a sink is a key that was seen before all others, by the first split only
-        sink = tl.load(sinks_ptr + group * HG + head, mask=m_row < T * HG, other=0.0).to(tl.float32) * LOG2E
+        sink = tl.load(sinks_ptr + head, mask=valid, other=0.0).to(tl.float32) * LOG2E
         m = tl.where(split == 0, sink, m)
         l = tl.where(split == 0, 1.0, l)
 
@@ -128,8 +132,7 @@ def forward_kernel(
             acc = dot(cast(p, v.dtype), v, acc)
 
     out = acc / tl.where(l == 0, 1.0, l)[:, None]
-    heads = groups * HG
-    at = ((split * batch + row) * heads + group * HG + head) * q_len + q_row
+    at = ((split * batch + row) * groups * HG + head) * q_len + q_row
     store_rows(out_ptr, at, D, valid, out, D, DP)
     tl.store(lse_ptr + at, tl.where(l == 0, -float("inf"), (m + tl.log2(tl.where(l == 0, 1.0, l))) * LN2), mask=valid)
 

@@ -43,6 +43,30 @@ def document(docs_ptr, r, q_len, kv_len, HAS_DOCS: tl.constexpr):
 
 
 @triton.jit
+def tile_queries(part, index, docs_ptr, q_len, kv_len, HG: tl.constexpr, T: tl.constexpr, BLOCK_M: tl.constexpr, HAS_DOCS: tl.constexpr):
+    """Rows of the program (.., group, document) for row part ``part`` of tile ``index``: tokens × heads of the group.
+
+    Returns (batch row, first slot, keys, content position of the tile, [BLOCK_M] each: head, content position, row of the
+    call's queries, and whether it is a query of the document). None is if the tile lies behind the document's end.
+    """
+    row, first, keys, q_start = document(docs_ptr, tl.program_id(2), q_len, kv_len, HAS_DOCS)
+    start = (q_start // T + index) * T
+    m_row = part * BLOCK_M + tl.arange(0, BLOCK_M)
+    head = tl.program_id(1) * HG + m_row // T
+    q_pos = start + m_row % T
+    valid = (m_row < T * HG) & (q_pos >= q_start) & (q_pos < keys)
+    return row, first, keys, start, head, q_pos, q_pos + first - (kv_len - q_len), valid
+
+
+@triton.jit
+def load_queries(base, head, stride_head, q_row, stride_row, valid, D: tl.constexpr, DP: tl.constexpr):
+    """Rows ``q_row`` of heads ``head`` [n] of one batch row: [n, DP]; zeros where not ``valid`` and in the columns from D on."""
+    d = tl.arange(0, DP)
+    at = head.to(tl.int64)[:, None] * stride_head + q_row.to(tl.int64)[:, None] * stride_row + d[None, :]
+    return tl.load(base + at, mask=valid[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
 def load_rows(base, positions, stride, valid, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr = True):
     """Rows of ``base`` at ``positions`` [n]: [n, DP]; zeros where not ``valid`` and in the columns from D on."""
     d = tl.arange(0, DP)
