@@ -84,7 +84,7 @@ class SparseCacheLayerMixin:
         need = keys.shape[2] // size
         batch = self.keys.shape[0]
         if self.router_keys is None:
-            self.router_keys = keys.new_empty(batch, keys.shape[1], 0, router.wk.shape[1], dtype=torch.float32)
+            self.router_keys = keys.new_empty(batch, keys.shape[1], 0, router.wk.shape[1])
             self.summarised, self.summarised_slots = [0] * batch, [-1] * batch
         have = min(self.summarised[rows])
         have = 0 if have > need else have  # another, shorter document of this row

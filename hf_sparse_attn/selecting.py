@@ -53,7 +53,8 @@ class TwoStageScorer:
         self.router, self.inputs, self.plan = router, inputs, plan
         whole = inputs.k.shape[2] // router.config.block_size
         cached = inputs.router_keys
-        self.router_keys = router.router_keys(inputs.k, inputs.positions) if cached is None else cached[:, :, :whole]
+        made = router.router_keys(inputs.k, inputs.positions) if cached is None else cached[:, :, :whole]
+        self.router_keys = made.to(inputs.k.dtype)
         # a single query is cheaper mapped back into key space than all keys mapped into index space
         self.fold = plan.grid.query_tile == 1
         self.keys = as_rows(inputs.k) if self.fold else router.index_keys(inputs.k)
@@ -64,7 +65,8 @@ class TwoStageScorer:
     def coarse(self, tiles: Tensor) -> Tensor:
         """Stage-1 scores of the blocks that any of the tiles (int64 [m]) may select: float32 [B, G, m, most near]."""
         queries, real = self.router.query_features(self.q_tiles[:, tiles], self.inputs.positions, self.plan.grid, tiles)
-        return coarse_scores(queries, real, self.router_keys[:, :, : int(self.plan.near[tiles].max())], self.inputs.scale)
+        keys = self.router_keys[:, :, : int(self.plan.near[tiles].max())]
+        return coarse_scores((queries * self.inputs.scale).to(keys.dtype), real, keys, 1.0)
 
     def candidates(self, coarse: Tensor, tiles: Tensor) -> Tensor:
         """What stage 2 scores for the tiles: their best blocks by ``coarse``, then the forced ones, int64 [B, G, m, L], −1 = empty."""

@@ -54,9 +54,12 @@ def _coarse(router: SparseRouter, inputs: RoutingInputs, budget: TileBudget) -> 
     queries = torch.bmm(q.view(batch, groups, -1).transpose(0, 1), router.wq.float().transpose(1, 2)).transpose(0, 1)
     if router.rotary is not None:
         queries = queries @ router.rotary.rotation(at, queries.shape[-1])
-    keys = router.router_keys(inputs.k, inputs.positions) if inputs.router_keys is None else inputs.router_keys
-    queries = (queries * inputs.scale).reshape(batch * groups, 1, -1)
-    return torch.bmm(queries, keys.flatten(0, 1)[:, budget.sink : budget.near].transpose(1, 2))[:, 0]
+    keys = router.router_keys(inputs.k, inputs.positions).to(inputs.k.dtype) if inputs.router_keys is None else inputs.router_keys
+    queries = (queries * inputs.scale).to(keys.dtype).reshape(batch * groups, 1, -1)
+    eligible = keys.flatten(0, 1)[:, budget.sink : budget.near]
+    if keys.dtype == torch.float32:  # a vector times a matrix is fast from the left in float32, from the right in bfloat16
+        return torch.bmm(queries, eligible.transpose(1, 2))[:, 0]
+    return torch.bmm(eligible, queries.transpose(1, 2))[..., 0]
 
 
 def _fine(router: SparseRouter, inputs: RoutingInputs, blocks: Tensor) -> Tensor:

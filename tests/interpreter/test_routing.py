@@ -60,6 +60,9 @@ def test_coarse_scores(inputs, device, q_len, past, tile, size):
     queries, real = features[0].detach(), features[1]
     want, got = (plain.coarse_scores(queries, real, router_keys, 0.25, impl=impl) for impl in ("torch", "triton"))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    low = (queries.bfloat16(), real, router_keys.bfloat16(), 0.25)  # as a bfloat16 model keeps them; only `torch` rounds the products
+    exact = plain.coarse_scores(low[0].double(), real, low[2].double(), 0.25, impl="torch")
+    torch.testing.assert_close(plain.coarse_scores(*low, impl="triton").double(), exact.double(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("q_len", "past", "tile", "size"), [(250, 0, 64, 16), (63, 111, 16, 32), (3, 200, 1, 16), (100, 37, 64, 128)])

@@ -8,6 +8,7 @@ from torch import Tensor
 from .gathering import Scratch, gather_blocks, to_tiles
 from .selection import TileGrid
 
+SMALLEST_TOTAL = 1e-26  # of unshifted exponentials: below it the largest score is under −60
 MASS_SCORES = 1 << 22  # scores of one chunk of the teacher: 16 MB in float32
 
 
@@ -20,7 +21,7 @@ def pooled_features_torch(k: Tensor, block_size: int) -> Tensor:
 
 def coarse_scores_torch(queries: Tensor, real: Tensor, router_keys: Tensor, scale: float) -> Tensor:
     """See `coarse_scores`."""
-    scores = torch.einsum("bgmrf,bgnf->bgmrn", queries * scale, router_keys)
+    scores = torch.einsum("bgmrf,bgnf->bgmrn", queries * scale, router_keys).float()
     if scores.shape[3] == 1:
         return scores[:, :, :, 0]
     if not bool(real.all()):
@@ -32,25 +33,47 @@ def fine_mass_torch(
     queries: Tensor, keys: Tensor, grid: TileGrid, tiles: Tensor, blocks: Tensor, reps: Tensor, scratch: Scratch | None = None
 ) -> Tensor:
     """See `fine_mass`."""
-    size = grid.block_size
-    rows, m, hg, r, e = queries.shape
-    width = blocks.shape[-1] * size
-    memory = None if scratch is None else scratch.take("keys", (rows, m, width, e), keys)
-    gathered = gather_blocks(keys, blocks, size, memory).flatten(0, 1)
-    memory = None if scratch is None else scratch.take("scores", (rows * m, hg * r, width), keys)
-    scores = torch.bmm(queries.reshape(rows * m, hg * r, e), gathered.transpose(1, 2), out=memory).view(rows, m, hg, r, -1)
-    q_pos = grid.first_positions(blocks.device)[tiles][:, None, None] + reps
+    rows, m, e = *queries.shape[:2], queries.shape[-1]
+    q_pos = (grid.first_positions(blocks.device)[tiles][:, None, None] + reps).flatten(1)
+    real = ((q_pos >= grid.q_offset) & (q_pos < grid.kv_len)).float()
+    share = real / real.sum(-1, keepdim=True)  # of each query in its tile's mean
+    memory = None if scratch is None else scratch.take("keys", (rows, m, blocks.shape[-1] * grid.block_size, e), keys)
+    gathered = gather_blocks(keys, blocks, grid.block_size, memory)
+    mass = None if scratch is None else _unshifted_mass(queries.flatten(2, 3), gathered, grid, blocks, q_pos, share, scratch)
+    if mass is None:
+        scores = torch.matmul(gathered, queries.flatten(2, 3).transpose(2, 3))
+        _hide(scores, grid, blocks, q_pos)
+        mass = torch.matmul(torch.softmax(scores.float(), 2), share[..., None])
+    return mass.float().view(*blocks.shape, grid.block_size).sum(-1)
+
+
+def _hide(scores: Tensor, grid: TileGrid, blocks: Tensor, q_pos: Tensor) -> None:
+    """Hide from ``scores`` [rows, m, L·S, Hg·r] what is later than its query [m, Hg·r] or in an empty entry of ``blocks``."""
     own = blocks[..., -grid.own_blocks :]
-    k_pos = (own[..., None] * size + torch.arange(size, device=blocks.device)).flatten(2)
-    scores[..., -k_pos.shape[-1] :].masked_fill_(k_pos[:, :, None, None] > q_pos[None, ..., None], -torch.inf)
+    k_pos = (own[..., None] * grid.block_size + torch.arange(grid.block_size, device=blocks.device)).flatten(2)
+    scores[:, :, -k_pos.shape[-1] :].masked_fill_(k_pos[..., None] > q_pos[:, None], -torch.inf)
     if bool((blocks < 0).any()):
-        scores.masked_fill_((blocks < 0).repeat_interleave(size, -1)[:, :, None, None], -torch.inf)
-    p = torch.softmax(scores, -1, out=None if scratch is None else scores).flatten(2, 3)
-    if grid.query_tile == 1:  # every tile is one real query
-        return p.sum(2).float().view(*blocks.shape, size).sum(-1) / (hg * r)
-    real = ((q_pos >= grid.q_offset) & (q_pos < grid.kv_len)).flatten(1)
-    total = p.sum(2) if bool(real.all()) else p.masked_fill(~real[..., None], 0).sum(2)
-    return total.float().view(*blocks.shape, size).sum(-1) / real.sum(-1)[:, None]
+        scores.masked_fill_((blocks < 0).repeat_interleave(grid.block_size, -1)[..., None], -torch.inf)
+
+
+def _unshifted_mass(
+    queries: Tensor, keys: Tensor, grid: TileGrid, blocks: Tensor, q_pos: Tensor, share: Tensor, scratch: Scratch
+) -> Tensor | None:
+    """Mass of every gathered key [rows, m, L·S] by products and one exponential, or None where that would leave the range.
+
+    Few queries are thin operands: with the keys as rows the product runs at almost twice the rate, but a softmax over
+    rows is slow. So the exponentials are taken as they are; scores beyond ±60 or so need the shifted softmax.
+    """
+    rows, m, count, e = queries.shape
+    scores = scratch.take("scores", (rows * m, keys.shape[2], count), keys)
+    torch.bmm(keys.flatten(0, 1), queries.reshape(rows * m, count, e).transpose(1, 2), out=scores)
+    _hide(scores.view(rows, m, -1, count), grid, blocks, q_pos)
+    weights = scores.exp_()
+    total = weights.sum(1, keepdim=True).float()
+    if not bool(((total > SMALLEST_TOTAL) & (total < 1 / SMALLEST_TOTAL)).all()):
+        return None
+    norm = (share.repeat(rows, 1)[:, None] / total).to(weights.dtype)
+    return torch.bmm(weights, norm.transpose(1, 2)).view(rows, m, -1)
 
 
 def block_mass_torch(q: Tensor, k: Tensor, grid: TileGrid, tiles: Tensor, scale: float) -> Tensor:

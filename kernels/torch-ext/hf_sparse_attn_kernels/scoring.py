@@ -36,8 +36,8 @@ def pooled_features(k: Tensor, block_size: int, *, impl: str | None = None) -> T
 def coarse_scores(queries: Tensor, real: Tensor, router_keys: Tensor, scale: float, *, impl: str | None = None) -> Tensor:
     """Stage 1: log-sum-exp over a tile's runs of the scaled products with every block's key: float32 [B, G, m, nb].
 
-    ``queries`` [B, G, m, runs, R] float32, runs a power of two up to 16; ``real`` boolean [m, runs]: the run has tokens (a
-    single run always has); ``router_keys`` [B, G, nb, R] float32.
+    ``queries`` [B, G, m, runs, R], runs a power of two up to 16; ``real`` boolean [m, runs]: the run has tokens (a
+    single run always has); ``router_keys`` [B, G, nb, R] in the dtype of the queries.
     """
     if _on_triton(impl, queries, router_keys):
         from .triton_kernels import routing
