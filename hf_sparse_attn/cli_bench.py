@@ -110,7 +110,7 @@ def router(
     head_dim: HeadDimOption = 64,
     index_dim: Annotated[str | None, typer.Option(help="Comma-separated ranks of stage 2; by default the head dim.")] = None,
     query_samples: Annotated[str, typer.Option(help="Comma-separated numbers of queries that stage 2 scores per tile.")] = "16",
-    candidate_factor: Annotated[str, typer.Option(help="Comma-separated: candidates over budget.")] = "2",
+    candidate_factor: Annotated[str, typer.Option(help="Comma-separated: candidates over budget.")] = "3",
     repeats: RepeatsOption = None,
     json_path: JsonOption = None,
 ) -> None:

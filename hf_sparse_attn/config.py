@@ -43,7 +43,7 @@ class SparseAttentionConfig:
     density: float = 0.125  # share of the visible keys that a query tile may keep, in (0, 1]
     min_keys: int = 512  # a tile keeps at least this many keys (forced ones included) if that many are visible
     max_keys: int | None = None  # and at most this many; None = no cap
-    candidate_factor: float = 2.0  # stage 1 passes this many times the budget on to stage 2, >= 1
+    candidate_factor: float = 3.0  # stage 1 passes this many times the budget on to stage 2, >= 1
     sink: int = 64  # the first tokens, always kept
     local: int = 128  # tokens before a tile's first query, always kept
     dense_below: int = 2048  # calls with fewer keys than this run the stock attention

@@ -17,7 +17,7 @@ DEFAULTS = {
     "density": 0.125,
     "min_keys": 512,
     "max_keys": None,
-    "candidate_factor": 2.0,
+    "candidate_factor": 3.0,
     "sink": 64,
     "local": 128,
     "dense_below": 2048,
