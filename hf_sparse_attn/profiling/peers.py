@@ -78,7 +78,8 @@ def flex_peer(layer: Layer, selection: BlockSelection) -> Callable[[], Tensor]:
     def causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return q_idx >= kv_idx
 
-    listed = indices.gather(-1, order.long()).clamp(min=0).int().contiguous()
+    # the compiled kernel takes the width of the lists for the number of blocks
+    listed = F.pad(indices.gather(-1, order.long()).clamp(min=0).int(), (0, grid.blocks - indices.shape[-1]))
     lengths = (grid.q_len, grid.kv_len)
     mask = BlockMask.from_kv_blocks(
         count, listed, BLOCK_SIZE=(grid.query_tile, grid.block_size), mask_mod=causal, seq_lengths=lengths, compute_q_blocks=False

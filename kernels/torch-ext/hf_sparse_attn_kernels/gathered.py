@@ -167,8 +167,9 @@ class GatheredAttention(torch.autograd.Function):
             if dsink is not None:
                 dsinks.append(dsink)
             dq[:, tiles] = (ds.to(q.dtype) @ chunk_k).view_as(dq[:, tiles])
-            scatter_blocks(dk, part, ds.to(q.dtype).transpose(-1, -2) @ q_tiles[:, tiles].flatten(2, 3), grid.block_size)
-            scatter_blocks(dv, part, p.to(q.dtype).transpose(-1, -2) @ do, grid.block_size)
+            # a key's gradient is the sum of many tiles' products: in low precision each would be rounded
+            scatter_blocks(dk, part, ds.transpose(-1, -2) @ q_tiles[:, tiles].flatten(2, 3).to(accum), grid.block_size)
+            scatter_blocks(dv, part, p.transpose(-1, -2) @ do.to(accum), grid.block_size)
         grads = (x[:, : grid.kv_len].to(like.dtype).view_as(like) for x, like in ((dk, k), (dv, v)))
         sum_sinks = torch.stack(dsinks).sum(0).view(b, -1).sum(0).to(sinks.dtype) if dsinks else None
         return from_tiles(dq, grid, b), *grads, sum_sinks, None, None, None, None

@@ -95,11 +95,11 @@ def gather_blocks(x: Tensor, index: Tensor, block_size: int, out: Tensor | None 
 
 
 def scatter_blocks(into: Tensor, index: Tensor, grad: Tensor, block_size: int) -> None:
-    """Add ``grad`` [BG, n, K·S, D] to the blocks ``index`` [BG, n, K] of ``into`` [BG, nb·S, D] (float32)."""
+    """Add ``grad`` [BG, n, K·S, D] to the blocks ``index`` [BG, n, K] of ``into`` [BG, nb·S, D], of the same dtype."""
     d = into.shape[-1]
     for row in range(into.shape[0]):
         target = into[row].view(-1, block_size * d)
-        target.index_add_(0, index[row].clamp(min=0).long().reshape(-1), grad[row].reshape(-1, block_size * d).to(into.dtype))
+        target.index_add_(0, index[row].clamp(min=0).long().reshape(-1), grad[row].reshape(-1, block_size * d))
 
 
 def to_tiles(x: Tensor, grid: TileGrid, groups: int) -> Tensor:
