@@ -94,7 +94,7 @@ def bench_backward(shape: LayerShape, *, repeats: int = 5) -> dict[str, Any]:
     """
     layer = Layer(shape)
     selection = layer.select()
-    grad = torch.randn(layer.q.shape, generator=torch.Generator().manual_seed(1)).to(layer.q)
+    grad = layer.random_gradient()
     leaves = [x.requires_grad_() for x in (layer.q, layer.k, layer.v)]
 
     def step(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:

@@ -70,11 +70,11 @@ class Layer:
     def __init__(self, shape: LayerShape, queries: int | None = None, seed: int = 0, config: SparseAttentionConfig | None = None) -> None:
         self.shape = shape
         queries = shape.length if queries is None else queries
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device=shape.device).manual_seed(seed)
         dtype = getattr(torch, shape.dtype)
         sizes = ((shape.heads, queries), (shape.groups, shape.length), (shape.groups, shape.length))
-        drawn = (torch.randn(shape.batch, h, n, shape.head_dim, generator=generator) for h, n in sizes)
-        self.q, self.k, self.v = (x.to(dtype).to(shape.device) for x in drawn)
+        drawn = (torch.randn(shape.batch, h, n, shape.head_dim, generator=generator, device=shape.device) for h, n in sizes)
+        self.q, self.k, self.v = (x.to(dtype) for x in drawn)
         rope = LlamaRotaryEmbedding(
             LlamaConfig(hidden_size=shape.heads * shape.head_dim, num_attention_heads=shape.heads, head_dim=shape.head_dim)
         )
@@ -87,6 +87,11 @@ class Layer:
             router_keys = self.router.router_keys(self.k, positions) if decoding else None
         self.inputs = RoutingInputs(self.q, self.k, positions, shape.head_dim**-0.5, router_keys)
         self.query_tile = 1 if decoding else self.router.config.query_tile
+
+    def random_gradient(self) -> Tensor:
+        """A gradient of the output, [B, H, Q, D]."""
+        generator = torch.Generator(device=self.shape.device).manual_seed(1)
+        return torch.randn(self.q.shape, generator=generator, device=self.shape.device).to(self.q.dtype)
 
     def select(self) -> BlockSelection:
         return select_blocks(self.router, self.inputs, self.query_tile)
