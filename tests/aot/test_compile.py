@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from hf_sparse_attn_kernels.triton_kernels import backward, forward, scoring
+from hf_sparse_attn_kernels.triton_kernels import backward_keys, backward_queries, forward, scoring
 from hf_sparse_attn_kernels.triton_kernels.launch import SIMPLE, launches, padded, row_tile, scoring_launch
 from hf_sparse_attn_kernels.triton_kernels.support import HEAD_DIMS
 from triton.runtime.jit import JITFunction
@@ -25,7 +25,7 @@ def attention_case(kind, target, head_dim, dtype, tile=64, size=16, per_group=4,
     shape["BLOCK_N"] = min(size, launch.block_n) if kind == "dkv" else launch.block_n
     if kind == "forward":
         return forward.forward_kernel, {**shape, "SPLITS": splits, "HAS_SINKS": flags["SOFTCAP"]}, launch
-    return {"dq": backward.dq_kernel, "dkv": backward.dkv_kernel}[kind], shape, launch
+    return {"dq": backward_queries.dq_kernel, "dkv": backward_keys.dkv_kernel}[kind], shape, launch
 
 
 def small_case(name, head_dim):
@@ -33,8 +33,8 @@ def small_case(name, head_dim):
     d = {"D": head_dim, "DP": padded(head_dim)}
     return {
         "combine": (forward.combine_kernel, {**d, "SPLITS": 7, "SP": 8}, SIMPLE),
-        "delta": (backward.delta_kernel, {**d, "BLOCK_M": 64}, SIMPLE),
-        "reduce": (backward.reduce_kernel, {**d, "S": 64, "BLOCK_N": 16, "HAS_DOCS": True}, SIMPLE),
+        "delta": (backward_queries.delta_kernel, {**d, "BLOCK_M": 64}, SIMPLE),
+        "reduce": (backward_keys.reduce_kernel, {**d, "S": 64, "BLOCK_N": 16, "HAS_DOCS": True}, SIMPLE),
     }[name]
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..options import ScoreOptions
 from ..selection import BlockSelection
-from .backward import delta_kernel, dkv_kernel, dq_kernel, reduce_kernel
+from .backward_keys import dkv_kernel, reduce_kernel
+from .backward_queries import delta_kernel, dq_kernel
 from .forward import combine_kernel, forward_kernel
 from .inverse import invert
 from .launch import SIMPLE, architecture, decode_splits, launches, padded, processors, row_tile

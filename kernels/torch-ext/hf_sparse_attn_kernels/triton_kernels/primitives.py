@@ -133,3 +133,20 @@ def log2_scores(s, scale, softcap, SOFTCAP: tl.constexpr):
 def finite(x):
     """True where x is neither NaN nor infinite."""
     return tl.abs(x.to(tl.float32)) < float("inf")
+
+
+@triton.jit
+def load_lse(lse_ptr, at, valid):
+    """Log-sum-exp in units of log 2; +inf, which makes every weight 0, for a row that saw nothing."""
+    lse = tl.load(lse_ptr + at, mask=valid, other=float("inf"))
+    return tl.where(lse == -float("inf"), float("inf"), lse * LOG2E)
+
+
+@triton.jit
+def score_gradient(p, s, dp, delta, softcap, SOFTCAP: tl.constexpr):
+    """Gradient of the scores before the cap; ``s`` is capped, in units of log 2; ``delta`` broadcasts against the rest."""
+    ds = p * (dp - delta)
+    if SOFTCAP:
+        t = s * (LN2 / softcap)
+        ds *= 1.0 - t * t
+    return ds
