@@ -89,7 +89,7 @@ def evaluate(
 def doctor(json_path: JsonOption = None) -> None:
     """What is installed, which implementation would be used, and why."""
     import torch
-    from hf_sparse_attn_kernels import IMPLEMENTATIONS, default_implementation
+    from hf_sparse_attn_kernels import IMPLEMENTATIONS, default_choice
 
     from .data.sources import cache_folder
     from .environment import environment
@@ -97,16 +97,13 @@ def doctor(json_path: JsonOption = None) -> None:
     from .versions import SUPPORTED_TRANSFORMERS
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    reasons = {
-        "triton": "a GPU, and triton is installed; inputs that its kernels do not support run on 'torch'",
-        "torch": "bounded memory on every torch device; 'triton' needs a GPU and its package, 'reference' is the slow specification",
-    }
+    implementation, why = default_choice(device)
     result = {
         **environment(),
         "device": device,
-        "implementation": default_implementation(device),
+        "implementation": implementation,
         "implementations": list(IMPLEMENTATIONS),
-        "why": reasons[default_implementation(device)],
+        "why": f"{why}; inputs that it does not support run on 'torch'",
         "supported_transformers": [str(v) for v in SUPPORTED_TRANSFORMERS],
         "model_types": list(SUPPORTED_MODEL_TYPES),
         "offline": os.environ.get("HF_HUB_OFFLINE", "0"),

@@ -124,7 +124,7 @@ def router(
                 for factor in _numbers(candidate_factor, "--candidate-factor"):
                     fields = {"index_dim": rank, "query_samples": samples, "candidate_factor": factor}
                     rows.append(bench_router(shape, repeats=count, **fields))
-    stages = ("keys", "coarse", "select", "fine", "router")
+    stages = ("keys", "queries", "select", "router")
     table = _table("tokens", "dtype", "rank", "queries", "factor", *stages, "share", title="times in ms; share of selection and attention")
     for row in rows:
         ms = (f"{row['times'][name]['median_s'] * 1e3:.1f}" for name in stages)

@@ -111,6 +111,11 @@ class SparseRouter(nn.Module):
         spans = [slice(at, at + KEY_CHUNK) for at in range(0, max(k.shape[2], 1), KEY_CHUNK)]
         return torch.cat([self.project_keys(self.pooled(k[:, :, at], positions[:, at]), positions[:, at]) for at in spans], 2)
 
+    def stage_one_keys(self, inputs: RoutingInputs) -> Tensor:
+        """Stage-1 keys [B, G, at least N // S, R] in the dtype of the keys: those of the cache, or made from the keys."""
+        made = self.router_keys(inputs.k, inputs.positions) if inputs.router_keys is None else inputs.router_keys
+        return made.to(inputs.k.dtype)
+
     def _rotate_features(self, x: Tensor, positions: Tensor) -> Tensor:
         return x if self.rotary is None else self.rotary.rotate(x, positions)
 
@@ -174,5 +179,5 @@ class SparseRouter(nn.Module):
         return out.reshape(*q.shape[:-1], -1)
 
     def index_keys(self, k: Tensor) -> Tensor:
-        """``k`` [B, G, N, D] in index space: [B·G, N, I] in its own dtype."""
-        return torch.matmul(k, self.wk_index.to(k.dtype).transpose(1, 2)).flatten(0, 1).contiguous()
+        """``k`` [B, G, N, D] in index space: [B, G, N, I] in its own dtype."""
+        return torch.matmul(k, self.wk_index.to(k.dtype).transpose(1, 2))

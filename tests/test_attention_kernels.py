@@ -9,6 +9,7 @@ from hf_sparse_attn_kernels import BlockSelection, TileGrid, block_sparse_attent
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+FAST = ("torch", "cpp")  # implementations that run on a CPU beside the reference
 LENGTHS = (1, 63, 111, 1000)
 # (query_tile, block_size): every block size, tiles of 64 and 1, a tile smaller than a block
 TILINGS = ((64, 16), (64, 32), (64, 64), (64, 128), (1, 16), (1, 128), (16, 64), (128, 16))
@@ -38,14 +39,15 @@ def every_block(grid, batch, groups):
     return BlockSelection(indices.expand(batch, groups, -1, -1).contiguous(), grid)
 
 
-def assert_matches_reference(tensors, selection):
+def assert_matches_reference(tensors, selection, impl):
     want, want_lse = forward_backward(tensors, selection, "reference", torch.float64)
-    got, got_lse = forward_backward(tensors, selection, "torch")
+    got, got_lse = forward_backward(tensors, selection, impl)
     torch.testing.assert_close(got_lse.double(), want_lse, rtol=1e-5, atol=1e-5)
     for name, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("impl", FAST)
 @settings(max_examples=15)
 @given(
     seed=st.integers(0, 2**16),
@@ -59,15 +61,17 @@ def assert_matches_reference(tensors, selection):
 @example(seed=0, length=1000, past=0, tiling=(64, 16), per_group=3, head_dim=64, share=0.3)
 @example(seed=0, length=1000, past=23, tiling=(64, 128), per_group=1, head_dim=80, share=0.3)
 @example(seed=0, length=1, past=1000, tiling=(1, 16), per_group=8, head_dim=128, share=0.3)
-def test_torch_matches_reference_on_random_selections(random_selection, seed, length, past, tiling, per_group, head_dim, share):
+def test_every_implementation_matches_the_reference_on_random_selections(
+    random_selection, impl, seed, length, past, tiling, per_group, head_dim, share
+):
     grid = TileGrid(length, past + length, *tiling)
     tensors = qkv(seed, grid, per_group=per_group, head_dim=head_dim)
-    assert_matches_reference(tensors, random_selection(seed, 1, 2, grid, share))
+    assert_matches_reference(tensors, random_selection(seed, 1, 2, grid, share), impl)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("tiling", TILINGS)
-@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("impl", ["reference", *FAST])
 def test_every_block_kept_equals_dense_attention(length, tiling, impl):
     if length == 1000 and tiling[0] == 1:
         length = 300
@@ -79,7 +83,7 @@ def test_every_block_kept_equals_dense_attention(length, tiling, impl):
 
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(1, 77), (5, 100), (70, 111), (64, 128), (100, 163)])
-@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("impl", ["reference", *FAST])
 def test_continuing_a_cache_equals_the_last_rows_of_the_whole(q_len, kv_len, impl):
     whole = TileGrid(kv_len, kv_len, 64, 16)
     q, k, v = qkv(2, whole, head_dim=64)
@@ -92,29 +96,37 @@ def test_continuing_a_cache_equals_the_last_rows_of_the_whole(q_len, kv_len, imp
 @pytest.mark.parametrize(("tiling", "length", "past"), [((64, 16), 600, 0), ((64, 64), 111, 37), ((1, 16), 63, 100), ((64, 128), 300, 0)])
 @pytest.mark.parametrize("per_group", [1, 3, 8])
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
-def test_bfloat16_error_is_at_most_that_of_eager_bfloat16(random_selection, tiling, length, past, per_group, head_dim):
-    assert_as_exact_as_eager(random_selection, TileGrid(length, past + length, *tiling), per_group, head_dim, torch.bfloat16)
+@pytest.mark.parametrize("impl", FAST)
+def test_bfloat16_error_is_at_most_that_of_eager_bfloat16(random_selection, impl, tiling, length, past, per_group, head_dim):
+    assert_as_exact_as_eager(random_selection, TileGrid(length, past + length, *tiling), per_group, head_dim, torch.bfloat16, impl)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("length", [1, 63, 111, 1000, 4096])
-def test_the_error_in_every_dtype_is_at_most_that_of_eager_attention(random_selection, length, dtype):
-    assert_as_exact_as_eager(random_selection, TileGrid(length, length, 64, 16), 1, 64, dtype)
+@pytest.mark.parametrize("impl", FAST)
+def test_the_error_in_every_dtype_is_at_most_that_of_eager_attention(random_selection, impl, length, dtype):
+    assert_as_exact_as_eager(random_selection, TileGrid(length, length, 64, 16), 1, 64, dtype, impl)
 
 
-def assert_as_exact_as_eager(random_selection, grid, per_group, head_dim, dtype):
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_head_dim_is_as_exact_as_eager_attention(random_selection, head_dim, dtype):
+    assert_as_exact_as_eager(random_selection, TileGrid(150, 200, 64, 32), 4, head_dim, dtype, "cpp")
+
+
+def assert_as_exact_as_eager(random_selection, grid, per_group, head_dim, dtype, impl):
     """Root-mean-square error of the output and every gradient against float64, with a margin of a tenth."""
     tensors = qkv(3, grid, groups=1, per_group=per_group, head_dim=head_dim, dtype=dtype)
     selection = random_selection(3, 1, 1, grid, 0.4)
     oracle, _ = forward_backward(tensors, selection, "reference", torch.float64)
     eager, _ = forward_backward(tensors, selection, "reference")
-    ours, _ = forward_backward(tensors, selection, "torch")
+    ours, _ = forward_backward(tensors, selection, impl)
     for name, a, b, exact in zip(("out", "dq", "dk", "dv"), ours, eager, oracle, strict=True):
         error, allowed = ((x.double() - exact).pow(2).mean().sqrt().item() for x in (a, b))
         assert error <= 1.1 * allowed + 1e-6, f"{name}: error {error:.3e}, eager {dtype} {allowed:.3e}"
 
 
-@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("impl", ["reference", *FAST])
 @pytest.mark.parametrize("tiling", [(64, 16), (64, 128), (1, 16), (16, 64)])
 def test_later_and_unselected_keys_and_values_never_contribute(random_selection, impl, tiling):
     grid = TileGrid(150, 200, *tiling)
@@ -130,7 +142,7 @@ def test_later_and_unselected_keys_and_values_never_contribute(random_selection,
         torch.testing.assert_close(lse[:, :, : query + 1], clean_lse[:, :, : query + 1], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("impl", ["reference", *FAST])
 def test_keys_of_blocks_that_nobody_kept_never_contribute(random_selection, impl):
     grid = TileGrid(200, 200, 64, 16)
     q, k, v = qkv(5, grid)
@@ -146,7 +158,7 @@ def test_keys_of_blocks_that_nobody_kept_never_contribute(random_selection, impl
     torch.testing.assert_close(out, want[0])
 
 
-@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("impl", ["reference", *FAST])
 @pytest.mark.parametrize("query_tile", [64, 1])
 def test_a_row_that_sees_nothing_is_zero_with_finite_gradients(impl, query_tile):
     grid = TileGrid(128, 128, query_tile, 16)
@@ -172,7 +184,7 @@ def test_an_empty_selection_gives_zeros():
     grid = TileGrid(70, 70, 64, 16)
     q, k, v = qkv(6, grid)
     selection = BlockSelection(torch.full((1, 2, 2, 1), -1, dtype=torch.int32), grid)
-    for impl in ("reference", "torch"):
+    for impl in ("reference", *FAST):
         out, lse = block_sparse_attention(q, k, v, selection, impl=impl, return_lse=True)
         assert torch.equal(out, torch.zeros_like(q)) and bool((lse == -torch.inf).all())
 
@@ -212,7 +224,7 @@ def test_scale_and_lse_are_those_that_were_asked_for(random_selection):
     grid = TileGrid(100, 100, 64, 16)
     q, k, v = qkv(8, grid)
     selection = random_selection(8, 1, 2, grid, 1.0)
-    for impl in ("reference", "torch"):
+    for impl in ("reference", *FAST):
         out, lse = block_sparse_attention(q, k, v, selection, scale=0.3, impl=impl, return_lse=True)
         torch.testing.assert_close(
             out, F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True), rtol=1e-4, atol=1e-5
@@ -222,16 +234,17 @@ def test_scale_and_lse_are_those_that_were_asked_for(random_selection):
         assert block_sparse_attention(q, k, v, selection, impl=impl)[1] is None
 
 
-def test_keys_that_are_a_view_of_a_larger_buffer(random_selection):
+@pytest.mark.parametrize("impl", FAST)
+def test_keys_that_are_a_view_of_a_larger_buffer(random_selection, impl):
     grid = TileGrid(100, 100, 64, 16)
     q, k, v = qkv(9, grid)
     selection = random_selection(9, 1, 2, grid, 0.5)
-    want, _ = block_sparse_attention(q, k, v, selection)
+    want, _ = block_sparse_attention(q, k, v, selection, impl=impl)
     room = torch.full((2, 1, 2, 300, 16), torch.nan)
     room[:, :, :, :100] = torch.stack([k, v])
-    out, _ = block_sparse_attention(q, room[0, :, :, :100], room[1, :, :, :100], selection)
+    out, _ = block_sparse_attention(q, room[0, :, :, :100], room[1, :, :, :100], selection, impl=impl)
     assert torch.equal(out, want)
-    strided, _ = block_sparse_attention(q, k.transpose(1, 2).contiguous().transpose(1, 2), v, selection)
+    strided, _ = block_sparse_attention(q, k.transpose(1, 2).contiguous().transpose(1, 2), v, selection, impl=impl)
     assert torch.equal(strided, want)
 
 
@@ -304,7 +317,8 @@ def test_float64_goes_through_the_torch_implementation_unrounded(random_selectio
 @pytest.mark.parametrize("kv_len", [1, 16, 77, 256])
 @pytest.mark.parametrize("keep_own", [True, False])
 @pytest.mark.parametrize("room", [0, 3, 64])
-def test_one_query_over_a_cache_with_room_to_grow_matches_the_reference(random_selection, kv_len, keep_own, room):
+@pytest.mark.parametrize("impl", FAST)
+def test_one_query_over_a_cache_with_room_to_grow_matches_the_reference(random_selection, impl, kv_len, keep_own, room):
     """What stands in memory behind the last key never contributes, whether or not it fills whole blocks."""
     grid = TileGrid(1, kv_len, 1, 16)
     q, k, v = qkv(9, grid, batch=2, head_dim=64)
@@ -312,6 +326,6 @@ def test_one_query_over_a_cache_with_room_to_grow_matches_the_reference(random_s
     grown_k, grown_v = (torch.full((2, 2, kv_len + room, 64), torch.nan) for _ in range(2))
     grown_k[:, :, :kv_len], grown_v[:, :, :kv_len] = k, v
     want, want_lse = block_sparse_attention(q, k, v, selection, impl="reference", return_lse=True)
-    got, lse = block_sparse_attention(q, grown_k[:, :, :kv_len], grown_v[:, :, :kv_len], selection, impl="torch", return_lse=True)
+    got, lse = block_sparse_attention(q, grown_k[:, :, :kv_len], grown_v[:, :, :kv_len], selection, impl=impl, return_lse=True)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5)

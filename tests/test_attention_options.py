@@ -7,6 +7,8 @@ import torch
 from hf_sparse_attn_kernels import BlockSelection, TileGrid, block_sparse_attention
 from hf_sparse_attn_kernels.triton_kernels import support
 
+FAST = ("torch", "cpp")  # implementations that run on a CPU beside the reference
+
 
 def qkv(grid, batch=1, groups=2):
     generator = torch.Generator().manual_seed(0)
@@ -30,7 +32,7 @@ def packed(seed, grid, documents, groups=2, share=0.6):
     return BlockSelection(indices, grid, None, torch.tensor(documents))
 
 
-@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("impl", ["reference", *FAST])
 def test_each_document_is_computed_as_if_it_were_alone(impl):
     grid = TileGrid(90, 130, 64, 16)
     documents = [(0, 30, 130), (1, 0, 57), (1, 57, 120), (1, 121, 125)]
@@ -101,32 +103,35 @@ def gradients(tensors, selection, impl, softcap, dtype=torch.float32):
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize(("q_len", "kv_len", "tiling"), [(50, 70, (64, 16)), (130, 130, (64, 16)), (90, 90, (16, 64)), (40, 40, (1, 16))])
-def test_torch_matches_the_reference_under_every_option(causal, softcap, with_sinks, q_len, kv_len, tiling):
+@pytest.mark.parametrize("impl", FAST)
+def test_every_implementation_matches_the_reference_under_every_option(impl, causal, softcap, with_sinks, q_len, kv_len, tiling):
     """Forward, log-sum-exp, and the gradients of both with respect to q, k, v and the sinks."""
     grid = TileGrid(q_len, kv_len, *tiling, causal)
     tensors = (*qkv(grid, batch=2), torch.linspace(-1, 3, 6) if with_sinks else None)
     selection = random_rows(3, grid, (2, 2), 0.5)
     want = gradients(tensors, selection, "reference", softcap, torch.float64)
-    got = gradients(tensors, selection, "torch", softcap)
+    got = gradients(tensors, selection, impl, softcap)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("with_sinks", [False, True])
-def test_one_query_over_a_cache_under_every_option(softcap, with_sinks):
+@pytest.mark.parametrize("impl", FAST)
+def test_one_query_over_a_cache_under_every_option(impl, softcap, with_sinks):
     grid = TileGrid(1, 77, 1, 16)
     q, k, v = qkv(grid, batch=2)
     sinks = torch.linspace(-1, 3, 6) if with_sinks else None
     selection = BlockSelection(torch.tensor([0, 2, 4], dtype=torch.int32).expand(2, 2, 1, 3), grid)
     options = {"softcap": softcap, "sinks": sinks, "return_lse": True}
-    for a, b in zip(*(block_sparse_attention(q, k, v, selection, impl=impl, **options) for impl in ("torch", "reference")), strict=True):
+    for a, b in zip(*(block_sparse_attention(q, k, v, selection, impl=i, **options) for i in (impl, "reference")), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("softcap", "with_sinks"), [(2.0, False), (None, True), (2.0, True)])
-def test_the_error_of_options_in_low_precision_is_at_most_eager_s(dtype, softcap, with_sinks):
+@pytest.mark.parametrize("impl", FAST)
+def test_the_error_of_options_in_low_precision_is_at_most_eager_s(impl, dtype, softcap, with_sinks):
     """Root-mean-square error of the output against float64; margin a tenth."""
     grid = TileGrid(600, 600, 64, 16)
     q, k, v = (x.to(dtype) for x in qkv(grid))
@@ -138,7 +143,7 @@ def test_the_error_of_options_in_low_precision_is_at_most_eager_s(dtype, softcap
         return block_sparse_attention(*cast[:3], selection, softcap=softcap, sinks=cast[3], impl=impl)[0].double()
 
     exact = run("reference", torch.float64)
-    ours, eager = ((run(impl, dtype) - exact).pow(2).mean().sqrt().item() for impl in ("torch", "reference"))
+    ours, eager = ((run(impl, dtype) - exact).pow(2).mean().sqrt().item() for impl in (impl, "reference"))
     assert ours <= 1.1 * eager + 1e-6
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from hf_sparse_attn import SparseCall, routers
-from hf_sparse_attn.plan import TilePlan
+from hf_sparse_attn.plan import make_plan
 from hf_sparse_attn.registration import SparseModelMixin
 from hf_sparse_attn.training import losses
 from hf_sparse_attn.training.distillation import DistillationConfig, backbone_hash, distill, load_router_state, router_state
@@ -194,7 +194,7 @@ def test_the_teacher_is_the_dense_softmax_over_all_visible_keys(make_router, rou
 
     monkeypatch.setattr(losses, "masked_kl", record)
     loss = tile_loss(router, inputs, query_tile, 1000, torch.Generator())
-    plan = TilePlan.make(router.config, inputs.grid(query_tile, 16))
+    plan = make_plan(router.config, inputs.grid(query_tile, 16))
     tiles = plan.open.nonzero()[:, 0]
     scores = inputs.q @ inputs.k.repeat_interleave(2, 1).transpose(-1, -2) * inputs.scale
     p = torch.softmax(scores.masked_fill(~torch.ones(240, 240).tril().bool(), -torch.inf), -1)

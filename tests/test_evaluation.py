@@ -17,7 +17,7 @@ from hf_sparse_attn.evaluation import quality
 from hf_sparse_attn.evaluation.quality import MassObserver, WindowResult, evaluate_windows, window_losses
 from hf_sparse_attn.evaluation.selectors import ByOtherRouters, fresh_routers, oracle, stage_one, standard_selectors, window
 from hf_sparse_attn.evaluation.shares import loss_share, quality_table, recovered_share
-from hf_sparse_attn.plan import TilePlan
+from hf_sparse_attn.plan import make_plan
 from hf_sparse_attn.training.losses import kept_mass
 
 NAMES = ("oracle", "two stages", "stage 1 alone", "untrained", "mean-pool", "window + sink")
@@ -52,7 +52,7 @@ def every_tile(plan, batch=2, groups=2):
 
 
 def plan_of(router, inputs, tile):
-    return TilePlan.make(router.config, inputs.grid(tile, router.config.block_size))
+    return make_plan(router.config, inputs.grid(tile, router.config.block_size))
 
 
 # -- selections -----------------------------------------------------------------------------------------------------

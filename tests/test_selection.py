@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from hf_sparse_attn import SparseAttentionConfig
-from hf_sparse_attn.plan import TilePlan, join, select_by_scores
+from hf_sparse_attn.plan import make_plan, select_by_scores
 
 # -- ordered_topk ---------------------------------------------------------------------------------------------------
 
@@ -111,7 +111,7 @@ def literal_tile(config, grid, first, last):
 @given(plans())
 def test_tile_plan_matches_the_definition(case):
     config, grid = case
-    plan = TilePlan.make(config, grid)
+    plan = make_plan(config, grid)
     tiles = torch.arange(grid.tiles)
     forced_blocks, eligible_mask = plan.forced_blocks(tiles), plan.eligible_mask(tiles)
     for i, (first, last) in enumerate(zip(grid.first_positions().tolist(), grid.last_positions().tolist(), strict=True)):
@@ -142,7 +142,7 @@ def test_forced_keys_bounds_the_forced_links_of_every_tile(case):
 @given(plans(), st.integers(0, 999))
 def test_select_by_scores_keeps_the_forced_and_the_best(case, seed):
     config, grid = case
-    plan = TilePlan.make(config, grid)
+    plan = make_plan(config, grid)
     scores = torch.randint(0, 9, (1, 2, grid.tiles, grid.blocks), generator=torch.Generator().manual_seed(seed)).float()  # many ties
     selection = select_by_scores(plan, scores)
     kept = selection.kept()
@@ -166,14 +166,15 @@ def test_kept_marks_exactly_the_listed_blocks():
     assert [tile.nonzero()[:, 0].tolist() for tile in kept.flatten(0, 2)] == [[0, 3], [1, 2, 6], [], [0]]
 
 
-def test_join_pads_with_empty_entries_first_and_drops_common_ones():
+def test_a_plan_pads_the_lists_of_all_its_tiles_to_one_width():
     config = SparseAttentionConfig(block_size=16, query_tile=16, sink=16, local=16, min_keys=64)
-    plan = TilePlan.make(config, TileGrid(48, 48, 16, 16))
-    parts = [torch.tensor([[[[-1, -1, -1, 0]]]]).int(), torch.tensor([[[[-1, 0, 1], [0, 1, 2]]]]).int()]
-    scores = [part.float() for part in parts]
-    selection = join(plan, parts, scores)
-    assert selection.indices.tolist() == [[[[-1, -1, 0], [-1, 0, 1], [0, 1, 2]]]]
-    assert selection.scores[0, 0, 2].tolist() == [0.0, 1.0, 2.0]
+    plan = make_plan(config, TileGrid(128, 128, 16, 16))
+    assert plan.width == 4 and plan.any_open
+    chosen = torch.full((1, 1, 2, 3), -1)
+    assert plan.assemble(chosen, torch.tensor([0, 1])).tolist() == [[[[-1, -1, -1, 0], [-1, -1, 0, 1]]]]
+    chosen[0, 0, 1, 0] = 2
+    assert plan.assemble(chosen, torch.tensor([2, 7])).tolist() == [[[[-1, 0, 1, 2], [0, 2, 6, 7]]]]
+    assert not make_plan(config, TileGrid(64, 64, 16, 16)).any_open
 
 
 # -- features and teacher -------------------------------------------------------------------------------------------

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from hf_sparse_attn_kernels import BlockSelection, block_mass
+from hf_sparse_attn_kernels import BlockSelection, TilePlan, block_mass, stage_one_scores
 from torch import nn
 
 from ..attention import Selector, learned_selector
-from ..plan import TilePlan, select_by_scores
+from ..plan import make_plan, select_by_scores
 from ..registration import routers
 from ..router import RoutingInputs, SparseRouter
-from ..selecting import TwoStageScorer, select_blocks
+from ..selecting import FeatureMaker, select_blocks
 
 ORACLE_TILES = 64  # tiles whose dense mass is computed at a time
 
 
 def _plan(router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> TilePlan:
-    return TilePlan.make(router.config, inputs.grid(query_tile, router.config.block_size), inputs.q.device)
+    return make_plan(router.config, inputs.grid(query_tile, router.config.block_size), inputs.q.device)
 
 
 def _all_tiles(plan: TilePlan) -> torch.Tensor:
@@ -45,10 +45,10 @@ def oracle(router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> Bloc
 def stage_one(router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection:
     """Stage 1 alone decides."""
     plan = _plan(router, inputs, query_tile)
-    if not bool(plan.open.any()):
+    if not plan.any_open:
         return select_blocks(router, inputs, query_tile)
-    scorer = TwoStageScorer(router, inputs, plan)
-    parts = [scorer.coarse(tiles) for tiles in _all_tiles(plan).split(ORACLE_TILES)]
+    maker = FeatureMaker(router, inputs, plan.grid)
+    parts = [stage_one_scores(maker.features(tiles), plan, tiles) for tiles in maker.runs(_all_tiles(plan))]
     blocks = plan.grid.blocks
     scores = torch.cat([torch.nn.functional.pad(part, (0, blocks - part.shape[-1]), value=-torch.inf) for part in parts], 2)
     return select_by_scores(plan, scores)

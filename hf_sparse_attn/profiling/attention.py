@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hf_sparse_attn_kernels import BlockSelection
+from hf_sparse_attn_kernels import BlockSelection, TileFeatures, TilePlan, select_blocks
 from torch import Tensor
 
-from ..plan import TilePlan
-from ..selecting import TwoStageScorer, tile_chunks
+from ..plan import make_plan
+from ..selecting import FeatureMaker
 from .layer import Layer, LayerShape
 from .meters import BenchmarkError, PeakMemory, alternate, ratio, spread, timed
 from .peers import dense_peers, flex_peer
@@ -182,13 +182,13 @@ def _decode_step(layers: list[Layer], name: str) -> Callable[[], object]:
 def bench_router(shape: LayerShape, *, repeats: int = 5, **fields: Any) -> dict[str, Any]:
     """Time of the router's stages at prefill; ``fields`` of SparseAttentionConfig replace those of the shape's.
 
-    ``coarse`` and ``fine`` are the two stages, ``keys`` the stage-1 keys and the index keys that a call prepares once,
-    ``select`` the top-k and the assembly of the lists.
+    ``keys`` are the stage-1 keys and the index keys that a call prepares once, ``queries`` the pooled and the sampled
+    queries of all tiles, ``select`` both stages of scores and the top-k.
     """
     layer = Layer(shape, config=replace(shape.config, **fields))
     selection = layer.select()
     layer.verify(layer.attend(selection), selection)
-    plan = TilePlan.make(layer.router.config, selection.grid, layer.q.device)
+    plan = make_plan(layer.router.config, selection.grid, layer.q.device)
     rounds = [_stage_times(layer, plan) for _ in range(repeats + 1)][1:]
     times = {name: [r[name] for r in rounds] for name in rounds[0]}
     times |= alternate({"router": layer.select, "with router": layer.sparse}, repeats, shape.device)
@@ -198,14 +198,12 @@ def bench_router(shape: LayerShape, *, repeats: int = 5, **fields: Any) -> dict[
 
 
 def _stage_times(layer: Layer, plan: TilePlan) -> dict[str, float]:
-    """Seconds of each stage, run one after the other over all tiles."""
+    """Seconds of each part of the router's work, one after the other over all tiles."""
     device = layer.shape.device
-    made: list[TwoStageScorer] = []
-    times = {"keys": timed(lambda: made.append(TwoStageScorer(layer.router, layer.inputs, plan)), device)}
-    chunks = [tiles for tiles in tile_chunks(layer.inputs, plan) if bool(plan.open[tiles].any())]
-    coarse: list[Tensor] = []
-    times["coarse"] = timed(lambda: coarse.extend(made[0].coarse(tiles) for tiles in chunks), device)
-    listed: list[Tensor] = []
-    times["select"] = timed(lambda: listed.extend(made[0].candidates(c, t) for c, t in zip(coarse, chunks, strict=True)), device)
-    times["fine"] = timed(lambda: [made[0].fine(t, b) for t, b in zip(chunks, listed, strict=True)], device)
+    made: list[FeatureMaker] = []
+    times = {"keys": timed(lambda: made.append(FeatureMaker(layer.router, layer.inputs, plan.grid)), device)}
+    runs = made[0].runs(torch.arange(plan.grid.tiles, device=plan.device))
+    features: list[TileFeatures] = []
+    times["queries"] = timed(lambda: features.extend(map(made[0].features, runs)), device)
+    times["select"] = timed(lambda: [select_blocks(f, plan, run) for f, run in zip(features, runs, strict=True)], device)
     return times

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..attention import SparseCall
 from ..conversion import mark_trained
 from ..files import write_atomically
-from ..plan import TilePlan
+from ..plan import make_plan
 from ..router import RoutingInputs, SparseRouter
 from .losses import tile_loss
 from .progress import bar
@@ -62,7 +62,7 @@ class KLCollector:
         self.kept: list[tuple[float, float, float]] = []
 
     def __call__(self, router: SparseRouter, inputs: RoutingInputs) -> None:
-        plan = TilePlan.make(router.config, inputs.grid(router.config.query_tile, router.config.block_size), inputs.q.device)
+        plan = make_plan(router.config, inputs.grid(router.config.query_tile, router.config.block_size), inputs.q.device)
         count = -(-int(plan.open.sum()) // self.config.kl_tile_share)
         loss = tile_loss(router, inputs, router.config.query_tile, count, self.generator) if count else None
         if loss is not None:

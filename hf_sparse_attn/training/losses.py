@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from hf_sparse_attn_kernels import block_mass, coarse_scores, fine_mass, ordered_topk, to_tiles
+from hf_sparse_attn_kernels import TilePlan, block_mass, coarse_scores, fine_mass, ordered_topk, to_tiles
 from torch import Tensor
 
-from ..plan import TilePlan
+from ..plan import make_plan
 from ..router import RoutingInputs, SparseRouter
 
 
@@ -42,7 +42,7 @@ def tile_loss(router: SparseRouter, inputs: RoutingInputs, query_tile: int, coun
     averaged over a tile's tokens and the group's heads, without the forced blocks and renormalised. Stage 1 is trained
     over all eligible blocks, stage 2 over its candidates and the oracle's blocks; its softmax includes the forced keys.
     """
-    plan = TilePlan.make(router.config, inputs.grid(query_tile, router.config.block_size), inputs.q.device)
+    plan = make_plan(router.config, inputs.grid(query_tile, router.config.block_size), inputs.q.device)
     tiles = sample_tiles(plan, count, generator)
     if not len(tiles):
         return None

@@ -11,7 +11,7 @@ from hf_sparse_attn_kernels import TileGrid, implementations
 from hf_sparse_attn_kernels.triton_kernels import routing
 
 from hf_sparse_attn import SparseAttentionConfig
-from hf_sparse_attn.plan import TilePlan
+from hf_sparse_attn.plan import make_plan
 from hf_sparse_attn.router import RoutingInputs, SparseRouter
 from hf_sparse_attn.selecting import TwoStageScorer, select_blocks
 
@@ -71,7 +71,7 @@ def test_fine_mass(inputs, device, q_len, past, tile, size):
     router = make_router(device, tile, size)
     q, k, _ = inputs(grid)
     scorer = TwoStageScorer(
-        router, RoutingInputs(q, k, torch.arange(grid.kv_len, device=device)[None], 0.25), TilePlan.make(router.config, grid, device)
+        router, RoutingInputs(q, k, torch.arange(grid.kv_len, device=device)[None], 0.25), make_plan(router.config, grid, device)
     )
     tiles = torch.arange(grid.tiles, device=device)
     candidates = scorer.plan.best(scorer.coarse(tiles), tiles, scorer.plan.candidates[tiles])
@@ -119,10 +119,10 @@ def test_a_router_keeps_the_same_blocks_up_to_ties_whoever_scores(inputs, device
     call = RoutingInputs(q, k, torch.arange(grid.kv_len, device=device)[None], 0.25)
     selections = {}
     for impl in ("torch", "triton"):
-        monkeypatch.setattr(implementations, "default_implementation", lambda device_type, impl=impl: impl)
+        monkeypatch.setattr(implementations, "default_choice", lambda device_type, impl=impl: (impl, ""))
         selections[impl] = select_blocks(router, call, tile)
     want, got = selections["torch"], selections["triton"]
-    plan = TilePlan.make(router.config, grid, device)
+    plan = make_plan(router.config, grid, device)
     assert bool(plan.open.any())
     eligible = plan.eligible_mask(torch.arange(grid.tiles, device=device))
     for tile_at in plan.open.nonzero()[:, 0].tolist():

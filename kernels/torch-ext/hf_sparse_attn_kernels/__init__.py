@@ -4,9 +4,10 @@ Imports only the standard library, torch and itself.
 """
 
 from .attention import block_sparse_attention
-from .gathered import hide_after
-from .gathering import Scratch, as_rows, gather_blocks, gather_visible, to_tiles
-from .implementations import IMPLEMENTATIONS, default_implementation
+from .gathering import Scratch, to_tiles
+from .implementations import IMPLEMENTATIONS, default_choice
+from .planning import TileBudget, TilePlan
+from .routing import TileFeatures, select_blocks, stage_one_scores
 from .scoring import block_mass, coarse_scores, fine_mass, pooled_features
 from .selection import BlockSelection, TileGrid, ordered_topk
 
@@ -14,17 +15,18 @@ __all__ = [
     "IMPLEMENTATIONS",
     "BlockSelection",
     "Scratch",
+    "TileBudget",
+    "TileFeatures",
     "TileGrid",
-    "as_rows",
+    "TilePlan",
     "block_mass",
     "block_sparse_attention",
     "coarse_scores",
-    "default_implementation",
+    "default_choice",
     "fine_mass",
-    "gather_blocks",
-    "gather_visible",
-    "hide_after",
     "ordered_topk",
     "pooled_features",
+    "select_blocks",
+    "stage_one_scores",
     "to_tiles",
 ]

@@ -7,14 +7,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .cpp_kernels.attention import block_sparse_attention_cpp
+from .cpp_kernels.support import unsupported as unsupported_by_cpp
 from .gathered import block_sparse_attention_torch
 from .implementations import IMPLEMENTATIONS, choose
 from .options import ScoreOptions
 from .reference import block_sparse_attention_reference
 from .selection import BlockSelection
-from .triton_kernels.support import unsupported
+from .triton_kernels.support import unsupported as unsupported_by_triton
 
 Attend = Callable[[Tensor, Tensor, Tensor, BlockSelection, ScoreOptions, bool], tuple[Tensor, Tensor | None]]
+
+ATTEND: dict[str, Attend] = {
+    "reference": block_sparse_attention_reference,
+    "torch": block_sparse_attention_torch,
+    "cpp": block_sparse_attention_cpp,
+}
 
 
 def block_sparse_attention(
@@ -39,7 +47,8 @@ def block_sparse_attention(
         softcap: if given, a score s becomes ``softcap · tanh(s / softcap)`` before masking.
         sinks: ``[H]``, one more logit per head in the denominator of the softmax, without a value.
         impl: "reference" (dense mask, any dtype: the specification), "torch" (gathered, bounded memory, any torch
-            device), "triton" (GPU) or None for the default. A named implementation never falls back to another.
+            device), "cpp" (compiled at first use, CPU), "triton" (GPU) or None for the default. A named implementation never
+            falls back to another.
         return_lse: also return the log-sum-exp of the scores (sinks included), ``[B, H, Q]``, −inf for a row that sees nothing.
 
     Returns:
@@ -56,12 +65,17 @@ def block_sparse_attention(
         raise ValueError(f"softcap={softcap} must be positive, or None for no cap")
     selection.check(q, k)
     options = ScoreOptions(q.shape[-1] ** -0.5 if scale is None else scale, softcap, sinks)
-    chosen = choose(impl, IMPLEMENTATIONS, q.device.type, lambda: unsupported(q, selection.grid.query_tile, selection.grid.block_size))
+    grid = selection.grid
+    lacking = {
+        "triton": lambda: unsupported_by_triton(q, grid.query_tile, grid.block_size),
+        "cpp": lambda: unsupported_by_cpp(q, v, block_size=grid.block_size),
+    }
+    chosen = choose(impl, IMPLEMENTATIONS, q.device.type, lacking)
     if chosen == "triton":
         from .triton_kernels.attention import block_sparse_attention_triton
 
         return block_sparse_attention_triton(q, k, v, selection, options, return_lse)
-    attend = block_sparse_attention_reference if chosen == "reference" else block_sparse_attention_torch
+    attend = ATTEND[chosen]
     if selection.documents is not None:
         return _by_document(attend, q, k, v, selection, options, return_lse)
     return attend(q, k, v, selection, options, return_lse)

@@ -3,35 +3,49 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.util import find_spec
 
+from .cpp_kernels.compiling import unavailable
+
 logger = logging.getLogger(__name__)
 
-IMPLEMENTATIONS = ("reference", "torch", "triton")
+IMPLEMENTATIONS = ("reference", "torch", "cpp", "triton")
 SCORE_IMPLEMENTATIONS = ("torch", "triton")
 
 
 @cache
-def default_implementation(device_type: str) -> str:
-    """The implementation used when none is named, logged once per kind of device."""
-    impl = "triton" if device_type == "cuda" and find_spec("triton") is not None else "torch"
-    logger.info("sparse attention on %s: implementation %r", device_type, impl)
-    return impl
+def default_choice(device_type: str) -> tuple[str, str]:
+    """The implementation used when none is named, and why; logged once per kind of device.
+
+    On a CPU this compiles the C++ kernels if that was never done on this machine.
+    """
+    if device_type == "cuda":
+        chosen = ("triton", "a GPU, and triton is installed") if find_spec("triton") else ("torch", "the package triton is not installed")
+    elif device_type != "cpu":
+        chosen = ("torch", "it runs on every torch device")
+    elif (reason := unavailable()) is None:
+        chosen = ("cpp", "its kernels are compiled for this processor")
+    else:
+        chosen = ("torch", f"without compiled kernels: {reason}")
+    log = logger.warning if device_type == "cpu" and chosen[0] == "torch" else logger.info
+    log("sparse attention on %s: implementation %r (%s)", device_type, *chosen)
+    return chosen
 
 
-def choose(impl: str | None, supported: tuple[str, ...], device_type: str, lacking: Callable[[], str | None]) -> str:
-    """``impl`` if it is named and can run, else the default; ``lacking`` says why Triton cannot run on these inputs, or None.
+def choose(impl: str | None, supported: tuple[str, ...], device_type: str, lacking: Mapping[str, Callable[[], str | None]]) -> str:
+    """``impl`` if it is named and can run, else the default, else "torch".
+
+    ``lacking[name]()`` says why an implementation cannot run on the inputs at hand, or None.
 
     Raises:
         ValueError: ``impl`` is unknown, or was named and cannot run: a named implementation is never replaced.
     """
     if impl is not None and impl not in supported:
         raise ValueError(f"impl={impl!r} is not an implementation of this operation; supported: {', '.join(supported)}")
-    chosen = impl or default_implementation(device_type)
-    if chosen == "triton" and (reason := lacking()) is not None:
-        if impl is not None:
-            raise ValueError(reason)
-        return "torch"
-    return chosen
+    chosen = impl or default_choice(device_type)[0]
+    reason = lacking[chosen]() if chosen in lacking else None
+    if impl is not None and reason is not None:
+        raise ValueError(reason)
+    return chosen if chosen in supported and reason is None else "torch"

@@ -16,7 +16,8 @@ from .triton_kernels.support import unsupported_scores
 
 
 def _on_triton(impl: str | None, *inputs: Tensor, **sizes: int) -> bool:
-    return choose(impl, SCORE_IMPLEMENTATIONS, inputs[0].device.type, lambda: unsupported_scores(inputs, **sizes)) == "triton"
+    lacking = {"triton": lambda: unsupported_scores(inputs, **sizes)}
+    return choose(impl, SCORE_IMPLEMENTATIONS, inputs[0].device.type, lacking) == "triton"
 
 
 def pooled_features(k: Tensor, block_size: int, *, impl: str | None = None) -> Tensor:

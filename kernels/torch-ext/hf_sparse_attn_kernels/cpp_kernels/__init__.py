@@ -1,0 +1,1 @@
+"""The CPU implementation: C++ over vectors, compiled at first use; see `compiling`."""

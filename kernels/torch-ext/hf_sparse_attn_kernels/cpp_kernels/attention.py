@@ -1,0 +1,64 @@
+"""`block_sparse_attention` in C++: fake results and gradients of the operators in ``source/binding.cpp``."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..options import ScoreOptions
+from ..selection import BlockSelection
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """``x`` itself if its last dimension is contiguous, as the kernels need; else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _fake_backward(grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return *(x.new_empty(x.shape) for x in (q, k, v)), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, indices, sinks, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, indices, sinks, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, indices, sinks, out, lse = ctx.saved_tensors
+    grad_out = torch.zeros_like(out) if grad_out is None else unit_stride(grad_out)
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    dq, dk, dv, delta = torch.ops.hf_sparse_attn_cpp.backward(grad_out, grad_lse, q, k, v, out, lse, indices, *ctx.options)
+    dsinks = None if sinks is None else -(torch.exp(sinks[:, None] - lse) * delta).sum((0, 2))
+    return dq, dk, dv, None, dsinks, *(None for _ in ctx.options)
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _register() -> None:
+    """Once, after the library was loaded."""
+    torch.library.register_fake("hf_sparse_attn_cpp::forward", _fake_forward)
+    torch.library.register_fake("hf_sparse_attn_cpp::backward", _fake_backward)
+    torch.library.register_autograd("hf_sparse_attn_cpp::forward", _backward, setup_context=_setup_context)
+
+
+def block_sparse_attention_cpp(
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: ScoreOptions, return_lse: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """See `block_sparse_attention`; the selection has no documents."""
+    _register()
+    grid = selection.grid
+    q, k, v = (unit_stride(x) for x in (q, k, v))
+    sinks = None if options.sinks is None else options.sinks.float().contiguous()
+    out, lse = torch.ops.hf_sparse_attn_cpp.forward(
+        *(q, k, v, selection.indices.contiguous(), sinks, grid.query_tile, grid.block_size, grid.causal),
+        *(options.scale, options.softcap or 0.0),
+    )
+    return out, lse if return_lse else None

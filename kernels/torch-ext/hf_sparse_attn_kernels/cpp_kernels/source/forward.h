@@ -1,0 +1,44 @@
+// What the forward pass of an attention call is told.
+#pragma once
+
+#include "softmax.h"
+
+namespace hsa {
+
+template <class T>
+struct Attention {
+  Heads<T> q, k, v;
+  const int32_t* indices;  // [B, G, tiles, kept], ascending, -1 = empty first
+  const float* sinks;      // [H] or null
+  T* out;                  // [B, H, Q, Dv]
+  float* lse;              // [B, H, Q]
+  Grid grid;
+  Logits logits;
+  int64_t batch, groups, kept, d, dv;
+  int64_t heads() const { return groups * grid.heads; }
+};
+
+// Cuts every tile's rows into strips of up to REGISTERS vectors: visit(vectors, run) is called for each size of strip that occurs,
+// and run(make) works through those strips; make() gives a worker whose run(group, tile, first row) does one.
+template <class T, class Visit>
+void for_each_strip(const Attention<T>& call, const Visit& visit) {
+  const int64_t vectors = (call.grid.rows() + LANES - 1) / LANES, whole = vectors / REGISTERS, rest = vectors % REGISTERS;
+  const auto pass = [&](auto size, int64_t first_row, int64_t count) {
+    visit(size, [&](const auto& make) {
+      for_each_item(call.batch * call.groups * call.grid.tiles * count, make, [&](auto& worker, int64_t item) {
+        const int64_t tile = item / count;
+        worker->run(tile / call.grid.tiles, tile % call.grid.tiles, first_row + item % count * size() * LANES);
+      });
+    });
+  };
+  if (whole) pass(std::integral_constant<int, REGISTERS>{}, 0, whole);
+  const int64_t row = whole * REGISTERS * LANES;
+  if (rest == 1) pass(std::integral_constant<int, 1>{}, row, 1);
+  if (rest == 2) pass(std::integral_constant<int, 2>{}, row, 1);
+  if (rest == 3) pass(std::integral_constant<int, 3>{}, row, 1);
+}
+
+template <class T, class Format>
+void attend(const Attention<T>& call);
+
+}  // namespace hsa

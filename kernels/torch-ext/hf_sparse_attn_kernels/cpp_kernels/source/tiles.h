@@ -1,0 +1,61 @@
+// Which queries and keys meet: the grid of tiles, the lanes of a strip, the blocks of a tile's list.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+
+#include "operands.h"
+
+namespace hsa {
+
+constexpr int CHUNK = 64;  // keys whose scores are formed at a time; a larger block is a chunk of its own
+constexpr float HIDDEN = -1e30f;  // score of a key that a query does not see
+constexpr float FLOOR = -1e20f;   // least maximum: every hidden score is exp2'ed to exactly zero
+
+struct Grid {
+  int64_t q_len, kv_len, query_tile, block_size;
+  bool causal;
+  int64_t tiles;      // of the call
+  int64_t heads;      // query heads of a KV head
+  int64_t q_offset() const { return kv_len - q_len; }
+  // content position of a tile's first query
+  int64_t first(int64_t tile) const { return (tile + q_offset() / query_tile) * query_tile; }
+  int64_t rows() const { return heads * query_tile; }
+};
+
+// Memory of one worker, aligned to a cache line.
+class Room {
+ public:
+  explicit Room(int64_t words) : data_(static_cast<float*>(std::aligned_alloc(64, (words * 4 + 127) / 64 * 64)), std::free) {}
+  float* take(int64_t words) {
+    float* at = data_.get() + used_;
+    used_ += (words + 15) / 16 * 16;
+    return at;
+  }
+  static int64_t size(std::initializer_list<int64_t> parts) {
+    int64_t total = 0;
+    for (int64_t part : parts) total += (part + 15) / 16 * 16;
+    return total;
+  }
+
+ private:
+  std::unique_ptr<float, void (*)(void*)> data_;
+  int64_t used_ = 0;
+};
+
+// Calls work(worker state, item) for every item, each worker taking the next one when it is free.
+template <class Make, class Work>
+void for_each_item(int64_t items, const Make& make, const Work& work) {
+  std::atomic<int64_t> next{0};
+  const int64_t workers = std::min<int64_t>(at::get_num_threads(), items);
+  at::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    auto state = make();
+    for (int64_t item; (item = next++) < items;) work(state, item);
+  });
+}
+
+}  // namespace hsa

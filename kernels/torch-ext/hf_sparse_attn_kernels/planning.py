@@ -1,0 +1,109 @@
+"""Which blocks each query tile must keep, may keep, and how many: what every way to select is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .selection import TileGrid, ordered_topk
+
+
+class TileBudget(NamedTuple):
+    """Budget of one query tile, in blocks: ``[0, sink)`` and ``[near, last]`` are forced, ``free`` of the others may be kept.
+
+    The others are the ``eligible`` blocks ``[sink, near)``; stage 1 passes ``candidates`` of them on.
+    """
+
+    sink: int
+    near: int
+    last: int
+    eligible: int
+    free: int
+    candidates: int
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """The budgets of the ``n`` query tiles of one call; every tensor is int64 ``[n]`` and counts or indexes blocks.
+
+    ``sink`` is the number of blocks that hold sink tokens, of a tile near the start more than it may see.
+    """
+
+    grid: TileGrid
+    sink: int
+    budgets: tuple[TileBudget, ...]
+    device: torch.device | None = None
+
+    @cached_property
+    def _columns(self) -> Tensor:
+        return torch.tensor(self.budgets, device=self.device).T.contiguous()
+
+    @property
+    def near(self) -> Tensor:
+        return self._columns[1]
+
+    @property
+    def last(self) -> Tensor:
+        return self._columns[2]
+
+    @property
+    def eligible(self) -> Tensor:
+        return self._columns[3]
+
+    @property
+    def free(self) -> Tensor:
+        return self._columns[4]
+
+    @property
+    def candidates(self) -> Tensor:
+        return self._columns[5]
+
+    @cached_property
+    def any_open(self) -> bool:
+        """Some tile has more eligible blocks than it may keep, so that there is something to select."""
+        return any(budget.eligible > budget.free for budget in self.budgets)
+
+    @cached_property
+    def width(self) -> int:
+        """Most blocks that a tile keeps."""
+        return max(budget.last + 1 - budget.eligible + budget.free for budget in self.budgets)
+
+    @property
+    def open(self) -> Tensor:
+        """Boolean [n]: tiles that have more eligible blocks than they may keep, so that there is something to select."""
+        return self.eligible > self.free
+
+    def forced_blocks(self, tiles: Tensor) -> Tensor:
+        """Forced blocks of the tiles (int64 [m]): int64 [m, F], −1 = empty; a tile's own blocks are the last columns."""
+        near, last = self.near[tiles][:, None], self.last[tiles][:, None]
+        width = int((last - near).max()) + 1
+        close = last - torch.arange(width - 1, -1, -1, device=near.device)
+        close = torch.where(close >= near, close, -1)
+        sink = torch.arange(self.sink, device=near.device).expand(len(tiles), -1)
+        return torch.cat([torch.where(sink < near, sink, -1), close], 1)
+
+    def eligible_mask(self, tiles: Tensor) -> Tensor:
+        """Boolean [m, nb]: blocks that may be selected."""
+        block = torch.arange(self.grid.blocks, device=tiles.device)
+        return (block >= self.sink) & (block < self.near[tiles][:, None])
+
+    def best(self, scores: Tensor, tiles: Tensor, count: Tensor) -> Tensor:
+        """The ``count`` [m] best eligible blocks by ``scores`` [B, G, m, nb or fewer]: int64 [B, G, m, max count], −1 = empty.
+
+        A block without a score (NaN) counts as 0.
+        """
+        mask = self.eligible_mask(tiles)[:, : scores.shape[-1]]
+        width = int(count.max())
+        index = ordered_topk(torch.where(scores.isnan(), 0.0, scores).masked_fill(~mask, -torch.inf), width)
+        return torch.where(torch.arange(width, device=tiles.device) < count[:, None], index, -1)
+
+    def assemble(self, chosen: Tensor, tiles: Tensor) -> Tensor:
+        """Kept blocks: ``chosen`` [B, G, m, C] and the forced ones, int32 [B, G, m, width], ascending, −1 first."""
+        forced = self.forced_blocks(tiles).expand(*chosen.shape[:2], -1, -1)
+        kept = torch.cat([chosen, forced], -1).sort(-1).values.int()
+        missing = self.width - kept.shape[-1]
+        return torch.nn.functional.pad(kept, (missing, 0), value=-1) if missing > 0 else kept[..., -missing:]

@@ -1,0 +1,160 @@
+"""`select_blocks`: both stages of the router on features that were made for them, one operation with several implementations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .cpp_kernels.support import unsupported as unsupported_by_cpp
+from .gathered import hide_after
+from .gathering import Scratch, as_rows, gather_visible
+from .implementations import choose
+from .planning import TileBudget, TilePlan
+from .scoring import coarse_scores, fine_mass
+from .selection import ordered_topk
+
+COARSE_SCORES = 1 << 20  # stage-1 scores of one chunk of tiles, 4 MB
+FINE_BYTES = 1 << 22  # memory for the stage-2 scores of one chunk
+IMPLEMENTATIONS = ("torch", "cpp", "triton")
+
+
+@dataclass(frozen=True)
+class TileFeatures:
+    """What the two stages score, for m of a call's query tiles. Queries are scaled; all is in the dtype of the keys.
+
+    Stage 1: ``coarse_queries`` [B, G, m, runs, R], of which ``real`` boolean [m, runs] have tokens; ``router_keys``
+    [B, G, at least N // S, R]. Stage 2: ``queries`` [B, G, m, Hg, r, E], the tokens ``reps`` (int64 [Hg, r]) of the tiles;
+    ``keys`` [B, G, N, E].
+    """
+
+    coarse_queries: Tensor
+    real: Tensor
+    router_keys: Tensor
+    queries: Tensor
+    reps: Tensor
+    keys: Tensor
+
+    def part(self, which: slice) -> TileFeatures:
+        """Those of some of the tiles."""
+        return replace(self, coarse_queries=self.coarse_queries[:, :, which], real=self.real[which], queries=self.queries[:, :, which])
+
+
+def select_blocks(features: TileFeatures, plan: TilePlan, tiles: Tensor, *, impl: str | None = None) -> tuple[Tensor, Tensor]:
+    """Coarse scores -> candidates -> softmax mass of their keys and the forced ones -> the best blocks within the budget.
+
+    Args:
+        features: of the tiles ``tiles``.
+        plan: budgets of all tiles of the call.
+        tiles: int64 [m], ascending.
+        impl: "torch" or "triton" (their scores, top-k by torch), "cpp" (all of it in one pass, CPU), None for the default.
+
+    Returns:
+        (kept blocks int32 [B, G, m, width of the plan], ascending, −1 = empty; float32 scores of the same shape: the mass
+        estimated for each, NaN for an empty entry and for a tile that keeps all its blocks without scoring them.)
+
+    Raises:
+        ValueError: ``impl`` is unknown, or was named and does not support the inputs.
+    """
+    inputs = (features.keys, features.router_keys)
+    lacking = {"cpp": lambda: unsupported_by_cpp(*inputs, block_size=plan.grid.block_size)}
+    if choose(impl, IMPLEMENTATIONS, features.keys.device.type, lacking) == "cpp":
+        from .cpp_kernels.routing import select_blocks_cpp
+
+        return select_blocks_cpp(features, plan, tiles)
+    if plan.grid.query_tile == plan.grid.q_len == 1 and impl != "triton":
+        return _select_single(features, plan)
+    return _select_tiles(features, plan, tiles, impl)
+
+
+def stage_one_scores(features: TileFeatures, plan: TilePlan, tiles: Tensor, impl: str | None = None) -> Tensor:
+    """Stage-1 scores of the blocks that any of the tiles may select: float32 [B, G, m, most near]."""
+    router_keys = features.router_keys[:, :, : int(plan.near[tiles].max())]
+    return coarse_scores(features.coarse_queries, features.real, router_keys, 1.0, impl=impl)
+
+
+def stage_two_mass(
+    features: TileFeatures, plan: TilePlan, tiles: Tensor, coarse: Tensor, scratch: Scratch | None = None, impl: str | None = None
+) -> Tensor:
+    """Mass of each tile's candidates by the scores ``coarse`` and of its forced blocks: float32 [B, G, m, nb], −inf for other blocks."""
+    keys, queries = as_rows(features.keys), features.queries.flatten(0, 1)
+    found = plan.best(coarse, tiles, plan.candidates[tiles])
+    blocks = torch.cat([found, plan.forced_blocks(tiles).expand(*found.shape[:2], -1, -1)], -1)
+    scores = blocks[:, :, 0].numel() * features.reps.numel() * plan.grid.block_size
+    step = max(1, FINE_BYTES // (scores * keys.element_size()))
+    parts = [
+        fine_mass(q, keys, plan.grid, part, index, features.reps, scratch=scratch, impl=impl)
+        for part, index, q in zip(tiles.split(step), blocks.flatten(0, 1).split(step, 1), queries.split(step, 1), strict=True)
+    ]
+    by_block = torch.full((*blocks.shape[:3], plan.grid.blocks + 1), -torch.inf, device=blocks.device)
+    # column 0 collects the empty entries (−1), which are no block
+    return by_block.scatter_(3, blocks + 1, torch.cat(parts, 1).view_as(blocks))[..., 1:]
+
+
+def _select_tiles(features: TileFeatures, plan: TilePlan, tiles: Tensor, impl: str | None) -> tuple[Tensor, Tensor]:
+    b, groups, m, runs = features.coarse_queries.shape[:4]
+    scratch = Scratch()
+    step = max(1, COARSE_SCORES // (b * groups * runs * plan.grid.blocks))
+    kept, scores = [], []
+    for start in range(0, m, step):
+        which = slice(start, min(start + step, m))
+        part, some = tiles[which], features.part(which)
+        scored = plan.open[part][:, None]
+        mass = torch.full((b, groups, len(part), plan.grid.blocks), torch.nan, device=part.device)
+        if bool(scored.any()):
+            found = stage_two_mass(some, plan, part, stage_one_scores(some, plan, part, impl), scratch, impl)
+            mass = torch.where(scored, found, mass)
+        indices = plan.assemble(plan.best(mass, part, plan.free[part]), part)
+        kept.append(indices)
+        scores.append(mass.gather(-1, indices.clamp(min=0).long()).masked_fill(indices < 0, torch.nan))
+    return torch.cat(kept, 2), torch.cat(scores, 2)
+
+
+# -- one query per row: a tile of 64 spreads the cost of many small operations over 64 queries, a decode step cannot ---------------
+
+
+def _select_single(features: TileFeatures, plan: TilePlan) -> tuple[Tensor, Tensor]:
+    """The same stages in as few tensor operations as it takes: nothing is masked, what does not depend on data is plain integers."""
+    budget = plan.budgets[0]
+    rows = (*features.keys.shape[:2], 1)
+    device = features.keys.device
+    if budget.eligible <= budget.free:
+        every = torch.arange(budget.last + 1, device=device, dtype=torch.int32).expand(*rows, -1)
+        return every.contiguous(), torch.full(every.shape, torch.nan, device=device)
+    coarse = _coarse_single(features, budget)
+    candidates = (ordered_topk(coarse, budget.candidates) + budget.sink).sort(-1).values
+    forced, always = _constants(budget, len(candidates), device)
+    blocks = torch.cat([candidates, forced], -1)
+    mass = _mass_single(features, blocks, plan.grid.block_size)
+    chosen = ordered_topk(mass[:, : budget.candidates], budget.free)
+    kept = torch.cat([chosen, always], -1)
+    indices, order = blocks.gather(-1, kept).sort(-1)
+    scores = mass.gather(-1, kept.gather(-1, order))
+    return indices.int().view(*rows, -1), scores.view(*rows, -1)
+
+
+@lru_cache(maxsize=16)  # every layer of a step asks for the same ones
+def _constants(budget: TileBudget, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The forced blocks, and the columns where they stand behind the candidates: int64 [rows, forced] each."""
+    forced = torch.cat([torch.arange(budget.sink, device=device), torch.arange(budget.near, budget.last + 1, device=device)])
+    columns = torch.arange(len(forced), device=device) + budget.candidates
+    return forced.expand(rows, -1), columns.expand(rows, -1)
+
+
+def _coarse_single(features: TileFeatures, budget: TileBudget) -> Tensor:
+    """Stage-1 scores of the eligible blocks: float32 [B·G, eligible]."""
+    queries = features.coarse_queries[:, :, 0].flatten(0, 1)
+    eligible = features.router_keys.flatten(0, 1)[:, budget.sink : budget.near]
+    if eligible.dtype == torch.float32:  # a vector times a matrix is fast from the left in float32, from the right in bfloat16
+        return torch.bmm(queries, eligible.transpose(1, 2))[:, 0]
+    return torch.bmm(eligible, queries.transpose(1, 2))[..., 0]
+
+
+def _mass_single(features: TileFeatures, blocks: Tensor, block_size: int) -> Tensor:
+    """Stage-2 mass of ``blocks`` [B·G, L], the last of which is the query's own: float32 [B·G, L], sums to 1."""
+    keys = gather_visible(features.keys, blocks, block_size)
+    scores = torch.bmm(features.queries[:, :, 0].reshape(len(blocks), -1, keys.shape[-1]), keys.transpose(1, 2))
+    hide_after(scores, features.keys.shape[2], block_size)
+    return torch.softmax(scores, -1, dtype=torch.float32).mean(1).view(*blocks.shape, block_size).sum(-1)
