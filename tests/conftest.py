@@ -39,6 +39,15 @@ REAL_BUDGET = {**SMALL, "density": 0.05, "min_keys": 80, "candidate_factor": 1.5
 EVERY_BLOCK = {**SMALL, "density": 1.0, "min_keys": 80}
 
 
+@pytest.fixture
+def poisoned_memory():
+    """Memory that nothing was written to reads as NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session")
 def real_budget():
     """Settings under which most of a 200-token input is cut."""

@@ -9,6 +9,7 @@ from hf_sparse_attn_kernels import BlockSelection, TileGrid, block_sparse_attent
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 FAST = ("torch", "cpp")  # implementations that run on a CPU beside the reference
 LENGTHS = (1, 63, 111, 1000)
 # (query_tile, block_size): every block size, tiles of 64 and 1, a tile smaller than a block

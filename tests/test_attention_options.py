@@ -7,6 +7,7 @@ import torch
 from hf_sparse_attn_kernels import BlockSelection, TileGrid, block_sparse_attention
 from hf_sparse_attn_kernels.triton_kernels import support
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 FAST = ("torch", "cpp")  # implementations that run on a CPU beside the reference
 
 

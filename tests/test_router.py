@@ -13,6 +13,8 @@ from hf_sparse_attn import selecting
 from hf_sparse_attn.plan import make_plan, select_by_scores
 from hf_sparse_attn.selecting import FeatureMaker, select_blocks
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 
 @pytest.fixture(params=["torch", "cpp"])
 def select(request):

@@ -6,6 +6,8 @@ import pytest
 import torch
 from hf_sparse_attn_kernels import Scratch, TileGrid, coarse_scores, features, fine_mass
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 
 def case(q_len, past, tile, size, seed=0, dtype=torch.float32, spread=1.0):
     """(queries, keys, grid, tiles, blocks, reps) with empty entries, a partial last block and an incomplete first tile."""
@@ -48,14 +50,15 @@ def literal_mass(queries, keys, grid, tiles, blocks, reps):
     return mass
 
 
+WAYS = [("torch", False), ("torch", True), ("cpp", False)]
 SIZES = [(100, 0, 64, 16), (40, 50, 16, 32), (3, 60, 1, 16), (90, 37, 64, 16)]
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("scratch", [False, True])
-def test_fine_mass_is_the_mean_softmax_mass_of_the_listed_blocks(sizes, scratch):
+@pytest.mark.parametrize(("impl", "scratch"), WAYS)
+def test_fine_mass_is_the_mean_softmax_mass_of_the_listed_blocks(sizes, impl, scratch):
     arguments = case(*sizes)
-    got = fine_mass(*arguments, scratch=Scratch() if scratch else None)
+    got = fine_mass(*arguments, scratch=Scratch() if scratch else None, impl=impl)
     torch.testing.assert_close(got.double(), literal_mass(*arguments), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(got.sum(-1), torch.ones_like(got[..., 0]))
 
@@ -67,9 +70,10 @@ def test_scores_beyond_the_range_of_an_exponential_are_shifted(spread, monkeypat
     made = []
     original = features._unshifted_mass
     monkeypatch.setattr(features, "_unshifted_mass", lambda *args: made.append(original(*args)) or made[-1])
-    got = fine_mass(*arguments, scratch=Scratch())
+    got = fine_mass(*arguments, scratch=Scratch(), impl="torch")
     assert [x is None for x in made] == [spread > 1]
-    torch.testing.assert_close(got, fine_mass(*arguments), rtol=1e-4, atol=1e-6)
+    for impl in ("torch", "cpp"):
+        torch.testing.assert_close(got, fine_mass(*arguments, impl=impl), rtol=1e-4, atol=1e-6)
     assert bool(torch.isfinite(got).all())
 
 
@@ -77,30 +81,33 @@ def test_scores_beyond_the_range_of_an_exponential_are_shifted(spread, monkeypat
 def test_fine_mass_in_low_precision_stays_near_the_exact_one(dtype):
     arguments = case(100, 0, 64, 16, dtype=dtype)
     exact = fine_mass(*(x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in arguments))
-    for scratch in (None, Scratch()):
-        torch.testing.assert_close(fine_mass(*arguments, scratch=scratch).double(), exact.double(), rtol=0.05, atol=2e-3)
+    for impl, scratch in WAYS:
+        got = fine_mass(*arguments, scratch=Scratch() if scratch else None, impl=impl)
+        torch.testing.assert_close(got.double(), exact.double(), rtol=0.05, atol=2e-3)
 
 
 def test_unlisted_and_later_keys_never_contribute_to_fine_mass():
     queries, keys, grid, tiles, blocks, reps = case(100, 0, 64, 16)
     blocks = torch.where(blocks == 2, -1, blocks)  # no tile lists block 2
-    for scratch in (None, Scratch()):
-        want = fine_mass(queries, keys, grid, tiles, blocks, reps, scratch=scratch)
+    for impl, lent in WAYS:
+        scratch = Scratch() if lent else None
+        want = fine_mass(queries, keys, grid, tiles, blocks, reps, scratch=scratch, impl=impl)
         poisoned = keys.clone()
         poisoned[:, 32:48] = torch.nan
         poisoned[:, int(reps.max()) + 1 : 64] = torch.nan  # later than every sampled query of tile 0
-        got = fine_mass(queries[:, :1], poisoned, grid, tiles[:1], blocks[:, :1], reps, scratch=scratch)
+        got = fine_mass(queries[:, :1], poisoned, grid, tiles[:1], blocks[:, :1], reps, scratch=scratch, impl=impl)
         torch.testing.assert_close(got, want[:, :1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("runs", [1, 8])
-def test_coarse_scores_are_the_log_sum_exp_over_the_runs_that_have_tokens(dtype, runs):
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+def test_coarse_scores_are_the_log_sum_exp_over_the_runs_that_have_tokens(impl, dtype, runs):
     generator = torch.Generator().manual_seed(0)
     queries, keys = (torch.randn(*s, 16, generator=generator).to(dtype) for s in ((2, 2, 3, runs), (2, 2, 5)))
     real = torch.ones(3, runs, dtype=torch.bool)
     real[0, 1:] = False
-    got = coarse_scores(queries, real, keys, 0.5)
+    got = coarse_scores(queries, real, keys, 0.5, impl=impl)
     products = torch.einsum("bgmre,bgne->bgmrn", queries.double(), keys.double()) * 0.5
     want = products.masked_fill(~real[..., None], -torch.inf).logsumexp(3)
     assert got.dtype == torch.float32

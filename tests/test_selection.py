@@ -181,14 +181,18 @@ def test_a_plan_pads_the_lists_of_all_its_tiles_to_one_width():
 
 
 @pytest.mark.parametrize(("length", "size"), [(64, 16), (100, 16), (15, 16), (300, 128)])
-def test_pooled_features_are_max_min_mean_of_whole_blocks(length, size):
-    k = torch.randn(2, 3, length, 5, generator=torch.Generator().manual_seed(0))
-    out = pooled_features(k, size)
-    assert out.shape == (2, 3, length // size, 15)
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pooled_features_are_max_min_mean_of_whole_blocks(impl, dtype, length, size):
+    k = torch.randn(2, length, 3, 6, generator=torch.Generator().manual_seed(0)).transpose(1, 2).to(dtype)
+    if length > 50:
+        k[0, 1, 20:23, 2:5] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    out = pooled_features(k, size, impl=impl)
+    assert out.shape == (2, 3, length // size, 18) and out.dtype == dtype
     for block in range(length // size):
         part = k[:, :, block * size : (block + 1) * size]
         want = torch.cat([part.max(2).values, part.min(2).values, part.mean(2)], -1)
-        torch.testing.assert_close(out[:, :, block], want)
+        torch.testing.assert_close(out[:, :, block], want, equal_nan=True)
 
 
 @given(
@@ -198,7 +202,8 @@ def test_pooled_features_are_max_min_mean_of_whole_blocks(length, size):
     tiling=st.sampled_from(((64, 16), (16, 64), (1, 16), (32, 32))),
     chunk=st.sampled_from((1, 1 << 22)),
 )
-def test_block_mass_is_the_dense_softmax_summed_by_block(seed, q_len, past, tiling, chunk):
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+def test_block_mass_is_the_dense_softmax_summed_by_block(impl, seed, q_len, past, tiling, chunk):
     grid = TileGrid(q_len, past + q_len, *tiling)
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(2, 6, q_len, 8, generator=generator)
@@ -206,7 +211,7 @@ def test_block_mass_is_the_dense_softmax_summed_by_block(seed, q_len, past, tili
     picked = torch.randperm(grid.tiles, generator=generator)[:3].sort().values
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(features, "MASS_SCORES", chunk)
-        mass = block_mass(q, k, grid, picked, 0.7)
+        mass = block_mass(q, k, grid, picked, 0.7, impl=impl)
     causal = torch.arange(past + q_len) <= torch.arange(past, past + q_len)[:, None]
     p = torch.softmax((q @ k.repeat_interleave(3, 1).transpose(-1, -2) * 0.7).masked_fill(~causal, -torch.inf), -1)
     p = p.unflatten(1, (2, 3)).mean(2)  # over the heads of a group: [B, G, Q, N]

@@ -84,7 +84,7 @@ class Layer:
         positions = torch.arange(shape.length, device=shape.device)[None]
         decoding = queries == 1
         with torch.no_grad():  # while decoding, a cache holds the stage-1 keys
-            router_keys = self.router.router_keys(self.k, positions) if decoding else None
+            router_keys = self.router.router_keys(self.k, positions).to(dtype) if decoding else None
         self.inputs = RoutingInputs(self.q, self.k, positions, shape.head_dim**-0.5, router_keys)
         self.query_tile = 1 if decoding else self.router.config.query_tile
 

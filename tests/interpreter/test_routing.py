@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-
 import hf_sparse_attn_kernels as plain
 import pytest
 import torch
+from agreement import assert_same_up_to_ties
 from hf_sparse_attn_kernels import TileGrid, implementations
 from hf_sparse_attn_kernels.triton_kernels import routing
 
 from hf_sparse_attn import SparseAttentionConfig
 from hf_sparse_attn.plan import make_plan
 from hf_sparse_attn.router import RoutingInputs, SparseRouter
-from hf_sparse_attn.selecting import TwoStageScorer, select_blocks
+from hf_sparse_attn.selecting import FeatureMaker, select_blocks
 
 
 def make_router(device, tile, size, heads=6, groups=2, head_dim=16, min_keys=512):
@@ -70,17 +69,14 @@ def test_fine_mass(inputs, device, q_len, past, tile, size):
     grid = TileGrid(q_len, past + q_len, tile, size)
     router = make_router(device, tile, size)
     q, k, _ = inputs(grid)
-    scorer = TwoStageScorer(
-        router, RoutingInputs(q, k, torch.arange(grid.kv_len, device=device)[None], 0.25), make_plan(router.config, grid, device)
-    )
-    tiles = torch.arange(grid.tiles, device=device)
-    candidates = scorer.plan.best(scorer.coarse(tiles), tiles, scorer.plan.candidates[tiles])
-    blocks = torch.cat([candidates, scorer.plan.forced_blocks(tiles).expand(2, 2, -1, -1)], -1).flatten(0, 1)
+    call = RoutingInputs(q, k, torch.arange(grid.kv_len, device=device)[None], 0.25)
+    tiles, plan = torch.arange(grid.tiles, device=device), make_plan(router.config, grid, device)
+    with torch.no_grad():
+        features = FeatureMaker(router, call, grid).features(tiles)
+    candidates = plan.best(plain.stage_one_scores(features, plan, tiles), tiles, plan.candidates[tiles])
+    blocks = torch.cat([candidates, plan.forced_blocks(tiles).expand(2, 2, -1, -1)], -1).flatten(0, 1)
     assert bool((blocks < 0).any()) or tile == 1 or size == 128
-    reps = router.representatives(grid, device)
-    heads = torch.arange(3, device=device)[:, None]
-    queries = router.index_queries(scorer.q_tiles[:, tiles[:, None, None], heads, reps], scorer.fold).detach() * 0.25
-    keys = scorer.keys.detach()
+    queries, keys, reps = features.queries.flatten(0, 1), features.keys.flatten(0, 1), features.reps
     want, got = (plain.fine_mass(queries, keys, grid, tiles, blocks, reps, impl=impl) for impl in ("torch", "triton"))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(got.sum(-1), torch.ones_like(got[..., 0]))
@@ -121,20 +117,7 @@ def test_a_router_keeps_the_same_blocks_up_to_ties_whoever_scores(inputs, device
     for impl in ("torch", "triton"):
         monkeypatch.setattr(implementations, "default_choice", lambda device_type, impl=impl: (impl, ""))
         selections[impl] = select_blocks(router, call, tile)
-    want, got = selections["torch"], selections["triton"]
-    plan = make_plan(router.config, grid, device)
-    assert bool(plan.open.any())
-    eligible = plan.eligible_mask(torch.arange(grid.tiles, device=device))
-    for tile_at in plan.open.nonzero()[:, 0].tolist():
-        for row, group in itertools.product(range(2), range(2)):
-            at = (row, group, tile_at)
-            score = dict(zip(want.indices[at].tolist(), want.scores[at].tolist(), strict=True))
-            score |= dict(zip(got.indices[at].tolist(), got.scores[at].tolist(), strict=True))
-            kept = [{b for b in s.indices[at].tolist() if b >= 0 and eligible[tile_at, b]} for s in (want, got)]
-            assert len(kept[0]) == len(kept[1]) == int(plan.free[tile_at])
-            threshold = min(score[b] for b in kept[0])
-            for block in kept[0] ^ kept[1]:
-                assert abs(score[block] - threshold) <= 1e-5 * threshold
+    assert_same_up_to_ties(selections["triton"], selections["torch"], make_plan(router.config, grid, device))
 
 
 def test_scores_of_triton_are_refused_by_name_where_a_gradient_is_wanted(inputs, device):
@@ -143,7 +126,7 @@ def test_scores_of_triton_are_refused_by_name_where_a_gradient_is_wanted(inputs,
         plain.pooled_features(k.requires_grad_(), 16, impl="triton")
     with pytest.raises(ValueError, match=r"width 300.*up to 256"):
         plain.pooled_features(torch.zeros(1, 1, 16, 300, device=device), 16, impl="triton")
-    with pytest.raises(ValueError, match=r"'reference'.*torch, triton"):
+    with pytest.raises(ValueError, match=r"'reference'.*torch, cpp, triton"):
         plain.pooled_features(k, 16, impl="reference")
 
 

@@ -7,20 +7,27 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.util import find_spec
 
+import torch
+
 from .cpp_kernels.compiling import unavailable
 
 logger = logging.getLogger(__name__)
 
 IMPLEMENTATIONS = ("reference", "torch", "cpp", "triton")
-SCORE_IMPLEMENTATIONS = ("torch", "triton")
+SCORE_IMPLEMENTATIONS = ("torch", "cpp", "triton")
 
 
-@cache
+@torch.compiler.assume_constant_result  # a compiled model asks while it is traced
 def default_choice(device_type: str) -> tuple[str, str]:
     """The implementation used when none is named, and why; logged once per kind of device.
 
     On a CPU this compiles the C++ kernels if that was never done on this machine.
     """
+    return _decide(device_type)
+
+
+@cache
+def _decide(device_type: str) -> tuple[str, str]:
     if device_type == "cuda":
         chosen = ("triton", "a GPU, and triton is installed") if find_spec("triton") else ("torch", "the package triton is not installed")
     elif device_type != "cpu":

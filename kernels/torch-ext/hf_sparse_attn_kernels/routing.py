@@ -61,9 +61,9 @@ def select_blocks(features: TileFeatures, plan: TilePlan, tiles: Tensor, *, impl
     inputs = (features.keys, features.router_keys)
     lacking = {"cpp": lambda: unsupported_by_cpp(*inputs, block_size=plan.grid.block_size)}
     if choose(impl, IMPLEMENTATIONS, features.keys.device.type, lacking) == "cpp":
-        from .cpp_kernels.routing import select_blocks_cpp
+        from .cpp_kernels import routing
 
-        return select_blocks_cpp(features, plan, tiles)
+        return routing.select_blocks(features, plan, tiles)
     if plan.grid.query_tile == plan.grid.q_len == 1 and impl != "triton":
         return _select_single(features, plan)
     return _select_tiles(features, plan, tiles, impl)

@@ -1,23 +1,38 @@
 """Scores of key blocks, each one operation with several implementations: pooled features, both stages' scores, the teacher.
 
-The `torch` implementation is the specification and the only one with gradients; `triton` is the default on GPUs where no
-gradient is wanted.
+The `torch` implementation is the specification and the only one with gradients; where no gradient is wanted, `cpp` is the
+default on CPUs and `triton` on GPUs.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Protocol, cast
+
 from torch import Tensor
 
+from .cpp_kernels.support import unsupported_scores as unsupported_by_cpp
 from .features import block_mass_torch, coarse_scores_torch, fine_mass_torch, pooled_features_torch
 from .gathering import Scratch
 from .implementations import SCORE_IMPLEMENTATIONS, choose
 from .selection import TileGrid
-from .triton_kernels.support import unsupported_scores
+from .triton_kernels.support import unsupported_scores as unsupported_by_triton
 
 
-def _on_triton(impl: str | None, *inputs: Tensor, **sizes: int) -> bool:
-    lacking = {"triton": lambda: unsupported_scores(inputs, **sizes)}
-    return choose(impl, SCORE_IMPLEMENTATIONS, inputs[0].device.type, lacking) == "triton"
+class _Backend(Protocol):
+    """What an implementation beside `torch` offers."""
+
+    def pooled_features(self, k: Tensor, block_size: int) -> Tensor: ...
+    def coarse_scores(self, queries: Tensor, real: Tensor, router_keys: Tensor, scale: float) -> Tensor: ...
+    def fine_mass(self, queries: Tensor, keys: Tensor, grid: TileGrid, tiles: Tensor, blocks: Tensor, reps: Tensor) -> Tensor: ...
+    def block_mass(self, q: Tensor, k: Tensor, grid: TileGrid, tiles: Tensor, scale: float) -> Tensor: ...
+
+
+def _backend(impl: str | None, *inputs: Tensor, **sizes: int) -> _Backend | None:
+    """The compiled implementation that runs the operation, None for `torch`."""
+    lacking = {"triton": lambda: unsupported_by_triton(inputs, **sizes), "cpp": lambda: unsupported_by_cpp(inputs, **sizes)}
+    chosen = choose(impl, SCORE_IMPLEMENTATIONS, inputs[0].device.type, lacking)
+    return None if chosen == "torch" else cast(_Backend, import_module(f".{chosen}_kernels.routing", __package__))
 
 
 def pooled_features(k: Tensor, block_size: int, *, impl: str | None = None) -> Tensor:
@@ -26,12 +41,8 @@ def pooled_features(k: Tensor, block_size: int, *, impl: str | None = None) -> T
     Raises:
         ValueError: ``impl`` is unknown, or was named and does not support the inputs (so for all operations here).
     """
-    if _on_triton(impl, k, block_size=block_size):
-        from .triton_kernels import routing
-
-        features: Tensor = routing.pooled_features(k, block_size)
-        return features
-    return pooled_features_torch(k, block_size)
+    backend = _backend(impl, k, block_size=block_size)
+    return pooled_features_torch(k, block_size) if backend is None else backend.pooled_features(k, block_size)
 
 
 def coarse_scores(queries: Tensor, real: Tensor, router_keys: Tensor, scale: float, *, impl: str | None = None) -> Tensor:
@@ -40,12 +51,8 @@ def coarse_scores(queries: Tensor, real: Tensor, router_keys: Tensor, scale: flo
     ``queries`` [B, G, m, runs, R], runs a power of two up to 16; ``real`` boolean [m, runs]: the run has tokens (a
     single run always has); ``router_keys`` [B, G, nb, R] in the dtype of the queries.
     """
-    if _on_triton(impl, queries, router_keys):
-        from .triton_kernels import routing
-
-        scores: Tensor = routing.coarse_scores(queries, real, router_keys, scale)
-        return scores
-    return coarse_scores_torch(queries, real, router_keys, scale)
+    backend = _backend(impl, queries, router_keys)
+    return (coarse_scores_torch if backend is None else backend.coarse_scores)(queries, real, router_keys, scale)
 
 
 def fine_mass(
@@ -66,11 +73,10 @@ def fine_mass(
     can a key be later than a query. Averaged over the queries that are tokens of the call. ``scratch`` lends the `torch`
     implementation memory where no gradient is wanted.
     """
-    if _on_triton(impl, queries, keys, query_tile=grid.query_tile, block_size=grid.block_size):
-        from .triton_kernels import routing
-
-        return routing.fine_mass(queries, keys, grid, tiles, blocks, reps)
-    return fine_mass_torch(queries, keys, grid, tiles, blocks, reps, scratch)
+    backend = _backend(impl, queries, keys, query_tile=grid.query_tile, block_size=grid.block_size)
+    if backend is None:
+        return fine_mass_torch(queries, keys, grid, tiles, blocks, reps, scratch)
+    return backend.fine_mass(queries, keys, grid, tiles, blocks, reps)
 
 
 def block_mass(q: Tensor, k: Tensor, grid: TileGrid, tiles: Tensor, scale: float, *, impl: str | None = None) -> Tensor:
@@ -79,8 +85,5 @@ def block_mass(q: Tensor, k: Tensor, grid: TileGrid, tiles: Tensor, scale: float
     Averaged over a tile's tokens and over the query heads of a KV group; every row sums to 1. ``q`` [B, H, Q, D],
     ``k`` [B, G, N, D] -> float32 [B, G, m, nb]. Memory is linear in N.
     """
-    if _on_triton(impl, q, k, query_tile=grid.query_tile, block_size=grid.block_size):
-        from .triton_kernels import routing
-
-        return routing.block_mass(q, k, grid, tiles, scale)
-    return block_mass_torch(q, k, grid, tiles, scale)
+    backend = _backend(impl, q, k, query_tile=grid.query_tile, block_size=grid.block_size)
+    return (block_mass_torch if backend is None else backend.block_mass)(q, k, grid, tiles, scale)

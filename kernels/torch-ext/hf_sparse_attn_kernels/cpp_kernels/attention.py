@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -40,10 +39,8 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     return dq, dk, dv, None, dsinks, *(None for _ in ctx.options)
 
 
-@torch.compiler.assume_constant_result
-@cache
-def _register() -> None:
-    """Once, after the library was loaded."""
+def register() -> None:
+    """Tell torch about the operators, once the library is loaded."""
     torch.library.register_fake("hf_sparse_attn_cpp::forward", _fake_forward)
     torch.library.register_fake("hf_sparse_attn_cpp::backward", _fake_backward)
     torch.library.register_autograd("hf_sparse_attn_cpp::forward", _backward, setup_context=_setup_context)
@@ -53,7 +50,6 @@ def block_sparse_attention_cpp(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: ScoreOptions, return_lse: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """See `block_sparse_attention`; the selection has no documents."""
-    _register()
     grid = selection.grid
     q, k, v = (unit_stride(x) for x in (q, k, v))
     sinks = None if options.sinks is None else options.sinks.float().contiguous()

@@ -104,15 +104,28 @@ def _compile(program: str, flags: tuple[str, ...], target: Path) -> None:
         built.replace(target)
 
 
-@torch.compiler.assume_constant_result
-@cache
+@torch.compiler.assume_constant_result  # a compiled model asks while it is traced
 def unavailable() -> str | None:
     """Why this machine cannot run the C++ kernels, or None; builds and loads them at the first call."""
+    return _load()
+
+
+@cache
+def _load() -> str | None:
     reason, program, chosen = lacking(), compiler(), level()
     if reason is not None or program is None or chosen is None:
         return reason
     try:
-        torch.ops.load_library(library(program, LEVELS[chosen][1]))
+        _register(library(program, LEVELS[chosen][1]))
     except (RuntimeError, OSError) as error:
         return str(error)
     return None
+
+
+@cache
+def _register(path: Path) -> None:
+    from . import attention, routing
+
+    torch.ops.load_library(path)
+    attention.register()
+    routing.register()

@@ -14,6 +14,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OTHER = 'or use impl="torch"'
 
 
+def unsupported_scores(inputs: tuple[Tensor, ...], query_tile: int = 1, block_size: int = 16) -> str | None:
+    """Why the routers' kernels cannot run on ``inputs``, or None; any ``query_tile`` is supported."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        return f'impl="cpp": scores have no gradient. Detach the inputs, {OTHER}'
+    return unsupported(*inputs, block_size=block_size)
+
+
 def unsupported(*inputs: Tensor, block_size: int) -> str | None:
     """Why the kernels cannot run on ``inputs`` [..., width] (what is wrong, what is supported, what to do), or None."""
     for x in inputs:

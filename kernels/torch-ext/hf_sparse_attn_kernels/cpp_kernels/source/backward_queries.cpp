@@ -64,7 +64,7 @@ class QueryStrip {
     int64_t stride;
     const Softmax<NV> softmax(call_.logits);
     for (int64_t j = 0; j < blocks; ++j) {
-      const int64_t first = int64_t{list[j]} * size_, at = j * size_ * L;
+      const int64_t first = int64_t{call_.grid.checked(list[j])} * size_, at = j * size_ * L;
       const int count = std::min<int64_t>(size_, call_.grid.kv_len - first);
       const float* rows = key_rows<Format>(k, first, count, size_, call_.d, row_room_, &stride);
       product<Format, NV>(rows, stride, size_, call_.d / Format::PACK, queries_, scores_ + at);

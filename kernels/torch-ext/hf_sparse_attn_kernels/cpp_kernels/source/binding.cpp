@@ -83,22 +83,66 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
   return {dq, dk, dv, delta};
 }
 
-std::tuple<at::Tensor, at::Tensor> select_tiles(const at::Tensor& coarse_queries, const at::Tensor& real, const at::Tensor& router_keys,
-                                          const at::Tensor& queries, const at::Tensor& reps, const at::Tensor& keys, int64_t q_len,
-                                          int64_t query_tile, int64_t block_size, const at::Tensor& tiles, int64_t sink, const at::Tensor& near,
-                                          const at::Tensor& last, const at::Tensor& free, const at::Tensor& candidates, int64_t width) {
-  const Grid grid{q_len, keys.size(2), query_tile, block_size, true, coarse_queries.size(2), reps.size(0)};
-  const std::array<int64_t, 4> shape{keys.size(0), keys.size(1), grid.tiles, width};
+template <class T>
+Pooled<T> pooled_of(const at::Tensor& queries, const at::Tensor& real, const at::Tensor& router_keys) {
+  return {queries.data_ptr<T>(), real.data_ptr<bool>(), heads_of<T>(router_keys), queries.size(3), queries.size(4), queries.size(2),
+          queries.size(1)};
+}
+
+template <class T>
+Sampled<T> sampled_of(const at::Tensor& queries, const at::Tensor& reps, const at::Tensor& keys, const at::Tensor& tiles, int64_t q_len,
+                      int64_t query_tile, int64_t block_size) {
+  const Grid grid{q_len, keys.size(2), query_tile, block_size, true, tiles.numel(), reps.size(0)};
+  return {queries.data_ptr<T>(), reps.data_ptr<int64_t>(), heads_of<T>(keys), reps.numel(), keys.size(3), keys.size(0), keys.size(1), grid,
+          tiles.data_ptr<int64_t>()};
+}
+
+std::tuple<at::Tensor, at::Tensor> select(const at::Tensor& coarse_queries, const at::Tensor& real, const at::Tensor& router_keys,
+                                          const at::Tensor& queries, const at::Tensor& reps, const at::Tensor& keys,
+                                          const at::Tensor& tiles, int64_t q_len, int64_t query_tile, int64_t block_size, int64_t sink,
+                                          const at::Tensor& near, const at::Tensor& last, const at::Tensor& free,
+                                          const at::Tensor& candidates, int64_t width) {
+  const std::array<int64_t, 4> shape{keys.size(0), keys.size(1), tiles.numel(), width};
   at::Tensor indices = at::empty(shape, keys.options().dtype(at::kInt)), scores = at::empty(shape, keys.options().dtype(at::kFloat));
   dispatch(keys.scalar_type(), [&](auto element, auto format) {
     using T = decltype(element);
-    select_blocks<T, decltype(format)>({coarse_queries.data_ptr<T>(), real.data_ptr<bool>(), heads_of<T>(router_keys),
-                                        coarse_queries.size(3), coarse_queries.size(4), queries.data_ptr<T>(), reps.data_ptr<int64_t>(),
-                                        heads_of<T>(keys), reps.numel(), keys.size(3), grid, tiles.data_ptr<int64_t>(), sink, near.data_ptr<int64_t>(),
-                                        last.data_ptr<int64_t>(), free.data_ptr<int64_t>(), candidates.data_ptr<int64_t>(), keys.size(0),
-                                        keys.size(1), width, indices.data_ptr<int32_t>(), scores.data_ptr<float>()});
+    select_blocks<T, decltype(format)>({pooled_of<T>(coarse_queries, real, router_keys),
+                                        sampled_of<T>(queries, reps, keys, tiles, q_len, query_tile, block_size), sink,
+                                        near.data_ptr<int64_t>(), last.data_ptr<int64_t>(), free.data_ptr<int64_t>(),
+                                        candidates.data_ptr<int64_t>(), width, indices.data_ptr<int32_t>(), scores.data_ptr<float>()});
   });
   return {indices, scores};
+}
+
+at::Tensor coarse(const at::Tensor& queries, const at::Tensor& real, const at::Tensor& router_keys) {
+  const int64_t blocks = router_keys.size(2);
+  at::Tensor out = at::empty({queries.size(0), queries.size(1), queries.size(2), blocks}, queries.options().dtype(at::kFloat));
+  dispatch(queries.scalar_type(), [&](auto element, auto format) {
+    using T = decltype(element);
+    coarse_scores<T, decltype(format)>(pooled_of<T>(queries, real, router_keys), queries.size(0), blocks, out.data_ptr<float>());
+  });
+  return out;
+}
+
+at::Tensor mass(const at::Tensor& queries, const at::Tensor& reps, const at::Tensor& keys, const at::Tensor& tiles,
+                const std::optional<at::Tensor>& blocks, int64_t q_len, int64_t query_tile, int64_t block_size) {
+  const int64_t width = blocks ? blocks->size(-1) : (keys.size(2) + block_size - 1) / block_size;
+  at::Tensor out = at::empty({keys.size(0), keys.size(1), tiles.numel(), width}, keys.options().dtype(at::kFloat));
+  dispatch(keys.scalar_type(), [&](auto element, auto format) {
+    using T = decltype(element);
+    block_mass<T, decltype(format)>(sampled_of<T>(queries, reps, keys, tiles, q_len, query_tile, block_size),
+                                    blocks ? blocks->data_ptr<int64_t>() : nullptr, width, out.data_ptr<float>());
+  });
+  return out;
+}
+
+at::Tensor features(const at::Tensor& k, int64_t block_size) {
+  at::Tensor out = at::empty({k.size(0), k.size(1), k.size(2) / block_size, 3 * k.size(3)}, k.options());
+  dispatch(k.scalar_type(), [&](auto element, auto) {
+    using T = decltype(element);
+    pooled_features<T>(heads_of<T>(k), k.size(0), k.size(1), k.size(2), k.size(3), block_size, out.data_ptr<T>());
+  });
+  return out;
 }
 
 }  // namespace
@@ -112,12 +156,20 @@ TORCH_LIBRARY(hf_sparse_attn_cpp, m) {
       "backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor indices, int query_tile, "
       "int block_size, bool causal, float scale, float softcap) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "select(Tensor coarse_queries, Tensor real, Tensor router_keys, Tensor queries, Tensor reps, Tensor keys, int q_len, int query_tile, "
-      "int block_size, Tensor tiles, int sink, Tensor near, Tensor last, Tensor free, Tensor candidates, int width) -> (Tensor, Tensor)");
+      "select(Tensor coarse_queries, Tensor real, Tensor router_keys, Tensor queries, Tensor reps, Tensor keys, Tensor tiles, int q_len, "
+      "int query_tile, int block_size, int sink, Tensor near, Tensor last, Tensor free, Tensor candidates, int width) -> (Tensor, Tensor)");
+  m.def("coarse_scores(Tensor queries, Tensor real, Tensor router_keys) -> Tensor");
+  m.def(
+      "block_mass(Tensor queries, Tensor reps, Tensor keys, Tensor tiles, Tensor? blocks, int q_len, int query_tile, int block_size) -> "
+      "Tensor");
+  m.def("pooled_features(Tensor k, int block_size) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(hf_sparse_attn_cpp, CPU, m) {
   m.impl("forward", &hsa::forward);
   m.impl("backward", &hsa::backward);
-  m.impl("select", &hsa::select_tiles);
+  m.impl("select", &hsa::select);
+  m.impl("coarse_scores", &hsa::coarse);
+  m.impl("block_mass", &hsa::mass);
+  m.impl("pooled_features", &hsa::features);
 }

@@ -53,7 +53,7 @@ class Strip {
     const int size = call_.grid.block_size;
     Run values[CHUNK];
     for (int64_t j = 0; j < blocks; ++j) {
-      const int64_t first = int64_t{list[j]} * size;
+      const int64_t first = int64_t{call_.grid.checked(list[j])} * size;
       const int count = std::min<int64_t>(size, call_.grid.kv_len - first);
       int64_t stride;
       const float* rows = key_rows<Format>(k, first, count, size, call_.d, key_room_, &stride);

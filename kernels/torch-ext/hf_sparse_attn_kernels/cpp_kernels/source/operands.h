@@ -15,6 +15,14 @@ struct Matrix {  // rows of a tensor; the last dimension is contiguous
   const T* row(int64_t i) const { return data + i * stride; }
 };
 
+// Starts loading `count` rows of `width` elements from row `first` on: of one query's work half is waiting for keys.
+template <class T>
+inline void prefetch_rows(Matrix<T> x, int64_t first, int count, int width) {
+  for (int i = 0; i < count; ++i)
+    for (int64_t byte = 0; byte < width * static_cast<int64_t>(sizeof(T)); byte += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(x.row(first + i)) + byte);
+}
+
 template <class T>
 struct Heads {  // [B, heads, N, D]
   const T* data;

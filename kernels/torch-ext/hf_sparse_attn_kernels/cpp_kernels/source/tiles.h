@@ -25,6 +25,12 @@ struct Grid {
   // content position of a tile's first query
   int64_t first(int64_t tile) const { return (tile + q_offset() / query_tile) * query_tile; }
   int64_t rows() const { return heads * query_tile; }
+  // a block that exists: reading another would leave the tensor
+  int32_t checked(int64_t block) const {
+    TORCH_CHECK(block >= 0 && block * block_size < kv_len, "the selection names block ", block, ", but there are only ",
+                (kv_len + block_size - 1) / block_size, " blocks of ", block_size, " keys");
+    return static_cast<int32_t>(block);
+  }
 };
 
 // Memory of one worker, aligned to a cache line.

@@ -53,6 +53,12 @@ inline float sum(Vec x) {
 
 // 2^x for x <= 0: relative error below 2e-7, exactly 0 below -150, NaN for NaN.
 inline Vec exp2_negative(Vec x) {
+  // x is rounded here: where it is a product, the compiler would else fuse it into each of the sums below
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(x));
+#else
+  __asm__("" : "+x"(x));
+#endif
   constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const Vec shifted = x + magic;
   const Vec whole = shifted - magic;
@@ -69,6 +75,16 @@ inline Vec exp2_negative(Vec x) {
   const IVec exponent = ((IVec)shifted - (IVec)splat(magic)) << 23;
   return blend(x < -126.0f, Vec{}, (Vec)((IVec)p + exponent));
 #endif
+}
+
+// Natural logarithm of x >= 1.
+inline Vec log_of(Vec x) {
+  constexpr int32_t half_up = 0x3f3504f3;  // sqrt(1/2): the mantissa is taken from [sqrt(1/2), sqrt(2))
+  const IVec exponent = ((IVec)x - half_up) >> 23;
+  const Vec mantissa = (Vec)((IVec)x - (exponent << 23));
+  const Vec t = (mantissa - 1.0f) / (mantissa + 1.0f), t2 = t * t;
+  const Vec series = t * (2.0f + t2 * (2 / 3.0f + t2 * (2 / 5.0f + t2 * (2 / 7.0f + t2 * (2 / 9.0f)))));
+  return __builtin_convertvector(exponent, Vec) * 0.6931471805599453f + series;
 }
 
 // A format is how operands of a product lie in 4-byte words: one float, or two neighbours of the contraction in bfloat16.
