@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TRITON := $(VENV)/.triton
+CPP_TESTS := $(addprefix tests/test_,attention_kernels.py attention_options.py router.py scoring.py selection.py)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-full test-interpreter test-aot lint quality clean
+.PHONY: demo test test-full test-processors test-interpreter test-aot lint quality clean
 
 demo: $(STAMP)  ## the main job on real weights and text: runs/demo/report.html
 	$(BIN)/hf-sparse-attn run recipes/demo.yaml
@@ -17,6 +18,11 @@ test: $(STAMP) lint  ## lint, types and all tests
 
 test-full: $(STAMP) lint
 	$(BIN)/python -m pytest
+
+# the kernels are compiled for the processor at hand: here for older ones too
+test-processors: $(STAMP)  ## the C++ kernels without bfloat16 instructions, and without AVX-512
+	HF_SPARSE_ATTN_CPU=avx512 $(BIN)/python -m pytest -k cpp $(CPP_TESTS)
+	HF_SPARSE_ATTN_CPU=avx2 $(BIN)/python -m pytest -k cpp $(CPP_TESTS)
 
 # each in a process of its own: Triton reads TRITON_INTERPRET once, when it is imported
 test-interpreter: $(TRITON)  ## the Triton kernels on CPU tensors

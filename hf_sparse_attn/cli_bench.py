@@ -200,6 +200,8 @@ def _numbers(text: str, option: str) -> list[float]:
 
 
 def _finish(rows: list[dict[str, Any]], json_path: str | None, plot: Path | None) -> None:
+    from .profiling import crossover
+
     table = _table("tokens", "dtype", "ideal", "alone (share)", "routed (share)", "min–max", "router", "MB")
     for row in rows:
         alone, whole, memory = row.get("speedup"), row["speedup_with_router"], row.get("peak_memory_bytes")
@@ -215,11 +217,19 @@ def _finish(rows: list[dict[str, Any]], json_path: str | None, plot: Path | None
         for key, name in (("flex_speedup", "compiled flex_attention"), ("speedup_over_stock", "sparse over stock attention")):
             if key in row:
                 console.print(f"{row['length']} tokens, {row['dtype']}: {name} {row[key]['median']:.2f}×", highlight=False)
+        for name, times in row.get("speedup_over_peers", {}).items():
+            console.print(f"{row['length']} tokens, {row['dtype']}: attention alone over {name} {times['median']:.2f}×", highlight=False)
+        for name, error in row.get("peers_failed", {}).items():
+            console.print(f"{row['length']} tokens, {row['dtype']}: {name} failed: {error}", highlight=False, markup=False)
     baselines = ", ".join(sorted({row["baseline"] for row in rows}))
     console.print(
         f"speed-up over {baselines}, medians; share of the ratio of pairs; router: its share of the time; n in the JSON", highlight=False
     )
-    _emit_rows(rows, json_path)
+    crossed = crossover(rows)
+    for dtype, length in crossed.items():
+        shown = length if isinstance(length, str) else f"{length:.0f}"
+        console.print(f"{dtype}: faster, router included, from {shown} tokens on", highlight=False)
+    _emit_rows(rows, json_path, crossover=crossed)
     if plot is None and json_path not in (None, "-"):
         plot = Path(str(json_path)).with_suffix(".svg")
     if plot is not None:
@@ -233,7 +243,7 @@ def _table(*columns: str, title: str | None = None) -> Table:
     return Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
 
 
-def _emit_rows(rows: list[dict[str, Any]], json_path: str | None) -> None:
+def _emit_rows(rows: list[dict[str, Any]], json_path: str | None, **more: Any) -> None:
     from .environment import environment
 
-    emit({"environment": environment(), "rows": rows}, json_path)
+    emit({"environment": environment(), **more, "rows": rows}, json_path)

@@ -195,6 +195,11 @@ def test_another_processor_is_refused_by_name(fresh, monkeypatch):
     assert "supported: Linux on x86-64 with AVX2" in compiling.unavailable()
 
 
+def test_a_build_without_the_sources_is_refused_by_name(fresh, monkeypatch, tmp_path):
+    monkeypatch.setattr(compiling, "SOURCE", tmp_path)
+    assert "its C++ sources are not in" in compiling.unavailable()
+
+
 def test_a_compiler_that_fails_leaves_nothing_and_says_what_it_printed(fresh, monkeypatch, tmp_path):
     broken = tmp_path / "broken-c++"
     broken.write_text('#!/bin/sh\nfor last; do :; done\necho half > "$last"\necho "out of registers" >&2\nexit 1\n')

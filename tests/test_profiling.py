@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from hf_sparse_attn import attention
 from hf_sparse_attn.profiling import (
@@ -18,7 +21,9 @@ from hf_sparse_attn.profiling import (
     bench_decode,
     bench_model,
     bench_router,
+    crossover,
     meters,
+    peers,
     suite,
 )
 from hf_sparse_attn.profiling import attention as benchmarks
@@ -290,3 +295,52 @@ def test_times_are_summarised():
     assert spread([3.0, 1.0, 2.0]) == {"median_s": 2.0, "min_s": 1.0, "max_s": 3.0, "n": 3}
     called = []
     assert timed(lambda: called.append(1)) >= 0 and called == [1]
+
+
+@pytest.mark.parametrize(
+    ("speedups", "want"),
+    [
+        ({1024: 0.5, 4096: 2.0, 16384: 6.0}, pytest.approx(2048)),
+        ({1024: 1.5, 4096: 2.0}, "below 1024"),
+        ({1024: 0.5, 4096: 0.9}, "above 4096"),
+        ({1024: 1.2, 4096: 0.8, 16384: 1.25}, pytest.approx(8192)),  # what counts is where it stays faster
+    ],
+)
+def test_the_crossover_is_interpolated_between_the_lengths(speedups, want):
+    rows = [{"dtype": "float32", "length": n, "speedup_with_router": {"median": x}} for n, x in speedups.items()]
+    assert crossover(rows) == {"float32": want}
+
+
+def test_installed_sparse_peers_get_what_their_interfaces_ask_for(monkeypatch):
+    """Stand-ins with the peers' interfaces: NSA's lists are checked by attending to them token by token."""
+    layer = layers.Layer(replace(shape(300, 256), heads=32, groups=2))
+    selection = layer.select()
+
+    def parallel_nsa(q, k, v, *, block_indices, block_counts, block_size):
+        assert block_indices.shape[:3] == (1, 300, 2) and block_counts.shape == (1, 300, 2)
+        token = torch.arange(300)
+        blocks = -(-300 // block_size)
+        real = torch.arange(block_indices.shape[-1]) < block_counts[..., None]
+        kept = torch.zeros(1, 300, 2, blocks + 1, dtype=torch.bool).scatter_(3, torch.where(real, block_indices, blocks), True)[..., :-1]
+        mask = (kept[..., token // block_size] & (token <= token[:, None])[None, :, None]).transpose(1, 2).repeat_interleave(16, 1)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+
+    seen = []
+    modules = {
+        "fla.ops.nsa.parallel": SimpleNamespace(parallel_nsa=parallel_nsa),
+        "adasplash": SimpleNamespace(adasplash=lambda q, k, v, alpha, is_causal: seen.append(k.shape) or q),
+        "flash_sparse_attn": SimpleNamespace(flash_sparse_attn_func=lambda q, k, v, is_causal, softmax_threshold: q),
+    }
+    monkeypatch.setattr(peers, "find_spec", lambda name: name)
+    monkeypatch.setattr(peers, "import_module", modules.__getitem__)
+    assert peers.sparse_peers(layer, selection) == {}  # on a CPU none of them runs
+    layer.shape = replace(layer.shape, device="cuda")
+    found = peers.sparse_peers(layer, selection)
+    assert list(found) == ["NSA", "AdaSplash", "flash-sparse-attn"]
+    layer.verify(found["NSA"](), selection)
+    assert found["AdaSplash"]().shape == layer.q.shape == found["flash-sparse-attn"]().shape and seen == [layer.q.shape]
+
+    monkeypatch.setitem(modules, "adasplash", SimpleNamespace(adasplash=lambda *args, **kwargs: 1 / 0))
+    running, failed = benchmarks._checked_peers(layer, selection)
+    assert list(running) == ["NSA", "flash-sparse-attn"] and failed == {"AdaSplash": "ZeroDivisionError: division by zero"}

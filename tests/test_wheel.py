@@ -32,6 +32,8 @@ model = hf_sparse_attn.sparsify(LlamaForCausalLM(config), {"dense_below": 0})
 assert model(torch.arange(18)[None]).logits.isfinite().all()
 assert "<html" in files("hf_sparse_attn").joinpath("templates", "report.html").read_text()
 assert [e.value for e in distribution("hf_sparse_attn").entry_points] == ["hf_sparse_attn.cli:main"]
+from hf_sparse_attn_kernels import default_choice
+assert default_choice("cpu")[0] == "cpp", default_choice("cpu")
 print("works", distribution("hf_sparse_attn").version == hf_sparse_attn.__version__)
 """
 
@@ -63,6 +65,8 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel):
         code = {str(p.relative_to(folder)) for p in (folder / package).rglob("*.py")}
         assert code == {n for n in names if n.startswith(f"{package}/") and n.endswith(".py")}
         assert f"{package}/py.typed" in names
+    sources = ROOT / "kernels" / "torch-ext" / "hf_sparse_attn_kernels" / "cpp_kernels" / "source"
+    assert {f"hf_sparse_attn_kernels/cpp_kernels/source/{p.name}" for p in sources.iterdir()} <= set(names)
     assert {"hf_sparse_attn/templates/report.html", "hf_sparse_attn/templates/model_card.md"} <= set(names)
     assert any(n.endswith("licenses/LICENSE") for n in names)
 

@@ -1,6 +1,6 @@
 """Speed and memory of sparse attention against dense attention, in one run, router included, output verified first."""
 
-from .attention import bench_attention, bench_backward, bench_decode, bench_router
+from .attention import bench_attention, bench_backward, bench_decode, bench_router, crossover
 from .layer import LayerShape
 from .meters import BenchmarkError, PeakMemory
 from .model import bench_model
@@ -14,4 +14,5 @@ __all__ = [
     "bench_decode",
     "bench_model",
     "bench_router",
+    "crossover",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
@@ -16,7 +17,7 @@ from ..plan import make_plan
 from ..selecting import FeatureMaker
 from .layer import Layer, LayerShape
 from .meters import BenchmarkError, PeakMemory, alternate, ratio, spread, timed
-from .peers import dense_peers, flex_peer
+from .peers import dense_peers, flex_peer, sparse_peers
 
 DECODE = ("stock", "best dense", "with router", "router")
 COLD_BYTES = 256 << 20  # caches of the layers of a decode benchmark together: more than a processor's cache holds
@@ -65,16 +66,50 @@ def bench_attention(
         functions["flex"] = _verified_flex(layer, selection)
     if dense is None:
         functions |= dense_peers(layer)
-    times = alternate(functions, repeats, shape.device) | (dense or {})
-    baseline = min(
-        (name for name in times if name not in ("attention", "with router", "router", "flex")), key=lambda n: statistics.median(times[n])
-    )
+    sparse, failed = _checked_peers(layer, selection)
+    times = alternate(functions | sparse, repeats, shape.device) | (dense or {})
+    ours = ("attention", "with router", "router", "flex", *sparse)
+    baseline = fastest(times, [name for name in times if name not in ours])
     row = _row(shape, shape.dense_pairs / shape.kept_pairs, times, baseline)
     if flex:
         row["flex_speedup"] = ratio(times[baseline], times["flex"])
+    if sparse or failed:
+        row["speedup_over_peers"] = {name: ratio(times[name], times["attention"]) for name in sparse}
+        row["peers_failed"] = failed
     attention = row["times"]["attention"]["median_s"]
     extra = max(0, memory.bytes - out.numel() * out.element_size())
     return {"benchmark": "attention", **row, "tflops": shape.flops / attention / 1e12, "peak_memory_bytes": extra}
+
+
+def _checked_peers(layer: Layer, selection: BlockSelection) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
+    """The installed sparse peers that run on these sizes, and what the others raised."""
+    running, failed = {}, {}
+    for name, peer in sparse_peers(layer, selection).items():
+        try:
+            out = peer()
+            if name == "NSA":
+                layer.verify(out, selection)
+        except Exception as error:  # a peer that fails must not cost our own row; what it raised is reported
+            failed[name] = f"{type(error).__name__}: {error}"
+        else:
+            running[name] = peer
+    return running, failed
+
+
+def crossover(rows: list[dict[str, Any]]) -> dict[str, float | str]:
+    """By dtype, the length from which on the sparse layer, router included, is the faster one, interpolated between ``rows``."""
+    found: dict[str, float | str] = {}
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        points = sorted((row["length"], row["speedup_with_router"]["median"]) for row in rows if row["dtype"] == dtype)
+        slower = [point for point in points if point[1] < 1]
+        if not slower:
+            found[dtype] = f"below {points[0][0]}"
+        elif slower[-1] == points[-1]:
+            found[dtype] = f"above {points[-1][0]}"
+        else:
+            (a, low), (b, high) = slower[-1], points[points.index(slower[-1]) + 1]
+            found[dtype] = a * (b / a) ** (math.log(low) / (math.log(low) - math.log(high)))
+    return found
 
 
 def _verified_flex(layer: Layer, selection: BlockSelection) -> Callable[[], Tensor]:

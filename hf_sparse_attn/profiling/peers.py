@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -45,14 +46,52 @@ def dense_peers(layer: Layer) -> dict[str, Callable[[], Tensor]]:
 
 
 def _flash(module: str, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
-    from importlib import import_module
-
     function: Callable[..., Any] = import_module(module).flash_attn_func
 
     def run() -> Tensor:
         out = function(*(x.transpose(1, 2) for x in (q, k, v)), causal=True)
         attended: Tensor = out[0] if isinstance(out, tuple) else out
         return attended.transpose(1, 2)
+
+    return run
+
+
+def sparse_peers(layer: Layer, selection: BlockSelection) -> dict[str, Callable[[], Tensor]]:
+    """Sparse attention of the packages that are installed on a machine with a GPU: out [B, H, N, D].
+
+    "NSA" (flash-linear-attention) attends to the links of ``selection`` and has to give our output. "AdaSplash" and
+    "flash-sparse-attn" choose their own links, by entmax and by a threshold: their outputs are others.
+    """
+    q, k, v = layer.q, layer.k, layer.v
+    heads = q.shape[1] // k.shape[1]
+    peers: dict[str, Callable[[], Tensor]] = {}
+    if layer.shape.device == "cpu":
+        return peers
+    if find_spec("fla") is not None and heads >= 16 and heads & (heads - 1) == 0:  # the ratios that its kernel is made for
+        peers["NSA"] = _native_sparse_attention(layer, selection)
+    if find_spec("adasplash") is not None:
+        entmax: Callable[..., Tensor] = import_module("adasplash").adasplash
+        repeated = [x.repeat_interleave(heads, 1) for x in (k, v)]
+        peers["AdaSplash"] = lambda: entmax(q, *repeated, alpha=1.5, is_causal=True)
+    if find_spec("flash_sparse_attn") is not None:
+        threshold: Callable[..., Tensor] = import_module("flash_sparse_attn").flash_sparse_attn_func
+        rows = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+        peers["flash-sparse-attn"] = lambda: threshold(*rows, is_causal=True, softmax_threshold=0.01).transpose(1, 2)
+    return peers
+
+
+def _native_sparse_attention(layer: Layer, selection: BlockSelection) -> Callable[[], Tensor]:
+    function: Callable[..., Tensor] = import_module("fla.ops.nsa.parallel").parallel_nsa
+    grid = selection.grid
+    listed = selection.indices.sort(-1, descending=True).values  # its lists have the empty entries last
+    tile = torch.arange(grid.q_len, device=listed.device) // grid.query_tile
+    blocks = listed.clamp(min=0)[:, :, tile].transpose(1, 2).long()  # [B, N, G, K]
+    counts = (listed >= 0).sum(-1)[:, :, tile].transpose(1, 2)
+    rows = [x.transpose(1, 2).contiguous() for x in (layer.q, layer.k, layer.v)]
+
+    def run() -> Tensor:
+        out = function(*rows, block_indices=blocks, block_counts=counts, block_size=grid.block_size)
+        return out.transpose(1, 2)
 
     return run
 

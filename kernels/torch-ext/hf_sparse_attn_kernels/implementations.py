@@ -7,9 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.util import find_spec
 
-import torch
-
-from .cpp_kernels.compiling import unavailable
+from .cpp_kernels.compiling import constant_when_traced, unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +15,7 @@ IMPLEMENTATIONS = ("reference", "torch", "cpp", "triton")
 SCORE_IMPLEMENTATIONS = ("torch", "cpp", "triton")
 
 
-@torch.compiler.assume_constant_result  # a compiled model asks while it is traced
+@constant_when_traced
 def default_choice(device_type: str) -> tuple[str, str]:
     """The implementation used when none is named, and why; logged once per kind of device.
 

@@ -13,8 +13,10 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -31,6 +33,15 @@ LEVELS: dict[str, tuple[set[str], tuple[str, ...]]] = {
     "avx512": (V4, ("-march=x86-64-v4",)),
     "avx2": (V3, ("-march=x86-64-v3",)),
 }
+
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def constant_when_traced(function: Function) -> Function:
+    """`torch.compiler.assume_constant_result` without what that imports: a second's worth of compiler, and Triton."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def compiler() -> str | None:
@@ -63,6 +74,8 @@ def lacking() -> str | None:
         return f"{platform.system()} on {platform.machine()} is not supported; supported: Linux on x86-64 with AVX2 or AVX-512"
     if wanted not in runnable:
         return f"{LEVEL_VARIABLE}={wanted!r} is not supported; supported here: {', '.join((*runnable, 'none'))}"
+    if not any(SOURCE.glob("*.cpp")):  # the Hub's builds without native code hold Python files only
+        return f"its C++ sources are not in {SOURCE}; pip install hf_sparse_attn"
     if compiler() is None:
         return "no C++ compiler was found; install g++ 11 or later, or name one in the environment variable CXX"
     return None
@@ -104,7 +117,7 @@ def _compile(program: str, flags: tuple[str, ...], target: Path) -> None:
         built.replace(target)
 
 
-@torch.compiler.assume_constant_result  # a compiled model asks while it is traced
+@constant_when_traced
 def unavailable() -> str | None:
     """Why this machine cannot run the C++ kernels, or None; builds and loads them at the first call."""
     return _load()
