@@ -35,6 +35,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror kernels/torch-ext/hf_sparse_attn_kernels/cpp_kernels/source/*
 
 quality: $(STAMP)  ## full-size quality figures: runs/quality/report.html (needs apt-get)
 	$(BIN)/hf-sparse-attn run recipes/quality.yaml

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .cli_bench import bench
-from .cli_options import JsonOption, TextOption, console, emit, integers, load, windows_of
+from .cli_options import JsonOption, TextOption, console, emit, integers, load, sparse_options, windows_of
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Learnable two-stage sparse attention for pretrained models.")
 app.add_typer(bench, name="bench")
@@ -66,9 +66,11 @@ def evaluate(
     budgets: Annotated[str, typer.Option(help="Comma-separated budgets in keys.")] = "512,1024",
     selections: Annotated[str, typer.Option(help="Comma-separated selections.")] = "oracle,two stages,stage 1 alone,window + sink",
     decode_tokens: Annotated[int, typer.Option(help="Tokens fed through the cache one query a tile; 0 = none.")] = 0,
+    sparse: Annotated[str, typer.Option(help="Fields of SparseAttentionConfig to change, e.g. 'query_samples: 32'.")] = "",
     json_path: JsonOption = None,
 ) -> None:
     """Log-loss and kept mass of a model's routers against other selections at equal budget."""
+    from .conversion import set_sparse_attention
     from .evaluation.quality import evaluate_windows
     from .evaluation.selectors import fresh_routers, standard_selectors
     from .evaluation.shares import quality_table
@@ -77,12 +79,13 @@ def evaluate(
     names = tuple(name.strip() for name in selections.split(","))
     checked = Quality(length, windows, tuple(integers(budgets, "--budgets")), decode_tokens, names)
     loaded, tokenizer = load(model, None, "")
+    config = set_sparse_attention(loaded, **sparse_options(sparse))
     known = standard_selectors(fresh_routers(loaded))
     found = windows_of(text, tokenizer, length, windows, loaded)
     results = evaluate_windows(loaded, found, checked.budgets, {n: known[n] for n in names}, decode_tokens=decode_tokens, on_result=_show)
     table = quality_table(results)
     _print_quality(table)
-    emit({"table": table, "windows": [r.to_dict() for r in results]}, json_path)
+    emit({"sparse_attention": config.to_dict(), "table": table, "windows": [r.to_dict() for r in results]}, json_path)
 
 
 @app.command()

@@ -109,6 +109,11 @@ def test_eval_writes_the_table(distilled, text, invoke, tmp_path):
     names = ["dense", "oracle", "two stages", "stage 1 alone", "window + sink"]
     assert [(r["keys"], r["selection"]) for r in written["table"]] == [(None if n == "dense" else k, n) for k in (80, 112) for n in names]
     assert len(written["windows"]) == 2 * 9 and all("decode" in row for row in written["table"])
+    changed = invoke("eval", distilled[0], *arguments, "--sparse", "query_samples: 1, candidate_factor: 1.0")
+    rows = json.loads((tmp_path / "e.json").read_text())
+    assert changed.exit_code == 0 and rows["sparse_attention"]["query_samples"] == 1
+    losses = [{(r["keys"], r["selection"]): r["prefill"] for r in result["table"]} for result in (written, rows)]
+    assert losses[0][80, "two stages"] != losses[1][80, "two stages"] and losses[0][80, "oracle"] == losses[1][80, "oracle"]
 
 
 def test_bench_measures_a_model(distilled, text, invoke):

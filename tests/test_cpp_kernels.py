@@ -132,9 +132,8 @@ def test_the_operators_pass_opcheck(layer, make_router, routing_inputs):
     plan, tiles = make_plan(router.config, inputs.grid(16, 16)), torch.arange(15)
     with torch.no_grad():
         f = FeatureMaker(router, inputs, plan.grid).features(tiles)
-    lists = (plan.near, plan.last, plan.free, plan.candidates)
     features = (f.coarse_queries, f.real, f.router_keys, f.queries, f.reps, f.keys, tiles)
-    torch.library.opcheck(ops.select.default, (*features, 230, 16, 16, plan.sink, *lists, plan.width), test_utils=names)
+    torch.library.opcheck(ops.select.default, (*features, 230, 16, 16, plan.sink, plan.columns, plan.width), test_utils=names)
     torch.library.opcheck(ops.coarse_scores.default, (f.coarse_queries, f.real, f.router_keys), test_utils=names)
     torch.library.opcheck(ops.block_mass.default, (f.queries, f.reps, f.keys, tiles, None, 230, 16, 16), test_utils=names)
     torch.library.opcheck(ops.pooled_features.default, (k, 16), test_utils=names)

@@ -39,28 +39,29 @@ class TilePlan:
     device: torch.device | None = None
 
     @cached_property
-    def _columns(self) -> Tensor:
+    def columns(self) -> Tensor:
+        """The budgets, one field in each row: int64 [6, n]."""
         return torch.tensor(self.budgets, device=self.device).T.contiguous()
 
     @property
     def near(self) -> Tensor:
-        return self._columns[1]
+        return self.columns[1]
 
     @property
     def last(self) -> Tensor:
-        return self._columns[2]
+        return self.columns[2]
 
     @property
     def eligible(self) -> Tensor:
-        return self._columns[3]
+        return self.columns[3]
 
     @property
     def free(self) -> Tensor:
-        return self._columns[4]
+        return self.columns[4]
 
     @property
     def candidates(self) -> Tensor:
-        return self._columns[5]
+        return self.columns[5]
 
     @cached_property
     def any_open(self) -> bool:

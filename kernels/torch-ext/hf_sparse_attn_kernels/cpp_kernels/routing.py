@@ -29,7 +29,7 @@ def select_blocks(features: TileFeatures, plan: TilePlan, tiles: Tensor) -> tupl
         unit_stride(features.keys),
         tiles.contiguous(),
         *(grid.q_len, grid.query_tile, grid.block_size, plan.sink),
-        *(plan.near[tiles], plan.last[tiles], plan.free[tiles], plan.candidates[tiles], plan.width),
+        *(plan.columns if len(tiles) == len(plan.budgets) else plan.columns.index_select(1, tiles), plan.width),
     )
     return indices, scores
 

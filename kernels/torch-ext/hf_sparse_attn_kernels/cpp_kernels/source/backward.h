@@ -7,11 +7,11 @@ namespace hsa {
 
 template <class T>
 struct Gradients {
-  Attention<T> call;        // its out and lse are those of the forward pass
-  Heads<T> grad_out;        // [B, H, Q, Dv]
-  const float* grad_lse;    // [B, H, Q] or null
-  float* delta;             // [B, H, Q], what the first pass leaves for the second: out · grad_out - grad_lse
-  T *dq, *dk, *dv;          // [B, H, Q, D], [B, G, N, D], [B, G, N, Dv]
+  Attention<T> call;      // its out and lse are those of the forward pass
+  Heads<T> grad_out;      // [B, H, Q, Dv]
+  const float* grad_lse;  // [B, H, Q] or null
+  float* delta;           // [B, H, Q], what the first pass leaves for the second: out · grad_out - grad_lse
+  T *dq, *dk, *dv;        // [B, H, Q, D], [B, G, N, D], [B, G, N, Dv]
 };
 
 // dQ and delta, one strip of a tile's queries at a time.

@@ -61,22 +61,22 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
   return {out, lse};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
-    const at::Tensor& grad_out, const std::optional<at::Tensor>& grad_lse, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-    const at::Tensor& out, const at::Tensor& lse, const at::Tensor& indices, int64_t query_tile, int64_t block_size, bool causal,
-    double scale, double softcap) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_out, const std::optional<at::Tensor>& grad_lse,
+                                                                    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                                                    const at::Tensor& out, const at::Tensor& lse, const at::Tensor& indices,
+                                                                    int64_t query_tile, int64_t block_size, bool causal, double scale,
+                                                                    double softcap) {
   at::Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options()), dv = at::empty(v.sizes(), v.options());
   at::Tensor delta = at::empty(lse.sizes(), lse.options());
   dispatch(q.scalar_type(), [&](auto element, auto format) {
     using T = decltype(element);
-    const Gradients<T> gradients{
-        attention_of<T>(q, k, v, indices, nullptr, query_tile, block_size, causal, scale, softcap, out, lse),
-        heads_of<T>(grad_out),
-        grad_lse ? grad_lse->data_ptr<float>() : nullptr,
-        delta.data_ptr<float>(),
-        dq.data_ptr<T>(),
-        dk.data_ptr<T>(),
-        dv.data_ptr<T>()};
+    const Gradients<T> gradients{attention_of<T>(q, k, v, indices, nullptr, query_tile, block_size, causal, scale, softcap, out, lse),
+                                 heads_of<T>(grad_out),
+                                 grad_lse ? grad_lse->data_ptr<float>() : nullptr,
+                                 delta.data_ptr<float>(),
+                                 dq.data_ptr<T>(),
+                                 dk.data_ptr<T>(),
+                                 dv.data_ptr<T>()};
     backward_queries<T, decltype(format)>(gradients);
     backward_keys<T, decltype(format)>(gradients);
   });
@@ -85,31 +85,32 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
 
 template <class T>
 Pooled<T> pooled_of(const at::Tensor& queries, const at::Tensor& real, const at::Tensor& router_keys) {
-  return {queries.data_ptr<T>(), real.data_ptr<bool>(), heads_of<T>(router_keys), queries.size(3), queries.size(4), queries.size(2),
-          queries.size(1)};
+  return {queries.data_ptr<T>(), real.data_ptr<bool>(), heads_of<T>(router_keys), queries.size(3),
+          queries.size(4),       queries.size(2),       queries.size(1)};
 }
 
 template <class T>
 Sampled<T> sampled_of(const at::Tensor& queries, const at::Tensor& reps, const at::Tensor& keys, const at::Tensor& tiles, int64_t q_len,
                       int64_t query_tile, int64_t block_size) {
   const Grid grid{q_len, keys.size(2), query_tile, block_size, true, tiles.numel(), reps.size(0)};
-  return {queries.data_ptr<T>(), reps.data_ptr<int64_t>(), heads_of<T>(keys), reps.numel(), keys.size(3), keys.size(0), keys.size(1), grid,
-          tiles.data_ptr<int64_t>()};
+  return {
+      queries.data_ptr<T>(),    reps.data_ptr<int64_t>(), heads_of<T>(keys), reps.numel(), keys.size(3), keys.size(0), keys.size(1), grid,
+      tiles.data_ptr<int64_t>()};
 }
 
 std::tuple<at::Tensor, at::Tensor> select(const at::Tensor& coarse_queries, const at::Tensor& real, const at::Tensor& router_keys,
                                           const at::Tensor& queries, const at::Tensor& reps, const at::Tensor& keys,
                                           const at::Tensor& tiles, int64_t q_len, int64_t query_tile, int64_t block_size, int64_t sink,
-                                          const at::Tensor& near, const at::Tensor& last, const at::Tensor& free,
-                                          const at::Tensor& candidates, int64_t width) {
-  const std::array<int64_t, 4> shape{keys.size(0), keys.size(1), tiles.numel(), width};
+                                          const at::Tensor& budgets, int64_t width) {
+  const int64_t m = tiles.numel();
+  const std::array<int64_t, 4> shape{keys.size(0), keys.size(1), m, width};
   at::Tensor indices = at::empty(shape, keys.options().dtype(at::kInt)), scores = at::empty(shape, keys.options().dtype(at::kFloat));
+  const int64_t* budget = budgets.data_ptr<int64_t>();  // [6, m]: sink, near, last, eligible, free, candidates
   dispatch(keys.scalar_type(), [&](auto element, auto format) {
     using T = decltype(element);
-    select_blocks<T, decltype(format)>({pooled_of<T>(coarse_queries, real, router_keys),
-                                        sampled_of<T>(queries, reps, keys, tiles, q_len, query_tile, block_size), sink,
-                                        near.data_ptr<int64_t>(), last.data_ptr<int64_t>(), free.data_ptr<int64_t>(),
-                                        candidates.data_ptr<int64_t>(), width, indices.data_ptr<int32_t>(), scores.data_ptr<float>()});
+    select_blocks<T, decltype(format)>(
+        {pooled_of<T>(coarse_queries, real, router_keys), sampled_of<T>(queries, reps, keys, tiles, q_len, query_tile, block_size), sink,
+         budget + m, budget + 2 * m, budget + 4 * m, budget + 5 * m, width, indices.data_ptr<int32_t>(), scores.data_ptr<float>()});
   });
   return {indices, scores};
 }
@@ -157,7 +158,7 @@ TORCH_LIBRARY(hf_sparse_attn_cpp, m) {
       "int block_size, bool causal, float scale, float softcap) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "select(Tensor coarse_queries, Tensor real, Tensor router_keys, Tensor queries, Tensor reps, Tensor keys, Tensor tiles, int q_len, "
-      "int query_tile, int block_size, int sink, Tensor near, Tensor last, Tensor free, Tensor candidates, int width) -> (Tensor, Tensor)");
+      "int query_tile, int block_size, int sink, Tensor budgets, int width) -> (Tensor, Tensor)");
   m.def("coarse_scores(Tensor queries, Tensor real, Tensor router_keys) -> Tensor");
   m.def(
       "block_mass(Tensor queries, Tensor reps, Tensor keys, Tensor tiles, Tensor? blocks, int q_len, int query_tile, int block_size) -> "

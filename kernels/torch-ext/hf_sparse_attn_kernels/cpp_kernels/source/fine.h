@@ -9,9 +9,9 @@ namespace hsa {
 
 template <class T>
 struct Sampled {
-  const T* queries;      // [B, G, m, samples, width], scaled
-  const int64_t* reps;   // [heads, samples / heads], their tokens in the tile
-  Heads<T> keys;         // [B, G, N, width]
+  const T* queries;     // [B, G, m, samples, width], scaled
+  const int64_t* reps;  // [heads, samples / heads], their tokens in the tile
+  Heads<T> keys;        // [B, G, N, width]
   int64_t samples, width, batch, groups;
   Grid grid;             // grid.tiles: m
   const int64_t* tiles;  // their numbers in the call [m]
@@ -25,7 +25,8 @@ class Fine {
  public:
   explicit Fine(const Sampled<T>& call)
       : call_(call),
-        keys_(std::max<int64_t>(CHUNK, call.grid.block_size)),
+        step_(std::max<int64_t>(1, CHUNK / call.grid.block_size)),
+        keys_(step_ * call.grid.block_size),
         room_(Room::size({call.width * L, keys_ * L, call.grid.block_size * call.width})),
         queries_(room_.take(call.width * L)),
         scores_(room_.take(keys_ * L)),
@@ -43,22 +44,23 @@ class Fine {
       to_lane<Format>(lanes.query(l) < 0 ? nullptr : from, call_.width, L, l, queries_);
     }
     partial_.assign(blocks.size() * L, 0.0f);
-    const int64_t step = std::max<int64_t>(1, CHUNK / call_.grid.block_size);
-    most_.assign((blocks.size() + step - 1) / step * L, 0.0f);
+    most_.assign((blocks.size() + step_ - 1) / step_ * L, 0.0f);
     Vec most[NV], total[NV];
     for (int v = 0; v < NV; ++v) most[v] = splat(FLOOR), total[v] = Vec{};
-    for (int64_t j = 0; j < static_cast<int64_t>(blocks.size()); j += step)
-      chunk(lanes, group, blocks.data() + j, std::min<int64_t>(step, blocks.size() - j), blocks.size() - j, j, most, total);
-    add_mass(lanes, step, share, most, total, mass);
+    const Matrix<T> keys = call_.keys.rows(group / call_.groups, group % call_.groups);
+    for (size_t at = 0; at < blocks.size(); at += step_) chunk(lanes, keys, blocks, at, most, total);
+    add_mass(lanes, share, most, total, mass);
   }
 
  private:
-  void chunk(const Lanes<NV>& lanes, int64_t group, const int32_t* list, int64_t blocks, int64_t rest, int64_t at, Vec* most, Vec* total) {
+  // The next step_ blocks from blocks[at] on.
+  void chunk(const Lanes<NV>& lanes, Matrix<T> keys, const std::vector<int32_t>& blocks, size_t at, Vec* most, Vec* total) {
     const int size = call_.grid.block_size;
-    const Matrix<T> keys = call_.keys.rows(group / call_.groups, group % call_.groups);
-    for (int64_t j = 0; j < blocks; ++j) {
-      const int64_t first = int64_t{list[j]} * size;
-      if (call_.grid.query_tile == 1 && j + 1 < rest) prefetch_rows(keys, int64_t{list[j + 1]} * size, size, call_.width);
+    const int64_t count = std::min<int64_t>(step_, blocks.size() - at);
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t first = int64_t{blocks[at + j]} * size;
+      if (call_.grid.query_tile == 1 && at + j + 1 < blocks.size())
+        prefetch_rows(keys, int64_t{blocks[at + j + 1]} * size, size, call_.width);
       int64_t stride;
       const float* rows =
           key_rows<Format>(keys, first, std::min<int64_t>(size, call_.grid.kv_len - first), size, call_.width, key_room_, &stride);
@@ -68,12 +70,12 @@ class Fine {
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
       Vec larger = load(scores_ + v * LANES);
-      for (int64_t i = 1; i < blocks * size; ++i) larger = maximum(larger, load(scores_ + (i * NV + v) * LANES));
+      for (int64_t i = 1; i < count * size; ++i) larger = maximum(larger, load(scores_ + (i * NV + v) * LANES));
       larger = maximum(most[v], larger * Logits::LOG2E);
       total[v] *= exp2_negative(most[v] - larger);
       most[v] = larger;
-      store(most_.data() + at / std::max<int64_t>(1, CHUNK / size) * L + v * LANES, larger);
-      for (int64_t j = 0; j < blocks; ++j) {
+      store(most_.data() + at / step_ * L + v * LANES, larger);
+      for (int64_t j = 0; j < count; ++j) {
         Vec weight{};
         for (int64_t i = j * size; i < (j + 1) * size; ++i)
           weight += exp2_negative(load(scores_ + (i * NV + v) * LANES) * Logits::LOG2E - larger);
@@ -84,7 +86,7 @@ class Fine {
   }
 
   // Weights relative to the maximum of their time -> each query's share of the mean.
-  void add_mass(const Lanes<NV>& lanes, int64_t step, float share, const Vec* most, const Vec* total, std::vector<float>& mass) const {
+  void add_mass(const Lanes<NV>& lanes, float share, const Vec* most, const Vec* total, std::vector<float>& mass) const {
     Vec norm[NV], factor[NV];
     IVec there[NV];  // an empty lane may hold anything
     for (int v = 0; v < NV; ++v) {
@@ -94,7 +96,7 @@ class Fine {
     for (int64_t j = 0; j < static_cast<int64_t>(mass.size()); ++j) {
       Vec sums{};
       for (int v = 0; v < NV; ++v) {
-        if (j % step == 0) factor[v] = exp2_negative(load(most_.data() + j / step * L + v * LANES) - most[v]) * norm[v];
+        if (j % step_ == 0) factor[v] = exp2_negative(load(most_.data() + j / step_ * L + v * LANES) - most[v]) * norm[v];
         sums += blend(there[v], load(partial_.data() + j * L + v * LANES) * factor[v], Vec{});
       }
       mass[j] += sum(sums);
@@ -102,7 +104,7 @@ class Fine {
   }
 
   const Sampled<T>& call_;
-  int64_t keys_;
+  int64_t step_, keys_;  // blocks and keys of a chunk
   Room room_;
   float *queries_, *scores_, *key_room_;
   std::vector<float> partial_, most_;  // [blocks][L], [chunks][L]

@@ -43,7 +43,8 @@ void block_mass(const Sampled<T>& call, const int64_t* blocks, int64_t width, fl
         }
         worker->mass.run(item / tiles, item % tiles, worker->listed, worker->found);
         float* to = out + item * width;
-        for (int64_t i = 0, next = 0; i < width; ++i) to[i] = (blocks ? blocks[item * width + i] >= 0 : i < visible) ? worker->found[next++] : 0.0f;
+        for (int64_t i = 0, next = 0; i < width; ++i)
+          to[i] = (blocks ? blocks[item * width + i] >= 0 : i < visible) ? worker->found[next++] : 0.0f;
       });
 }
 
@@ -74,9 +75,9 @@ void pooled_features(const Heads<T>& keys, int64_t batch, int64_t groups, int64_
   });
 }
 
-#define HSA_INSTANTIATE(T, Format)                                                             \
-  template void coarse_scores<T, Format>(const Pooled<T>&, int64_t, int64_t, float*);          \
-  template void block_mass<T, Format>(const Sampled<T>&, const int64_t*, int64_t, float*);     \
+#define HSA_INSTANTIATE(T, Format)                                                         \
+  template void coarse_scores<T, Format>(const Pooled<T>&, int64_t, int64_t, float*);      \
+  template void block_mass<T, Format>(const Sampled<T>&, const int64_t*, int64_t, float*); \
   template void pooled_features<T>(const Heads<T>&, int64_t, int64_t, int64_t, int64_t, int64_t, T*);
 HSA_INSTANTIATE(float, Floats)
 HSA_INSTANTIATE(c10::Half, Floats)

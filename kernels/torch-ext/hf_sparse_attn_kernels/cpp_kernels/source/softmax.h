@@ -101,9 +101,10 @@ class Softmax {
     for (float* at = scores; at < scores + rows * L; at += LANES) {
       Vec x = load(at) * logits_.scale;
       if (cap != 0) {  // tanh(y) = sign(y) · (1 − e) / (1 + e) with e = exp(−2 |y|)
-        const Vec y = x / cap, size = blend(y < 0.0f, -y, y), e = exp2_negative(size * (-2 * Logits::LOG2E));
+        const Vec y = x / cap, size = blend(y < 0.0f, -y, y), square = size * size;
+        const Vec e = exp2_negative(size * (-2 * Logits::LOG2E));
         // near 0 the quotient loses digits that the series keeps
-        const Vec tanh = blend(size < 0.0625f, size - size * size * size * (1 / 3.0f) + size * size * size * size * size * (2 / 15.0f), (1.0f - e) / (1.0f + e));
+        const Vec tanh = blend(size < 0.0625f, size * (1.0f - square * (1 / 3.0f - square * (2 / 15.0f))), (1.0f - e) / (1.0f + e));
         x = blend(y < 0.0f, -tanh, tanh) * cap;
       }
       store(at, x * Logits::LOG2E);

@@ -12,15 +12,15 @@
 
 namespace hsa {
 
-constexpr int CHUNK = 64;  // keys whose scores are formed at a time; a larger block is a chunk of its own
+constexpr int CHUNK = 64;         // keys whose scores are formed at a time; a larger block is a chunk of its own
 constexpr float HIDDEN = -1e30f;  // score of a key that a query does not see
-constexpr float FLOOR = -1e20f;   // least maximum: every hidden score is exp2'ed to exactly zero
+constexpr float FLOOR = -1e10f;   // least maximum: the weight of every hidden score is exactly zero
 
 struct Grid {
   int64_t q_len, kv_len, query_tile, block_size;
   bool causal;
-  int64_t tiles;      // of the call
-  int64_t heads;      // query heads of a KV head
+  int64_t tiles;  // of the call
+  int64_t heads;  // query heads of a KV head
   int64_t q_offset() const { return kv_len - q_len; }
   // content position of a tile's first query
   int64_t first(int64_t tile) const { return (tile + q_offset() / query_tile) * query_tile; }

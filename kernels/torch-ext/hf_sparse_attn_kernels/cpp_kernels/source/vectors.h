@@ -97,9 +97,7 @@ struct Floats {
 #if defined(__AVX512BF16__)
 struct Pairs {
   static constexpr int PACK = 2;
-  static Vec madd(Vec acc, float a, Vec b) {
-    return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_ps(a), (__m512bh)b);
-  }
+  static Vec madd(Vec acc, float a, Vec b) { return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_ps(a), (__m512bh)b); }
   // (rows[0][i], rows[1][i]) in word i
   static Vec pack(const Vec* rows) {
     const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
