@@ -109,7 +109,7 @@ def router(
     heads: HeadsOption = "9/3",
     head_dim: HeadDimOption = 64,
     index_dim: Annotated[str | None, typer.Option(help="Comma-separated ranks of stage 2; by default the head dim.")] = None,
-    query_samples: Annotated[str, typer.Option(help="Comma-separated numbers of queries that stage 2 scores per tile.")] = "16",
+    query_samples: Annotated[str, typer.Option(help="Comma-separated numbers of queries that stage 2 scores per tile.")] = "32",
     candidate_factor: Annotated[str, typer.Option(help="Comma-separated: candidates over budget.")] = "3",
     repeats: RepeatsOption = None,
     json_path: JsonOption = None,

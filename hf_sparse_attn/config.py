@@ -50,7 +50,7 @@ class SparseAttentionConfig:
     dense_layers: tuple[int, ...] = ()  # indices of layers that stay dense
     router_dim: int | None = None  # feature size of stage 1, at least the head dim; None = 2 × head dim
     index_dim: int | None = None  # rank of stage 2's token scores; None = the head dim, i.e. exact q·k at the start
-    query_samples: int = 16  # queries of a tile that stage 2 scores
+    query_samples: int = 32  # queries of a tile that stage 2 scores
     bookkeeping: Bookkeeping = field(default_factory=Bookkeeping)
 
     def __post_init__(self) -> None:

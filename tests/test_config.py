@@ -24,7 +24,7 @@ DEFAULTS = {
     "dense_layers": (),
     "router_dim": None,
     "index_dim": None,
-    "query_samples": 16,
+    "query_samples": 32,
     "bookkeeping": Bookkeeping(),
 }
 
