@@ -207,9 +207,9 @@ def _finish(rows: list[dict[str, Any]], json_path: str | None, plot: Path | None
         alone, whole, memory = row.get("speedup"), row["speedup_with_router"], row.get("peak_memory_bytes")
         table.add_row(
             *(str(row["length"]), row["dtype"], f"{row['ideal_speedup']:.2f}"),
-            f"{alone['median']:.2f}× ({row['share_of_ideal']:.2f})" if alone else "",
-            f"{whole['median']:.2f}× ({row['share_of_ideal_with_router']:.2f})",
-            f"{whole['min']:.2f}–{whole['max']:.2f}",
+            f"{alone['median']:.3g}× ({row['share_of_ideal']:.2f})" if alone else "",
+            f"{whole['median']:.3g}× ({row['share_of_ideal_with_router']:.2f})",
+            f"{whole['min']:.3g}–{whole['max']:.3g}",
             *(f"{row['router_share']:.2f}" if "router_share" in row else "", "" if memory is None else f"{memory / 2**20:.0f}"),
         )
     console.print(table)

@@ -142,23 +142,28 @@ def bench_backward(shape: LayerShape, *, repeats: int = 5) -> dict[str, Any]:
 
         return run
 
+    def measured(run: Callable[[], Tensor]) -> tuple[Tensor, int]:
+        for leaf in leaves:
+            leaf.grad = None  # memory that only the step would free would count as if it needed none
+        with PeakMemory(shape.device) as peak:
+            out = run()
+        return out, peak.bytes
+
     functions = {"attention": step(lambda: layer.attend(selection)), "with router": step(layer.sparse)}
-    with PeakMemory(shape.device) as sparse_memory:
-        out = functions["with router"]()
+    out, sparse_memory = measured(functions["with router"])
     _verify_gradients(layer, selection, out, grad)
     peers = dense_peers(layer)
     baseline, memory = "", 0
     for name, peer in peers.items():
         functions[name] = step(peer)
-        with PeakMemory(shape.device) as peak:
-            functions[name]()
-        memory = min(memory or peak.bytes, peak.bytes)
+        _, peak = measured(functions[name])
+        memory = min(memory or peak, peak)
     times = alternate(functions, repeats, shape.device)
     baseline = min(peers, key=lambda name: statistics.median(times[name]))
     return {
         "benchmark": "backward",
         **_row(shape, shape.dense_pairs / shape.kept_pairs, times, baseline),
-        "peak_memory_bytes": sparse_memory.bytes,
+        "peak_memory_bytes": sparse_memory,
         "dense_peak_memory_bytes": memory,
     }
 
