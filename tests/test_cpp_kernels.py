@@ -13,9 +13,7 @@ from agreement import assert_same_up_to_ties
 from hf_sparse_attn_kernels import BlockSelection, TileGrid, block_sparse_attention, implementations
 from hf_sparse_attn_kernels.cpp_kernels import compiling, support
 
-from hf_sparse_attn import SparseAttentionConfig
 from hf_sparse_attn.plan import make_plan
-from hf_sparse_attn.router import SparseRouter
 from hf_sparse_attn.selecting import FeatureMaker, select_blocks
 
 ops = torch.ops.hf_sparse_attn_cpp
@@ -39,26 +37,12 @@ def layer(random_selection):
 @pytest.mark.parametrize(
     ("q_len", "past", "tile", "size"), [(900, 0, 64, 16), (700, 200, 64, 128), (130, 770, 16, 32), (5, 895, 1, 16), (1, 899, 1, 64)]
 )
-def test_a_router_keeps_the_same_blocks_as_the_torch_implementation(routing_inputs, q_len, past, tile, size, heads):
-    config = SparseAttentionConfig(
-        block_size=size,
-        query_tile=max(tile, 16),
-        sink=16,
-        local=size,
-        query_samples=8,
-        index_dim=8,
-        min_keys=512 if size == 128 else 256,
-        density=0.3,
-        candidate_factor=1.2,
-    )
-    router = SparseRouter(config, heads, 2, 16, None, layer=0)
-    router.init_weights()
-    with torch.no_grad():
-        for weight in router.parameters():
-            weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+def test_a_router_keeps_the_same_blocks_as_the_torch_implementation(make_router, routing_inputs, q_len, past, tile, size, heads):
+    sizes = {"block_size": size, "query_tile": max(tile, 16), "local": size, "min_keys": 512 if size == 128 else 256}
+    router = make_router(heads=heads, noise=0.1, density=0.3, candidate_factor=1.2, **sizes)
     inputs = routing_inputs(past + q_len, q_len, batch=2, heads=heads)
     got, want = (select_blocks(router, inputs, tile, impl=impl) for impl in ("cpp", "torch"))
-    assert_same_up_to_ties(got, want, make_plan(config, got.grid))
+    assert_same_up_to_ties(got, want, make_plan(router.config, got.grid))
 
 
 def run_layer(q, k, v, selection):

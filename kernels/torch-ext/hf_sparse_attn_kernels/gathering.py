@@ -27,6 +27,11 @@ class Scratch:
         return held[:count].view(shape)
 
 
+def unit_stride(x: Tensor) -> Tensor:
+    """``x`` itself if its last dimension is contiguous, as the kernels need; else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def as_rows(x: Tensor) -> Tensor:
     """[B, G, N, D] -> [B·G, N, D] whose rows are contiguous; a copy only where they are not (a cache with room to grow is a view)."""
     return (x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()).flatten(0, 1)

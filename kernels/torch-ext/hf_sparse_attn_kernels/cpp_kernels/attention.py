@@ -7,13 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..gathering import unit_stride
 from ..options import ScoreOptions
 from ..selection import BlockSelection
-
-
-def unit_stride(x: Tensor) -> Tensor:
-    """``x`` itself if its last dimension is contiguous, as the kernels need; else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..gathering import to_tiles
+from ..gathering import to_tiles, unit_stride
 from ..planning import TilePlan
 from ..selection import TileGrid
-from .attention import unit_stride
 
 if TYPE_CHECKING:
     from ..routing import TileFeatures

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..gathering import unit_stride
 from ..options import ScoreOptions
 from ..selection import BlockSelection
 from .backward_keys import dkv_kernel, reduce_kernel
@@ -14,11 +15,6 @@ from .backward_queries import delta_kernel, dq_kernel
 from .forward import combine_kernel, forward_kernel
 from .inverse import invert
 from .launch import SIMPLE, architecture, decode_splits, launches, padded, processors, row_tile
-
-
-def unit_stride(x: Tensor) -> Tensor:
-    """``x`` itself if its last dimension is contiguous, as the kernels need; else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _strides(*tensors: Tensor) -> list[int]:
