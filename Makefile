@@ -16,8 +16,9 @@ demo: $(STAMP)  ## the main job on real weights and text: runs/demo/report.html
 test: $(STAMP) lint  ## lint, types and all tests
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
-test-full: $(STAMP) lint
+test-full: $(TRITON) lint test-processors test-interpreter  ## everything, with the slow tests: some 20 minutes
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --confcutdir tests/aot --timeout 2000 tests/aot
 
 # the kernels are compiled for the processor at hand: here for older ones too
 test-processors: $(STAMP)  ## the C++ kernels without bfloat16 instructions, and without AVX-512
