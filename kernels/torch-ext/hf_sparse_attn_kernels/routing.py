@@ -11,14 +11,13 @@ from torch import Tensor
 from .cpp_kernels.support import unsupported as unsupported_by_cpp
 from .gathered import hide_after
 from .gathering import Scratch, as_rows, gather_visible
-from .implementations import choose
+from .implementations import SCORE_IMPLEMENTATIONS, choose
 from .planning import TileBudget, TilePlan
 from .scoring import coarse_scores, fine_mass
 from .selection import ordered_topk
 
 COARSE_SCORES = 1 << 20  # stage-1 scores of one chunk of tiles, 4 MB
 FINE_BYTES = 1 << 22  # memory for the stage-2 scores of one chunk
-IMPLEMENTATIONS = ("torch", "cpp", "triton")
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def select_blocks(features: TileFeatures, plan: TilePlan, tiles: Tensor, *, impl
     """
     inputs = (features.keys, features.router_keys)
     lacking = {"cpp": lambda: unsupported_by_cpp(*inputs, block_size=plan.grid.block_size)}
-    if choose(impl, IMPLEMENTATIONS, features.keys.device.type, lacking) == "cpp":
+    if choose(impl, SCORE_IMPLEMENTATIONS, features.keys.device.type, lacking) == "cpp":
         from .cpp_kernels import routing
 
         return routing.select_blocks(features, plan, tiles)
