@@ -26,7 +26,7 @@ class SparseCacheLayerMixin:
     values: Tensor
     is_initialized: bool
     slot_positions: Tensor | None  # [1 or B, slots] int64 rotary positions
-    router_keys: Tensor | None  # [B, G, capacity, R] float32
+    router_keys: Tensor | None  # [B, G, capacity, R], in the dtype of the keys
     summarised: list[int]  # per row: blocks of router_keys that are valid
     summarised_slots: list[int]  # per row: slot of the last key of the last valid block
 
