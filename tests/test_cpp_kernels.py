@@ -33,6 +33,14 @@ def layer(random_selection):
     return q, k, v, random_selection(0, 2, 2, grid, 0.5)
 
 
+@pytest.fixture
+def threads():
+    """Sets the number of threads until the end of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("heads", [2, 6, 16])
 @pytest.mark.parametrize(
     ("q_len", "past", "tile", "size"), [(900, 0, 64, 16), (700, 200, 64, 128), (130, 770, 16, 32), (5, 895, 1, 16), (1, 899, 1, 64)]
@@ -52,15 +60,11 @@ def run_layer(q, k, v, selection):
     return [out.detach(), lse.detach(), *(leaf.grad for leaf in leaves)]
 
 
-def test_results_and_gradients_are_the_same_bits_for_any_number_of_threads(layer):
+def test_results_and_gradients_are_the_same_bits_for_any_number_of_threads(layer, threads):
     want = run_layer(*layer)
-    threads = torch.get_num_threads()
-    try:
-        for count in (2, 3):
-            torch.set_num_threads(count)
-            assert all(torch.equal(a, b) for a, b in zip(run_layer(*layer), want, strict=True))
-    finally:
-        torch.set_num_threads(threads)
+    for count in (2, 3):
+        threads(count)
+        assert all(torch.equal(a, b) for a, b in zip(run_layer(*layer), want, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -75,7 +79,9 @@ def test_strides_of_the_inputs_do_not_change_a_bit(layer, dtype):
         assert torch.equal(a, b)
 
 
-def test_a_block_that_does_not_exist_is_an_error_and_not_a_crash(layer):
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_block_that_does_not_exist_is_an_error_and_not_a_crash(layer, threads, count):
+    threads(count)
     q, k, v, selection = layer
     indices = selection.indices.clone()
     indices[0, 0, 2, -1] = 23

@@ -104,7 +104,7 @@ def library(program: str, flags: tuple[str, ...]) -> Path:
 def _compile(program: str, flags: tuple[str, ...], target: Path) -> None:
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    logger.warning("compiling the CPU kernels of sparse attention, once for this machine: about 20 s (%s)", target)
+    logger.warning("compiling the CPU kernels of sparse attention, once for this machine: about 25 s (%s)", target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         built = Path(scratch) / target.name

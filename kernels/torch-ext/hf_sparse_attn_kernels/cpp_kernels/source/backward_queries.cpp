@@ -37,21 +37,17 @@ class QueryStrip {
     for (; list < end; list += step) chunk(call_.k.rows(b, g), call_.v.rows(b, g), lanes, list, std::min<int64_t>(step, end - list));
     for (int l = 0; l < L; ++l) {
       if (lanes.query(l) < 0) continue;
-      T* to = gradients_.dq + row(lanes, b, g, l) * call_.d;
+      T* to = gradients_.dq + call_.row(b, g, lanes.head(l), lanes.query(l)) * call_.d;
       for (int64_t d = 0; d < call_.d; ++d) to[d] = static_cast<T>(dq_[d * L + l]);
     }
   }
 
  private:
-  int64_t row(const Lanes<NV>& lanes, int64_t b, int64_t g, int lane) const {
-    return (b * call_.heads() + g * call_.grid.heads + lanes.head(lane)) * call_.grid.q_len + lanes.query(lane);
-  }
-
   void load_statistics(const Lanes<NV>& lanes, int64_t b, int64_t g) {
     for (int l = 0; l < L; ++l) {
       lse_[l] = -HIDDEN, delta_[l] = 0;
       if (lanes.query(l) < 0) continue;
-      const int64_t at = row(lanes, b, g, l);
+      const int64_t at = call_.row(b, g, lanes.head(l), lanes.query(l));
       const T *out = call_.out + at * call_.dv,
               *grad = gradients_.grad_out.rows(b, g * call_.grid.heads + lanes.head(l)).row(lanes.query(l));
       float delta = gradients_.grad_lse ? -gradients_.grad_lse[at] : 0;

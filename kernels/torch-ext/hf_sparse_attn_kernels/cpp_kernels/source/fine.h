@@ -69,16 +69,12 @@ class Fine {
     }
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
-      Vec larger = load(scores_ + v * LANES);
-      for (int64_t i = 1; i < count * size; ++i) larger = maximum(larger, load(scores_ + (i * NV + v) * LANES));
-      larger = maximum(most[v], larger * Logits::LOG2E);
-      total[v] *= exp2_negative(most[v] - larger);
-      most[v] = larger;
-      store(most_.data() + at / step_ * L + v * LANES, larger);
+      total[v] *= raise_maximum<NV>(scores_, count * size, v, Logits::LOG2E, most[v]);
+      store(most_.data() + at / step_ * L + v * LANES, most[v]);
       for (int64_t j = 0; j < count; ++j) {
         Vec weight{};
         for (int64_t i = j * size; i < (j + 1) * size; ++i)
-          weight += exp2_negative(load(scores_ + (i * NV + v) * LANES) * Logits::LOG2E - larger);
+          weight += exp2_negative(load(scores_ + (i * NV + v) * LANES) * Logits::LOG2E - most[v]);
         store(partial_.data() + (at + j) * L + v * LANES, weight);
         total[v] += weight;
       }

@@ -80,7 +80,7 @@ class Strip {
     for (int l = 0; l < L; ++l) {
       const int64_t query = lanes.query(l);
       if (query < 0) continue;
-      const int64_t row = (b * call_.heads() + g * call_.grid.heads + lanes.head(l)) * call_.grid.q_len + query;
+      const int64_t row = call_.row(b, g, lanes.head(l), query);
       call_.lse[row] = lse[l];
       T* to = call_.out + row * call_.dv;
       for (int d = 0; d < call_.dv; ++d) {

@@ -16,6 +16,10 @@ struct Attention {
   Logits logits;
   int64_t batch, groups, kept, d, dv;
   int64_t heads() const { return groups * grid.heads; }
+  // number of a query of a head of KV head g among the rows of out and lse
+  int64_t row(int64_t b, int64_t g, int64_t head, int64_t query) const {
+    return (b * heads() + g * grid.heads + head) * grid.q_len + query;
+  }
 };
 
 // Cuts every tile's rows into strips of up to REGISTERS vectors: visit(vectors, run) is called for each size of strip that occurs,

@@ -79,6 +79,18 @@ Lanes<NV> rows_of(const Grid& grid, int64_t tile, int64_t first_row) {
   });
 }
 
+// Raises the running maximum `most` (base 2) of vector v to that of factor times scores [rows][NV · LANES];
+// returns what earlier sums are multiplied by.
+template <int NV>
+inline Vec raise_maximum(const float* scores, int64_t rows, int v, float factor, Vec& most) {
+  Vec larger = load(scores + v * LANES);
+  for (int64_t i = 1; i < rows; ++i) larger = maximum(larger, load(scores + (i * NV + v) * LANES));
+  larger = maximum(most, larger * factor);
+  const Vec keep = exp2_negative(most - larger);
+  most = larger;
+  return keep;
+}
+
 template <int NV>
 class Softmax {
   static constexpr int L = NV * LANES;
@@ -116,13 +128,7 @@ class Softmax {
   void weights(const float* scores, int64_t rows, float* weights, Vec* keep) {
     const float factor = logits_.factor();
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      Vec most = load(scores + v * LANES);
-      for (int64_t i = 1; i < rows; ++i) most = maximum(most, load(scores + (i * NV + v) * LANES));
-      most = maximum(max_[v], most * factor);
-      keep[v] = exp2_negative(max_[v] - most);
-      max_[v] = most;
-    }
+    for (int v = 0; v < NV; ++v) keep[v] = raise_maximum<NV>(scores, rows, v, factor, max_[v]);
     Vec sums[NV] = {};
     for (int64_t i = 0; i < rows; i += Format::PACK)
 #pragma GCC unroll 4
