@@ -11,7 +11,8 @@ check_transformers()
 from .attention import SparseCall, learned_selector  # noqa: E402  (the version check comes first)
 from .config import SparseAttentionConfig  # noqa: E402
 from .conversion import set_sparse_attention, sparse_attention_as, sparsify, to_dense  # noqa: E402
-from .registration import register, routers, sparse_class, sparse_config  # noqa: E402
+from .registration import register, sparse_class, sparse_config  # noqa: E402
+from .sites import routers  # noqa: E402
 from .training.adaptation import AdaptationConfig, adapt  # noqa: E402
 from .training.distillation import DistillationConfig, distill  # noqa: E402
 

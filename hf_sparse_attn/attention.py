@@ -7,18 +7,17 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from hf_sparse_attn_kernels import BlockSelection, block_sparse_attention
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from .cache import SparseCacheLayerMixin, adopt
+from .checks import ATTN_IMPLEMENTATION, check_call, refuse_without_router
+from .dense import dense_attention, is_causal, stock_attention
 from .router import RoutingInputs, SparseRouter
-from .segments import Segment, find_segments
+from .segments import Segment, cut_documents, find_segments, read_mask
 from .selecting import select_blocks
 
-ATTN_IMPLEMENTATION = "hf_sparse"
+CACHE_ARGUMENTS = ("past_key_values", "layer_past")  # what attention modules call their cache
 
 
 class Selector(Protocol):
@@ -55,7 +54,7 @@ class SparseAttentionMixin:
     """In front of a stock attention class: hands the layer's cache on to the attention function, nothing else."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
+        cache = next((kwargs[name] for name in CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
         if self.config._attn_implementation == ATTN_IMPLEMENTATION:  # type: ignore[attr-defined]
             if cache is not None:
                 kwargs["sparse_cache_layer"] = adopt(cache, self.layer_idx)  # type: ignore[attr-defined]
@@ -65,6 +64,22 @@ class SparseAttentionMixin:
                 f'call model.set_attn_implementation("{ATTN_IMPLEMENTATION}") first'
             )
         return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What a call and its layer add to queries and keys."""
+
+    router: SparseRouter
+    call: SparseCall
+    scale: float
+    causal: bool
+    softcap: float | None
+    sinks: Tensor | None
+    cache: SparseCacheLayerMixin | None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> Tensor:
+        return block_sparse_attention(q, k, v, selection, scale=self.scale, softcap=self.softcap, sinks=self.sinks)[0]
 
 
 def sparse_attention_forward(
@@ -86,81 +101,76 @@ def sparse_attention_forward(
     Raises:
         ValueError: the layer has no router, or something is asked for that sparse attention cannot give.
     """
-    router = _checked_router(module, dropout, kwargs)
-    call = sparse_call or SparseCall()
-    q_len, kv_len = query.shape[2], key.shape[2]
+    router = getattr(module, "router", None)
+    if router is None:
+        refuse_without_router(module, kwargs)
+        return stock_attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+    check_call(router, module, query, key, value, dropout, kwargs)
+    q_len = query.shape[2]
+    kv_len = key.shape[2] if sparse_cache_layer is None else sparse_cache_layer.filled(key.shape[2])
     position_ids = kwargs.get("position_ids")
     if position_ids is None:
         position_ids = torch.arange(kv_len - q_len, kv_len, device=key.device)[None]
     positions = position_ids if sparse_cache_layer is None else sparse_cache_layer.record_positions(position_ids, kv_len)
     if kv_len < router.config.dense_below:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    if attention_mask is not None and attention_mask.ndim != 2:
+        return stock_attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+    layer = _Layer(
+        router,
+        sparse_call or SparseCall(),
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        is_causal(module, kwargs),
+        kwargs.get("softcap"),
+        kwargs.get("s_aux"),
+        sparse_cache_layer,
+    )
+    segments = _segments(query.shape[0], q_len, kv_len, attention_mask, layer.causal, kwargs)
+    return _attend_segments(layer, segments, query, key[:, :, :kv_len], value[:, :, :kv_len], positions), None
+
+
+def _segments(batch: int, q_len: int, kv_len: int, mask: Tensor | None, causal: bool, kwargs: dict[str, Any]) -> list[Segment]:
+    if mask is not None and mask.ndim == 4:
+        real, starts = read_mask(mask[..., :kv_len], q_len, causal)
+        return cut_documents(batch, q_len, kv_len, real.expand(batch, -1), starts)
+    if mask is not None and (mask.ndim != 2 or mask.shape[1] < kv_len):
         raise ValueError(
-            f"sparse attention got a {attention_mask.ndim}-dimensional attention mask {tuple(attention_mask.shape)}; supported: None or a "
-            'padding mask [batch, keys]. Pass the 2D mask, or run dense with model.set_attn_implementation("sdpa")'
+            f"sparse attention got an attention mask {tuple(mask.shape)} for {kv_len} keys; supported: None, a padding mask "
+            '[batch, keys] or a 4D mask [batch, 1, queries, keys]. Or run dense with model.set_attn_implementation("sdpa")'
         )
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    segments = find_segments(query.shape[0], q_len, kv_len, attention_mask, kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q"))
+    mask = None if mask is None else mask[:, :kv_len].bool()
+    # stock bidirectional attention takes position_ids as they are: they do not cut documents
+    position_ids = kwargs.get("position_ids") if causal else None
+    return find_segments(batch, q_len, kv_len, mask, position_ids, kwargs.get("cu_seq_lens_q"))
+
+
+def _attend_segments(layer: _Layer, segments: list[Segment], query: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> Tensor:
+    """Attention of every document: [B, Q, H, D]; queries that are padding get zeros."""
     if len(segments) == 1 and segments[0].slots is None:
-        out = _attend(router, _inputs(router, segments[0], query, key, positions, scale, sparse_cache_layer), value, call)
-        return out.transpose(1, 2).contiguous(), None
+        out = _attend(layer, _inputs(layer, segments[0], query, key, positions), value)
+        return out.transpose(1, 2).contiguous()
     out = query.new_zeros(query.shape)
     for segment in segments:
-        at = segment.query_slots(q_len, kv_len)
-        inputs = _inputs(router, segment, query[:, :, at], key, positions, scale, sparse_cache_layer)
-        out[segment.rows, :, at] = _attend(router, inputs, segment.keys(value), call)
-    return out.transpose(1, 2).contiguous(), None
+        at = segment.query_slots(query.shape[2], key.shape[2])
+        inputs = _inputs(layer, segment, query[:, :, at], key, positions)
+        out[segment.rows, :, at] = _attend(layer, inputs, segment.keys(value))
+    return out.transpose(1, 2).contiguous()
 
 
-def _checked_router(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> SparseRouter:
-    """The layer's router, or a ValueError that says what sparse attention cannot give."""
-    router = getattr(module, "router", None)
-    if router is None:
-        raise ValueError(
-            f'attn_implementation="{ATTN_IMPLEMENTATION}" needs a model with routers, and {type(module).__name__} has none: load it with '
-            "from_pretrained(..., sparse_attention={...}) or convert it with hf_sparse_attn.sparsify(model, {...})"
-        )
-    if dropout:
-        raise ValueError(
-            f"sparse attention has no attention dropout, got attention_dropout={dropout}: set model.config.attention_dropout = 0.0"
-        )
-    if kwargs.get("output_attentions"):
-        raise ValueError(
-            "sparse attention never forms the attention matrix, so output_attentions=True cannot be answered: "
-            'use model.set_attn_implementation("eager") for that call'
-        )
-    for name in ("softcap", "s_aux", "position_bias", "sliding_window"):
-        if kwargs.get(name) is not None:
-            raise ValueError(
-                f"sparse attention does not support {name} (asked for by {type(module).__name__}); supported: plain causal attention"
-            )
-    if kwargs.get("is_causal", getattr(module, "is_causal", True)) is False:
-        raise ValueError(f"sparse attention is causal, but {type(module).__name__} asks for bidirectional attention")
-    return router  # type: ignore[no-any-return]
-
-
-def _inputs(
-    router: SparseRouter,
-    segment: Segment,
-    query: Tensor,
-    key: Tensor,
-    positions: Tensor,
-    scale: float,
-    layer: SparseCacheLayerMixin | None,
-) -> RoutingInputs:
+def _inputs(layer: _Layer, segment: Segment, query: Tensor, key: Tensor, positions: Tensor) -> RoutingInputs:
     k, pos = segment.keys(key), segment.positions(positions)
-    summaries = None if layer is None else layer.summaries(router, segment.rows, segment.slots, k.detach(), pos)
-    return RoutingInputs(query[segment.rows], k, pos, scale, summaries)
+    summaries = None
+    if layer.cache is not None:
+        summaries = layer.cache.summaries(layer.router, segment.rows, segment.slots, k.detach(), pos)
+    return RoutingInputs(query[segment.rows], k, pos, layer.scale, summaries, layer.causal)
 
 
-def _attend(router: SparseRouter, inputs: RoutingInputs, value: Tensor, call: SparseCall) -> Tensor:
+def _attend(layer: _Layer, inputs: RoutingInputs, value: Tensor) -> Tensor:
     """Attention of one document: [b, H, Q, D]."""
+    router, call = layer.router, layer.call
     detached = replace(inputs, q=inputs.q.detach(), k=inputs.k.detach())
     if call.observer is not None:
         call.observer(router, detached)
     if call.dense or router.layer in router.config.dense_layers:
-        return dense_attention(inputs.q, inputs.k, value, inputs.scale)
+        return dense_attention(inputs.q, inputs.k, value, layer.scale, layer.causal, layer.softcap, layer.sinks)
     outputs = []
     for start, stop, query_tile in query_spans(router, inputs, call.decode_from):
         span = detached.span(start, stop)
@@ -168,10 +178,7 @@ def _attend(router: SparseRouter, inputs: RoutingInputs, value: Tensor, call: Sp
         if call.on_selection is not None:
             call.on_selection(router, span, selection)
         kv_len = span.k.shape[2]
-        out, _ = block_sparse_attention(
-            inputs.q[:, :, start:stop], inputs.k[:, :, :kv_len], value[:, :, :kv_len], selection, scale=inputs.scale
-        )
-        outputs.append(out)
+        outputs.append(layer.attend(inputs.q[:, :, start:stop], inputs.k[:, :, :kv_len], value[:, :, :kv_len], selection))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 
 
@@ -186,38 +193,3 @@ def query_spans(router: SparseRouter, inputs: RoutingInputs, decode_from: int | 
         return [(0, q_len, 1)]
     cut = q_len if decode_from is None else min(max(decode_from - (kv_len - q_len), 0), q_len)
     return [span for span in ((0, cut, tile), (cut, q_len, 1)) if span[0] < span[1]]
-
-
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Stock causal attention of ``q`` [B, H, Q, D], the last Q of the N tokens of ``k`` and ``v`` [B, G, N, D]."""
-    q_len, kv_len = q.shape[2], k.shape[2]
-    hg = q.shape[1] // k.shape[1]
-    if q_len == 1:  # the heads of a KV group are the rows of one matmul
-        out = F.scaled_dot_product_attention(q.reshape(q.shape[0], k.shape[1], hg, -1), k, v, scale=scale)
-        return out.reshape(q.shape)
-    mask = None if q_len == kv_len else torch.ones(q_len, kv_len, dtype=torch.bool, device=q.device).tril(kv_len - q_len)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=hg > 1)
-
-
-def sparse_attention_mask(
-    batch_size: int, q_length: int, kv_length: int, attention_mask: Tensor | None = None, config: Any = None, **kwargs: Any
-) -> Tensor | None:
-    """Mask function registered beside the attention function.
-
-    Below ``dense_below`` keys the stock SDPA mask; above, None or the 2D padding mask. Packed documents are recognised
-    by the attention function from ``position_ids`` or ``cu_seq_lens_q``.
-
-    Raises:
-        ValueError: the model overlays a mask of its own that sparse attention cannot honour.
-    """
-    sparse = getattr(config, "sparse_attention", None)
-    if sparse is None or kv_length < sparse["dense_below"]:
-        return sdpa_mask(batch_size, q_length, kv_length, attention_mask=attention_mask, config=config, **kwargs)
-    if kwargs.get("use_vmap"):
-        raise ValueError(
-            "sparse attention supports causal attention with padding and packed documents; this model or call overlays another mask. "
-            'Run it dense with model.set_attn_implementation("sdpa")'
-        )
-    if attention_mask is None or bool(attention_mask.all()):
-        return None
-    return attention_mask

@@ -13,9 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.cache_utils import BaseQuantizedLayer, CacheLayerMixin, DynamicLayer, StaticLayer
 
+from .dynamic import subclass
 from .router import SparseRouter
 
+CACHES = "DynamicCache, StaticCache and QuantizedCache"
 GROWTH_TOKENS = 4096  # keys, values and summaries are stored with room for this many more tokens, so that decoding rarely copies them
 
 
@@ -25,40 +28,23 @@ class SparseCacheLayerMixin:
     keys: Tensor  # the stock layer's
     values: Tensor
     is_initialized: bool
+    rows: int  # batch rows of the last update
     slot_positions: Tensor | None  # [1 or B, slots] int64 rotary positions
     router_keys: Tensor | None  # [B, G, capacity, R], in the dtype of the keys
     summarised: list[int]  # per row: blocks of router_keys that are valid
     summarised_slots: list[int]  # per row: slot of the last key of the last valid block
 
-    buffers: dict[str, Tensor]  # storage of which `keys` and `values` are the filled part
-
     def start_summaries(self) -> None:
         self.slot_positions = self.router_keys = None
         self.summarised, self.summarised_slots = [], []
-        self.buffers = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """As the stock layer, but appends in place: concatenation would copy the whole cache for every new token."""
-        if not self.is_initialized or key_states.requires_grad:
-            self.buffers = {}
-            return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc, no-any-return]
-        self.keys = self._append("keys", self.keys, key_states)
-        self.values = self._append("values", self.values, value_states)
-        return self.keys, self.values
+        self.rows = key_states.shape[0]
+        return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc, no-any-return]
 
-    def _append(self, name: str, old: Tensor, new: Tensor) -> Tensor:
-        length, total = old.shape[2], old.shape[2] + new.shape[2]
-        buffer = self.buffers.get(name)
-        usable = buffer is not None and buffer.data_ptr() == old.data_ptr() and buffer.shape[0] == old.shape[0]
-        if buffer is not None and buffer.is_inference() and not torch.is_inference_mode_enabled():
-            usable = False  # filled under inference_mode: such a tensor cannot be written to outside it
-        if buffer is None or not usable or total > buffer.shape[2]:
-            room = -(-total // GROWTH_TOKENS) * GROWTH_TOKENS + GROWTH_TOKENS  # a multiple of every block size
-            buffer = old.new_empty(*old.shape[:2], room, old.shape[3])
-            buffer[:, :, :length] = old
-            self.buffers[name] = buffer
-        buffer[:, :, length:total] = new
-        return buffer[:, :, :total]
+    def filled(self, slots: int) -> int:
+        """How many of the ``slots`` that the last update returned hold keys."""
+        return slots
 
     def record_positions(self, positions: Tensor, slots: int) -> Tensor:
         """Note the rotary ``positions`` [1 or B, Q] of the last Q of ``slots`` keys; return those of all slots.
@@ -82,7 +68,7 @@ class SparseCacheLayerMixin:
         """
         size = router.config.block_size
         need = keys.shape[2] // size
-        batch = self.keys.shape[0]
+        batch = self.rows
         if self.router_keys is None:
             self.router_keys = keys.new_empty(batch, keys.shape[1], 0, router.wk.shape[1])
             self.summarised, self.summarised_slots = [0] * batch, [-1] * batch
@@ -120,6 +106,37 @@ class SparseCacheLayerMixin:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
         self._take_rows(beam_idx)
 
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self.start_summaries()
+
+    def offload(self) -> None:
+        super().offload()  # type: ignore[misc]
+        self._move_summaries(torch.device("cpu"))
+
+    def prefetch(self) -> None:
+        super().prefetch()  # type: ignore[misc]
+        if self.is_initialized:
+            self._move_summaries(self.keys.device)
+
+    def _move_summaries(self, device: torch.device) -> None:
+        for name in ("router_keys", "slot_positions"):
+            held = getattr(self, name)
+            setattr(self, name, None if held is None else held.to(device, non_blocking=True))
+
+
+class StaticLayerMixin(SparseCacheLayerMixin):
+    """In front of `StaticLayer`, whose keys are all its room: only what is filled is read."""
+
+    cumulative_length: Tensor
+
+    def filled(self, slots: int) -> int:
+        return int(self.cumulative_length)
+
+
+class GrowingLayerMixin(SparseCacheLayerMixin):
+    """In front of a layer of a `DynamicCache`, whose rows and slots can change."""
+
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)  # type: ignore[misc]
         self._take_rows(indices)
@@ -134,7 +151,6 @@ class SparseCacheLayerMixin:
         super().crop(tokens_to_remove)  # type: ignore[misc]
         slots = int(self.get_seq_length())  # type: ignore[attr-defined]
         if slots < before:
-            self.buffers = {}  # whoever read the keys before keeps them: the next append must not overwrite
             if self.slot_positions is not None:
                 self.slot_positions = self.slot_positions[:, :slots]
             # which blocks lost a key depends on padding; a row whose last summarised slot is gone starts again
@@ -142,44 +158,88 @@ class SparseCacheLayerMixin:
             self.summarised = [n if ok else 0 for n, ok in zip(self.summarised, kept, strict=True)]
             self.summarised_slots = [s if ok else -1 for s, ok in zip(self.summarised_slots, kept, strict=True)]
 
-    def reset(self) -> None:
-        super().reset()  # type: ignore[misc]
-        self.start_summaries()
+
+class QuantizedLayerMixin(GrowingLayerMixin):
+    """In front of a layer that returns keys which it quantised: other ones than before, so all summaries are made anew."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.summarised, self.summarised_slots = [0] * len(self.summarised), [-1] * len(self.summarised)
+        return super().update(key_states, value_states, *args, **kwargs)
 
 
-_CLASSES: dict[type, type] = {}
+class AppendingLayerMixin(GrowingLayerMixin):
+    """In front of `DynamicLayer`: appends in place, where concatenation would copy the whole cache for every new token."""
 
+    buffers: dict[str, Tensor]  # storage of which `keys` and `values` are the filled part
 
-def _sparse_layer_class(cls: type) -> type:
-    if cls not in _CLASSES:
-        _CLASSES[cls] = type(f"Sparse{cls.__name__}", (SparseCacheLayerMixin, cls), {"__module__": __name__})
-        globals()[_CLASSES[cls].__name__] = _CLASSES[cls]  # picklable
-    return _CLASSES[cls]
+    def start_summaries(self) -> None:
+        super().start_summaries()
+        self.buffers = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized or key_states.requires_grad:
+            self.buffers = {}
+            return super().update(key_states, value_states, *args, **kwargs)
+        self.rows = key_states.shape[0]
+        self.keys = self._append("keys", self.keys, key_states)
+        self.values = self._append("values", self.values, value_states)
+        return self.keys, self.values
+
+    def _append(self, name: str, old: Tensor, new: Tensor) -> Tensor:
+        length, total = old.shape[2], old.shape[2] + new.shape[2]
+        buffer = self.buffers.get(name)
+        usable = buffer is not None and buffer.data_ptr() == old.data_ptr() and buffer.shape[0] == old.shape[0]
+        if buffer is not None and buffer.is_inference() and not torch.is_inference_mode_enabled():
+            usable = False  # filled under inference_mode: such a tensor cannot be written to outside it
+        if buffer is None or not usable or total > buffer.shape[2]:
+            room = -(-total // GROWTH_TOKENS) * GROWTH_TOKENS + GROWTH_TOKENS  # a multiple of every block size
+            buffer = old.new_empty(*old.shape[:2], room, old.shape[3])
+            buffer[:, :, :length] = old
+            self.buffers[name] = buffer
+        buffer[:, :, length:total] = new
+        return buffer[:, :, :total]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        if tokens_to_remove:
+            self.buffers = {}  # whoever read the keys before keeps them: the next append must not overwrite
+
+    def offload(self) -> None:
+        self.buffers = {}
+        super().offload()
 
 
 def adopt(cache: Any, index: int) -> SparseCacheLayerMixin:
     """The cache layer ``index`` of a Transformers ``cache``, made to hold summaries if it does not yet.
 
     Raises:
-        ValueError: the cache is of a kind whose keys cannot be read back (no ``layers``, or not a dynamic layer).
+        ValueError: the cache is of a kind that summaries cannot follow.
     """
     if not hasattr(cache, "layers"):
-        raise ValueError(f"sparse attention supports caches with layers (DynamicCache), got {type(cache).__name__}")
+        raise ValueError(f"sparse attention supports caches with layers ({CACHES}), got {type(cache).__name__}")
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) <= index:
             cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[index]
     if isinstance(layer, SparseCacheLayerMixin):
         return layer
-    if type(layer).__name__ != "DynamicLayer":
-        raise ValueError(
-            f"sparse attention supports DynamicCache layers, got {type(layer).__name__}; pass a DynamicCache, or run dense "
-            'with model.set_attn_implementation("sdpa")'
-        )
     # the ABC base of cache layers has __slots__, which forbids assigning __class__: replace the object, share its state
-    cls: Any = _sparse_layer_class(type(layer))
+    cls: Any = subclass(_mixin(layer), type(layer))
     adopted: SparseCacheLayerMixin = cls.__new__(cls)
     adopted.__dict__ = layer.__dict__
     adopted.start_summaries()
     cache.layers[index] = adopted
     return adopted
+
+
+def _mixin(layer: CacheLayerMixin) -> type[SparseCacheLayerMixin]:
+    if type(layer) is DynamicLayer:
+        return AppendingLayerMixin
+    if type(layer) is StaticLayer:
+        return StaticLayerMixin
+    if isinstance(layer, BaseQuantizedLayer):
+        return QuantizedLayerMixin
+    raise ValueError(
+        f"sparse attention supports the layers of {CACHES}, got {type(layer).__name__}; pass one of these, or run dense "
+        'with model.set_attn_implementation("sdpa")'
+    )

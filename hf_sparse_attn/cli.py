@@ -94,9 +94,9 @@ def doctor(json_path: JsonOption = None) -> None:
     import torch
     from hf_sparse_attn_kernels import IMPLEMENTATIONS, default_choice
 
+    from .architectures import SUPPORTED
     from .data.sources import cache_folder
     from .environment import environment
-    from .registration import SUPPORTED_MODEL_TYPES
     from .versions import SUPPORTED_TRANSFORMERS
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -108,7 +108,7 @@ def doctor(json_path: JsonOption = None) -> None:
         "implementations": list(IMPLEMENTATIONS),
         "why": f"{why}; inputs that it does not support run on 'torch'",
         "supported_transformers": [str(v) for v in SUPPORTED_TRANSFORMERS],
-        "model_types": list(SUPPORTED_MODEL_TYPES),
+        "model_types": sorted(SUPPORTED),
         "offline": os.environ.get("HF_HUB_OFFLINE", "0"),
         "cache": str(cache_folder()),
     }

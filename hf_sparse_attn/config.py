@@ -107,6 +107,12 @@ class SparseAttentionConfig:
         sink = -(-self.sink // self.block_size)
         return self.block_size * (sink + max(self._near_blocks(self.query_tile), self._near_blocks(1)))
 
+    def check_two_sided(self) -> None:
+        """Raise ValueError if ``min_keys`` is less than the keys that a bidirectional layer forces: ``local`` on both sides."""
+        blocks = -(-self.sink // self.block_size) + 2 * self._near_blocks(self.query_tile) - self.query_tile // self.block_size + 1
+        if self.min_keys < blocks * self.block_size:
+            self._refuse("min_keys", f">= {blocks * self.block_size} for a bidirectional model, whose local keys are forced on both sides")
+
     def _near_blocks(self, query_tile: int) -> int:
         """Most blocks that ``local`` tokens and a tile of ``query_tile`` touch together."""
         span = self.local + query_tile

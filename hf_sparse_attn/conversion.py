@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .attention import ATTN_IMPLEMENTATION
 from .config import SparseAttentionConfig
-from .registration import KEY, SparseModelMixin, attach_routers, detach_routers, routers, sparse_class, sparse_config_class
+from .registration import KEY, SparseModelMixin, implementation, is_composite, sparse_class, sparse_config_class
+from .sites import attach_routers, detach_routers, routers
 
 FIXED_FIELDS = ("block_size", "router_dim", "index_dim")  # the routers' weights depend on these
 
@@ -31,9 +31,9 @@ def sparsify(model: PreTrainedModel, sparse_attention: SparseAttentionConfig | M
         router.to(model.device).train(model.training)
         router.init_weights()
     model.config.__class__ = sparse_config_class(type(model.config))
-    setattr(model.config, KEY, config.to_dict())
+    _store(model, config)
     model.__class__ = target
-    model.set_attn_implementation(ATTN_IMPLEMENTATION)
+    model.set_attn_implementation(implementation(type(model.config)))
     model.add_model_tags(["hf-sparse-attn"])
     return model
 
@@ -47,12 +47,24 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     if not isinstance(model, SparseModelMixin):
         raise ValueError(f"{type(model).__name__} is not a sparse model")
     detach_routers(model)
-    model.set_attn_implementation("sdpa")
-    delattr(model.config, KEY)
+    stock = "sdpa" if model._supports_sdpa else "eager"
+    model.set_attn_implementation({"text_config": stock} if is_composite(type(model.config)) else stock)
+    for part in _parts(model.config):
+        delattr(part, KEY)
     model.config.__class__ = _stock(type(model.config))
     model.__class__ = _stock(type(model))
     model.model_tags = [tag for tag in (model.model_tags or []) if tag != "hf-sparse-attn"]
     return model
+
+
+def _parts(config: Any) -> tuple[Any, ...]:
+    """The configs that hold the settings: that of the model, and that of its text part if it has others."""
+    return (config, config.text_config) if is_composite(type(config)) else (config,)
+
+
+def _store(model: Any, config: SparseAttentionConfig) -> None:
+    for part in _parts(model.config):
+        setattr(part, KEY, config.to_dict())
 
 
 def _stock(cls: type) -> type:
@@ -77,7 +89,7 @@ def set_sparse_attention(model: nn.Module, **changes: Any) -> SparseAttentionCon
             )
     for router in found:
         router.config = config
-    setattr(model.config, KEY, config.to_dict())
+    _store(model, config)
     return config
 
 

@@ -12,10 +12,15 @@ from torch import Tensor
 from .config import SparseAttentionConfig
 
 
-def tile_budget(config: SparseAttentionConfig, first_pos: int, last_pos: int) -> TileBudget:
-    """Budget of the tile whose queries start at content position ``first_pos`` and end at ``last_pos``."""
+def tile_budget(config: SparseAttentionConfig, first_pos: int, last_pos: int, bidirectional: int | None = None) -> TileBudget:
+    """Budget of the tile whose queries start at content position ``first_pos`` and end at ``last_pos``.
+
+    ``bidirectional`` is the number of tokens of a call whose tiles see all of them, None for a causal call.
+    """
     size = config.block_size
     near = max(first_pos - config.local, 0) // size
+    if bidirectional is not None:
+        return _two_sided_budget(config, near, last_pos, bidirectional)
     last = last_pos // size
     sink = min(-(-config.sink // size), last + 1)
     eligible = max(near - sink, 0)
@@ -24,11 +29,22 @@ def tile_budget(config: SparseAttentionConfig, first_pos: int, last_pos: int) ->
     return TileBudget(sink, near, last, eligible, free, min(eligible, math.ceil(config.candidate_factor * budget)))
 
 
+def _two_sided_budget(config: SparseAttentionConfig, near: int, last_pos: int, tokens: int) -> TileBudget:
+    size, whole = config.block_size, tokens // config.block_size
+    last = min(last_pos + config.local, tokens - 1) // size
+    sink = min(-(-config.sink // size), -(-tokens // size))
+    eligible = max(near - sink, 0) + max(whole - max(last + 1, sink), 0)
+    budget = config.budget_blocks(tokens)
+    free = min(eligible, max(budget - (-(-tokens // size) - eligible), 0))
+    return TileBudget(sink, near, last, eligible, free, min(eligible, math.ceil(config.candidate_factor * budget)))
+
+
 @lru_cache(maxsize=8)  # every layer of a model asks for the same one
 def make_plan(config: SparseAttentionConfig, grid: TileGrid, device: torch.device | None = None) -> TilePlan:
     """Budgets of all tiles of a call; its tensors are on ``device``."""
     positions = zip(grid.first_positions().tolist(), grid.last_positions().tolist(), strict=True)
-    budgets = tuple(tile_budget(config, first, last) for first, last in positions)
+    bidirectional = None if grid.causal else grid.kv_len
+    budgets = tuple(tile_budget(config, first, last, bidirectional) for first, last in positions)
     return TilePlan(grid, min(-(-config.sink // config.block_size), grid.blocks), budgets, device)
 
 

@@ -16,14 +16,16 @@ class Rotary:
     """A view of a model's rotary embedding module: its frequencies, its scaling of cos and sin, its layout.
 
     The module is read at every call, so moving the model moves this too. The first ``2 * len(inv_freq)`` dimensions
-    are rotated, in pairs (i, i + half) or, ``interleaved``, (2i, 2i + 1); the others are left as they are.
+    are rotated, in pairs (i, i + half) or, ``interleaved``, (2i, 2i + 1); the others are left as they are. A module that
+    rotates each kind of layer by frequencies of its own is told the ``layer_type``.
 
     Raises:
         ValueError: the module's frequencies change with the length of the input (dynamic RoPE, longrope).
     """
 
-    def __init__(self, module: nn.Module, interleaved: bool = False) -> None:
+    def __init__(self, module: nn.Module, interleaved: bool = False, layer_type: str | None = None) -> None:
         rope_type = getattr(module, "rope_type", "default")
+        rope_type = rope_type[layer_type] if isinstance(rope_type, dict) else rope_type
         if rope_type not in STATIC_ROPE_TYPES:
             raise ValueError(
                 f"rope_type={rope_type!r} is not supported by sparse attention: its frequencies change with the length; "
@@ -31,11 +33,12 @@ class Rotary:
             )
         self.module = module
         self.interleaved = interleaved
+        self.prefix = "" if layer_type is None else f"{layer_type}_"
         self._matrices: dict[tuple[object, ...], Tensor] = {}
 
     @property
     def _inv_freq(self) -> Tensor:
-        return cast(Tensor, self.module.inv_freq)
+        return cast(Tensor, getattr(self.module, f"{self.prefix}inv_freq"))
 
     @property
     def dim(self) -> int:
@@ -93,19 +96,39 @@ class Rotary:
 
     @property
     def _scaling(self) -> float:
-        return float(getattr(self.module, "attention_scaling", 1.0))
+        return float(getattr(self.module, f"{self.prefix}attention_scaling", 1.0))
 
 
 def _turn_pair(a: Tensor, b: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     return torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
 
 
-def find_rotary(model: nn.Module) -> Rotary | None:
-    """The one rotary embedding of ``model``, or None if it has none. Raises ValueError if it has several kinds."""
-    found = [m for m in model.modules() if hasattr(m, "inv_freq")]
-    if len({id(m) for m in found}) > 1:
-        names = ", ".join(sorted({type(m).__name__ for m in found}))
-        raise ValueError(
-            f"{type(model).__name__} has {len(found)} rotary embeddings ({names}); sparse attention supports one shared by all layers"
-        )
-    return Rotary(found[0]) if found else None
+def find_rotary(model: nn.Module, site: nn.Module, name: str, interleaved: bool) -> Rotary | None:
+    """The rotary embedding of the attention module ``site``, called ``name`` in ``model``; None if it has none.
+
+    It is the one that stands nearest: in the module itself, else in the module around it, and so on.
+
+    Raises:
+        ValueError: several stand equally near.
+    """
+    parts = name.split(".")
+    for depth in range(len(parts), -1, -1):
+        around = model.get_submodule(".".join(parts[:depth]))
+        held = (around, *around.children()) if depth < len(parts) else (site, *site.children())
+        found = list({id(m): m for m in held if _frequencies(m)}.values())
+        if len(found) > 1:
+            names = ", ".join(sorted({type(m).__name__ for m in found}))
+            raise ValueError(f"{type(site).__name__} has {len(found)} rotary embeddings at hand ({names}); sparse attention supports one")
+        if found:
+            layer_type = None if "inv_freq" in _frequencies(found[0]) else _layer_type(site)
+            return Rotary(found[0], interleaved, layer_type)
+    return None
+
+
+def _frequencies(module: nn.Module) -> list[str]:
+    return [name for name, _ in module.named_buffers(recurse=False) if name.endswith("inv_freq") and "original" not in name]
+
+
+def _layer_type(site: nn.Module) -> str:
+    own = getattr(site, "layer_type", None)
+    return cast(str, own or site.config.layer_types[site.layer_idx])  # type: ignore[union-attr, index]

@@ -6,7 +6,7 @@ them, T query tile, S block size, nb blocks, R router_dim, I index_dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from hf_sparse_attn_kernels import TileGrid, pooled_features
@@ -26,7 +26,7 @@ class RoutingInputs:
 
     ``q`` [B, H, Q, D] holds the queries of the last Q of the N tokens of ``k`` [B, G, N, D], both after RoPE, at the
     rotary ``positions`` [1 or B, N]. ``scale`` multiplies q·k. ``router_keys`` [B, G, >= N // S, R] are cached stage-1
-    keys, or None.
+    keys, or None. Without ``causal`` every query sees every key.
     """
 
     q: Tensor
@@ -34,14 +34,15 @@ class RoutingInputs:
     positions: Tensor
     scale: float
     router_keys: Tensor | None = None
+    causal: bool = True
 
     def grid(self, query_tile: int, block_size: int) -> TileGrid:
-        return TileGrid(self.q.shape[2], self.k.shape[2], query_tile, block_size)
+        return TileGrid(self.q.shape[2], self.k.shape[2], query_tile, block_size, self.causal)
 
     def span(self, start: int, stop: int) -> RoutingInputs:
         """The queries ``[start, stop)`` of this call with the keys up to the last of them."""
         kv_len = self.k.shape[2] - self.q.shape[2] + stop
-        return RoutingInputs(self.q[:, :, start:stop], self.k[:, :, :kv_len], self.positions[:, :kv_len], self.scale, self.router_keys)
+        return replace(self, q=self.q[:, :, start:stop], k=self.k[:, :, :kv_len], positions=self.positions[:, :kv_len])
 
 
 class SparseRouter(nn.Module):

@@ -49,7 +49,11 @@ def find_segments(
     ``mask`` bool [B, N]: False for padding. Packed documents are recognised, in a call without a past, by
     ``cu_seq_lens`` (batch 1) or by ``position_ids`` [1 or B, N] that do not grow.
     """
-    starts = _document_starts(q_len, kv_len, mask, position_ids, cu_seq_lens)
+    return cut_documents(batch, q_len, kv_len, mask, _document_starts(q_len, kv_len, mask, position_ids, cu_seq_lens))
+
+
+def cut_documents(batch: int, q_len: int, kv_len: int, mask: Tensor | None, starts: Tensor | None) -> list[Segment]:
+    """The documents of a call whose padding ``mask`` [B, N] and first slots ``starts`` [1 or B, N] (both boolean) are known."""
     if starts is None and (mask is None or bool(mask.all())):
         return [Segment(slice(0, batch), None, q_len)]
     segments = []
@@ -93,3 +97,55 @@ def _falls_among_real(positions: Tensor, real: Tensor) -> Tensor:
     starts = torch.zeros_like(real)
     starts[slots[1:]] = positions[slots[1:]] <= positions[slots[:-1]]
     return starts[1:]
+
+
+def read_mask(mask: Tensor, q_len: int, causal: bool) -> tuple[Tensor, Tensor | None]:
+    """Padding mask [B, N] and first slots of documents [B, N] (None: one document a row) that a 4D mask expresses.
+
+    ``mask`` [B or 1, 1, Q, N], boolean or additive, holds for the last Q of N tokens.
+
+    Raises:
+        ValueError: it allows or hides other links than causal (or bidirectional) attention with padding and packed documents does.
+    """
+    visible = _visible(mask)
+    kv_len, offset = visible.shape[2], visible.shape[2] - q_len
+    slot = torch.arange(kv_len, device=mask.device)
+    queries = slot[offset:]
+    own = visible[:, torch.arange(q_len, device=mask.device), queries]  # a query that does not see itself is padding
+    first = visible.int().argmax(-1)  # the first slot that each query sees: where its document starts
+    if offset:  # the tokens before the call: real if any real query of it sees them
+        real = torch.cat([(visible[:, :, :offset] & own[:, :, None]).any(1), own], 1)
+        document = torch.zeros_like(real, dtype=torch.long)
+    else:
+        real, document = own, first
+    want = real[:, None] & (document[:, offset:, None] == document[:, None])
+    want &= (slot <= queries[:, None]) if causal else True
+    if bool((own[..., None] & (want != visible)).any()):
+        kind = "causal" if causal else "bidirectional"
+        raise ValueError(
+            f"the 4-dimensional attention mask {tuple(mask.shape)} is not {kind} attention with padding and packed documents, which is all "
+            'that sparse attention can honour. Pass a 2D padding mask, or run dense with model.set_attn_implementation("sdpa")'
+        )
+    starts = torch.zeros_like(real)
+    if not offset:
+        starts = (document == slot) & real
+        starts &= (starts.cumsum(1) > 1) | (document != document[:, :1])
+    return real, starts if bool(starts.any()) else None
+
+
+def _visible(mask: Tensor) -> Tensor:
+    """Boolean [B or 1, Q, N] of a 4D mask that all heads share."""
+    if mask.shape[1] != 1 and not bool((mask == mask[:, :1]).all()):
+        raise ValueError(
+            f"the attention mask {tuple(mask.shape)} differs between heads; sparse attention supports one mask for all of them"
+        )
+    mask = mask[:, 0]
+    if mask.dtype == torch.bool:
+        return mask
+    visible = mask == 0
+    if bool((~visible & (mask > torch.finfo(mask.dtype).min / 4)).any()):
+        raise ValueError(
+            f"the additive attention mask [batch, {tuple(mask.shape)[1:]}] holds values between 0 and -inf: sparse attention supports "
+            'masks that hide or show, no biases. Run dense with model.set_attn_implementation("sdpa")'
+        )
+    return visible

@@ -37,7 +37,8 @@ def select_blocks(router: SparseRouter, inputs: RoutingInputs, query_tile: int |
 def everything(plan: TilePlan, inputs: RoutingInputs) -> BlockSelection:
     """Every block that a tile sees, where no tile has more of them than its budget."""
     block = torch.arange(plan.grid.blocks, device=plan.device, dtype=torch.int32)
-    kept = torch.where(block <= plan.last[:, None], block, -1).sort(-1).values
+    seen = plan.last[:, None] if plan.grid.causal else plan.grid.blocks - 1
+    kept = torch.where(block <= seen, block, -1).expand(plan.grid.tiles, -1).sort(-1).values
     indices = kept.expand(*inputs.k.shape[:2], -1, -1).contiguous()
     return BlockSelection(indices, plan.grid, torch.full(indices.shape, torch.nan, device=plan.device))
 

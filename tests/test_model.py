@@ -149,7 +149,7 @@ def test_converting_twice_or_back_without_need_is_refused(stock_llama, sparse_ll
         sparsify(sparse_llama(real_budget), real_budget)
     with pytest.raises(ValueError, match="LlamaForCausalLM is not a sparse model"):
         to_dense(stock_llama())
-    with pytest.raises(ValueError, match=r"dense_layers is \(2,\).*layers 0 to 1"):
+    with pytest.raises(ValueError, match=r"dense_layers is \(2,\).*layers that can be sparse are \[0, 1\]"):
         sparsify(stock_llama(), {**real_budget, "dense_layers": [2]})
 
 

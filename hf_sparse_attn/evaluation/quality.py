@@ -16,8 +16,8 @@ from ..attention import Selector, SparseCall
 from ..config import SparseAttentionConfig
 from ..conversion import sparse_attention_as
 from ..data.windows import Window
-from ..registration import routers
 from ..router import RoutingInputs, SparseRouter
+from ..sites import routers
 from ..training.losses import kept_mass
 
 LOGIT_POSITIONS = 512  # positions whose logits are held at a time

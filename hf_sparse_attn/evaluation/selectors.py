@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from hf_sparse_attn_kernels import BlockSelection, TilePlan, block_mass, stage_one_scores
@@ -10,9 +11,9 @@ from torch import nn
 
 from ..attention import Selector, learned_selector
 from ..plan import make_plan, select_by_scores
-from ..registration import routers
 from ..router import RoutingInputs, SparseRouter
 from ..selecting import FeatureMaker, select_blocks
+from ..sites import routers
 
 ORACLE_TILES = 64  # tiles whose dense mass is computed at a time
 
@@ -29,8 +30,7 @@ def _all_tiles(plan: TilePlan) -> torch.Tensor:
 def window(router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection:
     """Window + sink: the forced links, then the nearest blocks."""
     plan = _plan(router, inputs, query_tile)
-    nearness = torch.arange(plan.grid.blocks, device=inputs.q.device, dtype=torch.float32)
-    return select_by_scores(plan, nearness.expand(*inputs.k.shape[:2], plan.grid.tiles, -1))
+    return select_by_scores(plan, plan.nearness(_all_tiles(plan)).expand(*inputs.k.shape[:2], -1, -1))
 
 
 @torch.no_grad()
@@ -64,7 +64,7 @@ class ByOtherRouters:
         other = self.others[router.layer]
         other.config = router.config  # at the model's present budget
         # summaries in the cache were made with the model's own weights
-        return self.selector(other, RoutingInputs(inputs.q, inputs.k, inputs.positions, inputs.scale), query_tile)
+        return self.selector(other, replace(inputs, router_keys=None), query_tile)
 
 
 def fresh_routers(model: nn.Module) -> dict[int, SparseRouter]:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ..attention import SparseCall
 from ..conversion import mark_trained
 from ..files import write_atomically
-from ..registration import routers
 from ..router import RoutingInputs, SparseRouter
+from ..sites import routers
 from .losses import TileLoss, tile_loss
 from .progress import bar
 from .svd import start_index

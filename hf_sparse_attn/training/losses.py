@@ -86,8 +86,7 @@ def masked_kl(teacher: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
 
 def window_blocks(plan: TilePlan, tiles: Tensor, mass: Tensor) -> Tensor:
     """Blocks that window + sink keeps at equal budget: the forced ones and the nearest of the others."""
-    nearness = torch.arange(plan.grid.blocks, device=mass.device, dtype=torch.float32).expand_as(mass)
-    return plan.assemble(plan.best(nearness, tiles, plan.free[tiles]), tiles)
+    return plan.assemble(plan.best(plan.nearness(tiles).expand_as(mass), tiles, plan.free[tiles]), tiles)
 
 
 def _mean_kept(mass: Tensor, kept: Tensor) -> float:

@@ -48,10 +48,14 @@ def fine_mass_torch(
 
 
 def _hide(scores: Tensor, grid: TileGrid, blocks: Tensor, q_pos: Tensor) -> None:
-    """Hide from ``scores`` [rows, m, L·S, Hg·r] what is later than its query [m, Hg·r] or in an empty entry of ``blocks``."""
-    own = blocks[..., -grid.own_blocks :]
+    """Hide from ``scores`` [rows, m, L·S, Hg·r] what is later than its query [m, Hg·r] or in an empty entry of ``blocks``.
+
+    Without causality only what lies behind the last key.
+    """
+    own = blocks[..., -(grid.own_blocks if grid.causal else 1) :]
+    last = q_pos[:, None] if grid.causal else torch.full_like(q_pos[:, None], grid.kv_len - 1)
     k_pos = (own[..., None] * grid.block_size + torch.arange(grid.block_size, device=blocks.device)).flatten(2)
-    scores[:, :, -k_pos.shape[-1] :].masked_fill_(k_pos[..., None] > q_pos[:, None], -torch.inf)
+    scores[:, :, -k_pos.shape[-1] :].masked_fill_(k_pos[..., None] > last, -torch.inf)
     if bool((blocks < 0).any()):
         scores.masked_fill_((blocks < 0).repeat_interleave(grid.block_size, -1)[..., None], -torch.inf)
 
@@ -90,12 +94,13 @@ def block_mass_torch(q: Tensor, k: Tensor, grid: TileGrid, tiles: Tensor, scale:
     step = max(1, MASS_SCORES // (b * groups * hg * t * n))
     for start in range(0, len(tiles), step):
         chosen = tiles[start : start + step]
-        visible = min(n, int(first[chosen].max()) + t)
+        visible = min(n, int(first[chosen].max()) + t) if grid.causal else n
         rows = q_tiles[:, chosen].flatten(1, 3)
         scores = (torch.bmm(rows, keys[:, :visible].transpose(1, 2)).float() * scale).view(b * groups, len(chosen), hg, t, visible)
         q_pos = first[chosen][:, None] + torch.arange(t, device=q.device)
-        future = torch.arange(visible, device=q.device) > q_pos[..., None]
-        scores.masked_fill_(future[None, :, None], -torch.inf)
+        if grid.causal:
+            future = torch.arange(visible, device=q.device) > q_pos[..., None]
+            scores.masked_fill_(future[None, :, None], -torch.inf)
         real = ((q_pos >= grid.q_offset) & (q_pos < grid.kv_len)).float()
         p = torch.softmax(scores, -1).mean(2)
         weights = real / real.sum(-1, keepdim=True)

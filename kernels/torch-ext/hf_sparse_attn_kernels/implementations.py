@@ -39,6 +39,11 @@ def _decide(device_type: str) -> tuple[str, str]:
     return chosen
 
 
+def only_causal(impl: str) -> str:
+    """Why a compiled implementation cannot score a bidirectional call."""
+    return f'impl="{impl}": bidirectional attention is not supported by the scores; supported: causal. Use impl="torch"'
+
+
 def choose(impl: str | None, supported: tuple[str, ...], device_type: str, lacking: Mapping[str, Callable[[], str | None]]) -> str:
     """``impl`` if it is named and can run, else the default, else "torch".
 

@@ -15,7 +15,9 @@ from .selection import TileGrid, ordered_topk
 class TileBudget(NamedTuple):
     """Budget of one query tile, in blocks: ``[0, sink)`` and ``[near, last]`` are forced, ``free`` of the others may be kept.
 
-    The others are the ``eligible`` blocks ``[sink, near)``; stage 1 passes ``candidates`` of them on.
+    The others are the ``eligible`` blocks; stage 1 passes ``candidates`` of them on. A causal tile sees nothing after
+    ``last``: they are ``[sink, near)``. Without causality they lie on both sides, and a partial last block of the whole
+    call, which has no summary, is forced for every tile.
     """
 
     sink: int
@@ -71,7 +73,8 @@ class TilePlan:
     @cached_property
     def width(self) -> int:
         """Most blocks that a tile keeps."""
-        return max(budget.last + 1 - budget.eligible + budget.free for budget in self.budgets)
+        seen = (budget.last + 1 if self.grid.causal else self.grid.blocks for budget in self.budgets)
+        return max(blocks - budget.eligible + budget.free for blocks, budget in zip(seen, self.budgets, strict=True))
 
     @property
     def open(self) -> Tensor:
@@ -79,18 +82,34 @@ class TilePlan:
         return self.eligible > self.free
 
     def forced_blocks(self, tiles: Tensor) -> Tensor:
-        """Forced blocks of the tiles (int64 [m]): int64 [m, F], −1 = empty; a tile's own blocks are the last columns."""
+        """Forced blocks of the tiles (int64 [m]): int64 [m, F], −1 = empty; a tile's own blocks are the last columns.
+
+        Without causality the last column is the partial last block of the call, if there is one.
+        """
         near, last = self.near[tiles][:, None], self.last[tiles][:, None]
         width = int((last - near).max()) + 1
         close = last - torch.arange(width - 1, -1, -1, device=near.device)
         close = torch.where(close >= near, close, -1)
         sink = torch.arange(self.sink, device=near.device).expand(len(tiles), -1)
-        return torch.cat([torch.where(sink < near, sink, -1), close], 1)
+        if self.grid.causal:
+            return torch.cat([torch.where(sink < near, sink, -1), close], 1)
+        sink = torch.where((sink < near) | (sink > last), sink, -1)
+        whole = self.grid.kv_len // self.grid.block_size
+        columns = [torch.where(part < whole, part, -1) for part in (sink, close)]
+        return torch.cat([*columns, torch.arange(whole, self.grid.blocks, device=near.device).expand(len(tiles), -1)], 1)
 
     def eligible_mask(self, tiles: Tensor) -> Tensor:
         """Boolean [m, nb]: blocks that may be selected."""
         block = torch.arange(self.grid.blocks, device=tiles.device)
-        return (block >= self.sink) & (block < self.near[tiles][:, None])
+        before = block < self.near[tiles][:, None]
+        if self.grid.causal:
+            return (block >= self.sink) & before
+        return (block >= self.sink) & (before | (block > self.last[tiles][:, None])) & (block < self.grid.kv_len // self.grid.block_size)
+
+    def nearness(self, tiles: Tensor) -> Tensor:
+        """float32 [m, nb]: the higher, the nearer a block is to the tile."""
+        block = torch.arange(self.grid.blocks, device=tiles.device, dtype=torch.float32)
+        return -((self.near[tiles] + self.last[tiles])[:, None] / 2 - block).abs()
 
     def best(self, scores: Tensor, tiles: Tensor, count: Tensor) -> Tensor:
         """The ``count`` [m] best eligible blocks by ``scores`` [B, G, m, nb or fewer]: int64 [B, G, m, max count], −1 = empty.

@@ -11,7 +11,7 @@ from torch import Tensor
 from .cpp_kernels.support import unsupported as unsupported_by_cpp
 from .gathered import hide_after
 from .gathering import Scratch, as_rows, gather_visible
-from .implementations import SCORE_IMPLEMENTATIONS, choose
+from .implementations import SCORE_IMPLEMENTATIONS, choose, only_causal
 from .planning import TileBudget, TilePlan
 from .scoring import coarse_scores, fine_mass
 from .selection import ordered_topk
@@ -58,19 +58,23 @@ def select_blocks(features: TileFeatures, plan: TilePlan, tiles: Tensor, *, impl
         ValueError: ``impl`` is unknown, or was named and does not support the inputs.
     """
     inputs = (features.keys, features.router_keys)
-    lacking = {"cpp": lambda: unsupported_by_cpp(*inputs, block_size=plan.grid.block_size)}
+    causal = plan.grid.causal
+    lacking = {
+        "cpp": lambda: unsupported_by_cpp(*inputs, block_size=plan.grid.block_size) if causal else only_causal("cpp"),
+        "triton": lambda: None if causal else only_causal("triton"),
+    }
     if choose(impl, SCORE_IMPLEMENTATIONS, features.keys.device.type, lacking) == "cpp":
         from .cpp_kernels import routing
 
         return routing.select_blocks(features, plan, tiles)
-    if plan.grid.query_tile == plan.grid.q_len == 1 and impl != "triton":
+    if plan.grid.query_tile == plan.grid.q_len == 1 and impl != "triton" and causal:
         return _select_single(features, plan)
     return _select_tiles(features, plan, tiles, impl)
 
 
 def stage_one_scores(features: TileFeatures, plan: TilePlan, tiles: Tensor, impl: str | None = None) -> Tensor:
-    """Stage-1 scores of the blocks that any of the tiles may select: float32 [B, G, m, most near]."""
-    router_keys = features.router_keys[:, :, : int(plan.near[tiles].max())]
+    """Stage-1 scores of the blocks that any of the tiles may select: float32 [B, G, m, most near or all]."""
+    router_keys = features.router_keys[:, :, : int(plan.near[tiles].max()) if plan.grid.causal else None]
     return coarse_scores(features.coarse_queries, features.real, router_keys, 1.0, impl=impl)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from .cpp_kernels.support import unsupported_scores as unsupported_by_cpp
 from .features import block_mass_torch, coarse_scores_torch, fine_mass_torch, pooled_features_torch
 from .gathering import Scratch
-from .implementations import SCORE_IMPLEMENTATIONS, choose
+from .implementations import SCORE_IMPLEMENTATIONS, choose, only_causal
 from .selection import TileGrid
 from .triton_kernels.support import unsupported_scores as unsupported_by_triton
 
@@ -28,9 +28,12 @@ class _Backend(Protocol):
     def block_mass(self, q: Tensor, k: Tensor, grid: TileGrid, tiles: Tensor, scale: float) -> Tensor: ...
 
 
-def _backend(impl: str | None, *inputs: Tensor, **sizes: int) -> _Backend | None:
+def _backend(impl: str | None, *inputs: Tensor, causal: bool = True, **sizes: int) -> _Backend | None:
     """The compiled implementation that runs the operation, None for `torch`."""
-    lacking = {"triton": lambda: unsupported_by_triton(inputs, **sizes), "cpp": lambda: unsupported_by_cpp(inputs, **sizes)}
+    lacking = {
+        "triton": lambda: unsupported_by_triton(inputs, **sizes) if causal else only_causal("triton"),
+        "cpp": lambda: unsupported_by_cpp(inputs, **sizes) if causal else only_causal("cpp"),
+    }
     chosen = choose(impl, SCORE_IMPLEMENTATIONS, inputs[0].device.type, lacking)
     return None if chosen == "torch" else cast(_Backend, import_module(f".{chosen}_kernels.routing", __package__))
 
@@ -70,20 +73,20 @@ def fine_mass(
 
     ``queries`` [B·G, m, Hg, r, E] at the tokens ``reps`` (int64 [Hg, r]) of the tiles ``tiles`` (int64 [m]), and ``keys``
     [B·G, N, E], live in one space and dtype, scaled. The last columns of ``blocks`` are the tile's own blocks; only there
-    can a key be later than a query. Averaged over the queries that are tokens of the call. ``scratch`` lends the `torch`
+    can a key be later than a query. Without causality (`torch` only) a partial last block may stand in the last column only. Averaged over the queries that are tokens of the call. ``scratch`` lends the `torch`
     implementation memory where no gradient is wanted.
     """
-    backend = _backend(impl, queries, keys, query_tile=grid.query_tile, block_size=grid.block_size)
+    backend = _backend(impl, queries, keys, causal=grid.causal, query_tile=grid.query_tile, block_size=grid.block_size)
     if backend is None:
         return fine_mass_torch(queries, keys, grid, tiles, blocks, reps, scratch)
     return backend.fine_mass(queries, keys, grid, tiles, blocks, reps)
 
 
 def block_mass(q: Tensor, k: Tensor, grid: TileGrid, tiles: Tensor, scale: float, *, impl: str | None = None) -> Tensor:
-    """The teacher: softmax mass of dense causal attention per block, for the query tiles ``tiles`` (int64 [m]) of ``grid``.
+    """The teacher: softmax mass of dense attention per block, causal unless ``grid`` says otherwise (then `torch` only), for the query tiles ``tiles`` (int64 [m]) of ``grid``.
 
     Averaged over a tile's tokens and over the query heads of a KV group; every row sums to 1. ``q`` [B, H, Q, D],
     ``k`` [B, G, N, D] -> float32 [B, G, m, nb]. Memory is linear in N.
     """
-    backend = _backend(impl, q, k, query_tile=grid.query_tile, block_size=grid.block_size)
+    backend = _backend(impl, q, k, causal=grid.causal, query_tile=grid.query_tile, block_size=grid.block_size)
     return (block_mass_torch if backend is None else backend.block_mass)(q, k, grid, tiles, scale)

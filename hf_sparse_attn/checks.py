@@ -1,0 +1,54 @@
+"""What one call of the attention may ask for, checked where Transformers calls it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .router import SparseRouter
+
+ATTN_IMPLEMENTATION = "hf_sparse"
+
+
+def refuse_without_router(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError unless ``module`` is a layer of a sparse model that keeps its own, local attention."""
+    sparse = getattr(getattr(module, "config", None), "sparse_attention", None)
+    if sparse is None or kwargs.get("sliding_window") is None:
+        raise ValueError(
+            f'attn_implementation="{ATTN_IMPLEMENTATION}" needs a model with routers, and {type(module).__name__} has none: load it with '
+            "from_pretrained(..., sparse_attention={...}) or convert it with hf_sparse_attn.sparsify(model, {...})"
+        )
+
+
+def check_call(
+    router: SparseRouter, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, dropout: float, kwargs: dict[str, Any]
+) -> None:
+    """Raise ValueError that says what sparse attention cannot give of what a call asks for."""
+    name = type(module).__name__
+    if dropout:
+        raise ValueError(
+            f"sparse attention has no attention dropout, got {dropout} from {name}: load the model with attention_dropout=0.0 "
+            "(Bert: attention_probs_dropout_prob=0.0), or set it on the config and the attention modules"
+        )
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "sparse attention never forms the attention matrix, so output_attentions=True cannot be answered: "
+            'use model.set_attn_implementation("eager") for that call'
+        )
+    for argument in ("position_bias", "sliding_window", "cache"):
+        if kwargs.get(argument) is not None:
+            raise ValueError(
+                f"sparse attention does not support {argument} (asked for by {name}); supported: attention over the whole past or "
+                'document, with soft cap and sinks. Run dense with model.set_attn_implementation("sdpa")'
+            )
+    position_ids = kwargs.get("position_ids")
+    if position_ids is not None and position_ids.ndim != 2:
+        raise ValueError(f"sparse attention supports position_ids [batch, queries], got {tuple(position_ids.shape)} ({name})")
+    want = (router.heads, router.groups, router.head_dim, router.head_dim)
+    got = (query.shape[1], key.shape[1], key.shape[3], value.shape[3])
+    if got != want:
+        raise ValueError(
+            f"the router of {name} was made for (query heads, KV heads, key dim, value dim) = {want}, but the call has {got}: "
+            "tensor parallelism and other head layouts are not supported"
+        )

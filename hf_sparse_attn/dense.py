@@ -1,0 +1,78 @@
+"""Dense attention: as the stock model computes it, and causal or bidirectional over whole documents."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hf_sparse_attn_kernels import BlockSelection, TileGrid, block_sparse_attention
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+DENSE_TILE = 64  # queries and keys of the tiles of dense attention with a cap or sinks
+
+
+def is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether an attention module asks for causal attention, by its call's ``kwargs`` or by itself."""
+    asked = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if asked is None else asked)
+
+
+def stock_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What the stock model computes: SDPA, or the model's own eager function where SDPA knows no soft cap or sinks.
+
+    ``attention_mask`` is None, boolean or additive, 4-dimensional.
+    """
+    if kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    if attention_mask is None and is_causal(module, kwargs):
+        q_len, kv_len = query.shape[2], key.shape[2]
+        attention_mask = torch.ones(1, 1, q_len, kv_len, dtype=torch.bool, device=query.device).tril(kv_len - q_len)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        zeros = query.new_zeros(())
+        attention_mask = torch.where(attention_mask, zeros, torch.finfo(query.dtype).min)
+    eager = sys.modules[type(module).__mro__[_stock_level(module)].__module__].eager_attention_forward
+    out, _ = eager(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    return out, None
+
+
+def _stock_level(module: nn.Module) -> int:
+    """Where the stock class stands in the module's line of classes."""
+    return next(i for i, cls in enumerate(type(module).__mro__) if cls.__module__.startswith("transformers."))
+
+
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True, softcap: float | None = None, sinks: Tensor | None = None
+) -> Tensor:
+    """Dense attention of ``q`` [B, H, Q, D], the last Q of the N tokens of ``k`` and ``v`` [B, G, N, D]."""
+    q_len, kv_len = q.shape[2], k.shape[2]
+    if softcap is not None or sinks is not None:
+        selection = _every_block(TileGrid(q_len, kv_len, 1 if q_len == 1 else DENSE_TILE, DENSE_TILE, causal), k)
+        return block_sparse_attention(q, k, v, selection, scale=scale, softcap=softcap, sinks=sinks)[0]
+    hg = q.shape[1] // k.shape[1]
+    if q_len == 1:  # the heads of a KV group are the rows of one matmul
+        out = F.scaled_dot_product_attention(q.reshape(q.shape[0], k.shape[1], hg, -1), k, v, scale=scale)
+        return out.reshape(q.shape)
+    if not causal:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=hg > 1)
+    mask = None if q_len == kv_len else torch.ones(q_len, kv_len, dtype=torch.bool, device=q.device).tril(kv_len - q_len)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=hg > 1)
+
+
+def _every_block(grid: TileGrid, k: Tensor) -> BlockSelection:
+    """All blocks that each tile sees."""
+    block = torch.arange(grid.blocks, dtype=torch.int32, device=k.device)
+    last = grid.last_positions(k.device) // grid.block_size if grid.causal else torch.full((grid.tiles,), grid.blocks, device=k.device)
+    kept = torch.where(block <= last[:, None], block, -1).sort(-1).values
+    return BlockSelection(kept.expand(*k.shape[:2], -1, -1).contiguous(), grid)
