@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-TWO_SIDED = "bidirectional: no cache, nothing to generate"
+TWO_SIDED = "bidirectional, as an encoder"
 SLIDING = "its sliding-window layers keep their own attention"
 
 
@@ -29,21 +29,22 @@ class Architecture:
     limits: str = ""
 
 
-_PLAIN = Architecture()
-_SLIDING = Architecture(limits=SLIDING)
-_INTERLEAVED = Architecture(interleaved=True)
+_PLAIN_TYPES = """llama mixtral ministral3 qwen2_moe olmo olmo2 granite granitemoe granitemoeshared gpt_neox gemma phi phi3 phimoe starcoder2 olmoe
+    flex_olmo seed_oss arcee smollm3 apertus bitnet jais2 glm4_moe minimax_m2 solar_open diffllama jetmoe mellum hy_v3 aria_text
+    gpt2 gpt_bigcode opt biogpt"""
+_SLIDING_TYPES = "mistral ministral qwen2 qwen3 qwen3_moe gemma2 gemma3_text gpt_oss olmo3"
+_INTERLEAVED_TYPES = "cohere glm glm4 helium ernie4_5 ernie4_5_moe"
+_TWO_SIDED_TYPES = "bert electra distilbert eurobert gte nomic_bert"
 
 SUPPORTED: dict[str, Architecture] = {
-    **dict.fromkeys(("llama", "mixtral", "ministral3", "qwen2_moe", "olmo", "olmo2", "granite", "granitemoe", "gpt_neox", "gemma"), _PLAIN),
-    **dict.fromkeys(("phi", "phi3", "starcoder2", "olmoe", "seed_oss", "arcee"), _PLAIN),
-    **dict.fromkeys(("mistral", "ministral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "gpt_oss", "olmo3"), _SLIDING),
-    **dict.fromkeys(("cohere", "glm", "glm4", "helium", "ernie4_5"), _INTERLEAVED),
-    "smollm3": _PLAIN,
+    **dict.fromkeys(_PLAIN_TYPES.split(), Architecture()),
+    **dict.fromkeys(_SLIDING_TYPES.split(), Architecture(limits=SLIDING)),
+    **dict.fromkeys(_INTERLEAVED_TYPES.split(), Architecture(interleaved=True)),
+    **dict.fromkeys(_TWO_SIDED_TYPES.split(), Architecture(limits=TWO_SIDED)),
     "cohere2": Architecture(interleaved=True, rotates=lambda site: site.sliding_window is not None, limits=SLIDING),
     "exaone4": Architecture(rotates=lambda site: site.sliding_window is None or site.is_sliding, limits=SLIDING),
-    "gemma3": Architecture(limits=f"the text part; {SLIDING}; images' tokens are causal or refused"),
+    "gemma3": Architecture(limits=f"the text part; {SLIDING}; images whose tokens see each other both ways are refused"),
     "modernbert": Architecture(limits=f"{TWO_SIDED}; {SLIDING}"),
-    "bert": Architecture(limits=f"{TWO_SIDED}; as an encoder"),
     "patchtst": Architecture(limits=f"{TWO_SIDED}; time series, sparse over patches"),
     "timesfm": Architecture(limits="time series, sparse over patches, no cache"),
 }

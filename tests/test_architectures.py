@@ -14,7 +14,9 @@ from hf_sparse_attn.sites import attention_sites
 pytestmark = pytest.mark.compat
 
 LENGTH = 205  # whole blocks of 16 and a partial one
-TWO_SIDED = ("bert", "modernbert", "patchtst")
+TWO_SIDED = ("bert", "electra", "distilbert", "eurobert", "gte", "nomic_bert", "modernbert", "patchtst")
+UNROTATED = ("bert", "electra", "distilbert", "gpt2", "gpt_bigcode", "opt", "biogpt", "cohere2", "exaone4")
+UNTOLD = ("modernbert", "gte")  # their attention modules are not told position_ids
 SERIES = ("patchtst", "timesfm")
 CACHED = sorted(set(SUPPORTED) - {*TWO_SIDED, *SERIES})
 TOKENS = sorted(set(SUPPORTED) - set(SERIES))
@@ -121,7 +123,7 @@ def test_routers_unrotate_keys_by_the_models_own_embedding(model_type, every_blo
     """Keys that are shifted along the text, and un-rotated, are the keys that were not shifted."""
     model = sparsify(tiny_models.tiny_model(model_type), every_block_two_sided)
     if all(router.rotary is None for router in routers(model)):
-        assert model_type in ("bert", "cohere2", "exaone4")
+        assert model_type in UNROTATED
         return
     seen = []
     call = SparseCall(observer=lambda router, inputs: seen.append((router, inputs)))
@@ -134,7 +136,7 @@ def test_routers_unrotate_keys_by_the_models_own_embedding(model_type, every_blo
         if router.rotary is None:
             close(there.k, here.k)
             continue
-        shifted = there.positions if model_type != "modernbert" else here.positions + 37  # does not tell its layers
+        shifted = there.positions if model_type not in UNTOLD else here.positions + 37
         a, b = router.rotary.unrotate(here.k, here.positions[:, None]), router.rotary.unrotate(there.k, shifted[:, None])
         close(b, a, 1e-4)
         assert (there.k - here.k).abs().max() > 0.01 * here.k.abs().max()

@@ -74,9 +74,9 @@ def tiny_config(model_type):
     if model_type == "gemma3":
         text = tiny_config("gemma3_text").to_dict()
         return CONFIG_MAPPING["gemma3"](text_config=text, vision_config=VISION, mm_tokens_per_image=4, image_token_index=96)
-    if model_type == "bert":
+    if model_type in ("bert", "electra", "distilbert"):
         values = {name: value for name, value in BASE.items() if name not in ("head_dim", "num_key_value_heads")}
-        return CONFIG_MAPPING["bert"](**values, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        return CONFIG_MAPPING[model_type](**values)
     return AutoConfig.for_model(model_type, **{**BASE, **CHANGES.get(model_type, {})})
 
 
@@ -90,7 +90,7 @@ def model_class(config):
         modeling_auto.MODEL_FOR_MASKED_LM_MAPPING,
         modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     )
-    order = {"bert": (1,), "gemma3": (2,)}.get(config.model_type, (0, 1))
+    order = {"bert": (1,), "electra": (1,), "gemma3": (2,)}.get(config.model_type, (0, 1))
     return next(mappings[i][type(config)] for i in order if type(config) in mappings[i])
 
 
