@@ -30,8 +30,11 @@ class SparseSavingMixin:
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """As the stock method, but files appear under ``save_directory`` only once all of them are complete."""
-        if push_to_hub:
+        if not kwargs.get("is_main_process", True):
+            return
+        with replaced_folder(Path(save_directory)) as temporary:
+            super().save_pretrained(temporary, *args, **kwargs)  # type: ignore[misc]
+        if push_to_hub:  # saved again for that: a push that fails must not cost the files
             kwargs.setdefault("repo_id", Path(save_directory).name)
-        if kwargs.get("is_main_process", True):
             with replaced_folder(Path(save_directory)) as temporary:
-                super().save_pretrained(temporary, *args, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]
+                super().save_pretrained(temporary, *args, push_to_hub=True, **kwargs)  # type: ignore[misc]
