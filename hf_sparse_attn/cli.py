@@ -1,7 +1,8 @@
-"""Command line ``hf-sparse-attn``: run, distill, eval, bench, doctor."""
+"""Command line ``hf-sparse-attn``: run, distill, eval, card, bench, doctor."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -71,6 +72,7 @@ def evaluate(
 ) -> None:
     """Log-loss and kept mass of a model's routers against other selections at equal budget."""
     from .conversion import set_sparse_attention
+    from .environment import environment
     from .evaluation.quality import evaluate_windows
     from .evaluation.selectors import fresh_routers, standard_selectors
     from .evaluation.shares import quality_table
@@ -85,7 +87,27 @@ def evaluate(
     results = evaluate_windows(loaded, found, checked.budgets, {n: known[n] for n in names}, decode_tokens=decode_tokens, on_result=_show)
     table = quality_table(results)
     _print_quality(table)
-    emit({"sparse_attention": config.to_dict(), "table": table, "windows": [r.to_dict() for r in results]}, json_path)
+    made = {"environment": environment(), "sparse_attention": config.to_dict()}
+    emit({**made, "table": table, "windows": [r.to_dict() for r in results]}, json_path)
+
+
+@app.command()
+def card(
+    folder: Annotated[Path, typer.Argument(help="Folder of a saved sparse model; the card becomes its README.md.")],
+    results: Annotated[Path, typer.Option(help="JSON that the verb run or eval wrote.")],
+    base: Annotated[str | None, typer.Option(help="Hub id or folder of the base model, if the results do not name it.")] = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Write the model card of a saved model, rendered from its results."""
+    from .data.sources import model_licence
+    from .pipeline.card import write_card
+
+    if "sparse_attention" not in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+        raise ValueError(f"{folder} holds no sparse model: its config.json has no sparse_attention")
+    values = json.loads(results.read_text(encoding="utf-8"))
+    if base is not None:
+        values = {"base": {"source": base, "license": model_licence(base)}, **values}
+    emit(write_card(folder / "README.md", values).data.to_dict(), json_path)
 
 
 @app.command()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -114,6 +116,25 @@ def test_eval_writes_the_table(distilled, text, invoke, tmp_path):
     assert changed.exit_code == 0 and rows["sparse_attention"]["query_samples"] == 1
     losses = [{(r["keys"], r["selection"]): r["prefill"] for r in result["table"]} for result in (written, rows)]
     assert losses[0][80, "two stages"] != losses[1][80, "two stages"] and losses[0][80, "oracle"] == losses[1][80, "oracle"]
+
+
+def test_card_makes_the_readme_from_the_results_of_eval(distilled, llama_folder, text, invoke, tmp_path):
+    folder = shutil.copytree(distilled[0], tmp_path / "model")
+    base = shutil.copytree(llama_folder, tmp_path / "base")
+    (base / "README.md").write_text("---\nlicense: mit\n---\n")
+    results = tmp_path / "e.json"
+    invoke("eval", folder, "--text", text, "--length", 200, "--windows", 1, "--budgets", 80, "--json", results)
+    done = invoke("card", folder, "--results", results, "--base", base, "--json", "-")
+    card, table = ModelCard.load(folder / "README.md"), json.loads(results.read_text())["table"]
+    assert done.exit_code == 0 and json.loads(done.stdout) == card.data.to_dict() and card.data.license == "mit"
+    assert card.text.startswith("\n# model: base with") and all(f"{row['prefill']:.4f}" in card.text for row in table)
+
+
+def test_a_card_of_a_dense_model_or_of_other_results_is_refused(distilled, llama_folder, tmp_path, capsys):
+    (tmp_path / "r.json").write_text("{}")
+    assert "holds no sparse model" in message_of(capsys, "card", llama_folder, "--results", tmp_path / "r.json")
+    assert "these results hold no table" in message_of(capsys, "card", distilled[0], "--results", tmp_path / "r.json")
+    assert not (distilled[0] / "README.md").exists()
 
 
 def test_bench_measures_a_model(distilled, text, invoke):

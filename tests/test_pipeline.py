@@ -129,6 +129,7 @@ def test_results_json_holds_every_step(done):
     assert written == json.loads(json.dumps(done.results))
     for name in STEPS:
         assert written[name]["seconds"] >= 0 and written[name]["peak_process_bytes"] > 0
+    assert written["convert"]["license"] == "apache-2.0"
     assert written["recipe"]["name"] == "tiny" and written["recipe"]["max_new_tokens"] == 4
     assert written["environment"]["packages"]["torch"] == torch.__version__
     assert [row["batch"] for row in written["distill"]["log"]] == [1, 2]
@@ -171,7 +172,8 @@ def test_the_report_is_self_contained_and_holds_the_figures(done):
 def test_the_card_is_made_from_the_results(done):
     card = (done.folder / "model" / "README.md").read_text()
     head = yaml.safe_load(card.split("---")[1])
-    assert head == {"library_name": "transformers", "license": "apache-2.0", "tags": ["hf-sparse-attn", "sparse-attention"]}
+    assert head["license"] == "apache-2.0" and head["tags"] == ["hf-sparse-attn", "sparse-attention"] and "base_model" not in head
+    assert {result["dataset"]["config"] for result in head["model-index"][0]["results"]} == {"256 tokens"}
     assert "# tiny: tiny Llama with learnable two-stage sparse attention" in card
     for row in done.results["quality"]["table"]:
         assert f"| {row['keys'] or 'all'} | {row['selection']} | 2 | {row['prefill']:.4f} |" in card

@@ -28,7 +28,7 @@ def load(tmp_path):
 
 def test_a_recipe_is_a_delta_against_the_defaults(load):
     recipe = load({"name": "mine", "model": {"source": "x", "dtype": "float32"}, "distill": {"batches": 3, "settings": {"lr": 0.5}}})
-    assert recipe.name == "mine" and recipe.model == {"source": "x", "name": None, "license": None, "dtype": "float32"}
+    assert recipe.name == "mine" and recipe.model == {"source": "x", "name": None, "hub_id": None, "license": None, "dtype": "float32"}
     assert recipe.distill == {"context": 4096, "batches": 3, "settings": {"lr": 0.5}} and recipe.distillation.lr == 0.5
     assert recipe.lora["steps"] == 8 and recipe.quality[0].budgets == (512, 1024)
     assert recipe.raw["distill"]["batches"] == 3 and recipe.raw["lora"]["context"] == 4096
@@ -48,7 +48,7 @@ def test_a_list_replaces_the_default_list(load):
     ("changes", "message"),
     [
         ({"modle": {}}, r"the recipe has no key 'modle'; keys: .*model.*speed"),
-        ({"model": {"source": "x", "sorce": 1}}, r"model has no key 'sorce'; keys: dtype, license, name, source"),
+        ({"model": {"source": "x", "sorce": 1}}, r"model has no key 'sorce'; keys: dtype, hub_id, license, name, source"),
         ({"speed": {"lenght": 1}}, r"speed has no key 'lenght'; keys: attention_repeats, decode_tokens, keys, length, repeats"),
         (
             {"quality": [{"length": 1024, "windows": 1, "budgets": [64]}, {"len": 1}]},

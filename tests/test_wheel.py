@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 CHECK = """
 import sys
-target, packages = sys.argv[1:]
+target, packages, results = sys.argv[1:]
 sys.path[:0] = [target]
 sys.path.append(packages)  # under -S no .pth file is read, so an editable install is not seen
 import hf_sparse_attn, hf_sparse_attn_kernels
@@ -24,13 +24,15 @@ from importlib.resources import files
 for module in (hf_sparse_attn, hf_sparse_attn_kernels):
     assert module.__file__.startswith(target), module.__file__
 import hf_sparse_attn.cli, hf_sparse_attn.training.distillation, hf_sparse_attn.evaluation.shares, hf_sparse_attn.data.windows
-import hf_sparse_attn.pipeline.report
+import json, hf_sparse_attn.pipeline.report
+from hf_sparse_attn.pipeline.card import model_card
 from transformers import LlamaConfig, LlamaForCausalLM
 import torch
 config = LlamaConfig(vocab_size=20, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
 model = hf_sparse_attn.sparsify(LlamaForCausalLM(config), {"dense_below": 0})
 assert model(torch.arange(18)[None]).logits.isfinite().all()
 assert "<html" in files("hf_sparse_attn").joinpath("templates", "report.html").read_text()
+assert "## Limits" in str(model_card(json.load(open(results)), "demo"))
 assert [e.value for e in distribution("hf_sparse_attn").entry_points] == ["hf_sparse_attn.cli:main"]
 from hf_sparse_attn_kernels import default_choice
 assert default_choice("cpu")[0] == "cpp", default_choice("cpu")
@@ -49,7 +51,7 @@ def wheel(tmp_path_factory):
     source, out = tmp_path_factory.mktemp("source") / "tree", tmp_path_factory.mktemp("dist")
     source.mkdir()
     leave = shutil.ignore_patterns("__pycache__", "*.pyc")
-    for name in ("hf_sparse_attn", "kernels"):
+    for name in ("hf_sparse_attn", "kernels", "model_cards"):
         shutil.copytree(ROOT / name, source / name, ignore=leave)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -67,7 +69,7 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel):
         assert f"{package}/py.typed" in names
     sources = ROOT / "kernels" / "torch-ext" / "hf_sparse_attn_kernels" / "cpp_kernels" / "source"
     assert {f"hf_sparse_attn_kernels/cpp_kernels/source/{p.name}" for p in sources.iterdir()} <= set(names)
-    assert {"hf_sparse_attn/templates/report.html", "hf_sparse_attn/templates/model_card.md"} <= set(names)
+    assert {"hf_sparse_attn/templates/report.html", "hf_sparse_attn/model_cards/template.md"} <= set(names)
     assert any(n.endswith("licenses/LICENSE") for n in names)
 
 
@@ -76,7 +78,8 @@ def test_the_installed_wheel_works_without_the_source_tree(wheel, tmp_path):
     run(
         "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index", "--no-deps", "--target", target, wheel, cwd=tmp_path
     )
-    assert "works True" in run("-S", "-E", "-c", CHECK, target, sysconfig.get_paths()["purelib"], cwd=tmp_path)
+    results = ROOT / "recipes" / "results" / "demo.json"
+    assert "works True" in run("-S", "-E", "-c", CHECK, target, sysconfig.get_paths()["purelib"], results, cwd=tmp_path)
 
 
 def test_the_source_tree_does_not_shadow_the_kernels_package():

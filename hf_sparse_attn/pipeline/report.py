@@ -1,4 +1,4 @@
-"""One self-contained HTML report and the model card, both rendered from results alone."""
+"""One self-contained HTML report, rendered from results alone."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 import matplotlib
 import yaml
-from jinja2 import Environment, StrictUndefined
 
 from ..files import write_text
+from .rendering import render
 
 matplotlib.use("agg")  # no display is needed
 
@@ -106,13 +106,6 @@ def _speed_plot(speed: dict[str, Any]) -> str:
     return _figure(draw, height=2.8)
 
 
-def _render(template: str, **values: Any) -> str:
-    env = Environment(undefined=StrictUndefined, autoescape=template.endswith(".html"), trim_blocks=True, lstrip_blocks=True)
-    env.filters["mb"] = lambda value: f"{value / 2**20:.0f} MB"
-    source = files("hf_sparse_attn").joinpath("templates", template).read_text(encoding="utf-8")
-    return env.from_string(source).render(**values)
-
-
 def write_report(path: str | Path, results: dict[str, Any]) -> None:
     """Write the HTML report of `results`: tables, plots, limits, environment; it needs no network."""
     table = results["quality"]["table"]
@@ -122,10 +115,5 @@ def write_report(path: str | Path, results: dict[str, Any]) -> None:
         "training": _training_plot(results["distill"]["log"]),
         "speed": _speed_plot(results["speed"]) if results["speed"].get("model") else None,
     }
-    write_text(path, _render("report.html", r=results, table=table, plots=plots, recipe=yaml.safe_dump(results["recipe"], sort_keys=False)))
-
-
-def write_card(path: str | Path, results: dict[str, Any]) -> None:
-    """Write the model card of `results`; no figure in it is typed by hand."""
-    model = results["recipe"]["model"]
-    write_text(path, _render("model_card.md", r=results, table=results["quality"]["table"], name=model["name"] or model["source"]))
+    template = files("hf_sparse_attn").joinpath("templates", "report.html")
+    write_text(path, render(template, r=results, table=table, plots=plots, recipe=yaml.safe_dump(results["recipe"], sort_keys=False)))

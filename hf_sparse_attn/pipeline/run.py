@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from ..attention import SparseCall
 from ..conversion import mark_trained
-from ..data.sources import free_bytes, local_model, read_documents
+from ..data.sources import free_bytes, local_model, model_licence, read_documents
 from ..data.windows import batches, token_windows
 from ..environment import environment
 from ..evaluation.quality import WindowResult, evaluate_windows, window_losses
@@ -31,8 +31,9 @@ from ..files import replaced_folder, write_atomically, write_json
 from ..profiling import LayerShape, bench_attention, bench_model
 from ..training.adaptation import adapt
 from ..training.distillation import distill, load_router_state, router_state
+from .card import write_card
 from .recipe import Recipe, RecipeError
-from .report import write_card, write_report
+from .report import write_report
 
 LEAST_FREE_BYTES = 3 << 30  # a run holds two copies of a small model and its checkpoints
 
@@ -108,7 +109,8 @@ class Run:
         with replaced_folder(self.state / "base") as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        return {"parameters": sum(p.numel() for p in model.parameters())}
+        licence = self.recipe.model["license"] or model_licence(self.recipe.model["source"])
+        return {"parameters": sum(p.numel() for p in model.parameters()), "license": licence}
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(self.state / "base")

@@ -1,0 +1,127 @@
+"""The model card, rendered from results alone, with the metadata that the Hub reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..files import write_text
+from ..versions import SUPPORTED_TRANSFORMERS
+from .rendering import render
+
+TAGS = ("hf-sparse-attn", "sparse-attention")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+OWN = ("dense", "two stages")  # selections that are this model; the others are what it is compared with
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that was made sparse; what is not known is None."""
+
+    name: str | None  # for people
+    hub_id: str | None
+    licence: str | None
+
+
+def _template() -> Traversable:
+    packaged = files("hf_sparse_attn").joinpath("model_cards", "template.md")
+    return packaged if packaged.is_file() else Path(__file__).parents[2] / "model_cards" / "template.md"  # the source tree
+
+
+def base_of(results: Mapping[str, Any]) -> Base:
+    """The base model, as the recipe names it; its licence also from what the run found in its card."""
+    model = results.get("recipe", {}).get("model", results.get("base", {}))
+    source = model.get("hub_id") or model.get("source")
+    local = source is not None and Path(source).exists()  # a path says something of the machine only
+    hub_id = source if source and HUB_ID.fullmatch(source) and not local else None
+    licence = model.get("license") or results.get("convert", {}).get("license")
+    return Base(model.get("name") or (Path(source).name if local else source), hub_id, licence)
+
+
+def _texts(windows: list[dict[str, Any]], length: int | None = None) -> str:
+    """The documents that windows (of one length) were cut from, each once."""
+    return ", ".join(dict.fromkeys(w["document"].split("[")[0] for w in windows if length in (None, w["length"])))
+
+
+def eval_results(table: list[dict[str, Any]], windows: list[dict[str, Any]]) -> list[EvalResult]:
+    """What was measured of this model, dense and sparse, as entries of the metadata."""
+    found: dict[tuple[Any, ...], EvalResult] = {}
+
+    def add(row: dict[str, Any], kind: str, name: str, value: float, **more: float) -> None:
+        budget = "dense" if row["keys"] is None else f"{row['keys']} keys"
+        found.setdefault(
+            (row["length"], row["keys"], kind, name),  # the dense row stands before each budget
+            EvalResult(
+                task_type="text-generation",
+                dataset_type="text",
+                dataset_name=_texts(windows, row["length"]),
+                dataset_config=f"{row['length']} tokens",
+                metric_type=kind,
+                metric_name=f"{name}, {budget}",
+                metric_value=round(value, 4),
+                metric_args={"keys": row["keys"], "windows": row["n"], **{k: round(v, 4) for k, v in more.items()}},
+            ),
+        )
+
+    for row in (row for row in table if row["selection"] in OWN):
+        for path in ("prefill", "decode"):
+            if path in row:
+                add(row, "log-loss", f"log-loss at {path}", row[path])
+            if f"{path}_share" in row:
+                share = row[f"{path}_share"]
+                interval = {end: share[end] for end in ("low", "high") if row["n"] > 1}  # of one window there is none
+                add(row, "share-of-oracle", f"share of the way from window to oracle at {path}", share["share"], **interval)
+        if "recovered_share" in row:
+            add(row, "recovered-share", "recovered share of softmax mass", row["recovered_share"]["share"])
+    return list(found.values())
+
+
+def model_card(results: Mapping[str, Any], name: str) -> ModelCard:
+    """The card of a run's results, or of those of the verb ``eval``; ``name`` is what results without a recipe call the model.
+
+    Raises:
+        ValueError: the results lack something that a card must say.
+    """
+    quality = results.get("quality", results)
+    missing = [key for key, where in (("table", quality), ("windows", quality), ("environment", results)) if key not in where]
+    if missing:
+        raise ValueError(f"these results hold no {' and no '.join(missing)}: a card is made from what the verbs run and eval write")
+    base, table = base_of(results), quality["table"]
+    name = results["recipe"]["name"] if "recipe" in results else name
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license=base.licence,
+        base_model=base.hub_id,
+        tags=list(TAGS),
+        model_name=name,
+        eval_results=eval_results(table, quality["windows"]),
+    )
+    text = render(
+        _template(),
+        metadata=data.to_yaml(),
+        name=name,
+        base=base,
+        results=results,
+        sparse=results["answer"]["sparse_attention"] if "answer" in results else results["sparse_attention"],
+        table=table,
+        texts=_texts(quality["windows"]),
+        longest=max(row["length"] for row in table),
+        speed=results.get("speed", {}).get("model"),
+        transformers=SUPPORTED_TRANSFORMERS,
+    )
+    return ModelCard(text)
+
+
+def write_card(path: str | Path, results: Mapping[str, Any]) -> ModelCard:
+    """Write the `model_card` of ``results``; no figure in it is typed by hand. Raises ValueError as `model_card` does."""
+    card = model_card(results, Path(path).absolute().parent.name)
+    write_text(path, str(card))
+    return card

@@ -1,0 +1,21 @@
+"""Filling templates: a value that is missing is an error, never a blank."""
+
+from __future__ import annotations
+
+from importlib.resources.abc import Traversable
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+
+def render(template: Traversable, **values: Any) -> str:
+    """The template (HTML is escaped) with ``values``."""
+    env = Environment(
+        undefined=StrictUndefined,
+        autoescape=template.name.endswith(".html"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    env.filters["mb"] = lambda value: f"{value / 2**20:.0f} MB"
+    return env.from_string(template.read_text(encoding="utf-8")).render(**values)
