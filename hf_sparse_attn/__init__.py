@@ -8,7 +8,7 @@ from .versions import check_transformers
 
 check_transformers()
 
-from .attention import SparseCall, learned_selector  # noqa: E402  (the version check comes first)
+from .attending import SparseCall, learned_selector  # noqa: E402  (the version check comes first)
 from .config import SparseAttentionConfig  # noqa: E402
 from .conversion import set_sparse_attention, sparse_attention_as, sparsify, to_dense  # noqa: E402
 from .registration import register, sparse_class, sparse_config  # noqa: E402

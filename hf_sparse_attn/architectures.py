@@ -29,9 +29,11 @@ class Architecture:
     limits: str = ""
 
 
-_PLAIN_TYPES = """llama mixtral ministral3 qwen2_moe olmo olmo2 granite granitemoe granitemoeshared gpt_neox gemma phi phi3 phimoe starcoder2 olmoe
+_PLAIN_TYPES = """
+    llama mixtral ministral3 qwen2_moe olmo olmo2 granite granitemoe granitemoeshared gpt_neox gemma phi phi3 phimoe starcoder2 olmoe
     flex_olmo seed_oss arcee smollm3 apertus bitnet jais2 glm4_moe minimax_m2 solar_open diffllama jetmoe mellum hy_v3 aria_text
-    gpt2 gpt_bigcode opt biogpt"""
+    gpt2 gpt_bigcode opt biogpt
+"""
 _SLIDING_TYPES = "mistral ministral qwen2 qwen3 qwen3_moe gemma2 gemma3_text gpt_oss olmo3"
 _INTERLEAVED_TYPES = "cohere glm glm4 helium ernie4_5 ernie4_5_moe"
 _TWO_SIDED_TYPES = "bert electra distilbert eurobert gte nomic_bert"

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import BaseQuantizedLayer, CacheLayerMixin, DynamicLayer, StaticLayer
 
 from .dynamic import subclass
+from .numbered import number
 from .router import SparseRouter
 
 CACHES = "DynamicCache, StaticCache and QuantizedCache"
@@ -34,6 +35,15 @@ class SparseCacheLayerMixin:
     summarised: list[int]  # per row: blocks of router_keys that are valid
     summarised_slots: list[int]  # per row: slot of the last key of the last valid block
 
+    number: Tensor  # by which an operator of a compiled graph finds this layer; int64 [], as graphs are not bound to a tensor's value
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.take_number()  # a copy is not its original
+
+    def take_number(self) -> None:
+        self.number = torch.tensor(number(self))
+
     def start_summaries(self) -> None:
         self.slot_positions = self.router_keys = None
         self.summarised, self.summarised_slots = [], []
@@ -42,9 +52,9 @@ class SparseCacheLayerMixin:
         self.rows = key_states.shape[0]
         return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc, no-any-return]
 
-    def filled(self, slots: int) -> int:
-        """How many of the ``slots`` that the last update returned hold keys."""
-        return slots
+    def filled(self) -> Tensor | None:
+        """How many of the slots that the last update returned hold keys: int64 [], None for all."""
+        return None
 
     def record_positions(self, positions: Tensor, slots: int) -> Tensor:
         """Note the rotary ``positions`` [1 or B, Q] of the last Q of ``slots`` keys; return those of all slots.
@@ -130,8 +140,8 @@ class StaticLayerMixin(SparseCacheLayerMixin):
 
     cumulative_length: Tensor
 
-    def filled(self, slots: int) -> int:
-        return int(self.cumulative_length)
+    def filled(self) -> Tensor:
+        return self.cumulative_length
 
 
 class GrowingLayerMixin(SparseCacheLayerMixin):
@@ -177,7 +187,7 @@ class AppendingLayerMixin(GrowingLayerMixin):
         self.buffers = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized or key_states.requires_grad:
+        if not self.is_initialized or key_states.requires_grad or torch.compiler.is_compiling():
             self.buffers = {}
             return super().update(key_states, value_states, *args, **kwargs)
         self.rows = key_states.shape[0]
@@ -225,11 +235,18 @@ def adopt(cache: Any, index: int) -> SparseCacheLayerMixin:
         return layer
     # the ABC base of cache layers has __slots__, which forbids assigning __class__: replace the object, share its state
     cls: Any = subclass(_mixin(layer), type(layer))
-    adopted: SparseCacheLayerMixin = cls.__new__(cls)
-    adopted.__dict__ = layer.__dict__
-    adopted.start_summaries()
-    cache.layers[index] = adopted
-    return adopted
+    new: SparseCacheLayerMixin = cls.__new__(cls)
+    new.__dict__ = layer.__dict__
+    new.take_number()
+    new.start_summaries()
+    cache.layers[index] = new
+    return new
+
+
+def adopted(cache: Any, index: int) -> SparseCacheLayerMixin | None:
+    """The cache layer ``index`` if it has been adopted, else None: a graph that is being compiled cannot replace it."""
+    layer = cache.layers[index] if index < len(cache.layers) else None
+    return layer if isinstance(layer, SparseCacheLayerMixin) else None
 
 
 def _mixin(layer: CacheLayerMixin) -> type[SparseCacheLayerMixin]:

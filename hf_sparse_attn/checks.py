@@ -52,3 +52,12 @@ def check_call(
             f"the router of {name} was made for (query heads, KV heads, key dim, value dim) = {want}, but the call has {got}: "
             "tensor parallelism and other head layouts are not supported"
         )
+
+
+def check_mask(mask: Tensor | None) -> None:
+    """Raise ValueError unless ``mask`` is of a kind that sparse attention can read."""
+    if mask is not None and mask.ndim not in (2, 4):
+        raise ValueError(
+            f"sparse attention got an attention mask {tuple(mask.shape)}; supported: None, a padding mask [batch, keys] or a 4D mask "
+            '[batch, 1, queries, keys]. Pass one of these, or run dense with model.set_attn_implementation("sdpa")'
+        )

@@ -47,6 +47,19 @@ def stock_attention(
     return out, None
 
 
+def stock_mask(mask: Tensor | None, q_len: int, kv_len: int, slots: int, causal: bool, device: torch.device) -> Tensor | None:
+    """The boolean mask [B or 1, 1, Q, slots] of a call whose last Q of N filled slots are queries, by its padding ``mask`` [B, at least N].
+
+    None where there is nothing to hide.
+    """
+    if mask is None and slots == kv_len:
+        return None
+    slot = torch.arange(slots, device=device)
+    last = torch.arange(kv_len - q_len, kv_len, device=device) if causal else torch.full((q_len,), kv_len - 1, device=device)
+    visible = (slot <= last[:, None])[None, None]
+    return visible if mask is None else visible & F.pad(mask[:, :slots].bool(), (0, max(slots - mask.shape[1], 0)))[:, None, None]
+
+
 def _stock_level(module: nn.Module) -> int:
     """Where the stock class stands in the module's line of classes."""
     return next(i for i, cls in enumerate(type(module).__mro__) if cls.__module__.startswith("transformers."))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
@@ -29,9 +30,12 @@ def sparse_attention_mask(
     mask that a model lays over the causal one comes as a 4D mask, which the attention function honours or refuses.
     """
     sparse = getattr(config, "sparse_attention", None)
-    # a static cache tells its whole room as kv_length and where the queries start as a tensor
-    filled = kv_length if isinstance(q_offset, int) else int(q_offset) + q_length
     overlaid = use_vmap or _overlays(mask_function)
+    # a static cache tells its whole room as kv_length and where the queries start as a tensor; the attention function
+    # reads how much is filled, and so decides itself, where a graph is compiled that must not read values
+    compiling = torch.compiler.is_compiling()
+    static = isinstance(q_offset, Tensor)
+    filled = kv_length if not static else sparse["dense_below"] if compiling and sparse else int(q_offset) + q_length
     if sparse is None or local_size is not None or overlaid or filled < sparse["dense_below"]:
         if overlaid and local_size is None:
             kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
@@ -48,7 +52,7 @@ def sparse_attention_mask(
             config=config,
             **kwargs,
         )
-    if attention_mask is None or bool(attention_mask.all()):
+    if attention_mask is None or (not compiling and bool(attention_mask.all())):
         return None
     return attention_mask
 

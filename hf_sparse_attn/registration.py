@@ -65,7 +65,7 @@ class SparseConfigMixin:
         super().__post_init__(**kwargs)  # type: ignore[misc]
         if self.sparse_attention is not None and is_composite(type(self)):
             # an inner model is made from the text config: it stays stock, and the mask function finds the settings there
-            setattr(self.text_config, KEY, self.sparse_attention)
+            setattr(self.text_config, KEY, self.sparse_attention)  # type: ignore[attr-defined]
 
     def to_dict(self) -> dict[str, Any]:
         out: dict[str, Any] = super().to_dict()  # type: ignore[misc]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -13,6 +14,7 @@ from .architectures import SUPPORTED, Architecture
 from .attention import SparseAttentionMixin
 from .config import SparseAttentionConfig
 from .dynamic import subclass
+from .numbered import number
 from .rotary import Rotary, find_rotary
 from .router import SparseRouter
 
@@ -23,9 +25,9 @@ def routers(model: nn.Module) -> list[SparseRouter]:
 
 
 @cache
-def calls_interface(cls: Any) -> bool:
-    """Whether the forward of an attention class calls Transformers' attention interface."""
-    code = getattr(inspect.unwrap(cls.forward), "__code__", None)
+def calls_interface(forward: Callable[..., Any]) -> bool:
+    """Whether the ``forward`` of a module calls Transformers' attention interface."""
+    code = getattr(inspect.unwrap(forward), "__code__", None)
     return code is not None and "get_interface" in code.co_names
 
 
@@ -37,7 +39,7 @@ def attention_sites(model: nn.Module) -> dict[str, Any]:
     return {
         name: module
         for name, module in model.named_modules()
-        if calls_interface(type(module))
+        if calls_interface(type(module).forward)
         and getattr(module, "config", None) is not None
         and module.config.model_type in SUPPORTED
         and not getattr(module, "is_cross_attention", False)
@@ -78,13 +80,14 @@ def attach_routers(model: Any, config: SparseAttentionConfig) -> None:
     for name, router in made.items():
         sites[name].router = router
         sites[name].__class__ = sparse_attention_class(type(sites[name]))
+        sites[name].sparse_number = number(sites[name])
 
 
 def detach_routers(model: Any) -> None:
     """Remove what `attach_routers` added."""
     for module in model.modules():
         if isinstance(module, SparseAttentionMixin):
-            del module.router  # type: ignore[attr-defined]
+            del module.router, module.sparse_number  # type: ignore[attr-defined]
             module.__class__ = type(module).__bases__[1]
 
 

@@ -16,16 +16,19 @@ PACKAGE, KERNELS = ROOT / "hf_sparse_attn", ROOT / "kernels/torch-ext/hf_sparse_
 
 # each layer may import from those above it only; modules of one line are independent of each other
 LAYERS = (
-    ("config", "versions", "files", "environment"),
+    ("config", "versions", "files", "environment", "architectures", "dynamic", "numbered"),
     ("rotary",),
     ("plan",),
     ("router",),
     ("single",),
     ("selecting",),
     ("segments",),
-    ("cache",),
+    ("cache", "dense", "masks"),
+    ("checks",),
+    ("attending",),
+    ("opaque",),
     ("attention",),
-    ("saving",),
+    ("saving", "sites"),
     ("registration",),
     ("conversion",),
     ("training",),

@@ -7,7 +7,7 @@ import tiny_models
 import torch
 from transformers import DynamicCache
 
-from hf_sparse_attn import SparseCall, attention, routers, sparse_class, sparse_config, sparsify, to_dense
+from hf_sparse_attn import SparseCall, attending, routers, sparse_class, sparse_config, sparsify, to_dense
 from hf_sparse_attn.architectures import SUPPORTED, refuse_unsupported
 from hf_sparse_attn.sites import attention_sites
 
@@ -66,13 +66,13 @@ def close(got, want, tolerance=1e-5):
 @pytest.fixture
 def sparse_calls(monkeypatch):
     calls = []
-    original = attention.block_sparse_attention
+    original = attending.block_sparse_attention
 
     def counted(q, k, v, selection, **options):
         calls.append(selection)
         return original(q, k, v, selection, **options)
 
-    monkeypatch.setattr(attention, "block_sparse_attention", counted)
+    monkeypatch.setattr(attending, "block_sparse_attention", counted)
     return calls
 
 
@@ -173,9 +173,12 @@ def test_padded_rows_equal_unpadded_ones(model_type, side, every_block_two_sided
 
 
 def test_at_least_twenty_of_the_asked_architectures_are_supported():
-    asked = """llama mistral mixtral ministral qwen2 qwen3 qwen2_moe qwen3_moe gemma2 gemma3_text gemma3 smollm3 phi3 olmo2 olmo3 granite
-        gpt_neox gpt_oss cohere2 starcoder2 modernbert bert patchtst timesfm""".split()
-    assert set(asked) <= set(SUPPORTED)
+    asked = {
+        *("llama", "mistral", "mixtral", "ministral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "gemma2", "gemma3_text", "gemma3"),
+        *("smollm3", "phi3", "olmo2", "olmo3", "granite", "gpt_neox", "gpt_oss", "cohere2", "starcoder2", "modernbert", "bert"),
+        *("patchtst", "timesfm"),
+    }
+    assert asked <= set(SUPPORTED)
 
 
 @pytest.mark.parametrize(

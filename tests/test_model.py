@@ -25,7 +25,7 @@ import hf_sparse_attn
 from hf_sparse_attn import (
     SparseAttentionConfig,
     SparseCall,
-    attention,
+    attending,
     routers,
     set_sparse_attention,
     sparse_attention_as,
@@ -63,13 +63,13 @@ def logits(model, ids, **options):
 def count_calls(monkeypatch):
     """A list that grows by one for each call of the sparse attention."""
     calls = []
-    original = attention.block_sparse_attention
+    original = attending.block_sparse_attention
 
     def counted(q, k, v, selection, **options):
         calls.append(selection)
         return original(q, k, v, selection, **options)
 
-    monkeypatch.setattr(attention, "block_sparse_attention", counted)
+    monkeypatch.setattr(attending, "block_sparse_attention", counted)
     return calls
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_sparse_attn import attention
+from hf_sparse_attn import attending
 from hf_sparse_attn.profiling import (
     BenchmarkError,
     LayerShape,
@@ -252,7 +252,7 @@ def test_a_model_benchmark_reports_ratios_and_leaves_the_model_alone(model, toke
 
 def test_a_model_with_a_wrong_sparse_path_is_never_timed(model, token_ids, monkeypatch):
     before = settings_of(model)
-    monkeypatch.setattr(attention, "block_sparse_attention", wrong(attention.block_sparse_attention, lambda out: out * 1.001))
+    monkeypatch.setattr(attending, "block_sparse_attention", wrong(attending.block_sparse_attention, lambda out: out * 1.001))
     never_timed(monkeypatch, models)
     with pytest.raises(BenchmarkError, match=r"with every block kept the logits differ from the stock model's by .* relative"):
         bench_model(model, token_ids(1, 300), 256, decode_tokens=2)
@@ -263,7 +263,7 @@ def test_short_inputs_of_a_model_that_runs_dense_below_a_length_are_verified_on_
     sparse_llama, real_budget, token_ids, monkeypatch
 ):
     model = sparse_llama({**real_budget, "dense_below": 4096})
-    monkeypatch.setattr(attention, "block_sparse_attention", wrong(attention.block_sparse_attention, lambda out: out * 1.001))
+    monkeypatch.setattr(attending, "block_sparse_attention", wrong(attending.block_sparse_attention, lambda out: out * 1.001))
     with pytest.raises(BenchmarkError):
         bench_model(model, token_ids(1, 200), 256, decode_tokens=2)
 

@@ -12,7 +12,7 @@ from hf_sparse_attn_kernels import TileGrid, block_mass
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ..attention import Selector, SparseCall
+from ..attending import Selector, SparseCall
 from ..config import SparseAttentionConfig
 from ..conversion import sparse_attention_as
 from ..data.windows import Window

@@ -9,7 +9,7 @@ import torch
 from hf_sparse_attn_kernels import BlockSelection, TilePlan, block_mass, stage_one_scores
 from torch import nn
 
-from ..attention import Selector, learned_selector
+from ..attending import Selector, learned_selector
 from ..plan import make_plan, select_by_scores
 from ..router import RoutingInputs, SparseRouter
 from ..selecting import FeatureMaker, select_blocks

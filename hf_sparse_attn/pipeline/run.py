@@ -19,7 +19,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..attention import SparseCall
+from ..attending import SparseCall
 from ..conversion import mark_trained
 from ..data.sources import free_bytes, local_model, model_licence, read_documents
 from ..data.windows import batches, token_windows

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ..attention import SparseCall
+from ..attending import SparseCall
 from ..checks import ATTN_IMPLEMENTATION
 from ..conversion import sparse_attention_as
 from .meters import BenchmarkError, PeakMemory, spread, timed

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..attention import SparseCall
+from ..attending import SparseCall
 from ..conversion import mark_trained
 from ..files import write_atomically
 from ..plan import make_plan

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention import SparseCall
+from ..attending import SparseCall
 from ..conversion import mark_trained
 from ..files import write_atomically
 from ..router import RoutingInputs, SparseRouter

@@ -73,8 +73,9 @@ def fine_mass(
 
     ``queries`` [B·G, m, Hg, r, E] at the tokens ``reps`` (int64 [Hg, r]) of the tiles ``tiles`` (int64 [m]), and ``keys``
     [B·G, N, E], live in one space and dtype, scaled. The last columns of ``blocks`` are the tile's own blocks; only there
-    can a key be later than a query. Without causality (`torch` only) a partial last block may stand in the last column only. Averaged over the queries that are tokens of the call. ``scratch`` lends the `torch`
-    implementation memory where no gradient is wanted.
+    can a key be later than a query. Without causality (`torch` only) a partial last block may stand in the last column only.
+    Averaged over the queries that are tokens of the call. ``scratch`` lends the `torch` implementation memory where no
+    gradient is wanted.
     """
     backend = _backend(impl, queries, keys, causal=grid.causal, query_tile=grid.query_tile, block_size=grid.block_size)
     if backend is None:
@@ -83,7 +84,9 @@ def fine_mass(
 
 
 def block_mass(q: Tensor, k: Tensor, grid: TileGrid, tiles: Tensor, scale: float, *, impl: str | None = None) -> Tensor:
-    """The teacher: softmax mass of dense attention per block, causal unless ``grid`` says otherwise (then `torch` only), for the query tiles ``tiles`` (int64 [m]) of ``grid``.
+    """The teacher: softmax mass of dense attention per block, for the query tiles ``tiles`` (int64 [m]) of ``grid``.
+
+    Causal unless ``grid`` says otherwise, then `torch` only.
 
     Averaged over a tile's tokens and over the query heads of a KV group; every row sums to 1. ``q`` [B, H, Q, D],
     ``k`` [B, G, N, D] -> float32 [B, G, m, nb]. Memory is linear in N.

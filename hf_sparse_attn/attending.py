@@ -1,0 +1,187 @@
+"""One call of a layer's attention: documents, routing, attention over the selection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from hf_sparse_attn_kernels import BlockSelection, block_sparse_attention
+from torch import Tensor, nn
+
+from .cache import SparseCacheLayerMixin
+from .dense import dense_attention, stock_attention, stock_mask
+from .router import RoutingInputs, SparseRouter
+from .segments import Segment, cut_documents, find_segments, read_mask
+from .selecting import select_blocks
+
+
+class Selector(Protocol):
+    """Makes a selection: a `SparseRouter` wrapped by `learned_selector`, or a baseline."""
+
+    def __call__(self, router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection: ...
+
+
+def learned_selector(router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection:
+    """The layer's own two-stage router."""
+    return select_blocks(router, inputs, query_tile)
+
+
+@dataclass(frozen=True)
+class SparseCall:
+    """Options of one forward call, passed as ``model(..., sparse_call=SparseCall(...))``.
+
+    Attributes:
+        dense: attend densely in every layer (observers still see every layer's queries and keys).
+        selector: makes the selection instead of the layer's router.
+        observer: called as ``observer(router, inputs)`` for every document of every sparse layer.
+        on_selection: called as ``on_selection(router, inputs, selection)`` for every selection that is used.
+        decode_from: content position from which queries are routed singly (tiles of 1), as cached decoding does.
+    """
+
+    dense: bool = False
+    selector: Selector = learned_selector
+    observer: Callable[[SparseRouter, RoutingInputs], None] | None = None
+    on_selection: Callable[[SparseRouter, RoutingInputs, BlockSelection], None] | None = None
+    decode_from: int | None = None
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What a call asks of a layer, beside its queries, keys and values.
+
+    Attributes:
+        attention_mask: None, a padding mask [B, at least N], or a 4D mask [B, 1, Q, at least N].
+        position_ids: rotary positions [1 or B, Q] of the queries, None for the last of consecutive ones.
+        cu_seq_lens: first slots of packed documents and the end, int [documents + 1], or None.
+        filled: how many of the keys' slots are filled, int64 [], None for all.
+    """
+
+    scale: float
+    causal: bool
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+    cu_seq_lens: Tensor | None = None
+    filled: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer and what is asked of it."""
+
+    router: SparseRouter
+    cache: SparseCacheLayerMixin | None
+    call: SparseCall
+    asked: Attention
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    asked: Attention,
+    cache: SparseCacheLayerMixin | None = None,
+    call: SparseCall | None = None,
+) -> Tensor:
+    """Attention of the layer ``module``: sparse, or as the stock model computes it below ``dense_below`` keys.
+
+    ``query`` [B, H, Q, D], ``key`` and ``value`` [B, G, N, D], of which ``asked.filled`` slots hold tokens: [B, Q, H, D].
+    """
+    router: SparseRouter = module.router  # type: ignore[assignment]
+    q_len = query.shape[2]
+    kv_len = key.shape[2] if asked.filled is None else int(asked.filled)
+    positions = _positions(asked, q_len, kv_len, cache, key.device)
+    if kv_len < router.config.dense_below:
+        mask = asked.attention_mask
+        if mask is None or mask.ndim == 2:
+            mask = stock_mask(mask, q_len, kv_len, key.shape[2], asked.causal, key.device)
+        options = {"softcap": asked.softcap, "s_aux": asked.sinks, "is_causal": asked.causal}
+        return stock_attention(module, query, key, value, mask, asked.scale, 0.0, **options)[0]
+    layer = _Layer(router, cache, call or SparseCall(), asked)
+    segments = _segments(asked, query.shape[0], q_len, kv_len)
+    return _attend_segments(layer, segments, query, key[:, :, :kv_len], value[:, :, :kv_len], positions)
+
+
+def _positions(asked: Attention, q_len: int, kv_len: int, cache: SparseCacheLayerMixin | None, device: torch.device) -> Tensor:
+    """Rotary positions [1 or B, N] of all keys."""
+    position_ids = asked.position_ids
+    if position_ids is None:
+        position_ids = torch.arange(kv_len - q_len, kv_len, device=device)[None]
+    if cache is not None:
+        return cache.record_positions(position_ids, kv_len)
+    past = kv_len - position_ids.shape[1]
+    before = position_ids[:, :1] + torch.arange(-past, 0, device=device)
+    return torch.cat([before, position_ids], 1) if past else position_ids
+
+
+def _segments(asked: Attention, batch: int, q_len: int, kv_len: int) -> list[Segment]:
+    mask = asked.attention_mask
+    if mask is not None and mask.ndim == 4:
+        real, starts = read_mask(mask[..., :kv_len], q_len, asked.causal)
+        return cut_documents(batch, q_len, kv_len, real.expand(batch, -1), starts)
+    mask = None if mask is None else mask[:, :kv_len].bool()
+    # stock bidirectional attention takes position_ids as they are: they do not cut documents
+    position_ids = asked.position_ids if asked.causal else None
+    return find_segments(batch, q_len, kv_len, mask, position_ids, asked.cu_seq_lens)
+
+
+def _attend_segments(layer: _Layer, segments: list[Segment], query: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> Tensor:
+    """Attention of every document: [B, Q, H, D]; queries that are padding get zeros."""
+    if len(segments) == 1 and segments[0].slots is None:
+        out = _attend(layer, _inputs(layer, segments[0], query, key, positions), value)
+        return out.transpose(1, 2).contiguous()
+    out = query.new_zeros(query.shape)
+    for segment in segments:
+        at = segment.query_slots(query.shape[2], key.shape[2])
+        inputs = _inputs(layer, segment, query[:, :, at], key, positions)
+        out[segment.rows, :, at] = _attend(layer, inputs, segment.keys(value))
+    return out.transpose(1, 2).contiguous()
+
+
+def _inputs(layer: _Layer, segment: Segment, query: Tensor, key: Tensor, positions: Tensor) -> RoutingInputs:
+    k, pos = segment.keys(key), segment.positions(positions)
+    summaries = None
+    if layer.cache is not None:
+        summaries = layer.cache.summaries(layer.router, segment.rows, segment.slots, k.detach(), pos)
+    return RoutingInputs(query[segment.rows], k, pos, layer.asked.scale, summaries, layer.asked.causal)
+
+
+def _attend(layer: _Layer, inputs: RoutingInputs, value: Tensor) -> Tensor:
+    """Attention of one document: [b, H, Q, D]."""
+    router, call = layer.router, layer.call
+    detached = replace(inputs, q=inputs.q.detach(), k=inputs.k.detach())
+    if call.observer is not None:
+        call.observer(router, detached)
+    if call.dense or router.layer in router.config.dense_layers:
+        return dense_attention(inputs.q, inputs.k, value, layer.asked.scale, layer.asked.causal, layer.asked.softcap, layer.asked.sinks)
+    outputs = []
+    for start, stop, query_tile in query_spans(router, inputs, call.decode_from):
+        span = detached.span(start, stop)
+        selection = call.selector(router, span, query_tile)
+        if call.on_selection is not None:
+            call.on_selection(router, span, selection)
+        kv_len = span.k.shape[2]
+        outputs.append(_attend_selection(layer, inputs.q[:, :, start:stop], inputs.k[:, :, :kv_len], value[:, :, :kv_len], selection))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+
+
+def _attend_selection(layer: _Layer, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> Tensor:
+    asked = layer.asked
+    return block_sparse_attention(q, k, v, selection, scale=asked.scale, softcap=asked.softcap, sinks=asked.sinks)[0]
+
+
+def query_spans(router: SparseRouter, inputs: RoutingInputs, decode_from: int | None) -> list[tuple[int, int, int]]:
+    """Runs of queries that are routed alike: (start, stop, query tile).
+
+    A call that continues a cache with fewer than ``query_tile`` new tokens decodes: tiles of 1.
+    """
+    q_len, kv_len = inputs.q.shape[2], inputs.k.shape[2]
+    tile = router.config.query_tile
+    if q_len < kv_len and q_len < tile:
+        return [(0, q_len, 1)]
+    cut = q_len if decode_from is None else min(max(decode_from - (kv_len - q_len), 0), q_len)
+    return [span for span in ((0, cut, tile), (cut, q_len, 1)) if span[0] < span[1]]
