@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .config import SparseAttentionConfig
 from .registration import KEY, SparseModelMixin, implementation, is_composite, sparse_class, sparse_config_class
@@ -32,7 +33,7 @@ def sparsify(model: PreTrainedModel, sparse_attention: SparseAttentionConfig | M
         router.init_weights()
     model.config.__class__ = sparse_config_class(type(model.config))
     _store(model, config)
-    model.__class__ = target
+    _become(model, target)
     model.set_attn_implementation(implementation(type(model.config)))
     model.add_model_tags(["hf-sparse-attn"])
     return model
@@ -52,7 +53,9 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     for part in _parts(model.config):
         delattr(part, KEY)
     model.config.__class__ = _stock(type(model.config))
-    model.__class__ = _stock(type(model))
+    for part in model.modules():
+        if isinstance(part, SparseModelMixin):
+            _become(part, _stock(type(part)))
     model.model_tags = [tag for tag in (model.model_tags or []) if tag != "hf-sparse-attn"]
     return model
 
@@ -65,6 +68,12 @@ def _parts(config: Any) -> tuple[Any, ...]:
 def _store(model: Any, config: SparseAttentionConfig) -> None:
     for part in _parts(model.config):
         setattr(part, KEY, config.to_dict())
+
+
+def _become(model: Any, cls: type) -> None:
+    """Change the class of a model, for which Transformers records hidden states by class since its ``__init__``."""
+    model.__class__ = cls
+    _CAN_RECORD_REGISTRY[model] = model._can_record_outputs
 
 
 def _stock(cls: type) -> type:

@@ -64,7 +64,7 @@ def attach_routers(model: Any, config: SparseAttentionConfig) -> None:
     Raises:
         ValueError: no layer can be served, ``config`` does not fit the model, or a layer has a feature that is not supported.
     """
-    sites = {name: site for name, site in attention_sites(model).items() if not isinstance(site, SparseAttentionMixin)}
+    sites = attention_sites(model)
     if not sites:
         raise ValueError(
             f"{type(model).__name__} has no attention layer that sparse attention can serve: all of its layers "
@@ -76,7 +76,9 @@ def attach_routers(model: Any, config: SparseAttentionConfig) -> None:
         raise ValueError(
             f"sparse_attention.dense_layers is {config.dense_layers!r}: the layers that can be sparse are {sorted(layers.values())}"
         )
-    made = {name: _make_router(model, name, site, config, layers[name]) for name, site in sites.items()}
+    # an inner model that an Auto class made from a sparse config is sparse already
+    stock = {name: site for name, site in sites.items() if not isinstance(site, SparseAttentionMixin)}
+    made = {name: _make_router(model, name, site, config, layers[name]) for name, site in stock.items()}
     for name, router in made.items():
         sites[name].router = router
         sites[name].__class__ = sparse_attention_class(type(sites[name]))
