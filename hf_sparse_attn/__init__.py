@@ -8,7 +8,8 @@ from .versions import check_transformers
 
 check_transformers()
 
-from .attending import SparseCall, learned_selector  # noqa: E402  (the version check comes first)
+from .adapters import load_adapter, lora_config  # noqa: E402  (the version check comes first)
+from .attending import SparseCall, learned_selector  # noqa: E402
 from .config import SparseAttentionConfig  # noqa: E402
 from .conversion import set_sparse_attention, sparse_attention_as, sparsify, to_dense  # noqa: E402
 from .registration import register, sparse_class, sparse_config  # noqa: E402
@@ -27,6 +28,8 @@ __all__ = [
     "adapt",
     "distill",
     "learned_selector",
+    "load_adapter",
+    "lora_config",
     "register",
     "routers",
     "set_sparse_attention",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,13 +12,15 @@ from .attending import Attention, SparseCall, attend
 from .cache import SparseCacheLayerMixin, adopt, adopted
 from .checks import ATTN_IMPLEMENTATION, check_call, check_mask, refuse_without_router
 from .dense import is_causal, stock_attention
+from .made import MadeMixin
 from .numbered import number
 from .opaque import attend_opaquely
+from .router import active_router
 
 CACHE_ARGUMENTS = ("past_key_values", "layer_past")  # what attention modules call their cache
 
 
-class SparseAttentionMixin:
+class SparseAttentionMixin(MadeMixin):
     """In front of a stock attention class: hands the layer's cache on to the attention function, nothing else."""
 
     sparse_number: int  # by which an operator of a compiled graph finds this module
@@ -37,7 +40,18 @@ class SparseAttentionMixin:
                 f"sparse_call was passed, but attn_implementation is {self.config._attn_implementation!r}: "  # type: ignore[attr-defined]
                 f'call model.set_attn_implementation("{ATTN_IMPLEMENTATION}") first'
             )
-        return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        with _onloaded(self.router):  # type: ignore[attr-defined]
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+
+
+def _onloaded(router: nn.Module) -> AbstractContextManager[None]:
+    """Accelerate loads offloaded weights when a module is called, but a router is asked through its methods."""
+    router = active_router(router)
+    if not hasattr(router, "_hf_hook"):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(router)  # type: ignore[no-any-return]
 
 
 def sparse_attention_forward(

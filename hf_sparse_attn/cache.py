@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import BaseQuantizedLayer, CacheLayerMixin, DynamicLayer, StaticLayer
 
-from .dynamic import subclass
+from .made import MadeMixin, make_class
 from .numbered import number
 from .router import SparseRouter
 
@@ -23,7 +23,7 @@ CACHES = "DynamicCache, StaticCache and QuantizedCache"
 GROWTH_TOKENS = 4096  # keys, values and summaries are stored with room for this many more tokens, so that decoding rarely copies them
 
 
-class SparseCacheLayerMixin:
+class SparseCacheLayerMixin(MadeMixin):
     """Placed in front of a stock cache layer class by `adopt`."""
 
     keys: Tensor  # the stock layer's
@@ -234,7 +234,7 @@ def adopt(cache: Any, index: int) -> SparseCacheLayerMixin:
     if isinstance(layer, SparseCacheLayerMixin):
         return layer
     # the ABC base of cache layers has __slots__, which forbids assigning __class__: replace the object, share its state
-    cls: Any = subclass(_mixin(layer), type(layer))
+    cls: Any = make_class(_mixin(layer), type(layer))
     new: SparseCacheLayerMixin = cls.__new__(cls)
     new.__dict__ = layer.__dict__
     new.take_number()

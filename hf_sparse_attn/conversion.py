@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from .adapters import refuse_adapters
 from .config import SparseAttentionConfig
-from .registration import KEY, SparseModelMixin, implementation, is_composite, sparse_class, sparse_config_class
-from .sites import attach_routers, detach_routers, routers
+from .registration import KEY, SparseModelMixin, become, implementation, is_composite, make_stock, sparse_class, sparse_config_class
+from .sites import attach_routers, routers
 
 FIXED_FIELDS = ("block_size", "router_dim", "index_dim")  # the routers' weights depend on these
 
@@ -21,10 +21,11 @@ def sparsify(model: PreTrainedModel, sparse_attention: SparseAttentionConfig | M
     """Give a stock model in memory routers and sparse attention, in place; returns it.
 
     Raises:
-        ValueError: the architecture is not supported, the config is impossible, or the model is sparse already.
+        ValueError: the architecture is not supported, the config is impossible, the model is sparse already or has adapters.
     """
     if isinstance(model, SparseModelMixin):
         raise ValueError(f"{type(model).__name__} is sparse already; change its budget with set_sparse_attention, or call to_dense first")
+    refuse_adapters(model, "sparsify")
     config = SparseAttentionConfig.coerce(sparse_attention)
     target = sparse_class(type(model))
     attach_routers(model, config)
@@ -33,7 +34,7 @@ def sparsify(model: PreTrainedModel, sparse_attention: SparseAttentionConfig | M
         router.init_weights()
     model.config.__class__ = sparse_config_class(type(model.config))
     _store(model, config)
-    _become(model, target)
+    become(model, target)
     model.set_attn_implementation(implementation(type(model.config)))
     model.add_model_tags(["hf-sparse-attn"])
     return model
@@ -43,19 +44,17 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `sparsify` (or loading as sparse), in place: the stock class and config, without routers; returns it.
 
     Raises:
-        ValueError: the model is not sparse.
+        ValueError: the model is not sparse, or has adapters.
     """
+    refuse_adapters(model, "to_dense")
     if not isinstance(model, SparseModelMixin):
         raise ValueError(f"{type(model).__name__} is not a sparse model")
-    detach_routers(model)
     stock = "sdpa" if model._supports_sdpa else "eager"
     model.set_attn_implementation({"text_config": stock} if is_composite(type(model.config)) else stock)
     for part in _parts(model.config):
         delattr(part, KEY)
     model.config.__class__ = _stock(type(model.config))
-    for part in model.modules():
-        if isinstance(part, SparseModelMixin):
-            _become(part, _stock(type(part)))
+    make_stock(model)
     model.model_tags = [tag for tag in (model.model_tags or []) if tag != "hf-sparse-attn"]
     return model
 
@@ -68,12 +67,6 @@ def _parts(config: Any) -> tuple[Any, ...]:
 def _store(model: Any, config: SparseAttentionConfig) -> None:
     for part in _parts(model.config):
         setattr(part, KEY, config.to_dict())
-
-
-def _become(model: Any, cls: type) -> None:
-    """Change the class of a model, for which Transformers records hidden states by class since its ``__init__``."""
-    model.__class__ = cls
-    _CAN_RECORD_REGISTRY[model] = model._can_record_outputs
 
 
 def _stock(cls: type) -> type:

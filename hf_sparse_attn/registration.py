@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
+from threading import RLock
 from typing import Any, cast
 
 import transformers
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from .adapters import SparseAdapterMixin, raise_for_marked_adapters
 from .architectures import SUPPORTED, refuse_unsupported
 from .attention import sparse_attention_forward
 from .checks import ATTN_IMPLEMENTATION
 from .config import SparseAttentionConfig
-from .dynamic import subclass
+from .made import MadeMixin, make_class
 from .masks import sparse_attention_mask
 from .saving import SparseSavingMixin
-from .sites import attach_routers, routers
+from .sites import attach_routers, detach_routers, routers
 
 KEY = "sparse_attention"
 # well-known decoders that are refused by name in from_pretrained; for the rest Transformers' own TypeError names the argument
-REFUSED_MODEL_TYPES = (
-    "bloom",
-    "codegen",
-    "falcon",
-    "gpt2",
-    "gpt_neo",
-    "gptj",
-    "mpt",
-    "opt",
-    "t5",
-    "bart",
-    "whisper",
-    "deepseek_v3",
-    "roberta",
-)
+REFUSED_MODEL_TYPES = ("bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt", "t5", "bart", "whisper", "deepseek_v3", "roberta")
 AUTO_CLASSES = (
     "AutoModel",
     "AutoModelForCausalLM",
@@ -50,11 +40,16 @@ AUTO_CLASSES = (
     "AutoModelForTimeSeriesPrediction",
 )
 
-_REGISTERED: set[type] = set()  # sparse config classes whose models the Auto classes know
+_CONFIGS: dict[type, type] = {}
+_REGISTERING = RLock()  # a thread must not see a config class whose models are not registered yet
 
 
-class SparseConfigMixin:
+class SparseConfigMixin(MadeMixin):
     """In front of a stock config class: carries ``sparse_attention`` and asks for the sparse implementation."""
+
+    @classmethod
+    def over(cls, stock: type) -> type:
+        return sparse_config_class(stock)
 
     def __post_init__(self, **kwargs: Any) -> None:
         # Transformers never saves the attention implementation, so it is the default of this class
@@ -84,14 +79,20 @@ def implementation(config_class: type) -> str | dict[str, str]:
     return {"text_config": ATTN_IMPLEMENTATION} if is_composite(config_class) else ATTN_IMPLEMENTATION
 
 
-class SparseModelMixin(SparseSavingMixin):
+class SparseModelMixin(SparseAdapterMixin, SparseSavingMixin, MadeMixin):
     """In front of a stock model class: routers in every eligible attention layer."""
 
     _supports_flash_attn = False  # continuous batching would silently switch to dense flash attention
     _keep_in_fp32_modules_strict = ("router",)
 
+    @classmethod
+    def over(cls, stock: type) -> type:
+        return sparse_class(stock)
+
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        for inner in [part for part in self.modules() if part is not self and isinstance(part, SparseModelMixin)]:  # type: ignore[attr-defined]
+            make_stock(inner)  # heads for classification build their body with AutoModel from the sparse config
         attach_routers(self, SparseAttentionConfig.coerce(config.sparse_attention))
         self.add_model_tags(["hf-sparse-attn"])  # type: ignore[attr-defined]
         self.post_init()  # type: ignore[attr-defined]
@@ -102,17 +103,38 @@ class SparseModelMixin(SparseSavingMixin):
         for router in routers(cast(nn.Module, self)):
             router.init_weights()
 
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any) -> None:
+        options = getattr(gradient_checkpointing_func, "keywords", {})
+        if enable and options.get("use_reentrant", True):  # torch's default
+            raise ValueError(
+                "gradient checkpointing of a sparse model needs use_reentrant=False: the reentrant kind drops the gradient of what "
+                'the routers learn from. Pass {"use_reentrant": False} as its keyword arguments, or none at all'
+            )
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)  # type: ignore[misc]
+
+
+def make_stock(model: Any) -> None:
+    """Take the routers of a sparse ``model`` out and give it its stock class."""
+    detach_routers(model)
+    become(model, type(model).__bases__[1])
+
+
+def become(model: Any, cls: type) -> None:
+    """Change the class of a model, by which Transformers finds what to record (hidden states) since its ``__init__``."""
+    model.__class__ = cls
+    _CAN_RECORD_REGISTRY[model] = model._can_record_outputs
+
 
 def sparse_config_class(stock: type[PreTrainedConfig]) -> type:
     """The sparse counterpart of a stock config class, e.g. SparseLlamaConfig. Raises ValueError if unsupported."""
     if issubclass(stock, SparseConfigMixin):
         return stock
     refuse_unsupported(stock.model_type)
-    made = subclass(SparseConfigMixin, stock, __annotations__={KEY: dict | None}, **{KEY: None})
-    if made not in _REGISTERED:
-        _REGISTERED.add(made)  # first: making the model classes asks for this class again
-        register_models(stock, made)
-    return made
+    with _REGISTERING:
+        if stock not in _CONFIGS:
+            _CONFIGS[stock] = make_class(SparseConfigMixin, stock, __annotations__={KEY: dict | None}, **{KEY: None})
+            register_models(stock, _CONFIGS[stock])
+        return _CONFIGS[stock]
 
 
 def sparse_class(stock: type[PreTrainedModel]) -> type:
@@ -122,7 +144,7 @@ def sparse_class(stock: type[PreTrainedModel]) -> type:
     """
     if issubclass(stock, SparseModelMixin):
         return stock
-    made = subclass(SparseModelMixin, stock, config_class=sparse_config_class(stock.config_class))  # type: ignore[arg-type]
+    made = make_class(SparseModelMixin, stock, config_class=sparse_config_class(stock.config_class))  # type: ignore[arg-type]
     conversion = get_checkpoint_conversion_mapping(stock.__name__) or get_checkpoint_conversion_mapping(stock.config_class.model_type)  # type: ignore[union-attr]
     if conversion is not None:  # looked up by class name: without this, converted weights would load as random
         register_checkpoint_conversion_mapping(made.__name__, conversion, overwrite=True)
@@ -167,6 +189,7 @@ def register() -> None:
     """Register with Transformers: additive and idempotent. Stock checkpoints still give stock classes."""
     AttentionInterface.register(ATTN_IMPLEMENTATION, sparse_attention_forward)
     AttentionMaskInterface.register(ATTN_IMPLEMENTATION, sparse_attention_mask)
+    raise_for_marked_adapters()
     for model_type in (*SUPPORTED, *REFUSED_MODEL_TYPES):
         stock = CONFIG_MAPPING[model_type]
         if not stock.__module__.startswith(f"transformers.{__name__}"):
@@ -179,3 +202,13 @@ def register_models(stock_config: type[PreTrainedConfig], sparse: type) -> None:
         auto = getattr(transformers, name)
         if stock_config in auto._model_mapping:
             auto.register(sparse, sparse_class(auto._model_mapping[stock_config]), exist_ok=True)
+
+
+def __getattr__(name: str) -> type:
+    """``SparseLlamaForCausalLM`` and the like, made when they are asked for: a pickle may name a class that this process has not made."""
+    stock = getattr(transformers, name.removeprefix("Sparse"), None) if name.startswith("Sparse") else None
+    if isinstance(stock, type) and issubclass(stock, PreTrainedConfig):
+        return sparse_config_class(stock)
+    if isinstance(stock, type) and issubclass(stock, PreTrainedModel):
+        return sparse_class(stock)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,7 +6,9 @@ them, T query tile, S block size, nb blocks, R router_dim, I index_dim.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from hf_sparse_attn_kernels import TileGrid, pooled_features
@@ -59,6 +61,14 @@ class SparseRouter(nn.Module):
         self.wk = nn.Parameter(torch.empty(groups, router_dim, 3 * head_dim, dtype=torch.float32))
         self.wq_index = nn.Parameter(torch.empty(groups, index_dim, head_dim, dtype=torch.float32))
         self.wk_index = nn.Parameter(torch.empty(groups, index_dim, head_dim, dtype=torch.float32))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparseRouter:
+        if not memo and self.rotary is not None:  # copied by itself, as PEFT does: the copy reads the model's embedding, too
+            memo[id(self.rotary.module)] = self.rotary.module
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     def extra_repr(self) -> str:
         return f"router_dim={self.wq.shape[1]}, index_dim={self.wq_index.shape[1]}, layer={self.layer}"
@@ -182,3 +192,12 @@ class SparseRouter(nn.Module):
     def index_keys(self, k: Tensor) -> Tensor:
         """``k`` [B, G, N, D] in index space: [B, G, N, I] in its own dtype."""
         return torch.matmul(k, self.wk_index.to(k.dtype).transpose(1, 2))
+
+
+def active_router(module: Any) -> SparseRouter:
+    """The router that runs: ``module`` itself, or, where PEFT wrapped it, the copy of the active adapter (the original without one)."""
+    if isinstance(module, SparseRouter):
+        return module
+    adapter = None if module.disable_adapters else next(iter(module.active_adapters), None)
+    router: SparseRouter = module.original_module if adapter is None else module.modules_to_save[adapter]
+    return router

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from .architectures import SUPPORTED, Architecture
 from .attention import SparseAttentionMixin
 from .config import SparseAttentionConfig
-from .dynamic import subclass
+from .made import make_class
 from .numbered import number
 from .rotary import Rotary, find_rotary
 from .router import SparseRouter
@@ -95,7 +95,7 @@ def detach_routers(model: Any) -> None:
 
 def sparse_attention_class(stock: type) -> type:
     """The thin subclass of a stock attention class."""
-    return subclass(SparseAttentionMixin, stock)
+    return make_class(SparseAttentionMixin, stock)
 
 
 def _make_router(model: nn.Module, name: str, site: Any, config: SparseAttentionConfig, layer: int) -> SparseRouter:

@@ -8,7 +8,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_sparse_attn import SparseCall, attention, routers
+from hf_sparse_attn import SparseCall, routers
 from hf_sparse_attn.training import adaptation
 from hf_sparse_attn.training.adaptation import AdaptationConfig, KLCollector, adapt, add_lora
 from hf_sparse_attn.training.distillation import backbone_hash, router_state
@@ -130,13 +130,13 @@ def test_windows_that_fit_the_budget_still_train_the_backbone(model, token_ids):
 
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_every_so_many_steps_run_dense(model, batches, every, monkeypatch):
-    sparse, original = [], attention.block_sparse_attention
+    sparse, original = [], attending.block_sparse_attention
 
     def counted(*args, **options):
         sparse.append(1)
         return original(*args, **options)
 
-    monkeypatch.setattr(attention, "block_sparse_attention", counted)
+    monkeypatch.setattr(attending, "block_sparse_attention", counted)
     _, log = train(model, batches[:5], dense_every=every)
     assert [row["dense"] for row in log] == [(step + 1) % every == 0 for step in range(5)]
     assert len(sparse) == 2 * sum(not row["dense"] for row in log)  # two layers

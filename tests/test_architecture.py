@@ -16,7 +16,7 @@ PACKAGE, KERNELS = ROOT / "hf_sparse_attn", ROOT / "kernels/torch-ext/hf_sparse_
 
 # each layer may import from those above it only; modules of one line are independent of each other
 LAYERS = (
-    ("config", "versions", "files", "environment", "architectures", "dynamic", "numbered"),
+    ("config", "versions", "files", "environment", "architectures", "made", "numbered"),
     ("rotary",),
     ("plan",),
     ("router",),
@@ -28,7 +28,7 @@ LAYERS = (
     ("attending",),
     ("opaque",),
     ("attention",),
-    ("saving", "sites"),
+    ("saving", "sites", "adapters"),
     ("registration",),
     ("conversion",),
     ("training",),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..adapters import lora_config
 from ..attending import SparseCall
 from ..conversion import mark_trained
 from ..files import write_atomically
@@ -76,16 +77,10 @@ class KLCollector:
 
 def add_lora(model: PreTrainedModel, config: AdaptationConfig) -> Any:
     """A PeftModel of the sparse ``model``: LoRA on ``target_modules``, the routers trained and saved with the adapter."""
-    from peft import LoraConfig, get_peft_model  # heavy, and needed in this stage only
+    from peft import get_peft_model  # heavy, and needed in this stage only
 
-    lora = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        target_modules=list(config.target_modules),
-        modules_to_save=["router"],
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, lora)
+    targets = list(config.target_modules)
+    return get_peft_model(model, lora_config(model, r=config.rank, lora_alpha=config.alpha, target_modules=targets, task_type="CAUSAL_LM"))
 
 
 def adapt(

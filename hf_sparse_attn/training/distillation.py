@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters import active_routers
 from ..attending import SparseCall
 from ..conversion import mark_trained
 from ..files import write_atomically
@@ -179,7 +180,7 @@ def distill(
 
     Args:
         model: a sparse model; its backbone is not changed, which is checked by hash. Its routers end up trained and
-            marked so in the config.
+            marked so in the config. Of a PeftModel, the routers of the active adapter are trained.
         batches: mappings with ``input_ids`` [B, N] (and ``attention_mask``, ``position_ids`` if any), N at least
             ``dense_below``. Must have a length; on resume the batches already done are skipped.
         config: settings; the defaults suit models up to a few billion parameters.
@@ -195,7 +196,7 @@ def distill(
         RuntimeError: the backbone changed.
     """
     config = config or DistillationConfig()
-    found = routers(model)
+    found = active_routers(model)
     if not found:
         raise ValueError(f"{type(model).__name__} has no routers: convert it with hf_sparse_attn.sparsify first")
     todo = list(batches)
@@ -239,7 +240,7 @@ def _start_or_resume(
 ) -> None:
     if checkpoint is not None and checkpoint.exists():
         _resume(model, distiller, report, checkpoint, config)
-    elif all(router.fresh for router in routers(model)):
+    elif all(router.fresh for router in active_routers(model)):
         distiller.start_index = True
         _forward(model, batches[0], distiller)
         distiller.start_index = False
