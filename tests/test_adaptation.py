@@ -8,7 +8,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_sparse_attn import SparseCall, routers
+from hf_sparse_attn import SparseCall, attending, routers
 from hf_sparse_attn.training import adaptation
 from hf_sparse_attn.training.adaptation import AdaptationConfig, KLCollector, adapt, add_lora
 from hf_sparse_attn.training.distillation import backbone_hash, router_state
