@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .adapters import SparseAdapterMixin, raise_for_marked_adapters
@@ -197,7 +199,13 @@ def register() -> None:
 
 
 def register_models(stock_config: type[PreTrainedConfig], sparse: type) -> None:
-    """Register the sparse classes of one architecture with the Auto classes (on first use of its sparse config)."""
+    """Register the sparse classes of one architecture with the Auto classes (on first use of its sparse config).
+
+    Tokenizers and processors are found by the config's class, too.
+    """
+    for mapping in (TOKENIZER_MAPPING, PROCESSOR_MAPPING):
+        if stock_config in mapping:
+            mapping.register(sparse, mapping[stock_config], exist_ok=True)
     for name in AUTO_CLASSES:
         auto = getattr(transformers, name)
         if stock_config in auto._model_mapping:
