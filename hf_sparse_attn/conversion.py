@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from .adapters import refuse_adapters
 from .config import SparseAttentionConfig
-from .registration import KEY, SparseModelMixin, become, implementation, is_composite, make_stock, sparse_class, sparse_config_class
+from .dispatch import KEY
+from .registration import SparseModelMixin, become, implementation, is_composite, make_stock, sparse_class, sparse_config_class
 from .sites import attach_routers, routers
 
 FIXED_FIELDS = ("block_size", "router_dim", "index_dim")  # the routers' weights depend on these

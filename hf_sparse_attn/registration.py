@@ -10,9 +10,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
+from transformers.models.auto.configuration_auto import (  # type: ignore[attr-defined]
+    CONFIG_MAPPING,
+    CONFIG_MAPPING_NAMES,
+)
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .adapters import SparseAdapterMixin, raise_for_marked_adapters
@@ -20,12 +21,12 @@ from .architectures import SUPPORTED, refuse_unsupported
 from .attention import sparse_attention_forward
 from .checks import ATTN_IMPLEMENTATION
 from .config import SparseAttentionConfig
+from .dispatch import KEY, Dispatcher, dispatcher
 from .made import MadeMixin, make_class
 from .masks import sparse_attention_mask
 from .saving import SparseSavingMixin
 from .sites import attach_routers, detach_routers, routers
 
-KEY = "sparse_attention"
 # well-known decoders that are refused by name in from_pretrained; for the rest Transformers' own TypeError names the argument
 REFUSED_MODEL_TYPES = ("bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt", "t5", "bart", "whisper", "deepseek_v3", "roberta")
 AUTO_CLASSES = (
@@ -161,41 +162,15 @@ def sparse_config(config: PreTrainedConfig, sparse_attention: SparseAttentionCon
     return cls.from_dict(values)  # type: ignore[attr-defined, no-any-return]
 
 
-def _dispatcher(stock: type[PreTrainedConfig]) -> type:
-    """Stands in CONFIG_MAPPING for ``stock``: gives a sparse config where ``sparse_attention`` is asked for, else ``stock``."""
-
-    def choose(*values: dict[str, Any]) -> type:
-        return sparse_config_class(stock) if any(v.get(KEY) is not None for v in values) else stock
-
-    def new(_cls: type, *args: Any, **kwargs: Any) -> Any:
-        return choose(kwargs)(*args, **kwargs)
-
-    def from_dict(_cls: Any, /, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        cls: Any = choose(config_dict, kwargs)
-        if kwargs.get(KEY) is not None:  # a nested config object is not JSON; the stock code expects plain values
-            kwargs[KEY] = SparseAttentionConfig.coerce(kwargs[KEY]).to_dict()
-            config_dict = {**config_dict, KEY: kwargs[KEY]}
-        return cls.from_dict(config_dict, **kwargs)
-
-    # Transformers finds a class by its __name__, and would prefer a class from outside `transformers` to remote code
-    namespace: dict[str, Any] = {
-        "__module__": f"transformers.{__name__}",
-        "__doc__": stock.__doc__,
-        "__new__": new,
-        "from_dict": classmethod(cast(Any, from_dict)),
-    }
-    return type(stock.__name__, (stock,), namespace)
-
-
 def register() -> None:
     """Register with Transformers: additive and idempotent. Stock checkpoints still give stock classes."""
     AttentionInterface.register(ATTN_IMPLEMENTATION, sparse_attention_forward)
     AttentionMaskInterface.register(ATTN_IMPLEMENTATION, sparse_attention_mask)
     raise_for_marked_adapters()
     for model_type in (*SUPPORTED, *REFUSED_MODEL_TYPES):
-        stock = CONFIG_MAPPING[model_type]
-        if not stock.__module__.startswith(f"transformers.{__name__}"):
-            AutoConfig.register(model_type, _dispatcher(stock), exist_ok=True)
+        if not isinstance(CONFIG_MAPPING._extra_content.get(model_type), Dispatcher):
+            name = CONFIG_MAPPING_NAMES[model_type]
+            AutoConfig.register(model_type, dispatcher(name, model_type, sparse_config_class), exist_ok=True)
 
 
 def register_models(stock_config: type[PreTrainedConfig], sparse: type) -> None:
@@ -203,6 +178,9 @@ def register_models(stock_config: type[PreTrainedConfig], sparse: type) -> None:
 
     Tokenizers and processors are found by the config's class, too.
     """
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING  # not before a sparse config is made: it imports much
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
+
     for mapping in (TOKENIZER_MAPPING, PROCESSOR_MAPPING):
         if stock_config in mapping:
             mapping.register(sparse, mapping[stock_config], exist_ok=True)
