@@ -14,7 +14,7 @@ from .checks import ATTN_IMPLEMENTATION, check_call, check_mask, refuse_without_
 from .dense import is_causal, stock_attention
 from .made import MadeMixin
 from .numbered import number
-from .opaque import attend_opaquely
+from .opaque import attend_opaquely, register
 from .router import active_router
 
 CACHE_ARGUMENTS = ("past_key_values", "layer_past")  # what attention modules call their cache
@@ -27,7 +27,12 @@ class SparseAttentionMixin(MadeMixin):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
-        self.sparse_number = number(self)  # a copy is not its original
+        self.take_number()  # a copy is not its original
+
+    def take_number(self) -> None:
+        """Make this module known to the operator of compiled graphs."""
+        register()
+        self.sparse_number = number(self)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         cache = next((kwargs[name] for name in CACHE_ARGUMENTS if kwargs.get(name) is not None), None)

@@ -7,6 +7,7 @@ again, with gradients: routing is deterministic, so it finds the same selection.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,20 +21,15 @@ _ARGUMENTS = """Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor? a
     Tensor? cu_seq_lens, Tensor? filled, Tensor? cache, float scale, bool causal, float? softcap, int site"""
 
 
-@torch.library.custom_op("hf_sparse_attn::attend", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor")
 def _attend(query, key, value, sinks, attention_mask, position_ids, cu_seq_lens, filled, cache, scale, causal, softcap, site):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
     asked = Attention(scale, causal, softcap, sinks, attention_mask, position_ids, cu_seq_lens, filled)
     return attend(numbered(site), query, key, value, asked, None if cache is None else numbered(int(cache)))
 
 
-@_attend.register_fake
 def _fake_attend(query, key, value, *rest):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN002, ANN202
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
 
-@torch.library.custom_op(
-    "hf_sparse_attn::attend_backward", mutates_args=(), schema=f"(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)"
-)
 def _attend_backward(grad, query, key, value, sinks, *rest):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN002, ANN202
     attention_mask, position_ids, cu_seq_lens, filled, _, scale, causal, softcap, site = rest
     leaves = [x.detach().requires_grad_() for x in (query, key, value, *(() if sinks is None else (sinks,)))]
@@ -50,7 +46,6 @@ def _recording() -> Any:
     return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
 
 
-@_attend_backward.register_fake
 def _fake_backward(grad, query, key, value, sinks, *rest):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN002, ANN202
     inputs = (query, key, value, query.new_empty(0) if sinks is None else sinks)
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
@@ -67,7 +62,15 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
     return (*grads, None if tensors[3] is None else dsinks, *(None,) * 9)
 
 
-_attend.register_autograd(_backward, setup_context=_keep)
+@cache
+def register() -> None:
+    """Tell torch about the operators. Not at import: torch looks through all modules for where an operator comes from."""
+    forward = torch.library.custom_op("hf_sparse_attn::attend", _attend, mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor")
+    forward.register_fake(_fake_attend)
+    forward.register_autograd(_backward, setup_context=_keep)
+    schema = f"(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)"
+    backward = torch.library.custom_op("hf_sparse_attn::attend_backward", _attend_backward, mutates_args=(), schema=schema)
+    backward.register_fake(_fake_backward)
 
 
 def attend_opaquely(

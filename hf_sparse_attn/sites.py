@@ -14,7 +14,6 @@ from .architectures import SUPPORTED, Architecture
 from .attention import SparseAttentionMixin
 from .config import SparseAttentionConfig
 from .made import make_class
-from .numbered import number
 from .rotary import Rotary, find_rotary
 from .router import SparseRouter
 
@@ -82,7 +81,7 @@ def attach_routers(model: Any, config: SparseAttentionConfig) -> None:
     for name, router in made.items():
         sites[name].router = router
         sites[name].__class__ = sparse_attention_class(type(sites[name]))
-        sites[name].sparse_number = number(sites[name])
+        sites[name].take_number()
 
 
 def detach_routers(model: Any) -> None:
