@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import BaseQuantizedLayer, CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
 from .made import MadeMixin, make_class
 from .numbered import number
@@ -254,7 +254,7 @@ def _mixin(layer: CacheLayerMixin) -> type[SparseCacheLayerMixin]:
         return AppendingLayerMixin
     if type(layer) is StaticLayer:
         return StaticLayerMixin
-    if isinstance(layer, BaseQuantizedLayer):
+    if any("Quantized" in cls.__name__ for cls in type(layer).__mro__):  # their common base has other names in older versions
         return QuantizedLayerMixin
     raise ValueError(
         f"sparse attention supports the layers of {CACHES}, got {type(layer).__name__}; pass one of these, or run dense "

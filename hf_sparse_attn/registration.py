@@ -125,7 +125,9 @@ def make_stock(model: Any) -> None:
 def become(model: Any, cls: type) -> None:
     """Change the class of a model, by which Transformers finds what to record (hidden states) since its ``__init__``."""
     model.__class__ = cls
-    _CAN_RECORD_REGISTRY[model] = model._can_record_outputs
+    # a plain dict before Transformers 5.18
+    key = str(cls) if type(_CAN_RECORD_REGISTRY) is dict else model
+    _CAN_RECORD_REGISTRY[key] = model._can_record_outputs
 
 
 def sparse_config_class(stock: type[PreTrainedConfig]) -> type:
@@ -168,8 +170,8 @@ def register() -> None:
     AttentionMaskInterface.register(ATTN_IMPLEMENTATION, sparse_attention_mask)
     raise_for_marked_adapters()
     for model_type in (*SUPPORTED, *REFUSED_MODEL_TYPES):
-        if not isinstance(CONFIG_MAPPING._extra_content.get(model_type), Dispatcher):
-            name = CONFIG_MAPPING_NAMES[model_type]
+        name = CONFIG_MAPPING_NAMES.get(model_type)  # None: this Transformers is too old for it
+        if name is not None and not isinstance(CONFIG_MAPPING._extra_content.get(model_type), Dispatcher):
             AutoConfig.register(model_type, dispatcher(name, model_type, sparse_config_class), exist_ok=True)
 
 
