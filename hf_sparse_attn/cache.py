@@ -97,6 +97,13 @@ class SparseCacheLayerMixin(MadeMixin):
             self.summarised[row], self.summarised_slots[row] = need, last_slot
         return self.router_keys[rows, :, :need]
 
+    def summary_bytes(self) -> int:
+        """Bytes of the valid summaries and the positions, without what is reserved for more tokens."""
+        held = 0 if self.slot_positions is None else self.slot_positions.nbytes
+        if self.router_keys is None:
+            return held
+        return held + sum(self.summarised) * self.router_keys[0, :, :1].numel() * self.router_keys.element_size()
+
     def _reserve(self, blocks: int, block_size: int) -> None:
         assert self.router_keys is not None
         if blocks > self.router_keys.shape[2]:

@@ -126,8 +126,8 @@ def become(model: Any, cls: type) -> None:
     """Change the class of a model, by which Transformers finds what to record (hidden states) since its ``__init__``."""
     model.__class__ = cls
     # a plain dict before Transformers 5.18
-    key = str(cls) if type(_CAN_RECORD_REGISTRY) is dict else model
-    _CAN_RECORD_REGISTRY[key] = model._can_record_outputs
+    registry: Any = _CAN_RECORD_REGISTRY
+    registry[str(cls) if type(registry) is dict else model] = model._can_record_outputs
 
 
 def sparse_config_class(stock: type[PreTrainedConfig]) -> type:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from hf_sparse_attn import SparseCall, routers, set_sparse_attention
+from hf_sparse_attn import SparseCall, routers, set_sparse_attention, sparsify
 from hf_sparse_attn.cache import SparseCacheLayerMixin
+from hf_sparse_attn.profiling.model import cache_sizes
 
 NEW = 20
 
@@ -310,3 +311,14 @@ def test_a_static_cache_is_refused_with_the_kind_that_works(sparse, token_ids):
         fed(sparse, ids, StaticCache(config=sparse.config, max_cache_len=128))
     with pytest.raises(ValueError, match=r"DynamicCache.*StaticLayer"):
         greedy(sparse, ids, cache_implementation="static")
+
+
+def test_summaries_take_less_than_a_tenth_of_the_keys_and_values(stock_llama, token_ids):
+    """With the default settings, in bfloat16: blocks of 16 keys of 64 dims, two router keys of 64 dims each, and the positions."""
+    model = sparsify(stock_llama(hidden_size=256, head_dim=64).bfloat16(), {"dense_below": 0})
+    cache = DynamicCache()
+    fed(model, token_ids(1, 512), cache)
+    sizes = cache_sizes(cache)
+    assert sizes["keys_values_bytes"] == 2 * 2 * 2 * 512 * 64 * 2  # layers, keys and values, KV heads, tokens, dims, bytes
+    assert sizes["summaries_bytes"] == 2 * (2 * 512 // 16 * 128 * 2 + 512 * 8)
+    assert sizes["summaries_share"] < 0.1

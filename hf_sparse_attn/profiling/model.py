@@ -42,6 +42,13 @@ def verify_model(model: PreTrainedModel, ids: Tensor) -> None:
         )
 
 
+def cache_sizes(cache: Any) -> dict[str, float]:
+    """Bytes of keys and values and of the summaries beside them in a sparse model's ``cache``, and the share of the latter."""
+    kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    summaries = sum(layer.summary_bytes() for layer in cache.layers)
+    return {"keys_values_bytes": kept, "summaries_bytes": summaries, "summaries_share": summaries / kept}
+
+
 @torch.no_grad()
 def bench_model(model: PreTrainedModel, ids: Tensor, keys: int, *, decode_tokens: int = 8, repeats: int = 1) -> dict[str, Any]:
     """Prefill and decode of ``ids`` [1, N] by the sparse ``model`` against stock SDPA and the best dense decode.
@@ -81,6 +88,7 @@ def bench_model(model: PreTrainedModel, ids: Tensor, keys: int, *, decode_tokens
         "prefill": {name: {**spread(times), "tokens_per_s": n / statistics.median(times)} for name, times in prefill.items()},
         "decode": {name: {**spread(times), "tokens_per_s": 1 / statistics.median(times)} for name, times in decode.items()},
         "peak_bytes": memory,
+        "cache": cache_sizes(caches["sparse"]),
         "prefill_speedup": statistics.median(prefill["stock"]) / statistics.median(prefill["sparse"]),
         "decode_speedup": statistics.median(decode["stock"]) / statistics.median(decode["sparse"]),
         "decode_speedup_over_best_dense": statistics.median(decode["best_dense"]) / statistics.median(decode["sparse"]),
