@@ -10,6 +10,7 @@ from typing import Any
 CONFIG_VERSION = 1
 BLOCK_SIZES = (16, 32, 64, 128)
 QUERY_TILES = (1, 16, 32, 64, 128)
+FIXED_FIELDS = ("block_size", "router_dim", "index_dim")  # the routers' weights depend on these
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .adapters import refuse_adapters
-from .config import SparseAttentionConfig
+from .config import FIXED_FIELDS, SparseAttentionConfig
 from .dispatch import KEY
 from .registration import SparseModelMixin, become, implementation, is_composite, make_stock, sparse_class, sparse_config_class
 from .sites import attach_routers, routers
-
-FIXED_FIELDS = ("block_size", "router_dim", "index_dim")  # the routers' weights depend on these
 
 
 def sparsify(model: PreTrainedModel, sparse_attention: SparseAttentionConfig | Mapping[str, Any]) -> PreTrainedModel:

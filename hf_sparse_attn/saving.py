@@ -6,9 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .config import SparseAttentionConfig
+from transformers import PreTrainedConfig
+
+from .config import FIXED_FIELDS, SparseAttentionConfig
 from .files import replaced_folder
 from .router import SparseRouter
+
+HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
 
 
 class SparseSavingMixin:
@@ -16,7 +20,14 @@ class SparseSavingMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the stock method. Raises ValueError if the config says the routers were trained but weights are missing."""
+        """As the stock method.
+
+        Raises:
+            ValueError: the config says that the routers were trained but weights are missing, or asks for other routers than
+                the checkpoint holds.
+        """
+        if "config" in kwargs and not kwargs.get("gguf_file"):
+            _refuse_other_routers(pretrained_model_name_or_path, kwargs)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         fresh = [m.layer for m in model.modules() if isinstance(m, SparseRouter) and m.fresh]
@@ -38,3 +49,26 @@ class SparseSavingMixin:
             kwargs.setdefault("repo_id", Path(save_directory).name)
             with replaced_folder(Path(save_directory)) as temporary:
                 super().save_pretrained(temporary, *args, push_to_hub=True, **kwargs)  # type: ignore[misc]
+
+
+def _refuse_other_routers(checkpoint: Any, options: dict[str, Any]) -> None:
+    """Raise ValueError if the settings asked for and those that ``checkpoint`` was saved with call for routers of different kinds."""
+    text = options["config"].get_text_config()
+    values, _ = PreTrainedConfig.get_config_dict(checkpoint, **{name: options[name] for name in HUB_OPTIONS if name in options})
+    saved, asked = values.get("sparse_attention"), getattr(text, "sparse_attention", None)
+    if saved is None or asked is None:
+        return
+    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kinds = [_kind(SparseAttentionConfig.coerce(settings), dim) for settings in (saved, asked)]
+    for name, (theirs, ours) in {name: (kinds[0][name], kinds[1][name]) for name in FIXED_FIELDS}.items():
+        if theirs != ours:
+            raise ValueError(
+                f"sparse_attention.{name} {ours} was asked for, but {checkpoint} holds routers for {theirs}: leave it out, or make new "
+                "routers with hf_sparse_attn.sparsify(hf_sparse_attn.to_dense(model), {...})"
+            )
+
+
+def _kind(config: SparseAttentionConfig, head_dim: int) -> dict[str, int]:
+    """The fields that the routers' weights depend on, defaults filled in."""
+    dims = {"router_dim": config.resolved_router_dim(head_dim), "index_dim": config.resolved_index_dim(head_dim)}
+    return {"block_size": config.block_size, **dims}

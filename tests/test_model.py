@@ -219,6 +219,15 @@ def test_a_trained_checkpoint_saved_again_by_the_stock_class_is_refused(sparse_f
     assert all(router.fresh for router in routers(model))
 
 
+@pytest.mark.parametrize(("field", "value"), [("block_size", 32), ("router_dim", 64), ("index_dim", 4)])
+def test_settings_that_ask_for_other_routers_than_the_checkpoint_holds_are_refused(sparse_folder, real_budget, field, value):
+    settings = {**real_budget, "min_keys": 160, field: value}
+    with pytest.raises(ValueError, match=rf"sparse_attention.{field} {value} was asked for, but .* holds routers for"):
+        AutoModelForCausalLM.from_pretrained(sparse_folder, sparse_attention=settings)
+    fits = {**real_budget, "router_dim": 32, "min_keys": 160}  # 32 is what None stands for here
+    assert routers(AutoModelForCausalLM.from_pretrained(sparse_folder, sparse_attention=fits))[0].config.min_keys == 160
+
+
 # -- what the attention computes ------------------------------------------------------------------------------------
 
 
