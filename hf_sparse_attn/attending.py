@@ -11,9 +11,9 @@ from hf_sparse_attn_kernels import BlockSelection, block_sparse_attention
 from torch import Tensor, nn
 
 from .cache import SparseCacheLayerMixin
-from .dense import dense_attention, stock_attention, stock_mask
+from .dense import dense_attention, stock_attention_of_documents, stock_mask
 from .router import RoutingInputs, SparseRouter
-from .segments import Segment, cut_documents, find_segments, read_mask
+from .segments import Layout, Segment
 from .selecting import select_blocks
 
 
@@ -52,7 +52,7 @@ class Attention:
     """What a call asks of a layer, beside its queries, keys and values.
 
     Attributes:
-        attention_mask: None, a padding mask [B, at least N], or a 4D mask [B, 1, Q, at least N].
+        attention_mask: None, a padding mask [B, at least N] or 4D, see `Layout`.
         position_ids: rotary positions [1 or B, Q] of the queries, None for the last of consecutive ones.
         cu_seq_lens: first slots of packed documents and the end, int [documents + 1], or None.
         filled: how many of the keys' slots are filled, int64 [], None for all.
@@ -95,15 +95,11 @@ def attend(
     q_len = query.shape[2]
     kv_len = key.shape[2] if asked.filled is None else int(asked.filled)
     positions = _positions(asked, q_len, kv_len, cache, key.device)
+    layout = Layout(query.shape[0], q_len, kv_len, asked.attention_mask, asked.causal, asked.position_ids, asked.cu_seq_lens)
     if kv_len < router.config.dense_below:
-        mask = asked.attention_mask
-        if mask is None or mask.ndim == 2:
-            mask = stock_mask(mask, q_len, kv_len, key.shape[2], asked.causal, key.device)
-        options = {"softcap": asked.softcap, "s_aux": asked.sinks, "is_causal": asked.causal}
-        return stock_attention(module, query, key, value, mask, asked.scale, 0.0, **options)[0]
+        return _attend_as_stock(module, query, key, value, asked, layout)
     layer = _Layer(router, cache, call or SparseCall(), asked)
-    segments = _segments(asked, query.shape[0], q_len, kv_len)
-    return _attend_segments(layer, segments, query, key[:, :, :kv_len], value[:, :, :kv_len], positions)
+    return _attend_segments(layer, layout.segments(), query, key[:, :, :kv_len], value[:, :, :kv_len], positions)
 
 
 def _positions(asked: Attention, q_len: int, kv_len: int, cache: SparseCacheLayerMixin | None, device: torch.device) -> Tensor:
@@ -118,15 +114,12 @@ def _positions(asked: Attention, q_len: int, kv_len: int, cache: SparseCacheLaye
     return torch.cat([before, position_ids], 1) if past else position_ids
 
 
-def _segments(asked: Attention, batch: int, q_len: int, kv_len: int) -> list[Segment]:
+def _attend_as_stock(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, asked: Attention, layout: Layout) -> Tensor:
     mask = asked.attention_mask
-    if mask is not None and mask.ndim == 4:
-        real, starts = read_mask(mask[..., :kv_len], q_len, asked.causal)
-        return cut_documents(batch, q_len, kv_len, real.expand(batch, -1), starts)
-    mask = None if mask is None else mask[:, :kv_len].bool()
-    # stock bidirectional attention takes position_ids as they are: they do not cut documents
-    position_ids = asked.position_ids if asked.causal else None
-    return find_segments(batch, q_len, kv_len, mask, position_ids, asked.cu_seq_lens)
+    if mask is None or mask.ndim == 2:
+        mask = stock_mask(mask, layout.q_len, layout.kv_len, key.shape[2], asked.causal, key.device)
+    options = {"softcap": asked.softcap, "s_aux": asked.sinks, "is_causal": asked.causal}
+    return stock_attention_of_documents(module, query, key, value, mask, asked.scale, 0.0, layout.packed(), **options)[0]
 
 
 def _attend_segments(layer: _Layer, segments: list[Segment], query: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> Tensor:

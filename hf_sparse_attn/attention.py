@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from .attending import Attention, SparseCall, attend
 from .cache import SparseCacheLayerMixin, adopt, adopted
 from .checks import ATTN_IMPLEMENTATION, check_call, check_mask, refuse_without_router
-from .dense import is_causal, stock_attention
+from .dense import is_causal, stock_attention_of_documents
 from .made import MadeMixin
 from .numbered import number
 from .opaque import attend_opaquely, register
 from .router import active_router
+from .segments import Layout
 
 CACHE_ARGUMENTS = ("past_key_values", "layer_past")  # what attention modules call their cache
 
@@ -81,7 +82,13 @@ def sparse_attention_forward(
     router = getattr(module, "router", None)
     if router is None:
         refuse_without_router(module, kwargs)
-        return stock_attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+        told = (is_causal(module, kwargs), kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q"))
+        layout, segments = Layout(query.shape[0], query.shape[2], key.shape[2], attention_mask, *told), None
+        if torch.compiler.is_compiling():  # a graph must not depend on where documents start
+            attention_mask = layout.mask_of_documents()
+        else:
+            segments = layout.packed()
+        return stock_attention_of_documents(module, query, key, value, attention_mask, scaling, dropout, segments, **kwargs)
     check_call(router, module, query, key, value, dropout, kwargs)
     check_mask(attention_mask)
     asked = Attention(

@@ -11,6 +11,8 @@ from hf_sparse_attn_kernels import BlockSelection, TileGrid, block_sparse_attent
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from .segments import Segment
+
 DENSE_TILE = 64  # queries and keys of the tiles of dense attention with a cap or sinks
 
 
@@ -44,6 +46,29 @@ def stock_attention(
         attention_mask = torch.where(attention_mask, zeros, torch.finfo(query.dtype).min)
     eager = sys.modules[type(module).__mro__[_stock_level(module)].__module__].eager_attention_forward
     out, _ = eager(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    return out, None
+
+
+def stock_attention_of_documents(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    segments: list[Segment] | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`stock_attention` of every packed document by itself: stock SDPA has no other way to tell them apart than a mask."""
+    if segments is None:
+        return stock_attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+    out = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+    for segment in segments:
+        mask = None if attention_mask is None else segment.links(attention_mask)
+        q, k, v = (segment.keys(x) for x in (query, key, value))
+        at = slice(None) if segment.slots is None else segment.slots
+        out[segment.rows, at] = stock_attention(module, q, k, v, mask, scaling, dropout, **kwargs)[0]
     return out, None
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -29,6 +31,11 @@ class Segment:
         part = positions if positions.shape[0] == 1 else positions[self.rows]
         return part if self.slots is None else part[:, self.slots]
 
+    def links(self, mask: Tensor) -> Tensor:
+        """The segment's part of a ``mask`` [1 or B, 1 or heads, N, N] of a call without a past."""
+        part = mask if mask.shape[0] == 1 else mask[self.rows]
+        return part if self.slots is None else _take(_take(part, self.slots, 2), self.slots, 3)
+
     def query_slots(self, q_len: int, kv_len: int) -> Tensor | None:
         """Indices of the segment's queries among the ``q_len`` of the call, None for all."""
         return None if self.slots is None else self.slots[len(self.slots) - self.queries :] - (kv_len - q_len)
@@ -41,19 +48,116 @@ def _take(x: Tensor, index: Tensor, dim: int) -> Tensor:
     return x.index_select(dim, index)
 
 
-def find_segments(
-    batch: int, q_len: int, kv_len: int, mask: Tensor | None, position_ids: Tensor | None, cu_seq_lens: Tensor | None
-) -> list[Segment]:
-    """The documents of a call.
+@dataclass(frozen=True)
+class Layout:
+    """What a call, the last Q of N tokens of B rows, tells of padding and documents.
 
-    ``mask`` bool [B, N]: False for padding. Packed documents are recognised, in a call without a past, by
-    ``cu_seq_lens`` (batch 1) or by ``position_ids`` [1 or B, N] that do not grow.
+    Attributes:
+        batch: rows, B.
+        q_len: queries, Q.
+        kv_len: keys, N.
+        mask: None; [B, at least N], zero for padding and, if it holds integers, another number for each packed document; or
+            4D, see `read_mask`.
+        causal: whether the attention is.
+        position_ids: [1 or B, Q]; in a causal call without a past, a document starts where they do not grow.
+        cu_seq_lens: in a call without a past, ends of the packed documents, counted over all tokens of the batch.
     """
-    return cut_documents(batch, q_len, kv_len, mask, _document_starts(q_len, kv_len, mask, position_ids, cu_seq_lens))
+
+    batch: int
+    q_len: int
+    kv_len: int
+    mask: Tensor | None
+    causal: bool = True
+    position_ids: Tensor | None = None
+    cu_seq_lens: Tensor | None = None
+
+    def segments(self) -> list[Segment]:
+        """The documents. Raises ValueError if something is told that cannot be honoured."""
+        real, starts = self._told_by_mask()
+        return cut_documents(self.batch, self.q_len, self.kv_len, real, _join(starts, self._starts(real)))
+
+    def packed(self) -> list[Segment] | None:
+        """The documents for an attention that honours any 4D mask itself; None if a row has but one."""
+        four = self.mask is not None and self.mask.ndim == 4
+        real, starts = (self._sees_itself(), None) if four else self._told_by_mask()
+        starts = _join(starts, self._starts(real))
+        return None if starts is None or not bool(starts.any()) else cut_documents(self.batch, self.q_len, self.kv_len, real, starts)
+
+    def mask_of_documents(self) -> Tensor | None:
+        """The mask (None or 4D) without links between documents; no value of a tensor is read."""
+        starts = self._starts(self._sees_itself())
+        if starts is None:
+            return self.mask
+        number = starts.cumsum(1)
+        links = (number[:, :, None] == number[:, None])[:, None]
+        if self.mask is None:
+            return links.tril() if self.causal else links
+        return self.mask & links if self.mask.dtype == torch.bool else self.mask.masked_fill(~links, torch.finfo(self.mask.dtype).min)
+
+    def _sees_itself(self) -> Tensor | None:
+        """Which tokens of a call without a past are real [B, N], by a 4D mask: one that does not see itself is padding."""
+        if self.mask is None or self.q_len != self.kv_len:
+            return None
+        links = self.mask[:, 0, :, : self.kv_len].diagonal(dim1=1, dim2=2)
+        return (links if links.dtype == torch.bool else links == 0).expand(self.batch, -1)
+
+    def _told_by_mask(self) -> tuple[Tensor | None, Tensor | None]:
+        """Which tokens are real [B, N], and which start a document [1 or B, N]; None for all and for none."""
+        mask, kv_len = self.mask, self.kv_len
+        if mask is None:
+            return None, None
+        shape = tuple(mask.shape)
+        if mask.ndim == 4 and shape[0] in (1, self.batch) and shape[2] == self.q_len and shape[3] >= kv_len:
+            real, starts = read_mask(mask[..., :kv_len], self.q_len, self.causal)
+            return real.expand(self.batch, -1), starts
+        if mask.ndim != 2 or shape[0] not in (1, self.batch) or shape[1] < kv_len:
+            raise ValueError(
+                f"sparse attention got an attention mask {shape} for {self.batch} rows, {self.q_len} queries and {kv_len} keys; supported: "
+                "None, a padding mask [batch, keys] or a 4D mask [batch, 1, queries, keys]. "
+                'Or run dense with model.set_attn_implementation("sdpa")'
+            )
+        told = mask[:, :kv_len].expand(self.batch, -1)
+        return told.bool(), None if told.dtype == torch.bool else _starts_where(torch.ne, told, told.bool())
+
+    def _starts(self, real: Tensor | None) -> Tensor | None:
+        """Boolean [1 or B, N]: the slot starts a packed document that is not the row's first. None if nothing tells of documents.
+
+        A call that continues a cache continues one document a row.
+        """
+        if self.cu_seq_lens is not None:
+            numbers = self._document_numbers(self.cu_seq_lens)
+            return None if numbers is None else _starts_where(torch.ne, numbers, real)
+        # stock bidirectional attention takes position_ids as they are: they do not cut documents
+        if not self.causal or self.q_len != self.kv_len or self.q_len == 1 or self.position_ids is None:
+            return None
+        return None if self.position_ids.shape[-1] != self.kv_len else _starts_where(torch.ge, self.position_ids, real)
+
+    def _document_numbers(self, cu_seq_lens: Tensor) -> Tensor | None:
+        """The number of every token's document, int64 [B, N]; None in a call with a past."""
+        ends, total = cu_seq_lens[1:].long(), self.batch * self.kv_len
+        if self.q_len != self.kv_len:
+            if len(ends) > 1:
+                raise ValueError(
+                    f"cu_seq_lens tells of {len(ends)} documents in a call with {self.q_len} queries and {self.kv_len} keys: packed "
+                    "documents are supported in a call without a past only"
+                )
+            return None
+        if not torch.compiler.is_compiling() and ((last := int(ends[-1])) > total or (self.batch > 1 and last < total)):
+            raise ValueError(
+                f"cu_seq_lens ends at {last}: must count the {total} tokens of the call, those of all {self.batch} rows together"
+            )
+        starts = torch.zeros(total + 1, dtype=torch.long, device=ends.device)
+        starts[ends] = 1
+        return starts[:total].cumsum(0).view(self.batch, self.kv_len)
+
+
+def _join(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return one | other if one is not None and other is not None else other if one is None else one
 
 
 def cut_documents(batch: int, q_len: int, kv_len: int, mask: Tensor | None, starts: Tensor | None) -> list[Segment]:
     """The documents of a call whose padding ``mask`` [B, N] and first slots ``starts`` [1 or B, N] (both boolean) are known."""
+    starts = None if starts is None or not bool(starts.any()) else starts
     if starts is None and (mask is None or bool(mask.all())):
         return [Segment(slice(0, batch), None, q_len)]
     segments = []
@@ -71,32 +175,17 @@ def cut_documents(batch: int, q_len: int, kv_len: int, mask: Tensor | None, star
     return segments
 
 
-def _document_starts(
-    q_len: int, kv_len: int, mask: Tensor | None, position_ids: Tensor | None, cu_seq_lens: Tensor | None
-) -> Tensor | None:
-    """Boolean [1 or B, N]: the slot starts a new packed document. None if there is but one document a row."""
-    if q_len != kv_len:
-        return None  # a call that continues a cache continues one document a row
-    if cu_seq_lens is not None:
-        starts = torch.zeros(1, kv_len, dtype=torch.bool, device=cu_seq_lens.device)
-        inner = cu_seq_lens[1:-1].long()
-        starts[0, inner[inner < kv_len]] = True
-        return starts if len(inner) else None
-    if position_ids is None or position_ids.shape[-1] != kv_len:
-        return None
-    falls = position_ids[:, 1:] <= position_ids[:, :-1]
-    if mask is not None:  # positions inside padding are arbitrary: compare each real token with the real one before it
-        rows = zip(position_ids.expand(len(mask), -1), mask, strict=True)
-        falls = torch.stack([_falls_among_real(row, real) for row, real in rows])
-    return torch.nn.functional.pad(falls, (1, 0)) if bool(falls.any()) else None
+def _starts_where(new: Callable[[Tensor, Tensor], Tensor], told: Tensor, real: Tensor | None) -> Tensor:
+    """Boolean [1 or B, N]: ``new(before, here)`` holds for what is ``told`` [1 or B, N] of a real token and the real one before it.
 
-
-def _falls_among_real(positions: Tensor, real: Tensor) -> Tensor:
-    """Boolean [N − 1]: the real token at slot i + 1 has no higher position than the real token before it."""
-    slots = real.nonzero()[:, 0]
-    starts = torch.zeros_like(real)
-    starts[slots[1:]] = positions[slots[1:]] <= positions[slots[:-1]]
-    return starts[1:]
+    What is told of padding is arbitrary.
+    """
+    if real is None:
+        return F.pad(new(told[:, :-1], told[:, 1:]), (1, 0))
+    told = told.expand(len(real), -1)
+    last = torch.where(real, torch.arange(real.shape[1], device=real.device), -1).cummax(1).values
+    before = F.pad(last[:, :-1], (1, 0), value=-1)  # slot of the real token before
+    return real & (before >= 0) & new(told.gather(1, before.clamp(min=0)), told)
 
 
 def read_mask(mask: Tensor, q_len: int, causal: bool) -> tuple[Tensor, Tensor | None]:
