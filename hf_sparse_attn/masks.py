@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 
 def sparse_attention_mask(
@@ -26,8 +27,9 @@ def sparse_attention_mask(
     """Mask function registered beside the attention function.
 
     For layers with a sliding window, and below ``dense_below`` keys, the stock SDPA mask; else None or the 2D padding
-    mask. Packed documents are recognised by the attention function from ``position_ids`` or ``cu_seq_lens_q``. Any other
-    mask that a model lays over the causal one comes as a 4D mask, which the attention function honours or refuses.
+    mask, or the document's number of every token where Transformers itself found packed documents in ``position_ids``
+    (the attention function finds those that come with a cache, and ``cu_seq_lens_q``). Any other mask that a model lays
+    over the causal one comes as a 4D mask, which the attention function honours or refuses.
     """
     sparse = getattr(config, "sparse_attention", None)
     overlaid = use_vmap or _overlays(mask_function)
@@ -52,11 +54,25 @@ def sparse_attention_mask(
             config=config,
             **kwargs,
         )
+    if _packs(mask_function):
+        return _document_numbers(mask_function, batch_size, q_length, kwargs.get("device", "cpu"))
     if attention_mask is None or (not compiling and bool(attention_mask.all())):
         return None
     return attention_mask
 
 
 def _overlays(mask_function: Callable[..., Any]) -> bool:
-    """Whether more links than causal ones are allowed; Transformers joins masks by functions that it calls or_mask and and_mask."""
-    return getattr(mask_function, "__name__", "") == "or_mask"
+    """Whether other links are allowed than causal or bidirectional ones within packed documents."""
+    return not (mask_function is causal_mask_function or mask_function is bidirectional_mask_function or _packs(mask_function))
+
+
+def _packs(mask_function: Callable[..., Any]) -> bool:
+    """Whether a mask function without overlays keeps packed documents apart: Transformers joins the two conditions by and_mask."""
+    return getattr(mask_function, "__name__", "") == "and_mask"
+
+
+def _document_numbers(mask_function: Callable[..., Any], batch: int, length: int, device: Any) -> Tensor:
+    """The number of every token's document, from 1: int64 [B, N]. A token sees the one before it unless it is the first of its document."""
+    row, slot = torch.arange(batch, device=device)[:, None], torch.arange(length, device=device)[None]
+    sees = mask_function(row, row.new_zeros(()), slot[:, 1:], slot[:, :-1])
+    return 1 + F.pad((~sees).long().cumsum(1), (1, 0)).expand(batch, -1)
