@@ -34,6 +34,7 @@ class SparseCacheLayerMixin(MadeMixin):
     router_keys: Tensor | None  # [B, G, capacity, R], in the dtype of the keys
     summarised: list[int]  # per row: blocks of router_keys that are valid
     summarised_slots: list[int]  # per row: slot of the last key of the last valid block
+    layouts: list[Tensor | None]  # per row: slots of the keys of the valid blocks, None for the first ones
 
     number: Tensor  # by which an operator of a compiled graph finds this layer; int64 [], as graphs are not bound to a tensor's value
 
@@ -46,7 +47,7 @@ class SparseCacheLayerMixin(MadeMixin):
 
     def start_summaries(self) -> None:
         self.slot_positions = self.router_keys = None
-        self.summarised, self.summarised_slots = [], []
+        self.summarised, self.summarised_slots, self.layouts = [], [], []
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.rows = key_states.shape[0]
@@ -81,12 +82,12 @@ class SparseCacheLayerMixin(MadeMixin):
         batch = self.rows
         if self.router_keys is None:
             self.router_keys = keys.new_empty(batch, keys.shape[1], 0, router.wk.shape[1])
-            self.summarised, self.summarised_slots = [0] * batch, [-1] * batch
+            self.summarised, self.summarised_slots, self.layouts = [0] * batch, [-1] * batch, [None] * batch
         have = min(self.summarised[rows])
         have = 0 if have > need else have  # another, shorter document of this row
         last = have * size - 1
         slot = -1 if have == 0 else last if slots is None else int(slots[last])
-        if any(seen != slot for seen in self.summarised_slots[rows]):
+        if any(seen != slot for seen in self.summarised_slots[rows]) or not self._laid_out(rows, slots, have * size):
             have = 0
         if need > have:
             self._reserve(need, size)
@@ -95,7 +96,13 @@ class SparseCacheLayerMixin(MadeMixin):
         last_slot = -1 if need == 0 else need * size - 1 if slots is None else int(slots[need * size - 1])
         for row in range(*rows.indices(batch)):
             self.summarised[row], self.summarised_slots[row] = need, last_slot
+            self.layouts[row] = None if slots is None else slots[: need * size]
         return self.router_keys[rows, :, :need]
+
+    def _laid_out(self, rows: slice, slots: Tensor | None, tokens: int) -> bool:
+        """Whether the first ``tokens`` of ``slots``, which end alike, are those that were summarised: the past can be masked anew."""
+        known = self.layouts[rows.start]
+        return slots is None or known is None or torch.equal(slots[:tokens], known[:tokens])
 
     def summary_bytes(self) -> int:
         """Bytes of the valid summaries and the positions, without what is reserved for more tokens."""
@@ -110,7 +117,8 @@ class SparseCacheLayerMixin(MadeMixin):
             room = blocks + GROWTH_TOKENS // block_size
             self.router_keys = F.pad(self.router_keys, (0, 0, 0, room - self.router_keys.shape[2]))
 
-    def _take_rows(self, index: Tensor) -> None:
+    def _take_rows(self, index: Tensor | list[int]) -> None:
+        index = torch.as_tensor(index)
         if self.slot_positions is not None and self.slot_positions.shape[0] > 1:
             self.slot_positions = self.slot_positions[index.to(self.slot_positions.device)]
         if self.router_keys is not None:
@@ -118,6 +126,7 @@ class SparseCacheLayerMixin(MadeMixin):
             picked = torch.arange(len(self.summarised))[index.cpu()].tolist()
             self.summarised = [self.summarised[i] for i in picked]
             self.summarised_slots = [self.summarised_slots[i] for i in picked]
+            self.layouts = [self.layouts[i] for i in picked]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]

@@ -21,3 +21,9 @@ def assert_same_up_to_ties(got, want, plan):
             threshold = min(score[b] for b in kept[0])
             for block in kept[0] ^ kept[1]:
                 assert abs(score[block] - threshold) <= 1e-5 * threshold
+
+
+def assert_close_to_largest(got, want, tolerance):
+    """No value is further off than ``tolerance`` times the largest one."""
+    assert got.shape == want.shape
+    assert (got - want).abs().max() <= tolerance * want.abs().max()

@@ -7,6 +7,8 @@ import transformers
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
+from hf_sparse_attn import routers, sparsify
+
 BASE = {
     "vocab_size": 97,
     "hidden_size": 64,
@@ -103,4 +105,15 @@ def tiny_model(model_type, seed=0):
         for name, weight in model.named_parameters():
             if weight.ndim < 2 or "sinks" in name:
                 weight += 0.1 * torch.randn_like(weight)
+    return model
+
+
+def sparse_tiny_model(model_type, sparse_attention, noise=0.1):
+    """`tiny_model` made sparse, its routers moved away from their untrained start."""
+    model = sparsify(tiny_model(model_type), sparse_attention)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for router in routers(model):
+            for weight in router.parameters():
+                weight += noise * torch.randn(weight.shape, generator=generator)
     return model
