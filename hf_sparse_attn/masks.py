@@ -56,7 +56,7 @@ def sparse_attention_mask(
         )
     if _packs(mask_function):
         return _document_numbers(mask_function, batch_size, q_length, kwargs.get("device", "cpu"))
-    if attention_mask is None or (not compiling and bool(attention_mask.all())):
+    if attention_mask is None or (not compiling and attention_mask.ndim == 2 and bool(attention_mask.all())):
         return None
     return attention_mask
 

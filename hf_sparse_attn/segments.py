@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+HIDES = -1e4  # an additive mask with this value or less leaves a link no weight
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -201,7 +203,7 @@ def read_mask(mask: Tensor, q_len: int, causal: bool) -> tuple[Tensor, Tensor | 
     slot = torch.arange(kv_len, device=mask.device)
     queries = slot[offset:]
     own = visible[:, torch.arange(q_len, device=mask.device), queries]  # a query that does not see itself is padding
-    first = visible.int().argmax(-1)  # the first slot that each query sees: where its document starts
+    first = visible.view(torch.uint8).argmax(-1)  # the first slot that each query sees: where its document starts
     if offset:  # the tokens before the call: real if any real query of it sees them
         real = torch.cat([(visible[:, :, :offset] & own[:, :, None]).any(1), own], 1)
         document = torch.zeros_like(real, dtype=torch.long)
@@ -224,17 +226,19 @@ def read_mask(mask: Tensor, q_len: int, causal: bool) -> tuple[Tensor, Tensor | 
 
 def _visible(mask: Tensor) -> Tensor:
     """Boolean [B or 1, Q, N] of a 4D mask that all heads share."""
+    shape = mask.shape
     if mask.shape[1] != 1 and not bool((mask == mask[:, :1]).all()):
         raise ValueError(
-            f"the attention mask {tuple(mask.shape)} differs between heads; sparse attention supports one mask for all of them"
+            f"the attention mask {tuple(shape)} differs between heads; sparse attention supports one mask for all of them. "
+            'Run dense with model.set_attn_implementation("sdpa")'
         )
     mask = mask[:, 0]
     if mask.dtype == torch.bool:
         return mask
     visible = mask == 0
-    if bool((~visible & (mask > torch.finfo(mask.dtype).min / 4)).any()):
+    if not bool((visible | (mask <= HIDES)).all()):
         raise ValueError(
-            f"the additive attention mask [batch, {tuple(mask.shape)[1:]}] holds values between 0 and -inf: sparse attention supports "
+            f"the additive attention mask {tuple(shape)} holds other values than 0 and those below {HIDES:g}: sparse attention supports "
             'masks that hide or show, no biases. Run dense with model.set_attn_implementation("sdpa")'
         )
     return visible

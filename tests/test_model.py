@@ -17,8 +17,6 @@ from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlamaModel,
-    MistralConfig,
-    MistralForCausalLM,
 )
 
 import hf_sparse_attn
@@ -430,19 +428,13 @@ def test_the_implementation_on_a_stock_model_is_refused(stock_llama, token_ids):
 def test_attention_dropout_in_training_is_refused(sparse_llama, real_budget, token_ids):
     model = sparse_llama(real_budget, attention_dropout=0.25)
     assert bool(torch.isfinite(logits(model, token_ids(1, 100))).all())  # not in evaluation
-    with pytest.raises(ValueError, match=r"attention_dropout=0\.25"):
+    with pytest.raises(ValueError, match=r"no attention dropout, got 0\.25 from SparseLlamaAttention.*attention_dropout=0\.0"):
         logits(model.train(), token_ids(1, 100))
 
 
 def test_output_attentions_is_refused(sparse_llama, real_budget, token_ids):
     with pytest.raises(ValueError, match=r"output_attentions=True.*eager"):
         logits(sparse_llama(real_budget), token_ids(1, 100), output_attentions=True)
-
-
-def test_a_mask_of_four_dimensions_is_refused(sparse_llama, real_budget, token_ids):
-    mask = torch.ones(1, 1, 100, 100).tril().bool()
-    with pytest.raises(ValueError, match=r"4-dimensional attention mask \(1, 1, 100, 100\)"):
-        logits(sparse_llama(real_budget), token_ids(1, 100), attention_mask=mask)
 
 
 def test_a_sparse_call_on_a_model_that_runs_dense_is_refused(sparse_llama, real_budget, stock_llama, token_ids):
@@ -455,16 +447,9 @@ def test_a_sparse_call_on_a_model_that_runs_dense_is_refused(sparse_llama, real_
 
 def test_unsupported_architectures_are_refused_by_name(real_budget):
     neo = GPTNeoForCausalLM(GPTNeoConfig(vocab_size=50, hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global"], 2]]))
-    with pytest.raises(ValueError, match=r"'gpt_neo' does not route.*supports: llama"):
+    with pytest.raises(ValueError, match=r"'gpt_neo' does not route.*supports: .*llama"):
         sparsify(neo, real_budget)
-    mistral = MistralForCausalLM(
-        MistralConfig(
-            vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
-        )
-    )
-    with pytest.raises(ValueError, match=r"'mistral' is not supported yet.*supports: llama"):
-        sparsify(mistral, real_budget)
-    assert type(mistral) is MistralForCausalLM and not routers(mistral)
+    assert type(neo) is GPTNeoForCausalLM and not routers(neo)
 
 
 @pytest.mark.parametrize("version", ["5.16.9", "5.24.0", "5.24.0.dev0", "4.57.1", "6.0"])

@@ -119,9 +119,14 @@ def test_dtype_of_the_input_does_not_matter(llama_rotary, keys):
     torch.testing.assert_close(turned, llama_rotary().rotate(keys.bfloat16().float(), torch.arange(50)))
 
 
-def test_find_rotary_takes_the_one_of_a_model_and_refuses_several(stock_llama, llama_rotary):
+def test_find_rotary_takes_the_nearest_and_refuses_several(stock_llama, llama_rotary):
     model = stock_llama()
-    assert find_rotary(model).module is model.model.rotary_emb
-    assert find_rotary(nn.Linear(2, 2)) is None
-    with pytest.raises(ValueError, match="2 rotary embeddings"):
-        find_rotary(nn.ModuleList([llama_rotary().module, llama_rotary().module]))
+    name, site = "model.layers.1.self_attn", model.model.layers[1].self_attn
+    assert find_rotary(model, site, name, False).module is model.model.rotary_emb
+    site.rotary_emb = llama_rotary().module
+    assert find_rotary(model, site, name, False).module is site.rotary_emb
+    site.another = llama_rotary().module
+    with pytest.raises(ValueError, match="LlamaAttention has 2 rotary embeddings at hand"):
+        find_rotary(model, site, name, False)
+    bare = nn.Sequential(nn.Linear(2, 2))
+    assert find_rotary(bare, bare[0], "0", False) is None
