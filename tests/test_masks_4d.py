@@ -188,7 +188,7 @@ def test_masks_per_head_and_biases_are_refused(sparse, ids):
 
 @pytest.mark.parametrize("shape", [(2, 1, 100, N), (2, 1, N, 150), (3, 1, N, N), (2, N, N)])
 def test_masks_of_the_wrong_shape_are_refused(sparse, ids, shape):
-    with pytest.raises(ValueError, match=r"attention mask \(.* for 2 rows, 200 queries and 200 keys; supported: None, a padding mask"):
+    with pytest.raises(ValueError, match=r"attention mask \(.*; supported: None, a padding mask"):
         logits(sparse, ids, attention_mask=torch.ones(shape).bool())
 
 

@@ -140,3 +140,14 @@ def test_packed_documents_in_a_static_cache_equal_separate_ones(settings, docume
     model = sparse("llama", settings)
     cache = StaticCache(config=model.config, max_cache_len=500)
     close(logits(model, **packed, past_key_values=cache), separate(model, documents), 1e-5)
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_a_compiled_model_keeps_documents_apart_in_every_layer(use_cache, every_block, documents, packed):
+    model = sparse("qwen2", every_block)
+    want = separate(model, documents)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for told in ("position_ids", "cu_seq_lens_q"):
+        inputs = {"input_ids": packed["input_ids"], "position_ids": packed["position_ids"], told: packed[told]}
+        close(logits(compiled, **inputs, use_cache=use_cache), want, 1e-5)
