@@ -93,7 +93,8 @@ class SparseCacheLayerMixin(MadeMixin):
         if need > have:
             self._reserve(need, size)
             fresh = slice(have * size, need * size)
-            self.router_keys[rows, :, have:need] = router.router_keys(keys[:, :, fresh], positions[:, fresh])
+            with torch.no_grad():
+                self.router_keys[rows, :, have:need] = router.router_keys(keys[:, :, fresh], positions[:, fresh])
         last_slot = -1 if need == 0 else need * size - 1 if slots is None else int(slots[need * size - 1])
         for row in range(*rows.indices(batch)):
             self.summarised[row], self.summarised_slots[row] = need, last_slot
@@ -190,7 +191,8 @@ class AppendingLayerMixin(GrowingLayerMixin):
         self.buffers = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized or key_states.requires_grad or torch.compiler.is_compiling():
+        # a gradient may need what was appended before as it was, and of whose queries is not known here
+        if not self.is_initialized or torch.is_grad_enabled() or torch.compiler.is_compiling():
             self.buffers = {}
             return super().update(key_states, value_states, *args, **kwargs)
         self.rows = key_states.shape[0]
