@@ -85,6 +85,14 @@ def test_generate_makes_the_cache(model_type, implementation, padded, model_of):
     assert read and torch.equal(got, stock.generate(prompt, **options, disable_compile=True))
 
 
+@pytest.mark.parametrize("model_type", WINDOWED)
+def test_guesses_are_taken_back_in_layers_with_a_window_too(model_type, model_of):
+    """They keep what left the window until it is known which guesses were right."""
+    model, stock = model_of(model_type, "every block"), tiny_models.tiny_model(model_type)
+    prompt, options = ids(rows=1, length=30).repeat(1, 4), {"max_new_tokens": NEW, "do_sample": False}
+    assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=5, **options), stock.generate(prompt, **options))
+
+
 def test_a_static_cache_crosses_dense_below(settings):
     """Below, its whole room is the stock attention's; above, only what is filled is read."""
     stock = tiny_models.tiny_model("llama")

@@ -10,7 +10,8 @@ from agreement import assert_close_to_largest as close
 from summaries import assert_summaries_are_those_of_the_keys, cached_logits, fed
 from transformers import DynamicCache
 
-from hf_sparse_attn import SparseCall, routers, set_sparse_attention
+from hf_sparse_attn import SparseCall, routers, set_sparse_attention, sparsify
+from hf_sparse_attn.profiling.model import cache_sizes
 
 NEW = 20
 
@@ -192,6 +193,17 @@ def test_the_budget_can_change_between_calls_with_one_cache(sparse_llama, real_b
         layer.summarised, layer.summarised_slots = [0], [-1]
     fresh.crop(-1)
     torch.testing.assert_close(fed(model, ids[:, 169:], fresh), got, rtol=1e-4, atol=1e-4)
+
+
+def test_summaries_take_less_than_a_tenth_of_the_keys_and_values(stock_llama, token_ids):
+    """With the default settings, in bfloat16: blocks of 16 keys of 64 dims, two router keys of 64 dims each, and the positions."""
+    model = sparsify(stock_llama(hidden_size=256, head_dim=64).bfloat16(), {"dense_below": 0})
+    cache = DynamicCache()
+    fed(model, token_ids(1, 512), cache)
+    sizes = cache_sizes(cache)
+    assert sizes["keys_values_bytes"] == 2 * 2 * 2 * 512 * 64 * 2  # layers, keys and values, KV heads, tokens, dims, bytes
+    assert sizes["summaries_bytes"] == 2 * (2 * 512 // 16 * 128 * 2 + 512 * 8)
+    assert sizes["summaries_share"] < 0.1
 
 
 # -- gradients ------------------------------------------------------------------------------------------------------

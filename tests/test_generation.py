@@ -1,4 +1,4 @@
-"""Generation: the cache, its summaries, and decoding, against stock models and against the uncached forward."""
+"""generate(): the stock model's tokens with every block kept, and at a real budget the logits of the uncached forward."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from agreement import assert_close_to_largest as close
+from summaries import assert_summaries_are_those_of_the_keys, fed, summaries_checked
+from transformers import DynamicCache
 
-from hf_sparse_attn import SparseCall, routers, set_sparse_attention, sparsify
-from hf_sparse_attn.cache import SparseCacheLayerMixin
-from hf_sparse_attn.profiling.model import cache_sizes
+from hf_sparse_attn import SparseCall
+from hf_sparse_attn.cache import GrowingLayerMixin
 
 NEW = 20
+SAMPLING = {"do_sample": True, "temperature": 0.9, "top_k": 30}
 
 
 @pytest.fixture(scope="module")
@@ -28,297 +30,199 @@ def complete(sparse_llama, every_block):
 
 @pytest.fixture(scope="module")
 def sparse(sparse_llama, real_budget):
-    """A real budget, routers away from their untrained start."""
-    return sparse_llama(real_budget, noise=0.1)
+    """A real budget, routers away from their untrained start; stage 1 passes no more than the budget on."""
+    return sparse_llama({**real_budget, "candidate_factor": 1.0}, noise=0.1)
 
 
-def greedy(model, ids, **options):
-    return model.generate(ids, **{"max_new_tokens": NEW, "do_sample": False, **options})
+@pytest.fixture(scope="module")
+def assistants(stock_llama, sparse_llama, every_block):
+    """Two smaller models, with other weights: a stock and a sparse one."""
+    small = {"seed": 5, "num_hidden_layers": 1}
+    return {"stock": stock_llama(**small), "sparse": sparse_llama(every_block, **small)}
 
 
-@torch.no_grad()
-def fed(model, ids, cache, **options):
-    return model(input_ids=ids, past_key_values=cache, use_cache=True, **options).logits
+@pytest.fixture
+def crops(monkeypatch):
+    """How many tokens were taken away from cache layers, and when."""
+    seen, crop = [], GrowingLayerMixin.crop
+    monkeypatch.setattr(GrowingLayerMixin, "crop", lambda self, n: seen.append(n) or crop(self, n))
+    return seen
 
 
-def assert_summaries_are_those_of_the_keys(model, cache, pads=None):
-    """Every valid summary equals the one computed anew from the cached keys and their positions."""
-    checked = 0
-    for router, layer in zip(routers(model), cache.layers, strict=True):
-        assert isinstance(layer, SparseCacheLayerMixin)
-        for row, blocks in enumerate(layer.summarised):
-            start = 0 if pads is None else pads[row]
-            keys = layer.keys[row : row + 1, :, start:]
-            want = router.router_keys(keys, torch.arange(keys.shape[2])[None])
-            torch.testing.assert_close(layer.router_keys[row, :, :blocks], want[0, :, :blocks], rtol=1e-4, atol=1e-4)
-            checked += blocks
-    return checked
+def generated(model, ids, seed=0, **options):
+    """Tokens, with every summary that was read held against a recomputed one."""
+    torch.manual_seed(seed)
+    with summaries_checked():
+        return model.generate(ids, **{"max_new_tokens": NEW, "do_sample": False, **options})
 
 
-# -- every block kept: the stock model's tokens ---------------------------------------------------------------------
+def assert_logits_of_the_uncached_forward(model, ids, mask=None, **options):
+    """Each row of what is generated, token by token, against one uncached call: the prompt in tiles, the rest singly."""
+    told = {} if mask is None else {"attention_mask": mask}
+    out = generated(model, ids, output_logits=True, return_dict_in_generate=True, **told, **options)
+    prompt = ids.shape[1]
+    assert out.sequences.shape[1] == prompt + NEW
+    for row, tokens in enumerate(out.sequences):
+        skip = 0 if mask is None else int((mask[row] == 0).sum())
+        with torch.no_grad():
+            want = model(tokens[None, skip:], sparse_call=SparseCall(decode_from=prompt - skip)).logits[0]
+            dense = model(tokens[None, skip:], sparse_call=SparseCall(dense=True)).logits[0]
+        got = torch.stack([logits[row] for logits in out.logits])
+        close(got, want[prompt - skip - 1 : -1], 1e-4)
+        assert (got - dense[prompt - skip - 1 : -1]).abs().max() > 0.05, "the budget cuts nothing: this test would prove nothing"
 
 
-def test_greedy_tokens_are_those_of_the_stock_model(stock, complete, token_ids):
-    ids = token_ids(2, 150)
-    assert torch.equal(greedy(complete, ids), greedy(stock, ids))
+STRATEGIES = {
+    "greedy": {},
+    "sampling": SAMPLING,
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "sampled beams": {"num_beams": 3, **SAMPLING},
+    "several sequences": {"num_return_sequences": 3, **SAMPLING},
+    "chunks": {"prefill_chunk_size": 32},
+    "odd chunks": {"prefill_chunk_size": 13},
+    "no cache": {"use_cache": False},
+    "stops": {"eos_token_id": list(range(3, 20)), "pad_token_id": 0},  # rows end at different steps
+    "repetition penalty": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3},
+}
 
 
-def test_beam_search_tokens_are_those_of_the_stock_model(stock, complete, token_ids):
-    ids = token_ids(2, 130, seed=1)
-    options = {"num_beams": 3, "num_return_sequences": 2}
-    assert torch.equal(greedy(complete, ids, **options), greedy(stock, ids, **options))
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("options", STRATEGIES.values(), ids=STRATEGIES)
+def test_tokens_are_those_of_the_stock_model(stock, complete, token_ids, left_padded, options, padded):
+    ids, mask = left_padded([token_ids(1, n, seed=n)[0] for n in ((140, 97, 33) if padded else (140, 140))])
+    told = {"attention_mask": mask, **options} if padded else options
+    assert torch.equal(generated(complete, ids, **told), generated(stock, ids, **told))
 
 
-def test_prompt_lookup_tokens_are_those_of_the_stock_model(stock, complete, token_ids, monkeypatch):
-    """Prompt lookup crops the cache whenever a guess was wrong."""
-    crops = []
-    crop = SparseCacheLayerMixin.crop
-    monkeypatch.setattr(SparseCacheLayerMixin, "crop", lambda self, n: crops.append(n) or crop(self, n))
-    ids = token_ids(1, 30, seed=2).repeat(1, 4)
-    assert torch.equal(greedy(complete, ids, prompt_lookup_num_tokens=5), greedy(stock, ids))
-    assert any(n < 0 for n in crops)
+@pytest.mark.parametrize("name", ["greedy", "sampling", "several sequences", "chunks", "repetition penalty"])
+def test_logits_at_a_real_budget_are_those_of_the_uncached_forward(sparse, token_ids, name):
+    assert_logits_of_the_uncached_forward(sparse, token_ids(2, 150), **STRATEGIES[name])
 
 
-def test_a_left_padded_batch_generates_the_tokens_of_the_stock_model(stock, complete, token_ids, left_padded):
-    ids, mask = left_padded([token_ids(1, n, seed=n)[0] for n in (140, 97, 33)])
-    assert torch.equal(greedy(complete, ids, attention_mask=mask), greedy(stock, ids, attention_mask=mask))
+def test_a_padded_row_decodes_at_a_real_budget_as_if_it_were_alone(sparse, token_ids, left_padded):
+    ids, mask = left_padded([token_ids(1, n, seed=n)[0] for n in (170, 131)])
+    assert_logits_of_the_uncached_forward(sparse, ids, mask)
+
+
+def test_the_scores_of_beams_at_a_real_budget_are_those_of_the_uncached_forward(sparse, token_ids):
+    ids = token_ids(2, 150, seed=1)
+    options = {"num_beams": 3, "num_return_sequences": 3, "length_penalty": 0.0, "output_scores": True, "return_dict_in_generate": True}
+    out = generated(sparse, ids, **options)
+    for tokens, score in zip(out.sequences, out.sequences_scores, strict=True):
+        with torch.no_grad():
+            logits = sparse(tokens[None], sparse_call=SparseCall(decode_from=150)).logits[0]
+        close(logits[149:-1].log_softmax(-1).gather(1, tokens[150:, None]).sum(), score, 1e-4)
 
 
 def test_generation_that_crosses_dense_below_gives_the_tokens_of_the_stock_model(stock, sparse_llama, every_block, token_ids, left_padded):
     model = sparse_llama({**every_block, "dense_below": 150}, noise=0.1)
     ids, mask = left_padded([token_ids(1, n, seed=n)[0] for n in (140, 97)])
-    assert torch.equal(greedy(model, ids, attention_mask=mask), greedy(stock, ids, attention_mask=mask))
+    assert torch.equal(generated(model, ids, attention_mask=mask), generated(stock, ids, attention_mask=mask))
 
 
-# -- a real budget: cached equals uncached --------------------------------------------------------------------------
+# -- guesses that are checked several at once -----------------------------------------------------------------------
 
 
-@torch.no_grad()
-def cached_logits(model, ids, cuts):
-    """Logits of ``ids`` fed through a cache in pieces that end at ``cuts``, and the cache."""
-    cache, parts, start = DynamicCache(), [], 0
-    for stop in cuts:
-        parts.append(fed(model, ids[:, start:stop], cache))
-        start = stop
-    return torch.cat(parts, 1), cache
+def guessing(kind, assistants):
+    return {"prompt_lookup_num_tokens": 5} if kind == "prompt lookup" else {"assistant_model": assistants[kind]}
 
 
-@pytest.mark.parametrize("chunks", [(), (16,), (32, 64, 128), tuple(range(16, 145, 16))])
-@pytest.mark.parametrize("prompt", [160, 171])
-def test_cached_decoding_equals_the_uncached_forward(sparse, token_ids, chunks, prompt):
-    ids = token_ids(2, prompt + NEW, seed=3)
-    got, _ = cached_logits(sparse, ids, [*chunks, prompt, *range(prompt + 1, prompt + NEW + 1)])
-    with torch.no_grad():
-        want = sparse(ids, sparse_call=SparseCall(decode_from=prompt)).logits
-        dense = sparse(ids, sparse_call=SparseCall(dense=True)).logits
-    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
-    assert (want - dense).abs().max() > 0.05, "the budget cuts nothing: this test would prove nothing"
+@pytest.mark.parametrize("kind", ["prompt lookup", "stock", "sparse"])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_guesses_do_not_change_the_tokens(stock, complete, assistants, token_ids, crops, kind, sampled):
+    """Whenever a guess was wrong, the cache is cropped."""
+    ids, options = token_ids(1, 30, seed=2).repeat(1, 4), SAMPLING if sampled else {}
+    options = {**options, **guessing(kind, assistants)}
+    assert torch.equal(generated(complete, ids, **options), generated(stock, ids, **options))
+    assert any(n < 0 for n in crops)
+    if not sampled:
+        assert torch.equal(generated(complete, ids, **options), generated(stock, ids))
 
 
-def test_several_new_tokens_at_once_are_decoded_like_single_ones(sparse, token_ids):
-    """Assisted decoding checks a few guesses in one call."""
-    ids = token_ids(1, 180, seed=4)
-    singly, _ = cached_logits(sparse, ids, [160, *range(161, 181)])
-    together, _ = cached_logits(sparse, ids, [160, 165, 172, 180])
-    torch.testing.assert_close(together, singly, rtol=1e-3, atol=1e-3)
+@pytest.mark.parametrize("kind", ["prompt lookup", "stock", "sparse"])
+def test_guesses_do_not_change_the_logits_at_a_real_budget(sparse, assistants, token_ids, crops, kind):
+    """The first guesses come in one call with the prompt, in whose last tile they would have a say: here it is full, and they are wrong."""
+    ids = token_ids(1, 32, seed=2).repeat(1, 5)
+    assert_logits_of_the_uncached_forward(sparse, ids, **guessing(kind, assistants))
+    assert any(n < 0 for n in crops)
 
 
-def test_a_padded_row_decodes_as_if_it_were_alone(sparse, token_ids, left_padded):
-    rows = [token_ids(1, n, seed=n)[0] for n in (170, 131)]
-    ids, mask = left_padded(rows)
-    out = sparse.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, output_logits=True, return_dict_in_generate=True)
-    for i, row in enumerate(rows):
-        alone = sparse.generate(row[None], max_new_tokens=NEW, do_sample=False, output_logits=True, return_dict_in_generate=True)
-        assert torch.equal(out.sequences[i, ids.shape[1] :], alone.sequences[0, len(row) :])
-        torch.testing.assert_close(torch.stack(out.logits, 1)[i], torch.stack(alone.logits, 1)[0], rtol=1e-3, atol=1e-3)
+def test_a_sparse_assistant_does_not_change_the_tokens_of_a_stock_model(stock, assistants, token_ids):
+    ids = token_ids(1, 120, seed=3)
+    assert torch.equal(generated(stock, ids, assistant_model=assistants["sparse"]), generated(stock, ids))
 
 
-def test_a_cache_that_was_filled_densely_crosses_into_sparse_decoding(sparse_llama, real_budget, token_ids):
-    """The first tokens are attended below dense_below; from there on, calls equal those of a model that was always sparse."""
-    model = sparse_llama({**real_budget, "dense_below": 170}, noise=0.1)
-    ids = token_ids(2, 190, seed=5)
-    got, cache = cached_logits(model, ids, [100, 160, *range(161, 191)])
-    assert_summaries_are_those_of_the_keys(model, cache)
-    # the same keys, but the summaries are made from scratch at every step
+# -- caches that are passed back ------------------------------------------------------------------------------------
+
+
+def said(model, turns, cache, edit):
+    """Tokens of a chat of which every turn is answered through one cache, which ``edit`` changes between turns."""
+    ids = turns[0]
+    for turn in (*turns[1:], None):
+        ids = generated(model, ids, past_key_values=cache, attention_mask=torch.ones_like(ids))
+        if turn is not None:
+            ids = torch.cat([edit(ids, cache), turn], 1)
+    return ids
+
+
+def keep(ids, cache):
+    return ids
+
+
+def take_back(ids, cache):
+    """The last ten tokens of the answer are to be said anew, one of which is not in the cache."""
+    cache.crop(-9)
+    return ids[:, :-10]
+
+
+@pytest.mark.parametrize("edit", [keep, take_back])
+def test_a_chat_through_one_cache_has_the_tokens_of_the_stock_model(stock, complete, token_ids, edit):
+    turns = [token_ids(2, n, seed=n) for n in (90, 31, 7, 50)]
     cache = DynamicCache()
-    parts = [fed(model, ids[:, :160], cache)]
-    for i in range(160, 190):
-        for layer in cache.layers:
-            if layer.summarised:
-                layer.summarised, layer.summarised_slots = [0, 0], [-1, -1]
-        parts.append(fed(model, ids[:, i : i + 1], cache))
-    torch.testing.assert_close(got[:, 160:], torch.cat(parts, 1)[:, 160:], rtol=1e-3, atol=1e-3)
-    with torch.no_grad():
-        dense = model(ids, sparse_call=SparseCall(dense=True)).logits
-    torch.testing.assert_close(got[:, :169], dense[:, :169], rtol=1e-3, atol=1e-3)
-    assert (got[:, 169:] - dense[:, 169:]).abs().max() > 0.05
+    got = said(complete, turns, cache, edit)
+    assert torch.equal(got, said(stock, turns, DynamicCache(), edit))
+    assert_summaries_are_those_of_the_keys(complete, cache)
 
 
-# -- summaries ------------------------------------------------------------------------------------------------------
-
-
-def test_summaries_equal_recomputed_ones_in_every_step(sparse, token_ids, left_padded):
-    rows = [token_ids(1, n, seed=n)[0] for n in (150, 121)]
-    ids, mask = left_padded(rows)
-    cache, positions = DynamicCache(), (mask.cumsum(1) - 1).clamp(min=0)
-    fed(sparse, ids, cache, attention_mask=mask, position_ids=positions)
-    counts = [assert_summaries_are_those_of_the_keys(sparse, cache, pads=[0, 29])]
-    for step in range(NEW):
-        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-        new = token_ids(2, 1, seed=step)
-        fed(sparse, new, cache, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1)
-        counts.append(assert_summaries_are_those_of_the_keys(sparse, cache, pads=[0, 29]))
-    assert counts[0] == 2 * (150 // 16 + 121 // 16) and counts[-1] == 2 * ((150 + NEW) // 16 + (121 + NEW) // 16)
-
-
-def continue_with(model, cache, new, upto=30):
-    return torch.cat([fed(model, new[:, i : i + 1], cache) for i in range(upto)], 1)
-
-
-@pytest.mark.parametrize(
-    ("change", "rows"),
-    [
-        (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
-        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
-        (lambda cache: cache.batch_select_indices(torch.tensor([2, 1])), [2, 1]),
-    ],
-    ids=["reorder", "repeat", "select"],
-)
-@pytest.mark.parametrize("steps", [0, 5])
-def test_batch_operations_keep_summaries_with_their_rows(sparse, token_ids, change, rows, steps):
-    ids, more = token_ids(3, 150, seed=6), token_ids(3, 5, seed=7)
-    cache = DynamicCache()
-    fed(sparse, ids, cache)
-    for i in range(steps):
-        fed(sparse, more[:, i : i + 1], cache)
-    change(cache)
-    assert assert_summaries_are_those_of_the_keys(sparse, cache) == 2 * len(rows) * ((150 + steps) // 16)
-    fresh = DynamicCache()
-    fed(sparse, ids[rows], fresh)
-    for i in range(steps):
-        fed(sparse, more[rows][:, i : i + 1], fresh)
-    new = token_ids(len(rows), 30, seed=8)
-    torch.testing.assert_close(continue_with(sparse, cache, new), continue_with(sparse, fresh, new), rtol=1e-3, atol=1e-3)
+@pytest.mark.parametrize("edit", [keep, take_back])
+def test_a_chat_at_a_real_budget_reads_the_summaries_of_a_fresh_cache(sparse, token_ids, edit):
+    """The next call equals that of a cache which was filled with the same tokens in the same pieces."""
+    ids, cache = token_ids(2, 144, seed=7), DynamicCache()
+    ids = edit(generated(sparse, ids, past_key_values=cache), cache)
+    fresh, length = DynamicCache(), cache.get_seq_length()
+    fed(sparse, ids[:, :144], fresh)
+    for at in range(144, length):
+        fed(sparse, ids[:, at : at + 1], fresh)
+    more = torch.cat([ids[:, length:], token_ids(2, 40, seed=8)], 1)
+    close(fed(sparse, more, cache), fed(sparse, more, fresh), 1e-5)
     assert_summaries_are_those_of_the_keys(sparse, cache)
 
 
-@pytest.mark.parametrize("drop", [1, 7, 22, 48])
-def test_a_cropped_cache_decodes_other_tokens_like_a_fresh_one(sparse, token_ids, drop):
-    """Blocks that lost a key must be summarised anew: the new tokens differ from those that were dropped."""
-    ids, new = token_ids(2, 160, seed=9), token_ids(2, 30, seed=10)
+def test_one_prompt_is_cached_once_and_continued_in_several_ways(stock, complete, token_ids):
+    prompt, ends = token_ids(1, 133, seed=9), [token_ids(1, n, seed=n) for n in (5, 20, 40)]
+    filled = {model: DynamicCache() for model in (stock, complete)}
+    for model, cache in filled.items():
+        fed(model, prompt, cache)
+    for end in ends:
+        ids = torch.cat([prompt, end], 1)
+        got, want = (generated(model, ids, past_key_values=copy.deepcopy(filled[model])) for model in (complete, stock))
+        assert torch.equal(got, want) and torch.equal(got, generated(stock, ids))
+    assert filled[complete].get_seq_length() == 133
+
+
+@pytest.mark.parametrize("model", ["complete", "sparse"])
+def test_a_cached_prompt_is_expanded_to_several_rows(request, model, token_ids, left_padded):
+    """Rows of a batch continue one prompt each in its own way, padded between the prompt and the end."""
+    model = request.getfixturevalue(model)
+    prompt, ends = token_ids(1, 144, seed=10), [token_ids(1, n, seed=n)[0] for n in (25, 7, 16)]
     cache = DynamicCache()
-    fed(sparse, ids[:, :128], cache)
-    for i in range(128, 160):
-        fed(sparse, ids[:, i : i + 1], cache)
-    cache.crop(-drop)
-    got = continue_with(sparse, cache, new)
-    assert_summaries_are_those_of_the_keys(sparse, cache)
-    with torch.no_grad():
-        both = torch.cat([ids[:, : 160 - drop], new], 1)
-        want = sparse(both, sparse_call=SparseCall(decode_from=min(128, 160 - drop))).logits[:, -30:]
-    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
-
-
-def test_a_reset_cache_is_as_good_as_a_new_one(sparse, token_ids):
-    ids, other = token_ids(1, 150, seed=11), token_ids(1, 140, seed=12)
-    want, _ = cached_logits(sparse, other, [120, *range(121, 141)])
-    cache = DynamicCache()
-    fed(sparse, ids, cache)
-    cache.reset()
-    got = torch.cat([fed(sparse, other[:, :120], cache), continue_with(sparse, cache, other[:, 120:], 20)], 1)
-    assert torch.equal(got, want)
-    assert_summaries_are_those_of_the_keys(sparse, cache)
-
-
-def test_a_chat_is_continued_with_its_cache(sparse, token_ids):
-    """Two turns through one cache give the logits of the uncached forward over everything said so far."""
-    first, second = token_ids(1, 128, seed=13), token_ids(1, 64, seed=14)
-    cache = DynamicCache()
-    said = sparse.generate(first, past_key_values=cache, max_new_tokens=17, do_sample=False)  # the last token is not in the cache
-    ids = torch.cat([said, second[:, :63]], 1)
-    assert cache.get_seq_length() == 144
-    got = fed(sparse, ids[:, 144:], cache)
-    assert_summaries_are_those_of_the_keys(sparse, cache)
-
-    want_cache = DynamicCache()
-    fed(sparse, ids[:, :128], want_cache)
-    for i in range(128, 144):
-        fed(sparse, ids[:, i : i + 1], want_cache)
-    assert torch.equal(got, fed(sparse, ids[:, 144:], want_cache))
-    again = sparse.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False)
-    assert again.shape[1] == ids.shape[1] + 4
-
-
-def test_a_copied_cache_and_its_original_do_not_touch_each_other(sparse, token_ids):
-    """A prompt's cache is copied and continued in two ways: in-place appending must not leak from one to the other."""
-    ids = token_ids(1, 150, seed=15)
-    cache = DynamicCache()
-    fed(sparse, ids, cache)
-    fed(sparse, token_ids(1, 1, seed=1), cache)
-    copied = copy.deepcopy(cache)
-    one, two = token_ids(1, 12, seed=16), token_ids(1, 12, seed=17)
-    want = continue_with(sparse, copy.deepcopy(cache), one, 12)
-    got = []
-    for i in range(12):
-        got.append(fed(sparse, one[:, i : i + 1], cache))
-        fed(sparse, two[:, i : i + 1], copied)
-    torch.testing.assert_close(torch.cat(got, 1), want, rtol=1e-4, atol=1e-4)
-    assert_summaries_are_those_of_the_keys(sparse, copied)
-
-
-def test_keys_that_were_read_before_a_crop_stay_as_they_were(sparse, token_ids):
-    """Stock caches never write into tensors they gave out; appending in place after a crop must not either."""
-    cache = DynamicCache()
-    fed(sparse, token_ids(1, 150, seed=18), cache)
-    fed(sparse, token_ids(1, 1, seed=18), cache)
-    held = cache.layers[0].keys
-    before = held.clone()
-    cache.crop(-20)
-    fed(sparse, token_ids(1, 1, seed=19), cache)
-    assert torch.equal(held, before)
-
-
-def test_a_cache_filled_in_inference_mode_can_be_continued_outside_of_it(sparse, token_ids):
-    ids = token_ids(1, 160, seed=20)
-    cache = DynamicCache()
-    with torch.inference_mode():
-        sparse(input_ids=ids[:, :150], past_key_values=cache)
-        sparse(input_ids=ids[:, 150:151], past_key_values=cache)
-    got = fed(sparse, ids[:, 151:152], cache)
-    want, _ = cached_logits(sparse, ids[:, :152], [150, 151, 152])
-    torch.testing.assert_close(got, want[:, -1:], rtol=1e-4, atol=1e-4)
-
-
-def test_the_budget_can_change_between_calls_with_one_cache(sparse_llama, real_budget, token_ids):
-    model = sparse_llama(real_budget, noise=0.1)
-    ids = token_ids(1, 170, seed=21)
-    _, cache = cached_logits(model, ids, [160, *range(161, 170)])
-    set_sparse_attention(model, min_keys=10**6)
-    got = fed(model, ids[:, 169:], cache)
-    fresh = copy.deepcopy(cache)
-    for layer in fresh.layers:
-        layer.summarised, layer.summarised_slots = [0], [-1]
-    fresh.crop(-1)
-    torch.testing.assert_close(fed(model, ids[:, 169:], fresh), got, rtol=1e-4, atol=1e-4)
-
-
-# -- caches that are not supported ----------------------------------------------------------------------------------
-
-
-def test_a_static_cache_is_refused_with_the_kind_that_works(sparse, token_ids):
-    ids = token_ids(1, 100)
-    with pytest.raises(ValueError, match=r"DynamicCache.*StaticLayer.*sdpa"):
-        fed(sparse, ids, StaticCache(config=sparse.config, max_cache_len=128))
-    with pytest.raises(ValueError, match=r"DynamicCache.*StaticLayer"):
-        greedy(sparse, ids, cache_implementation="static")
-
-
-def test_summaries_take_less_than_a_tenth_of_the_keys_and_values(stock_llama, token_ids):
-    """With the default settings, in bfloat16: blocks of 16 keys of 64 dims, two router keys of 64 dims each, and the positions."""
-    model = sparsify(stock_llama(hidden_size=256, head_dim=64).bfloat16(), {"dense_below": 0})
-    cache = DynamicCache()
-    fed(model, token_ids(1, 512), cache)
-    sizes = cache_sizes(cache)
-    assert sizes["keys_values_bytes"] == 2 * 2 * 2 * 512 * 64 * 2  # layers, keys and values, KV heads, tokens, dims, bytes
-    assert sizes["summaries_bytes"] == 2 * (2 * 512 // 16 * 128 * 2 + 512 * 8)
-    assert sizes["summaries_share"] < 0.1
+    fed(model, prompt, cache)
+    cache.batch_repeat_interleave(3)
+    end, mask = left_padded(ends)
+    mask = torch.cat([torch.ones(3, 144, dtype=torch.long), mask], 1)
+    got = generated(model, torch.cat([prompt.expand(3, -1), end], 1), attention_mask=mask, past_key_values=cache)
+    for row, own in enumerate(ends):
+        alone = DynamicCache()
+        fed(model, prompt, alone)
+        want = generated(model, torch.cat([prompt[0], own])[None], past_key_values=alone)
+        assert torch.equal(got[row, -NEW:], want[0, -NEW:])
