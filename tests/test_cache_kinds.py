@@ -74,12 +74,19 @@ def test_a_prompt_in_chunks_equals_the_uncached_forward(model_type, make, model_
 @pytest.mark.parametrize("implementation", ["static", "dynamic"])
 @pytest.mark.parametrize("model_type", ["llama", *WINDOWED])
 @pytest.mark.parametrize("padded", [False, True])
-def test_generate_makes_the_cache(model_type, implementation, padded, model_of):
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generate_makes_the_cache(model_type, implementation, padded, beams, model_of):
     model, stock = model_of(model_type, "every block"), tiny_models.tiny_model(model_type)
     prompt, mask = ids(length=130), torch.ones(2, 130, dtype=torch.long)
     if padded:
         mask[0, :27] = 0
-    options = {"attention_mask": mask, "max_new_tokens": NEW, "do_sample": False, "cache_implementation": implementation}
+    options = {
+        "attention_mask": mask,
+        "max_new_tokens": NEW,
+        "do_sample": False,
+        "num_beams": beams,
+        "cache_implementation": implementation,
+    }
     with summaries_checked() as read:
         got = model.generate(prompt, **options, disable_compile=True)
     assert read and torch.equal(got, stock.generate(prompt, **options, disable_compile=True))
@@ -199,6 +206,12 @@ def test_a_quantised_cache_gives_the_tokens_of_the_stock_model_with_the_same(qua
     assert torch.equal(got, stock.generate(ids(length=130), past_key_values=quantised(stock.config), **options))
 
 
+def test_generate_makes_a_quantised_cache(model_of):
+    model, stock = model_of("llama", "every block"), tiny_models.tiny_model("llama")
+    options = {"max_new_tokens": NEW, "do_sample": False, "cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    assert torch.equal(model.generate(ids(length=130), **options), stock.generate(ids(length=130), **options))
+
+
 def test_a_quantised_cache_at_a_real_budget_decodes_over_what_it_returns(model_of):
     """The last step equals that of a cache which holds the keys and values that the quantised one gave back."""
     model, seen = model_of("llama", "real budget"), []
@@ -255,5 +268,9 @@ def test_a_paged_cache_is_refused_by_name(model_of):
 
 
 def test_continuous_batching_is_refused(model_of):
-    with pytest.raises(ValueError, match=r"hf_sparse is not supported for continuous batching\. Use .*'sdpa'"):
-        model_of("llama", "every block").generate_batch([[3, 4, 5]])
+    """And does not switch to flash attention silently, where that is installed."""
+    model = model_of("llama", "every block")
+    assert not model._supports_flash_attn
+    for call in (lambda: model.generate_batch([[3, 4, 5]]), lambda: model.generate(ids(), cache_implementation="paged")):
+        with pytest.raises(ValueError, match=r"hf_sparse is not supported for continuous batching\. Use .*'sdpa'"):
+            call()

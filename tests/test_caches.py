@@ -159,6 +159,15 @@ def test_a_copied_cache_and_its_original_do_not_touch_each_other(sparse, token_i
     assert_summaries_are_those_of_the_keys(sparse, copied)
 
 
+def test_a_cache_that_was_taken_apart_into_keys_and_values_is_summarised_anew(sparse, token_ids):
+    """As data-parallel training does to gather one from all processes."""
+    ids, more = token_ids(2, 150, seed=16), token_ids(2, 20, seed=17)
+    _, cache = cached_logits(sparse, ids, [120, *range(121, 151)])
+    again = DynamicCache(list(cache))
+    torch.testing.assert_close(continue_with(sparse, again, more, 20), continue_with(sparse, cache, more, 20), rtol=1e-4, atol=1e-4)
+    assert assert_summaries_are_those_of_the_keys(sparse, again) == 2 * 2 * 10
+
+
 def test_keys_that_were_read_before_a_crop_stay_as_they_were(sparse, token_ids):
     """Stock caches never write into tensors they gave out; appending in place after a crop must not either."""
     cache = DynamicCache()

@@ -8,9 +8,11 @@ import pytest
 import tiny_models
 import torch
 from agreement import assert_close_to_largest as close
-from transformers import DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.masking_utils import create_causal_mask
 
 from hf_sparse_attn import SparseCall
+from hf_sparse_attn.checks import ATTN_IMPLEMENTATION
 
 MODELS = (
     "llama",
@@ -98,16 +100,43 @@ def test_padding_between_tokens_equals_stock(model_type, every_block):
     close(got, want, 1e-5)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_a_decoder_that_is_asked_to_see_both_sides_equals_stock(model_type, every_block):
+    model, stock = sparse(model_type, every_block), tiny_models.tiny_model(model_type)
+    ids, mask, positions = padded(ROWS.values())
+    options = {"attention_mask": mask, "position_ids": positions, "is_causal": False, "use_cache": False}
+    got, want = (logits(m, ids, **options)[mask.bool()] for m in (model, stock))
+    close(got, want, 1e-5)
+    assert (want - logits(stock, ids, **{**options, "is_causal": True})[mask.bool()]).abs().max() > 0.1 * want.abs().max()
+
+
+def test_the_implementation_has_a_mask_function_and_a_name_that_means_nothing_else():
+    """Without a mask function Transformers drops padding silently; parts of other names would call for their kernels."""
+    assert ATTN_IMPLEMENTATION in AttentionInterface._global_mapping and ATTN_IMPLEMENTATION in AttentionMaskInterface._global_mapping
+    assert not any(word in ATTN_IMPLEMENTATION for word in ("flash", "sdpa", "flex", "eager", "paged", "/", "@", ":", "|"))
+
+
+def test_the_mask_function_gives_back_its_own_masks(every_block):
+    """generate() asks for a mask, and the model asks again with what it got."""
+    config = sparse("llama", every_block).config
+    _, mask, _ = padded(ROWS.values())
+    arguments = {"config": config, "inputs_embeds": torch.zeros(4, WIDTH, 1), "past_key_values": None}
+    made = create_causal_mask(attention_mask=mask, **arguments)
+    assert torch.equal(made, mask.bool()) and torch.equal(create_causal_mask(attention_mask=made, **arguments), made)
+    assert create_causal_mask(attention_mask=torch.ones_like(mask), **arguments) is None
+
+
 # -- chats of several turns in one batch: each turn is padded to the longest ----------------------------------------
 
 TURNS = (((3, 90), (0, 93)), ((21, 40), (0, 61)), ((0, 17), (5, 12)))  # of each turn and row: pads before, tokens
 
 
 def chats(side):
-    """(ids, mask, where each turn ends) of two chats whose turns are padded on one side."""
-    ids = torch.randint(3, 95, (2, 171), generator=torch.Generator().manual_seed(4))
+    """(ids, mask, where each turn ends) of two chats whose turns are padded on one side, and of 20 single tokens, some of one chat only."""
+    ids = torch.randint(3, 95, (2, 191), generator=torch.Generator().manual_seed(4))
     turns = [torch.stack([torch.cat([torch.zeros(pads), torch.ones(tokens)]) for pads, tokens in turn]) for turn in TURNS]
-    mask = torch.cat([turn if side == "left" else turn.flip(1) for turn in turns], 1).long()
+    mask = torch.cat([*(turn if side == "left" else turn.flip(1) for turn in turns), torch.ones(2, 20)], 1).long()
+    mask[1, 180:185] = 0
     return ids, mask, torch.tensor([turn.shape[1] for turn in turns]).cumsum(0).tolist()
 
 
@@ -130,7 +159,6 @@ def said_in_turns(model, ids, mask, ends, cache):
 def test_chats_with_padding_between_turns_equal_stock(model_type, side, every_block):
     model, stock = sparse(model_type, every_block), tiny_models.tiny_model(model_type)
     ids, mask, ends = chats(side)
-    ids, mask = torch.cat([ids, ids[:, :20]], 1), torch.nn.functional.pad(mask, (0, 20), value=1)
     got, want = (said_in_turns(m, ids, mask, ends, DynamicCache(config=m.config))[mask.bool()] for m in (model, stock))
     close(got, want, 1e-5)
 
@@ -140,10 +168,9 @@ def test_chats_with_padding_between_turns_equal_chats_without(side, settings):
     """At a real budget, too: turns shorter than a tile, and single tokens, are routed singly."""
     model = sparse("llama", settings)
     ids, mask, ends = chats(side)
-    ids, mask = torch.cat([ids, ids[:, :20]], 1), torch.nn.functional.pad(mask, (0, 20), value=1)
     got = said_in_turns(model, ids, mask, ends, DynamicCache())
     for row, real in enumerate(mask.bool()):
-        cuts = real.cumsum(0)[torch.tensor(ends) - 1].tolist()
+        cuts = real.cumsum(0)[torch.tensor(ends) - 1].tolist()  # single tokens follow
         alone = ids[row : row + 1, real]
         close(got[row][real], said_in_turns(model, alone, torch.ones_like(alone), cuts, DynamicCache())[0], 1e-5)
 
