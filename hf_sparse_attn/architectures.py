@@ -61,6 +61,10 @@ def refuse_unsupported(model_type: str) -> None:
 @cache
 def refusal(model_type: str) -> str:
     """Why a model type is not supported, to follow its name."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if model_type in CONFIG_MAPPING and getattr(CONFIG_MAPPING[model_type], "is_encoder_decoder", False):
+        return "is an encoder-decoder, and sparse attention serves models of self-attention only"
     folder = _folder(model_type)
     sources = [] if folder is None else [file.read_text() for file in folder.glob("modeling_*.py")]
     if not any(re.search(r"class \w*Attention\w*\(", source) for source in sources):
