@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +74,34 @@ class Layout:
     cu_seq_lens: Tensor | None = None
 
     def segments(self) -> list[Segment]:
-        """The documents. Raises ValueError if something is told that cannot be honoured."""
+        """The documents. Raises ValueError if something is told that cannot be honoured.
+
+        All layers of a forward pass ask with the same contents: the last answer is kept (not beside an N×N mask).
+        """
+        plain_step = self.mask is None and self.q_len == 1  # nothing to find
+        if plain_step or (self.mask is not None and self.mask.ndim == 4):
+            return self._find_segments()
+        global _last_answer
+        layout, found = _last_answer
+        if layout is None or not self._tells_the_same_as(layout):
+            found = self._find_segments()
+            told = (self.mask, self.position_ids, self.cu_seq_lens)
+            mask, position_ids, cu_seq_lens = (None if x is None else x.clone() for x in told)  # who owns them may change them
+            _last_answer = (replace(self, mask=mask, position_ids=position_ids, cu_seq_lens=cu_seq_lens), found)
+        return found
+
+    def _tells_the_same_as(self, other: Layout) -> bool:
+        if (self.batch, self.q_len, self.kv_len, self.causal) != (other.batch, other.q_len, other.kv_len, other.causal):
+            return False
+        pairs = ((getattr(self, name), getattr(other, name)) for name in ("mask", "position_ids", "cu_seq_lens"))
+        return all(
+            mine is theirs is None
+            if mine is None or theirs is None
+            else (mine.dtype, mine.device) == (theirs.dtype, theirs.device) and torch.equal(mine, theirs)
+            for mine, theirs in pairs
+        )
+
+    def _find_segments(self) -> list[Segment]:
         real, starts = self._told_by_mask()
         return cut_documents(self.batch, self.q_len, self.kv_len, real, _join(starts, self._starts(real)))
 
@@ -151,6 +178,9 @@ class Layout:
         starts = torch.zeros(total + 1, dtype=torch.long, device=ends.device)
         starts[ends] = 1
         return starts[:total].cumsum(0).view(self.batch, self.kv_len)
+
+
+_last_answer: tuple[Layout | None, list[Segment]] = (None, [])  # exchanged as a whole, so that threads see one or the other
 
 
 def _join(one: Tensor | None, other: Tensor | None) -> Tensor | None:

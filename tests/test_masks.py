@@ -13,6 +13,7 @@ from transformers.masking_utils import create_causal_mask
 
 from hf_sparse_attn import SparseCall
 from hf_sparse_attn.checks import ATTN_IMPLEMENTATION
+from hf_sparse_attn.segments import Layout
 
 MODELS = (
     "llama",
@@ -200,3 +201,14 @@ def test_a_past_that_is_masked_differently_is_summarised_anew(settings):
         for layer in fresh.layers:
             layer.summarised, layer.summarised_slots = [0], [-1]
         close(got, logits(model, more[:, step : step + 1], attention_mask=mask, past_key_values=fresh), 1e-5)
+
+
+def test_a_mask_that_is_changed_in_place_is_read_anew():
+    """Layers share what was read of a mask, by its contents."""
+    mask = torch.ones(2, 50, dtype=torch.bool)
+    mask[1, :10] = False
+    first = Layout(2, 50, 50, mask).segments()
+    assert Layout(2, 50, 50, mask.clone()).segments() is first
+    mask[1, :20] = False
+    assert [len(segment.slots) for segment in Layout(2, 50, 50, mask).segments()] == [50, 30]
+    assert Layout(2, 1, 50, mask).segments()[1].queries == 1
