@@ -32,21 +32,31 @@ class Architecture:
 _PLAIN_TYPES = """
     llama mixtral ministral3 qwen2_moe olmo olmo2 granite granitemoe granitemoeshared gpt_neox gemma phi phi3 phimoe starcoder2 olmoe
     flex_olmo seed_oss arcee smollm3 apertus bitnet jais2 glm4_moe minimax_m2 solar_open diffllama jetmoe mellum hy_v3 aria_text
-    gpt2 gpt_bigcode opt biogpt
+    gpt2 gpt_bigcode opt biogpt ctrl hyperclovax dots1 dbrx
 """
-_SLIDING_TYPES = "mistral ministral qwen2 qwen3 qwen3_moe gemma2 gemma3_text gpt_oss olmo3"
+_SLIDING_TYPES = """mistral ministral qwen2 qwen3 qwen3_moe gemma2 gemma3_text gpt_oss olmo3 cwm granite_swa granitemoe_swa vaultgemma
+    modernbert-decoder"""
+_UNROTATED_TYPES = "afmoe flint"  # only their sliding-window layers rotate
 _INTERLEAVED_TYPES = "cohere glm glm4 helium ernie4_5 ernie4_5_moe"
-_TWO_SIDED_TYPES = "bert electra distilbert eurobert gte nomic_bert"
+_TWO_SIDED_TYPES = """bert electra distilbert eurobert gte nomic_bert albert bert-generation ernie roc_bert jina_embeddings_v3 mobilebert
+    roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl camembert data2vec-text xmod"""
 
 SUPPORTED: dict[str, Architecture] = {
     **dict.fromkeys(_PLAIN_TYPES.split(), Architecture()),
     **dict.fromkeys(_SLIDING_TYPES.split(), Architecture(limits=SLIDING)),
     **dict.fromkeys(_INTERLEAVED_TYPES.split(), Architecture(interleaved=True)),
     **dict.fromkeys(_TWO_SIDED_TYPES.split(), Architecture(limits=TWO_SIDED)),
+    **dict.fromkeys(_UNROTATED_TYPES.split(), Architecture(rotates=lambda site: False, limits=SLIDING)),
+    "beam": Architecture(rotates=lambda site: site.config.rope_parameters["full_attention"] is not None, limits=SLIDING),
     "cohere2": Architecture(interleaved=True, rotates=lambda site: site.sliding_window is not None, limits=SLIDING),
-    "exaone4": Architecture(rotates=lambda site: site.sliding_window is None or site.is_sliding, limits=SLIDING),
+    "cohere2_moe": Architecture(interleaved=True, rotates=lambda site: site.force_rope, limits=SLIDING),
+    **dict.fromkeys(
+        ("exaone4", "exaone_moe", "kolibri1"),
+        Architecture(rotates=lambda site: site.sliding_window is None or site.is_sliding, limits=SLIDING),
+    ),
     "gemma3": Architecture(limits=f"the text part; {SLIDING}; images whose tokens see each other both ways are refused"),
-    "modernbert": Architecture(limits=f"{TWO_SIDED}; {SLIDING}"),
+    "hrm_text": Architecture(limits="without the two-way attention over instructions (prefix_lm), which is refused"),
+    **dict.fromkeys(("modernbert", "ultrabert"), Architecture(limits=f"{TWO_SIDED}; {SLIDING}")),
     "patchtst": Architecture(limits=f"{TWO_SIDED}; time series, sparse over patches"),
     "timesfm": Architecture(limits="time series, sparse over patches, no cache"),
 }

@@ -7,16 +7,23 @@ import tiny_models
 import torch
 from transformers import DynamicCache
 
-from hf_sparse_attn import SparseCall, attending, routers, sparse_class, sparse_config, sparsify, to_dense
+from hf_sparse_attn import SparseCall, architectures, attending, routers, sparse_class, sparse_config, sparsify, to_dense
 from hf_sparse_attn.architectures import SUPPORTED, refuse_unsupported
 from hf_sparse_attn.sites import attention_sites
 
 pytestmark = pytest.mark.compat
 
 LENGTH = 205  # whole blocks of 16 and a partial one
-TWO_SIDED = ("bert", "electra", "distilbert", "eurobert", "gte", "nomic_bert", "modernbert", "patchtst")
-UNROTATED = ("bert", "electra", "distilbert", "gpt2", "gpt_bigcode", "opt", "biogpt", "cohere2", "exaone4")
-UNTOLD = ("modernbert", "gte")  # their attention modules are not told position_ids
+TWO_SIDED = [name for name, architecture in SUPPORTED.items() if architecture.limits.startswith(architectures.TWO_SIDED)]
+# their first position is one past the padding token
+FROM_ONE = ("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "xmod")
+ABSOLUTE = (  # without a rotation, and not the same at other positions: learned ones, or queries scaled by theirs
+    *FROM_ONE,
+    *("bert", "electra", "distilbert", "albert", "bert-generation", "ernie", "roc_bert", "mobilebert"),
+    *("gpt2", "gpt_bigcode", "opt", "biogpt", "ctrl", "beam"),
+)
+UNROTATED = ("cohere2", "exaone4", "exaone_moe", "kolibri1", "afmoe", "flint")
+UNTOLD = ("modernbert", "gte", "jina_embeddings_v3", "ultrabert")  # their attention modules are not told position_ids
 SERIES = ("patchtst", "timesfm")
 CACHED = sorted(set(SUPPORTED) - {*TWO_SIDED, *SERIES})
 TOKENS = sorted(set(SUPPORTED) - set(SERIES))
@@ -122,8 +129,8 @@ def test_a_real_budget_cuts_links_and_a_dense_call_does_not(model_type, budget, 
 def test_routers_unrotate_keys_by_the_models_own_embedding(model_type, every_block_two_sided):
     """Keys that are shifted along the text, and un-rotated, are the keys that were not shifted."""
     model = sparsify(tiny_models.tiny_model(model_type), every_block_two_sided)
-    if all(router.rotary is None for router in routers(model)):
-        assert model_type in UNROTATED
+    assert all(router.rotary is None for router in routers(model)) == (model_type in (*ABSOLUTE, *UNROTATED))
+    if model_type in ABSOLUTE:
         return
     seen = []
     call = SparseCall(observer=lambda router, inputs: seen.append((router, inputs)))
@@ -163,7 +170,7 @@ def test_padded_rows_equal_unpadded_ones(model_type, side, every_block_two_sided
     for i, row in enumerate(rows):
         at = slice(205 - len(row), None) if side == "left" else slice(0, len(row))
         batch[i, at], mask[i, at] = row, 1
-    options = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    options = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0) + (model_type in FROM_ONE)}
     for settings in (every_block_two_sided, budget):
         model = noisy(sparsify(tiny_models.tiny_model(model_type), settings))
         with torch.no_grad():

@@ -31,6 +31,7 @@ LLAMA3 = {
     **{"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 256},
     **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
 }
+SLIDING = {"layer_types": LAYERS, "sliding_window": 40}
 VISION = {
     **{"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
     **{"image_size": 28, "patch_size": 14},
@@ -57,6 +58,26 @@ CHANGES = {
     "smollm3": {"no_rope_layers": [1, 0, 1]},
     "modernbert": {"layer_types": LAYERS, "local_attention": 40, "cls_token_id": 1, "sep_token_id": 2},
     "starcoder2": {"sliding_window": None},
+    **dict.fromkeys(("cwm", "granite_swa", "vaultgemma", "ultrabert", "flint"), SLIDING),
+    **dict.fromkeys(("granitemoe_swa", "afmoe", "exaone_moe", "kolibri1"), EXPERTS | SLIDING),
+    "modernbert-decoder": {"layer_types": LAYERS, "local_attention": 40},
+    "cohere2_moe": {**EXPERTS, **SLIDING, "mlp_layer_types": ["sparse", "dense", "sparse"]},  # a dense layer rotates
+    "dots1": {**EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+    "dbrx": {
+        **{"d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": 2048},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+    },
+    "beam": {
+        **{**EXPERTS, **SLIDING, "n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+        "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}, "full_attention": None},
+    },
+    "hrm_text": {"H_cycles": 1, "L_cycles": 1, "L_bp_cycles": [1], "num_hidden_layers": 2},
+    "albert": {"num_hidden_groups": 3, "embedding_size": 32},
+    "mobilebert": {
+        **{"embedding_size": 32, "true_hidden_size": 64, "intra_bottleneck_size": 64, "use_bottleneck": False},
+        "initializer_range": 0.05,
+    },
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "gpt_neox": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
 }
 
@@ -92,7 +113,7 @@ def model_class(config):
         modeling_auto.MODEL_FOR_MASKED_LM_MAPPING,
         modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     )
-    order = {"bert": (1,), "electra": (1,), "gemma3": (2,)}.get(config.model_type, (0, 1))
+    order = (2,) if config.model_type == "gemma3" else (1, 0)
     return next(mappings[i][type(config)] for i in order if type(config) in mappings[i])
 
 
