@@ -19,6 +19,10 @@ class Dispatcher(type):
     make_sparse: Callable[[type], type]
 
     @property
+    def __doc__(cls) -> Any:  # type: ignore[override]
+        return cls.stock.__doc__  # Transformers reads a checkpoint's name in it, for the documentation of stock models
+
+    @property
     def stock(cls) -> Any:
         return getattr(transformers, cls.__name__)
 

@@ -121,6 +121,14 @@ def test_importing_the_plugin_stays_cheap():
     assert run.stdout.split() == []
 
 
+def test_importing_a_stock_model_beside_the_plugin_prints_nothing():
+    code = "import hf_sparse_attn; from transformers import BertForMaskedLM, GPT2LMHeadModel"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
 def test_the_kernels_folder_is_no_package_and_tests_are_flat():
     assert not (ROOT / "kernels/__init__.py").exists()  # it would shadow the package `kernels` of the Hub
     assert not list((ROOT / "tests").rglob("__init__.py")) and not (ROOT / "tests/kernels").exists()
