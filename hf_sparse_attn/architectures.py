@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 TWO_SIDED = "bidirectional, as an encoder"
@@ -39,7 +35,7 @@ _SLIDING_TYPES = """mistral ministral qwen2 qwen3 qwen3_moe gemma2 gemma3_text g
 _UNROTATED_TYPES = "afmoe flint"  # only their sliding-window layers rotate
 _INTERLEAVED_TYPES = "cohere glm glm4 helium ernie4_5 ernie4_5_moe"
 _TWO_SIDED_TYPES = """bert electra distilbert eurobert gte nomic_bert albert bert-generation ernie roc_bert jina_embeddings_v3 mobilebert
-    roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl camembert data2vec-text xmod"""
+    roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl camembert data2vec-text xmod esmc"""
 
 SUPPORTED: dict[str, Architecture] = {
     **dict.fromkeys(_PLAIN_TYPES.split(), Architecture()),
@@ -65,31 +61,6 @@ SUPPORTED: dict[str, Architecture] = {
 def refuse_unsupported(model_type: str) -> None:
     """Raise ValueError naming ``model_type`` and the reason, unless sparse attention supports it."""
     if model_type not in SUPPORTED:
+        from .refusals import refusal  # imports all of Transformers' Auto classes
+
         raise ValueError(f"model type {model_type!r} {refusal(model_type)}; sparse attention supports: {', '.join(sorted(SUPPORTED))}")
-
-
-@cache
-def refusal(model_type: str) -> str:
-    """Why a model type is not supported, to follow its name."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    if model_type in CONFIG_MAPPING and getattr(CONFIG_MAPPING[model_type], "is_encoder_decoder", False):
-        return "is an encoder-decoder, and sparse attention serves models of self-attention only"
-    folder = _folder(model_type)
-    sources = [] if folder is None else [file.read_text() for file in folder.glob("modeling_*.py")]
-    if not any(re.search(r"class \w*Attention\w*\(", source) for source in sources):
-        return "has no attention modules of its own"
-    if not any("ALL_ATTENTION_FUNCTIONS" in source for source in sources):
-        return "does not route its attention through Transformers' attention interface"
-    if any("update_indexer" in source or "block_indices" in source for source in sources):
-        return "has a sparse attention of its own"
-    if any("kv_lora_rank" in source for source in sources):
-        return "caches latent keys (MLA), whose query and value dims differ"
-    return "is not supported yet: no test covers it"
-
-
-def _folder(model_type: str) -> Path | None:
-    from transformers.models.auto.configuration_auto import model_type_to_module_name
-
-    spec = importlib.util.find_spec(f"transformers.models.{model_type_to_module_name(model_type)}")
-    return Path(spec.origin).parent if spec and spec.origin else None

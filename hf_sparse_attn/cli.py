@@ -1,4 +1,4 @@
-"""Command line ``hf-sparse-attn``: run, distill, eval, card, bench, doctor."""
+"""Command line ``hf-sparse-attn``: run, distill, eval, card, bench, architectures, doctor."""
 
 from __future__ import annotations
 
@@ -108,6 +108,25 @@ def card(
     if base is not None:
         values = {"base": {"source": base, "license": model_licence(base)}, **values}
     emit(write_card(folder / "README.md", values).data.to_dict(), json_path)
+
+
+@app.command()
+def architectures(
+    model_type: Annotated[str | None, typer.Argument(help="One model type, e.g. falcon; without it, all that are installed.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table as a page to this path.")] = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Which model types of the installed Transformers are supported, and why others are refused."""
+    from .compatibility import STATES, as_json, as_markdown, compatibility, compatibility_table, count_states
+
+    rows = compatibility_table() if model_type is None else [compatibility(model_type)]
+    if markdown is not None:
+        markdown.write_text(as_markdown(rows), encoding="utf-8")
+    if len(rows) == 1:
+        console.print(f"{rows[0].model_type}: {rows[0].state}. {rows[0].note}", highlight=False, markup=False, soft_wrap=True)
+    else:
+        console.print(", ".join(f"{count_states(rows)[state]} {state}" for state in STATES), highlight=False)
+    emit(as_json(rows), json_path)
 
 
 @app.command()

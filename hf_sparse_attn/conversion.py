@@ -27,6 +27,7 @@ def sparsify(model: PreTrainedModel, sparse_attention: SparseAttentionConfig | M
     refuse_adapters(model, "sparsify")
     config = SparseAttentionConfig.coerce(sparse_attention)
     target = sparse_class(type(model))
+    sparse_config_class(type(model.config))  # refuses a model that runs on another type's config, before anything is changed
     attach_routers(model, config)
     for router in routers(model):  # in float32, as after from_pretrained
         router.to(model.device).train(model.training)

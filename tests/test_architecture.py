@@ -16,8 +16,10 @@ PACKAGE, KERNELS = ROOT / "hf_sparse_attn", ROOT / "kernels/torch-ext/hf_sparse_
 
 # each layer may import from those above it only; modules of one line are independent of each other
 LAYERS = (
+    ("inspection",),
+    ("refusals",),
     ("config", "versions", "files", "environment", "architectures", "made", "numbered"),
-    ("rotary", "dispatch"),
+    ("rotary", "dispatch", "compatibility"),
     ("plan",),
     ("router",),
     ("single",),

@@ -23,7 +23,7 @@ ABSOLUTE = (  # without a rotation, and not the same at other positions: learned
     *("gpt2", "gpt_bigcode", "opt", "biogpt", "ctrl", "beam"),
 )
 UNROTATED = ("cohere2", "exaone4", "exaone_moe", "kolibri1", "afmoe", "flint")
-UNTOLD = ("modernbert", "gte", "jina_embeddings_v3", "ultrabert")  # their attention modules are not told position_ids
+UNTOLD = ("modernbert", "gte", "jina_embeddings_v3", "ultrabert", "esmc")  # their attention modules are not told position_ids
 SERIES = ("patchtst", "timesfm")
 CACHED = sorted(set(SUPPORTED) - {*TWO_SIDED, *SERIES})
 TOKENS = sorted(set(SUPPORTED) - set(SERIES))
@@ -193,8 +193,8 @@ def test_at_least_twenty_of_the_asked_architectures_are_supported():
     [
         ("gpt_neo", "does not route its attention"),
         ("deepseek_v3", "latent keys"),
-        ("mamba", "no attention modules"),
-        ("clip", "no test covers it"),
+        ("mamba", "recurrent layers"),
+        ("clip", "is a composite"),
     ],
 )
 def test_other_architectures_are_refused_with_the_reason(model_type, reason):

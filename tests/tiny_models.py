@@ -77,6 +77,7 @@ CHANGES = {
         **{"embedding_size": 32, "true_hidden_size": 64, "intra_bottleneck_size": 64, "use_bottleneck": False},
         "initializer_range": 0.05,
     },
+    "esmc": {"num_key_value_heads": 4},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "gpt_neox": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
 }
