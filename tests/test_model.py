@@ -17,6 +17,8 @@ from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlamaModel,
+    StableLmConfig,
+    StableLmForCausalLM,
 )
 
 import hf_sparse_attn
@@ -449,7 +451,14 @@ def test_unsupported_architectures_are_refused_by_name(real_budget):
     neo = GPTNeoForCausalLM(GPTNeoConfig(vocab_size=50, hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global"], 2]]))
     with pytest.raises(ValueError, match=r"'gpt_neo' does not route.*supports: .*llama"):
         sparsify(neo, real_budget)
-    assert type(neo) is GPTNeoForCausalLM and not routers(neo)
+    stablelm = StableLmForCausalLM(
+        StableLmConfig(
+            vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+        )
+    )
+    with pytest.raises(ValueError, match=r"'stablelm' does not pass keyword arguments.*supports: .*llama"):
+        sparsify(stablelm, real_budget)
+    assert type(stablelm) is StableLmForCausalLM and not routers(stablelm)
 
 
 @pytest.mark.parametrize("version", ["5.16.9", "5.24.0", "5.24.0.dev0", "4.57.1", "6.0"])
