@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import transformers
 from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import model_type_to_module_name
 
 from .config import SparseAttentionConfig
 
@@ -17,6 +19,7 @@ class Dispatcher(type):
     """The class of dispatchers; a dispatcher is in all else the stock class, which is imported when it is needed first."""
 
     make_sparse: Callable[[type], type]
+    module: str  # of the stock class, below transformers.models
 
     @property
     def __doc__(cls) -> Any:  # type: ignore[override]
@@ -24,7 +27,8 @@ class Dispatcher(type):
 
     @property
     def stock(cls) -> Any:
-        return getattr(transformers, cls.__name__)
+        module = import_module(f"transformers.models.{cls.module}")
+        return getattr(module, cls.__name__, None) or getattr(transformers, cls.__name__)
 
     def choose(cls, *values: dict[str, Any]) -> Any:
         """The stock class, or its sparse counterpart where one of the ``values`` holds settings."""
@@ -56,7 +60,11 @@ class Dispatcher(type):
 
 
 def dispatcher(name: str, model_type: str, make_sparse: Callable[[Any], type]) -> type:
-    """The dispatcher for the stock config class ``name`` of Transformers; ``make_sparse`` gives its sparse counterpart."""
+    """The dispatcher for ``model_type``, whose stock config class is ``name``; ``make_sparse`` gives its sparse counterpart."""
     # Transformers finds a class by its __name__, and would prefer a class from outside `transformers` to remote code
-    namespace = {"__module__": f"transformers.{__name__}", "model_type": model_type, "make_sparse": staticmethod(make_sparse)}
+    namespace = {
+        "__module__": f"transformers.{__name__}",
+        "module": model_type_to_module_name(model_type),
+        "make_sparse": staticmethod(make_sparse),
+    }
     return Dispatcher(name, (), namespace)

@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import (  # type: ignore[attr-d
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .adapters import SparseAdapterMixin, raise_for_marked_adapters
-from .architectures import SUPPORTED, refuse_unsupported
+from .architectures import refuse_unsupported
 from .attention import sparse_attention_forward
 from .checks import ATTN_IMPLEMENTATION
 from .config import SparseAttentionConfig
@@ -27,8 +27,6 @@ from .masks import sparse_attention_mask
 from .saving import SparseSavingMixin
 from .sites import attach_routers, detach_routers, routers
 
-# well-known decoders that are refused by name in from_pretrained; for the rest Transformers' own TypeError names the argument
-REFUSED_MODEL_TYPES = ("bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt", "t5", "bart", "whisper", "deepseek_v3", "roberta")
 AUTO_CLASSES = (
     "AutoModel",
     "AutoModelForCausalLM",
@@ -169,9 +167,8 @@ def register() -> None:
     AttentionInterface.register(ATTN_IMPLEMENTATION, sparse_attention_forward)
     AttentionMaskInterface.register(ATTN_IMPLEMENTATION, sparse_attention_mask)
     raise_for_marked_adapters()
-    for model_type in (*SUPPORTED, *REFUSED_MODEL_TYPES):
-        name = CONFIG_MAPPING_NAMES.get(model_type)  # None: this Transformers is too old for it
-        if name is not None and not isinstance(CONFIG_MAPPING._extra_content.get(model_type), Dispatcher):
+    for model_type, name in CONFIG_MAPPING_NAMES.items():  # all of them: those that are not supported are refused with the reason
+        if not isinstance(CONFIG_MAPPING._extra_content.get(model_type), Dispatcher):
             AutoConfig.register(model_type, dispatcher(name, model_type, sparse_config_class), exist_ok=True)
 
 

@@ -13,7 +13,7 @@ import tiny_models
 import torch
 import transformers
 from transformers import AutoConfig, AutoModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
 from hf_sparse_attn import routers, sparse_config, sparsify
 from hf_sparse_attn.architectures import SUPPORTED, refuse_unsupported
@@ -157,3 +157,22 @@ def test_the_command_line_writes_the_table_and_explains_one_type(table, tmp_path
     assert written["counts"] == count_states(table) and len(written["model_types"]) == len(table)
     app(["architectures", "falcon"], standalone_mode=False)
     assert "falcon: refused. does not route its attention" in capsys.readouterr().err
+
+
+def test_every_model_type_still_has_its_stock_config_class_and_the_rest_refuse_settings_by_name():
+    for model_type, name in CONFIG_MAPPING_NAMES.items():
+        stock = CONFIG_MAPPING[model_type].stock
+        assert stock.__name__ == name and stock.__module__.startswith("transformers.models.")
+        if stock.model_type not in SUPPORTED:
+            with pytest.raises(ValueError, match=f"model type '{re.escape(stock.model_type)}'.*sparse attention supports: "):
+                CONFIG_MAPPING[model_type].from_dict({}, sparse_attention={})
+
+
+def test_from_pretrained_of_a_refused_type_says_why(tmp_path):
+    from transformers import AutoModelForCausalLM, LlavaConfig, MptConfig
+
+    for config, reason in ((MptConfig(d_model=16, n_heads=2, n_layers=1), "does not route"), (LlavaConfig(), "is a composite")):
+        config.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=f"model type '{config.model_type}' {reason}"):
+            AutoModelForCausalLM.from_pretrained(tmp_path, sparse_attention={})
+        assert type(AutoConfig.from_pretrained(tmp_path)) is type(config)
