@@ -84,6 +84,7 @@ class SparseModelMixin(SparseAdapterMixin, SparseSavingMixin, MadeMixin):
     """In front of a stock model class: routers in every eligible attention layer."""
 
     _supports_flash_attn = False  # continuous batching would silently switch to dense flash attention
+    _supports_context_parallel = False  # it drops masks, and each rank would route by its own part of the keys
     _keep_in_fp32_modules_strict = ("router",)
 
     @classmethod
@@ -103,6 +104,10 @@ class SparseModelMixin(SparseAdapterMixin, SparseSavingMixin, MadeMixin):
         super().initialize_weights()  # type: ignore[misc]
         for router in routers(cast(nn.Module, self)):
             router.init_weights()
+
+    def _get_name(self) -> str:
+        # Trainer looks a model up by this name to know whether label smoothing must shift the labels
+        return type(self).__name__.removeprefix("Sparse")
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any) -> None:
         options = getattr(gradient_checkpointing_func, "keywords", {})

@@ -186,3 +186,18 @@ def test_a_config_alone_says_whether_a_folder_is_sparse(settings, tmp_path):
     assert config.sparse_attention == config.text_config.sparse_attention
     assert config._attn_implementation != "hf_sparse" and config.text_config._attn_implementation == "hf_sparse"
     assert config.vision_config._attn_implementation != "hf_sparse"
+
+
+def test_label_smoothing_shifts_the_labels_as_for_the_stock_model(stock_llama, every_block, token_ids, tmp_path):
+    """Trainer decides by the class's name whether a model predicts the next token."""
+    ids = token_ids(1, 64)
+    losses = []
+    for model in (stock_llama(), sparsify(stock_llama(), every_block)):
+        options = {"label_smoothing_factor": 0.1, "use_cpu": True, "report_to": []}
+        trainer = transformers.Trainer(model, transformers.TrainingArguments(str(tmp_path), **options))
+        losses.append(trainer.compute_loss(model.train(), {"input_ids": ids, "labels": ids}))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-4)
+
+
+def test_context_parallelism_is_refused(stock_llama, every_block):
+    assert stock_llama().supports_context_parallel and not sparsify(stock_llama(), every_block).supports_context_parallel
