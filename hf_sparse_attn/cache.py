@@ -32,6 +32,7 @@ class SparseCacheLayerMixin(MadeMixin):
     is_initialized: bool
     rows: int  # batch rows of the last update
     slot_positions: Tensor | None  # [1 or B, slots] int64 rotary positions
+    position_buffer: Tensor | None  # [1 or B, 1, capacity, 1] storage of which `slot_positions` is the filled part
     router_keys: Tensor | None  # [B, G, capacity, R], in the dtype of the keys
     summarised: list[int]  # per row: blocks of router_keys that are valid
     summarised_slots: list[int]  # per row: slot of the last key of the last valid block
@@ -48,6 +49,7 @@ class SparseCacheLayerMixin(MadeMixin):
 
     def start_summaries(self) -> None:
         self.slot_positions = self.router_keys = None
+        self.position_buffer = None
         self.summarised, self.summarised_slots, self.layouts = [], [], []
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -65,6 +67,11 @@ class SparseCacheLayerMixin(MadeMixin):
         """
         known, past = self.slot_positions, slots - positions.shape[1]
         have = 0 if known is None else min(known.shape[1], past)
+        if known is not None and have == past and positions.shape[0] == known.shape[0]:  # most often: where it stopped
+            here, new = known[:, None, :past, None], positions[:, None, :, None]
+            self.position_buffer, filled = _appended(self.position_buffer, here, new)
+            self.slot_positions = filled[:, 0, :, 0]
+            return self.slot_positions
         parts = [] if known is None else [known[:, :have]]
         if have < past:
             parts.append(positions[:, :1] + torch.arange(have - past, 0, device=positions.device))
@@ -196,23 +203,9 @@ class AppendingLayerMixin(GrowingLayerMixin):
             self.buffers = {}
             return super().update(key_states, value_states, *args, **kwargs)
         self.rows = key_states.shape[0]
-        self.keys = self._append("keys", self.keys, key_states)
-        self.values = self._append("values", self.values, value_states)
+        self.buffers["keys"], self.keys = _appended(self.buffers.get("keys"), self.keys, key_states)
+        self.buffers["values"], self.values = _appended(self.buffers.get("values"), self.values, value_states)
         return self.keys, self.values
-
-    def _append(self, name: str, old: Tensor, new: Tensor) -> Tensor:
-        length, total = old.shape[2], old.shape[2] + new.shape[2]
-        buffer = self.buffers.get(name)
-        usable = buffer is not None and buffer.data_ptr() == old.data_ptr() and buffer.shape[0] == old.shape[0]
-        if buffer is not None and buffer.is_inference() and not torch.is_inference_mode_enabled():
-            usable = False  # filled under inference_mode: such a tensor cannot be written to outside it
-        if buffer is None or not usable or total > buffer.shape[2]:
-            room = -(-total // GROWTH_TOKENS) * GROWTH_TOKENS + GROWTH_TOKENS  # a multiple of every block size
-            buffer = old.new_empty(*old.shape[:2], room, old.shape[3])
-            buffer[:, :, :length] = old
-            self.buffers[name] = buffer
-        buffer[:, :, length:total] = new
-        return buffer[:, :, :total]
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
@@ -222,6 +215,20 @@ class AppendingLayerMixin(GrowingLayerMixin):
     def offload(self) -> None:
         self.buffers = {}
         super().offload()  # type: ignore[misc]
+
+
+def _appended(buffer: Tensor | None, old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """``new`` behind ``old`` [B, G, N, D], in place if ``old`` is what fills ``buffer``: (the buffer, what fills it now)."""
+    length, total = old.shape[2], old.shape[2] + new.shape[2]
+    usable = buffer is not None and buffer.data_ptr() == old.data_ptr() and buffer.shape[0] == old.shape[0]
+    if buffer is not None and buffer.is_inference() and not torch.is_inference_mode_enabled():
+        usable = False  # filled under inference_mode: such a tensor cannot be written to outside it
+    if buffer is None or not usable or total > buffer.shape[2]:
+        room = -(-total // GROWTH_TOKENS) * GROWTH_TOKENS + GROWTH_TOKENS  # a multiple of every block size
+        buffer = old.new_empty(*old.shape[:2], room, old.shape[3])
+        buffer[:, :, :length] = old
+    buffer[:, :, length:total] = new
+    return buffer, buffer[:, :, :total]
 
 
 def adopt(cache: Any, index: int) -> SparseCacheLayerMixin:
