@@ -139,7 +139,7 @@ def _inputs(layer: _Layer, segment: Segment, query: Tensor, key: Tensor, positio
     k, pos = segment.keys(key), segment.positions(positions)
     summaries = None
     if layer.cache is not None:
-        summaries = layer.cache.summaries(layer.router, segment.rows, segment.slots, k.detach(), pos)
+        summaries = layer.cache.summaries(layer.router, query.shape[0], segment.rows, segment.slots, k.detach(), pos)
     return RoutingInputs(query[segment.rows], k, pos, layer.asked.scale, summaries, layer.asked.causal)
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin
 
 from .attending import Attention, SparseCall, attend
-from .cache import SparseCacheLayerMixin, adopt, adopted
+from .cache import SparseCacheLayerMixin, adopt, filled, found
 from .checks import ATTN_IMPLEMENTATION, check_call, check_mask, refuse_without_router
 from .dense import is_causal, stock_attention_of_documents
 from .made import MadeMixin
@@ -39,7 +40,7 @@ class SparseAttentionMixin(MadeMixin):
         cache = next((kwargs[name] for name in CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
         if self.config._attn_implementation == ATTN_IMPLEMENTATION:  # type: ignore[attr-defined]
             if cache is not None:
-                take = adopted if torch.compiler.is_compiling() else adopt
+                take = found if torch.compiler.is_compiling() else adopt
                 kwargs["sparse_cache_layer"] = take(cache, self.layer_idx)  # type: ignore[attr-defined]
         elif kwargs.pop("sparse_call", None) is not None:
             raise ValueError(
@@ -69,7 +70,7 @@ def sparse_attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     sparse_call: SparseCall | None = None,
-    sparse_cache_layer: SparseCacheLayerMixin | None = None,
+    sparse_cache_layer: CacheLayerMixin | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention function registered as ``attn_implementation="hf_sparse"``.
@@ -99,8 +100,9 @@ def sparse_attention_forward(
         attention_mask=attention_mask,
         position_ids=kwargs.get("position_ids"),
         cu_seq_lens=kwargs.get("cu_seq_lens_q"),
-        filled=None if sparse_cache_layer is None else sparse_cache_layer.filled(),
+        filled=filled(sparse_cache_layer),
     )
+    cache = sparse_cache_layer if isinstance(sparse_cache_layer, SparseCacheLayerMixin) else None
     if torch.compiler.is_compiling() and sparse_call is None:
-        return attend_opaquely(module, query, key, value, asked, sparse_cache_layer), None
-    return attend(module, query, key, value, asked, sparse_cache_layer, sparse_call), None
+        return attend_opaquely(module, query, key, value, asked, cache), None
+    return attend(module, query, key, value, asked, cache, sparse_call), None

@@ -30,7 +30,6 @@ class SparseCacheLayerMixin(MadeMixin):
     keys: Tensor  # the stock layer's
     values: Tensor
     is_initialized: bool
-    rows: int  # batch rows of the last update
     slot_positions: Tensor | None  # [1 or B, slots] int64 rotary positions
     position_buffer: Tensor | None  # [1 or B, 1, capacity, 1] storage of which `slot_positions` is the filled part
     router_keys: Tensor | None  # [B, G, capacity, R], in the dtype of the keys
@@ -52,14 +51,6 @@ class SparseCacheLayerMixin(MadeMixin):
         self.position_buffer = None
         self.summarised, self.summarised_slots, self.layouts = [], [], []
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.rows = key_states.shape[0]
-        return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc, no-any-return]
-
-    def filled(self) -> Tensor | None:
-        """How many of the slots that the last update returned hold keys: int64 [], None for all."""
-        return None
-
     def record_positions(self, positions: Tensor, slots: int) -> Tensor:
         """Note the rotary ``positions`` [1 or B, Q] of the last Q of ``slots`` keys; return those of all slots.
 
@@ -79,15 +70,14 @@ class SparseCacheLayerMixin(MadeMixin):
         self.slot_positions = torch.cat([p.expand(rows, -1) for p in (*parts, positions)], 1)
         return self.slot_positions
 
-    def summaries(self, router: SparseRouter, rows: slice, slots: Tensor | None, keys: Tensor, positions: Tensor) -> Tensor:
-        """Router keys of the whole blocks of ``keys`` [b, G, N, D], the real keys of batch rows ``rows``.
+    def summaries(self, router: SparseRouter, batch: int, rows: slice, slots: Tensor | None, keys: Tensor, positions: Tensor) -> Tensor:
+        """Router keys of the whole blocks of ``keys`` [b, G, N, D], the real keys of rows ``rows`` of the ``batch``.
 
         ``slots`` [N] are their cache slots (None: 0 … N − 1), ``positions`` [1 or b, N] their rotary positions. Only
         blocks that are not summarised yet are computed.
         """
         size = router.config.block_size
         need = keys.shape[2] // size
-        batch = self.rows
         if self.router_keys is None:
             self.router_keys = keys.new_empty(batch, keys.shape[1], 0, router.wk.shape[1])
             self.summarised, self.summarised_slots, self.layouts = [0] * batch, [-1] * batch, [None] * batch
@@ -146,15 +136,6 @@ class SparseCacheLayerMixin(MadeMixin):
         self.start_summaries()
 
 
-class StaticLayerMixin(SparseCacheLayerMixin):
-    """In front of `StaticLayer`, whose keys are all its room: only what is filled is read."""
-
-    cumulative_length: Tensor
-
-    def filled(self) -> Tensor:
-        return self.cumulative_length
-
-
 class GrowingLayerMixin(SparseCacheLayerMixin):
     """In front of a layer of a `DynamicCache`, whose rows and slots can change."""
 
@@ -185,7 +166,7 @@ class QuantizedLayerMixin(GrowingLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.summarised, self.summarised_slots = [0] * len(self.summarised), [-1] * len(self.summarised)
-        return super().update(key_states, value_states, *args, **kwargs)
+        return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc, no-any-return]
 
 
 class AppendingLayerMixin(GrowingLayerMixin):
@@ -201,8 +182,7 @@ class AppendingLayerMixin(GrowingLayerMixin):
         # a gradient may need what was appended before as it was, and of whose queries is not known here
         if not self.is_initialized or torch.is_grad_enabled() or torch.compiler.is_compiling():
             self.buffers = {}
-            return super().update(key_states, value_states, *args, **kwargs)
-        self.rows = key_states.shape[0]
+            return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc, no-any-return]
         self.buffers["keys"], self.keys = _appended(self.buffers.get("keys"), self.keys, key_states)
         self.buffers["values"], self.values = _appended(self.buffers.get("values"), self.values, value_states)
         return self.keys, self.values
@@ -255,17 +235,28 @@ def adopt(cache: Any, index: int) -> SparseCacheLayerMixin:
     return new
 
 
-def adopted(cache: Any, index: int) -> SparseCacheLayerMixin | None:
-    """The cache layer ``index`` if it has been adopted, else None: a graph that is being compiled cannot replace it."""
+def found(cache: Any, index: int) -> CacheLayerMixin | None:
+    """The cache layer ``index``, None if it is yet to be made: a graph that is being compiled cannot replace it, so it may not be adopted.
+
+    Raises:
+        ValueError: as `adopt`.
+    """
     layer = cache.layers[index] if index < len(cache.layers) else None
-    return layer if isinstance(layer, SparseCacheLayerMixin) else None
+    if layer is not None and not isinstance(layer, SparseCacheLayerMixin):
+        _mixin(layer)
+    return layer
+
+
+def filled(layer: CacheLayerMixin | None) -> Tensor | None:
+    """How many of the slots that the last update of a layer, adopted or not, returned hold keys: int64 [], None for all."""
+    return layer.cumulative_length if isinstance(layer, StaticLayer) else None
 
 
 def _mixin(layer: CacheLayerMixin) -> type[SparseCacheLayerMixin]:
     if type(layer) is DynamicLayer:
         return AppendingLayerMixin
     if type(layer) is StaticLayer:
-        return StaticLayerMixin
+        return SparseCacheLayerMixin
     if any("Quantized" in cls.__name__ for cls in type(layer).__mro__):  # their common base has other names in older versions
         return QuantizedLayerMixin
     raise ValueError(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from threading import RLock
 from typing import Any, cast
 
 import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.configuration_auto import (  # type: ignore[attr-defined]
     CONFIG_MAPPING,
@@ -19,13 +21,14 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 from .adapters import SparseAdapterMixin, raise_for_marked_adapters
 from .architectures import refuse_unsupported
 from .attention import sparse_attention_forward
+from .cache import adopt
 from .checks import ATTN_IMPLEMENTATION
 from .config import SparseAttentionConfig
 from .dispatch import KEY, Dispatcher, dispatcher
 from .made import MadeMixin, make_class
 from .masks import sparse_attention_mask
 from .saving import SparseSavingMixin
-from .sites import attach_routers, detach_routers, routers
+from .sites import attach_routers, detach_routers, routers, sparse_sites
 
 AUTO_CLASSES = (
     "AutoModel",
@@ -153,10 +156,25 @@ def sparse_class(stock: type[PreTrainedModel]) -> type:
     if issubclass(stock, SparseModelMixin):
         return stock
     made = make_class(SparseModelMixin, stock, config_class=sparse_config_class(stock.config_class))  # type: ignore[arg-type]
+    if issubclass(stock, GenerationMixin):
+        made.prepare_inputs_for_generation = _adopting(stock.prepare_inputs_for_generation)  # type: ignore[attr-defined]
     conversion = get_checkpoint_conversion_mapping(stock.__name__) or get_checkpoint_conversion_mapping(stock.config_class.model_type)  # type: ignore[union-attr]
     if conversion is not None:  # looked up by class name: without this, converted weights would load as random
         register_checkpoint_conversion_mapping(made.__name__, conversion, overwrite=True)
     return made
+
+
+def _adopting(prepare: Callable[..., Any]) -> Callable[..., Any]:
+    """``prepare_inputs_for_generation`` that adopts the cache: `generate` calls it outside of what is compiled."""
+
+    @wraps(prepare)
+    def prepare_inputs(model: Any, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        if past_key_values is not None and model.config.get_text_config()._attn_implementation == ATTN_IMPLEMENTATION:
+            for site in sparse_sites(model):
+                adopt(past_key_values, site.layer_idx)
+        return prepare(model, *args, past_key_values=past_key_values, **kwargs)
+
+    return prepare_inputs
 
 
 def sparse_config(config: PreTrainedConfig, sparse_attention: SparseAttentionConfig | dict[str, Any]) -> PreTrainedConfig:

@@ -84,12 +84,16 @@ def attach_routers(model: Any, config: SparseAttentionConfig) -> None:
         sites[name].take_number()
 
 
+def sparse_sites(model: nn.Module) -> list[Any]:
+    """The attention modules that have a router."""
+    return [module for module in model.modules() if isinstance(module, SparseAttentionMixin)]
+
+
 def detach_routers(model: Any) -> None:
     """Remove what `attach_routers` added."""
-    for module in model.modules():
-        if isinstance(module, SparseAttentionMixin):
-            del module.router, module.sparse_number  # type: ignore[attr-defined]
-            module.__class__ = type(module).__bases__[1]
+    for module in sparse_sites(model):
+        del module.router, module.sparse_number
+        module.__class__ = type(module).__bases__[1]
 
 
 def sparse_attention_class(stock: type) -> type:

@@ -45,8 +45,8 @@ def summaries_checked():
     """Every summary that a call reads is held against one that is computed anew; gives the list of how many were read."""
     read, original = [], SparseCacheLayerMixin.summaries
 
-    def checked(self, router, rows, slots, keys, positions):
-        got = original(self, router, rows, slots, keys, positions)
+    def checked(self, router, batch, rows, slots, keys, positions):
+        got = original(self, router, batch, rows, slots, keys, positions)
         torch.testing.assert_close(got, router.router_keys(keys, positions), rtol=1e-4, atol=1e-4)
         read.append(got.shape[2])
         return got

@@ -133,3 +133,31 @@ def test_a_copy_of_a_model_compiles_with_its_own_routers(sparse_llama, real_budg
     assert not torch.equal(want, model(ids, use_cache=False).logits)
     got = torch.compile(other, fullgraph=True, backend="aot_eager")(ids, use_cache=False).logits
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_compiled_call_may_fill_a_static_cache(model, token_ids):
+    """Its layer is not adopted inside the graph, but only its filled slots are keys."""
+    ids, caches = token_ids(1, 180), [StaticCache(config=model.config, max_cache_len=256) for _ in range(2)]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    parts = [
+        [forward(input_ids=ids[:, :160], past_key_values=cache).logits] for forward, cache in zip((compiled, model), caches, strict=True)
+    ]
+    for at in range(160, 180):
+        for cache, part in zip(caches, parts, strict=True):
+            part.append(model(input_ids=ids[:, at : at + 1], past_key_values=cache).logits)
+    torch.testing.assert_close(*(torch.cat(part, 1) for part in parts), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_generate_with_a_compiled_forward_gives_the_eager_tokens(model, padded, token_ids, monkeypatch):
+    ids = token_ids(2, 150)
+    mask = torch.ones_like(ids)
+    mask[1, :30] = 0 if padded else 1
+    options = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False}
+    want = model.generate(ids, **options)
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(model, "forward", torch.compile(model.forward, fullgraph=True, backend=counter))
+    for kind, compilations in (("static", 2), ("dynamic", 4)):  # one for the prompt, one for all steps
+        assert torch.equal(model.generate(ids, cache_implementation=kind, **options), want)
+        assert counter.frame_count <= compilations
