@@ -4,11 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TRITON := $(VENV)/.triton
+QUANTIZED := $(VENV)/quantized
 CPP_TESTS := $(addprefix tests/test_,attention_kernels.py attention_options.py router.py scoring.py selection.py)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-full test-processors test-interpreter test-aot lint quality clean
+# quantised weights and caches; beside the environment, as transformers and peft look for these packages on their own
+QUANTIZERS := bitsandbytes==0.50.2 torchao==0.18.0 optimum-quanto==0.2.7 ninja==1.13.2
+
+.PHONY: demo test test-full test-quantized test-processors test-interpreter test-aot lint quality clean
 
 demo: $(STAMP)  ## the main job on real weights and text: runs/demo/report.html
 	$(BIN)/hf-sparse-attn run recipes/demo.yaml
@@ -16,9 +20,12 @@ demo: $(STAMP)  ## the main job on real weights and text: runs/demo/report.html
 test: $(STAMP) lint  ## lint, types and all tests
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
-test-full: $(TRITON) lint test-processors test-interpreter  ## everything, with the slow tests: some 20 minutes
+test-full: $(TRITON) lint test-processors test-interpreter test-quantized  ## everything, with the slow tests: some 20 minutes
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest --confcutdir tests/aot --timeout 2000 tests/aot
+
+test-quantized: $(QUANTIZED)  ## sparse attention in bitsandbytes, torchao and quanto models and caches
+	PYTHONPATH=$(QUANTIZED) $(BIN)/python -m pytest -k "quantised and not hqq" tests/test_tasks.py tests/test_cache_kinds.py
 
 # the kernels are compiled for the processor at hand: here for older ones too
 test-processors: $(STAMP)  ## the C++ kernels without bfloat16 instructions, and without AVX-512
@@ -50,6 +57,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 $(TRITON): $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,triton]'
+	touch $@
+
+$(QUANTIZED): $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --upgrade --target $@ $(QUANTIZERS)
 	touch $@
 
 clean:

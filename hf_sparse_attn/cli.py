@@ -117,7 +117,7 @@ def architectures(
     json_path: JsonOption = None,
 ) -> None:
     """Which model types of the installed Transformers are supported, and why others are refused."""
-    from .compatibility import STATES, as_json, as_markdown, compatibility, compatibility_table, count_states
+    from .architectures.table import STATES, as_json, as_markdown, compatibility, compatibility_table, count_states
 
     rows = compatibility_table() if model_type is None else [compatibility(model_type)]
     if markdown is not None:

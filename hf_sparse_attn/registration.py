@@ -24,7 +24,7 @@ from .attention import sparse_attention_forward
 from .cache import adopt
 from .checks import ATTN_IMPLEMENTATION
 from .config import SparseAttentionConfig
-from .dispatch import KEY, Dispatcher, dispatcher
+from .dispatch import KEY, dispatcher
 from .made import MadeMixin, make_class
 from .masks import sparse_attention_mask
 from .saving import SparseSavingMixin
@@ -191,7 +191,7 @@ def register() -> None:
     AttentionMaskInterface.register(ATTN_IMPLEMENTATION, sparse_attention_mask)
     raise_for_marked_adapters()
     for model_type, name in CONFIG_MAPPING_NAMES.items():  # all of them: those that are not supported are refused with the reason
-        if not isinstance(CONFIG_MAPPING._extra_content.get(model_type), Dispatcher):
+        if model_type not in CONFIG_MAPPING._extra_content:  # what somebody else registered stays
             AutoConfig.register(model_type, dispatcher(name, model_type, sparse_config_class), exist_ok=True)
 
 

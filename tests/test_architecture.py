@@ -16,10 +16,8 @@ PACKAGE, KERNELS = ROOT / "hf_sparse_attn", ROOT / "kernels/torch-ext/hf_sparse_
 
 # each layer may import from those above it only; modules of one line are independent of each other
 LAYERS = (
-    ("inspection",),
-    ("refusals",),
     ("config", "versions", "files", "environment", "architectures", "made", "numbered"),
-    ("rotary", "dispatch", "compatibility"),
+    ("rotary", "dispatch"),
     ("plan",),
     ("router",),
     ("single",),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -114,6 +116,17 @@ def test_stock_checkpoints_still_give_the_identical_stock_classes(stock_folder):
     assert not hasattr(model.config, "sparse_attention") and model.config._attn_implementation == "sdpa"
     assert not any("router" in name for name in model.state_dict())
     assert type(AutoModelForCausalLM.from_config(LlamaConfig(**model.config.to_diff_dict()))) is LlamaForCausalLM
+
+
+def test_a_config_class_that_somebody_else_registered_stays():
+    code = """
+from transformers import AutoConfig, LlamaConfig
+class Own(LlamaConfig): pass
+AutoConfig.register("llama", Own, exist_ok=True)
+import hf_sparse_attn
+assert type(AutoConfig.for_model("llama")) is Own
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_registering_again_changes_nothing(stock_folder):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import gguf
 import pytest
 import tiny_models
@@ -201,3 +205,12 @@ def test_label_smoothing_shifts_the_labels_as_for_the_stock_model(stock_llama, e
 
 def test_context_parallelism_is_refused(stock_llama, every_block):
     assert stock_llama().supports_context_parallel and not sparsify(stock_llama(), every_block).supports_context_parallel
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_left_padded_chats_on_real_weights_have_the_tokens_of_the_stock_model():
+    script = Path(__file__).parent.parent / "recipes/chats.py"
+    done = subprocess.run([sys.executable, script, "--tokens", "32"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "128 of 128 tokens are those of the stock model" in done.stdout

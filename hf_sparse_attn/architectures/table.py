@@ -8,7 +8,7 @@ from typing import Any
 
 import transformers
 
-from .architectures import SUPPORTED
+from . import SUPPORTED
 from .inspection import installed_model_types
 from .refusals import refusal
 
