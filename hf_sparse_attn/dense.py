@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,8 +45,7 @@ def stock_attention(
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         zeros = query.new_zeros(())
         attention_mask = torch.where(attention_mask, zeros, torch.finfo(query.dtype).min)
-    eager = sys.modules[type(module).__mro__[_stock_level(module)].__module__].eager_attention_forward
-    out, _ = eager(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    out, _ = _eager(module)(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     return out, None
 
 
@@ -85,9 +85,11 @@ def stock_mask(mask: Tensor | None, q_len: int, kv_len: int, slots: int, causal:
     return visible if mask is None else visible & F.pad(mask[:, :slots].bool(), (0, max(slots - mask.shape[1], 0)))[:, None, None]
 
 
-def _stock_level(module: nn.Module) -> int:
-    """Where the stock class stands in the module's line of classes."""
-    return next(i for i, cls in enumerate(type(module).__mro__) if cls.__module__.startswith("transformers."))
+def _eager(module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
+    """The eager attention function beside the stock class of an attention module."""
+    beside = (sys.modules[cls.__module__] for cls in type(module).__mro__)
+    found: Callable[..., tuple[Tensor, Any]] = next(m.eager_attention_forward for m in beside if hasattr(m, "eager_attention_forward"))
+    return found
 
 
 def dense_attention(

@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from hf_sparse_attn import SparseAttentionConfig, sparsify
+from hf_sparse_attn import SparseAttentionConfig, attending, sparsify
 from hf_sparse_attn.rotary import Rotary
 from hf_sparse_attn.router import RoutingInputs, SparseRouter
 
@@ -214,3 +214,17 @@ def llama_folder(stock_llama, word_tokenizer, tmp_path_factory):
     stock_llama().save_pretrained(folder)
     word_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def count_calls(monkeypatch):
+    """A list that grows by one for each call of the sparse attention."""
+    calls = []
+    original = attending.block_sparse_attention
+
+    def counted(q, k, v, selection, **options):
+        calls.append(selection)
+        return original(q, k, v, selection, **options)
+
+    monkeypatch.setattr(attending, "block_sparse_attention", counted)
+    return calls

@@ -7,7 +7,7 @@ import tiny_models
 import torch
 from transformers import DynamicCache
 
-from hf_sparse_attn import SparseCall, architectures, attending, routers, sparse_class, sparse_config, sparsify, to_dense
+from hf_sparse_attn import SparseCall, architectures, routers, sparse_class, sparse_config, sparsify, to_dense
 from hf_sparse_attn.architectures import SUPPORTED, refuse_unsupported
 from hf_sparse_attn.sites import attention_sites
 
@@ -70,21 +70,8 @@ def close(got, want, tolerance=1e-5):
     assert (got - want).abs().max() <= tolerance * want.abs().max()
 
 
-@pytest.fixture
-def sparse_calls(monkeypatch):
-    calls = []
-    original = attending.block_sparse_attention
-
-    def counted(q, k, v, selection, **options):
-        calls.append(selection)
-        return original(q, k, v, selection, **options)
-
-    monkeypatch.setattr(attending, "block_sparse_attention", counted)
-    return calls
-
-
 @pytest.mark.parametrize("model_type", sorted(SUPPORTED))
-def test_a_stock_checkpoint_with_every_block_kept_gives_the_stock_outputs(model_type, every_block_two_sided, sparse_calls, tmp_path):
+def test_a_stock_checkpoint_with_every_block_kept_gives_the_stock_outputs(model_type, every_block_two_sided, count_calls, tmp_path):
     stock = tiny_models.tiny_model(model_type)
     want = output(stock)
     stock.save_pretrained(tmp_path / "stock")
@@ -95,32 +82,32 @@ def test_a_stock_checkpoint_with_every_block_kept_gives_the_stock_outputs(model_
     assert not model.training
     noisy(model)
     close(output(model), want)
-    assert len(sparse_calls) >= len(routers(model)) >= 2
-    assert all(int(selection.kept().sum(-1).max()) == selection.grid.blocks for selection in sparse_calls)
+    assert len(count_calls) >= len(routers(model)) >= 2
+    assert all(int(selection.kept().sum(-1).max()) == selection.grid.blocks for selection in count_calls)
 
     model.save_pretrained(tmp_path / "sparse")
     again = type(model).from_pretrained(tmp_path / "sparse")
     assert not any(router.fresh for router in routers(again))
     close(output(again), output(model), 1e-6)
 
-    sparse_calls.clear()
+    count_calls.clear()
     dense = "sdpa" if stock._supports_sdpa else "eager"
     model.set_attn_implementation(dense)
     close(output(model), want, 1e-6)
-    assert not sparse_calls
+    assert not count_calls
     assert type(to_dense(model)) is type(stock)
     close(output(model), want, 1e-6)
     assert model.config.to_dict().keys() == stock.config.to_dict().keys()
 
 
 @pytest.mark.parametrize("model_type", sorted(SUPPORTED))
-def test_a_real_budget_cuts_links_and_a_dense_call_does_not(model_type, budget, sparse_calls):
+def test_a_real_budget_cuts_links_and_a_dense_call_does_not(model_type, budget, count_calls):
     stock = tiny_models.tiny_model(model_type)
     want = output(stock)
     model = noisy(sparsify(tiny_models.tiny_model(model_type), budget))
     got = output(model)
     assert (got - want).abs().max() > 1e-3 * want.abs().max()
-    assert all(int(selection.kept().sum(-1).max()) < selection.grid.blocks for selection in sparse_calls if selection.grid.kv_len > 150)
+    assert all(int(selection.kept().sum(-1).max()) < selection.grid.blocks for selection in count_calls if selection.grid.kv_len > 150)
     if model_type not in SERIES:
         close(output(model, sparse_call=SparseCall(dense=True)), want)
 

@@ -27,7 +27,6 @@ import hf_sparse_attn
 from hf_sparse_attn import (
     SparseAttentionConfig,
     SparseCall,
-    attending,
     routers,
     set_sparse_attention,
     sparse_attention_as,
@@ -59,20 +58,6 @@ def sparse_folder(sparse_llama, real_budget, tmp_path):
 @torch.no_grad()
 def logits(model, ids, **options):
     return model(input_ids=ids, **options).logits
-
-
-@pytest.fixture
-def count_calls(monkeypatch):
-    """A list that grows by one for each call of the sparse attention."""
-    calls = []
-    original = attending.block_sparse_attention
-
-    def counted(q, k, v, selection, **options):
-        calls.append(selection)
-        return original(q, k, v, selection, **options)
-
-    monkeypatch.setattr(attending, "block_sparse_attention", counted)
-    return calls
 
 
 # -- loading and converting -----------------------------------------------------------------------------------------
