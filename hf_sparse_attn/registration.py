@@ -94,6 +94,11 @@ class SparseModelMixin(SparseAdapterMixin, SparseSavingMixin, MadeMixin):
     def over(cls, stock: type) -> type:
         return sparse_class(stock)
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """What holds for the stock class: Transformers converts the weights of its own models only, found by their model type."""
+        return cls.__bases__[1].is_custom_code()  # type: ignore[attr-defined, no-any-return]
+
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         for inner in [part for part in self.modules() if part is not self and isinstance(part, SparseModelMixin)]:  # type: ignore[attr-defined]
@@ -158,7 +163,7 @@ def sparse_class(stock: type[PreTrainedModel]) -> type:
     made = make_class(SparseModelMixin, stock, config_class=sparse_config_class(stock.config_class))  # type: ignore[arg-type]
     if issubclass(stock, GenerationMixin):
         made.prepare_inputs_for_generation = _adopting(stock.prepare_inputs_for_generation)  # type: ignore[attr-defined]
-    conversion = get_checkpoint_conversion_mapping(stock.__name__) or get_checkpoint_conversion_mapping(stock.config_class.model_type)  # type: ignore[union-attr]
+    conversion = get_checkpoint_conversion_mapping(stock.__name__)
     if conversion is not None:  # looked up by class name: without this, converted weights would load as random
         register_checkpoint_conversion_mapping(made.__name__, conversion, overwrite=True)
     return made
