@@ -31,7 +31,7 @@ _PLAIN_TYPES = """
     gpt2 gpt_bigcode opt biogpt ctrl hyperclovax dots1 dbrx
 """
 _SLIDING_TYPES = """mistral ministral qwen2 qwen3 qwen3_moe gemma2 gemma3_text gpt_oss olmo3 cwm granite_swa granitemoe_swa vaultgemma
-    modernbert-decoder"""
+    modernbert-decoder laguna"""
 _UNROTATED_TYPES = "afmoe flint"  # only their sliding-window layers rotate
 _INTERLEAVED_TYPES = "cohere glm glm4 helium ernie4_5 ernie4_5_moe"
 _TWO_SIDED_TYPES = """bert electra distilbert eurobert gte nomic_bert albert bert-generation ernie roc_bert jina_embeddings_v3 mobilebert

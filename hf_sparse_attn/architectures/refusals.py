@@ -29,7 +29,6 @@ OWN_SPARSE = re.compile(r"update_indexer|block_indices|Indexer\(|BlockSparseAtte
 # found by trying: what the rules below cannot see
 TRIED = {
     "doge": "learns an attention mask for each head, and sparse attention supports one mask for all of them",
-    "laguna": "renames weights on loading in a way that cannot be repeated, and a sparse class would apply it twice",
     "esm": "has a rotary embedding that names no rope_type",
     "layoutlm": "builds a mask of its own, [batch, 1, 1, keys], which sparse attention does not read",
     "moshi": "has projections (MoshiLinear) that do not tell their size",
