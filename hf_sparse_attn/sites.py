@@ -77,7 +77,8 @@ def attach_routers(model: Any, config: SparseAttentionConfig) -> None:
         )
     # an inner model that an Auto class made from a sparse config is sparse already
     stock = {name: site for name, site in sites.items() if not isinstance(site, SparseAttentionMixin)}
-    made = {name: _make_router(model, name, site, config, layers[name]) for name, site in stock.items()}
+    rotaries: dict[Any, Rotary] = {}
+    made = {name: _make_router(model, name, site, config, layers[name], rotaries) for name, site in stock.items()}
     for name, router in made.items():
         sites[name].router = router
         sites[name].__class__ = sparse_attention_class(type(sites[name]))
@@ -101,13 +102,17 @@ def sparse_attention_class(stock: type) -> type:
     return make_class(SparseAttentionMixin, stock)
 
 
-def _make_router(model: nn.Module, name: str, site: Any, config: SparseAttentionConfig, layer: int) -> SparseRouter:
+def _make_router(
+    model: nn.Module, name: str, site: Any, config: SparseAttentionConfig, layer: int, rotaries: dict[Any, Rotary]
+) -> SparseRouter:
     refuse_features(site)
     if not getattr(site, "is_causal", True):
         config.check_two_sided()
     architecture = SUPPORTED[site.config.model_type]
     heads, groups, head_dim = _shape(site)
     rotary = _rotary(model, name, site, architecture)
+    if rotary is not None:  # layers that share an embedding share its view, which keeps the rotations of a decode step
+        rotary = rotaries.setdefault((id(rotary.module), rotary.prefix, rotary.interleaved), rotary)
     return SparseRouter(config, heads, groups, head_dim, rotary, layer)
 
 

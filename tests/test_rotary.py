@@ -10,6 +10,7 @@ from transformers.models.glm.modeling_glm import GlmRotaryEmbedding
 from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as glm_apply
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_apply
 
+from hf_sparse_attn import routers
 from hf_sparse_attn.rotary import Rotary, find_rotary
 
 ROPES = {
@@ -130,3 +131,10 @@ def test_find_rotary_takes_the_nearest_and_refuses_several(stock_llama, llama_ro
         find_rotary(model, site, name, False)
     bare = nn.Sequential(nn.Linear(2, 2))
     assert find_rotary(bare, bare[0], "0", False) is None
+
+
+def test_layers_share_the_view_of_a_shared_embedding(sparse_llama, every_block):
+    """What all layers of a decode step rotate by is computed once."""
+    model = sparse_llama(every_block)
+    first, second = routers(model)
+    assert first.rotary is second.rotary
