@@ -97,7 +97,7 @@ class SparseModelMixin(SparseAdapterMixin, SparseSavingMixin, MadeMixin):
     @classmethod
     def is_custom_code(cls) -> bool:
         """What holds for the stock class: Transformers converts the weights of its own models only, found by their model type."""
-        return cls.__bases__[1].is_custom_code()  # type: ignore[attr-defined, no-any-return]
+        return stock_class(cls).is_custom_code()
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
@@ -127,10 +127,15 @@ class SparseModelMixin(SparseAdapterMixin, SparseSavingMixin, MadeMixin):
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)  # type: ignore[misc]
 
 
+def stock_class(cls: type) -> type[PreTrainedModel]:
+    """The stock model class that a sparse one, or a user's own class over it, stands on."""
+    return next(base for base in cls.__mro__ if issubclass(base, PreTrainedModel) and not issubclass(base, SparseModelMixin))
+
+
 def make_stock(model: Any) -> None:
     """Take the routers of a sparse ``model`` out and give it its stock class."""
     detach_routers(model)
-    become(model, type(model).__bases__[1])
+    become(model, stock_class(type(model)))
 
 
 def become(model: Any, cls: type) -> None:

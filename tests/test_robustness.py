@@ -112,6 +112,7 @@ def test_a_model_saved_whole_by_torch_loads_in_a_fresh_process(pickles):
 def test_a_class_of_a_users_own_pickles_as_itself(real_budget, tiny_config):
     model = OwnModel(sparse_config(tiny_config(), real_budget))
     assert type(pickle.loads(pickle.dumps(model))) is OwnModel
+    assert type(to_dense(model)) is LlamaForCausalLM
 
 
 OwnModel = type("OwnModel", (sparse_class(LlamaForCausalLM),), {"__module__": __name__})
