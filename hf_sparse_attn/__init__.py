@@ -15,7 +15,10 @@ from .conversion import set_sparse_attention, sparse_attention_as, sparsify, to_
 from .registration import register, sparse_class, sparse_config  # noqa: E402
 from .sites import routers  # noqa: E402
 from .training.adaptation import AdaptationConfig, adapt  # noqa: E402
+from .training.chunked_loss import chunk_loss  # noqa: E402
 from .training.distillation import DistillationConfig, distill  # noqa: E402
+from .training.objective import SparseObjective  # noqa: E402
+from .training.schedule import SparseTrainingConfig  # noqa: E402
 
 register()
 
@@ -25,7 +28,12 @@ __all__ = [
     "DistillationConfig",
     "SparseAttentionConfig",
     "SparseCall",
+    "SparseObjective",
+    "SparseTrainer",
+    "SparseTrainerMixin",
+    "SparseTrainingConfig",
     "adapt",
+    "chunk_loss",
     "distill",
     "learned_selector",
     "load_adapter",
@@ -39,3 +47,12 @@ __all__ = [
     "sparsify",
     "to_dense",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """The Trainer pieces: importing Trainer takes a second, which only those who train should wait."""
+    if name in ("SparseTrainer", "SparseTrainerMixin"):
+        from .training import trainer
+
+        return getattr(trainer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

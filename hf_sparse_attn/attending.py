@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .cache import SparseCacheLayerMixin
 from .dense import dense_attention, stock_attention_of_documents, stock_mask
-from .router import RoutingInputs, SparseRouter
+from .router import RoutingInputs, SparseRouter, active_router
 from .segments import Layout, Segment
 from .selecting import select_blocks
 
@@ -37,6 +37,7 @@ class SparseCall:
         selector: makes the selection instead of the layer's router.
         observer: called as ``observer(router, inputs)`` for every document of every sparse layer.
         on_selection: called as ``on_selection(router, inputs, selection)`` for every selection that is used.
+        on_layer: called as ``on_layer(router)`` first thing in every sparse layer, also where it runs the stock attention.
         decode_from: content position from which queries are routed singly (tiles of 1), as cached decoding does.
     """
 
@@ -44,6 +45,7 @@ class SparseCall:
     selector: Selector = learned_selector
     observer: Callable[[SparseRouter, RoutingInputs], None] | None = None
     on_selection: Callable[[SparseRouter, RoutingInputs, BlockSelection], None] | None = None
+    on_layer: Callable[[SparseRouter], None] | None = None
     decode_from: int | None = None
 
 
@@ -92,6 +94,8 @@ def attend(
     ``query`` [B, H, Q, D], ``key`` and ``value`` [B, G, N, D], of which ``asked.filled`` slots hold tokens: [B, Q, H, D].
     """
     router: SparseRouter = module.router  # type: ignore[assignment]
+    if call is not None and call.on_layer is not None:
+        call.on_layer(active_router(router))
     q_len = query.shape[2]
     kv_len = key.shape[2] if asked.filled is None else int(asked.filled)
     positions = _positions(asked, q_len, kv_len, cache, key.device)

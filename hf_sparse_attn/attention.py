@@ -18,6 +18,7 @@ from .numbered import number
 from .opaque import attend_opaquely, register
 from .router import active_router
 from .segments import Layout
+from .untrained import leave_routers
 
 CACHE_ARGUMENTS = ("past_key_values", "layer_past")  # what attention modules call their cache
 
@@ -103,6 +104,19 @@ def sparse_attention_forward(
         filled=filled(sparse_cache_layer),
     )
     cache = sparse_cache_layer if isinstance(sparse_cache_layer, SparseCacheLayerMixin) else None
-    if torch.compiler.is_compiling() and sparse_call is None:
-        return attend_opaquely(module, query, key, value, asked, cache), None
-    return attend(module, query, key, value, asked, cache, sparse_call), None
+    if torch.compiler.is_compiling():
+        if sparse_call is None:
+            return attend_opaquely(module, query, key, value, asked, cache), None
+        return attend_outside(module, query, key, value, asked, cache, sparse_call), None
+    out = attend(module, query, key, value, asked, cache, sparse_call)
+    if sparse_call is None and module.training and torch.is_grad_enabled():
+        out = leave_routers(router, out)
+    return out, None
+
+
+def attend_outside(*args: Any) -> Tensor:
+    """`attend` between compiled graphs: what a call observes or selects by itself is Python."""
+    return attend(*args)
+
+
+attend_outside._torchdynamo_disable = True  # type: ignore[attr-defined]  # torch.compiler.disable would import the compiler

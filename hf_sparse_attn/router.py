@@ -61,6 +61,7 @@ class SparseRouter(nn.Module):
         self.wk = nn.Parameter(torch.empty(groups, router_dim, 3 * head_dim, dtype=torch.float32))
         self.wq_index = nn.Parameter(torch.empty(groups, index_dim, head_dim, dtype=torch.float32))
         self.wk_index = nn.Parameter(torch.empty(groups, index_dim, head_dim, dtype=torch.float32))
+        self.requires_grad_(False)  # routers learn where something teaches them: in distillation and the joint stage
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseRouter:
         if not memo and self.rotary is not None:  # copied by itself, as PEFT does: the copy reads the model's embedding, too

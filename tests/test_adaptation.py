@@ -8,15 +8,17 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_sparse_attn import SparseCall, attending, routers
-from hf_sparse_attn.training import adaptation
-from hf_sparse_attn.training.adaptation import AdaptationConfig, KLCollector, adapt, add_lora
+from hf_sparse_attn import attending, routers
+from hf_sparse_attn.training.adaptation import AdaptationConfig, adapt, add_lora
+from hf_sparse_attn.training.collecting import TrainingForward
 from hf_sparse_attn.training.distillation import backbone_hash, router_state
+from hf_sparse_attn.training.objective import SparseObjective
+from hf_sparse_attn.training.trainer import SparseTrainer, last_checkpoint
 
 # peft asks transformers for a property that the newest versions call by another name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-SETTINGS = {"rank": 4, "alpha": 8, "lr": 5e-3, "router_lr": 5e-3, "kl_tile_share": 2}
+SETTINGS = {"rank": 4, "alpha": 8, "lr": 5e-3, "router_lr": 5e-3, "kl_tile_share": 2, "training_arguments": {"use_cpu": True}}
 
 
 @pytest.fixture
@@ -26,11 +28,11 @@ def model(sparse_llama, real_budget):
 
 @pytest.fixture
 def batches(token_ids):
-    return [{"input_ids": token_ids(1, 160, seed=seed)} for seed in range(6)]
+    return [{"input_ids": token_ids(1, 160, seed=seed)[0]} for seed in range(6)]
 
 
-def train(model, batches, checkpoint=None, **changes):
-    return adapt(model, batches, AdaptationConfig(**{**SETTINGS, **changes}), checkpoint=checkpoint, progress=False)
+def train(model, rows, folder=None, **changes):
+    return adapt(model, rows, AdaptationConfig(**{**SETTINGS, **changes}), folder=folder, progress=False)
 
 
 def trained_weights(peft_model):
@@ -79,56 +81,50 @@ def model_again(model):
 
 
 def test_without_a_kl_the_routers_stay(model, batches):
-    """The task's gradient never reaches them, and there is no weight decay."""
+    """The task's gradient never reaches them, and nothing is computed for them."""
     before, backbone = router_state(model), backbone_hash(model)
     peft_model, log = train(model, batches[:3], kl_weight=0.0)
-    assert all(row["kl"] > 0 for row in log)
+    assert all(row["kl"] == 0 for row in log)
     merged = peft_model.merge_and_unload()
     assert all(torch.equal(weight, before[name]) for name, weight in router_state(merged).items())
     assert backbone_hash(merged) != backbone
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_task_and_kl_reach_separate_weights(model, batches, dense):
-    config = AdaptationConfig(**SETTINGS)
-    peft_model = add_lora(model, config).train()
-    collector = KLCollector(config, torch.Generator().manual_seed(0))
-    ids = batches[0]["input_ids"]
-    task = peft_model(input_ids=ids, labels=ids, use_cache=False, sparse_call=SparseCall(dense=dense, observer=collector)).loss
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_task_and_kl_reach_separate_weights(model, batches, dense, checkpointing):
+    peft_model = add_lora(model, AdaptationConfig(**SETTINGS)).train()
+    SparseObjective(peft_model)
+    if checkpointing:
+        peft_model.activation_checkpointing_enable()
+    forward = TrainingForward(seed=0, step=0, kl_weight=0.1, tile_share=2, dense=dense)
+    ids = batches[0]["input_ids"][None]
+    task = peft_model(input_ids=ids, labels=ids, use_cache=False, sparse_call=forward.call).loss
+    kl = forward.kl_loss()
     weights = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
-    of_task, of_kl = (
-        {
-            name
-            for name, g in zip(weights, torch.autograd.grad(loss, weights.values(), retain_graph=True, allow_unused=True), strict=True)
-            if g is not None
-        }
-        for loss in (task, collector.total())
+    reached = []
+    for loss in (task, kl):
+        loss.backward(retain_graph=True)
+        reached.append({name for name, p in weights.items() if p.grad is not None and p.grad.abs().sum() > 0})
+        peft_model.zero_grad()
+    assert reached[0] == {name for name in weights if ".lora_B" in name}  # A's gradient is zero while B is
+    assert reached[1] == {name for name in weights if ".router." in name}
+    statistics = forward.statistics()
+    assert (
+        len(forward.layers) == 2
+        and 0 < statistics.kept_mass <= 1
+        and statistics.density == (1.0 if dense else pytest.approx(0.727, abs=1e-3))
     )
-    assert of_task == {name for name in weights if ".lora_" in name}
-    assert of_kl == {name for name in weights if ".router." in name}
-    assert len(collector.losses) == 2 and all(
-        0 <= window <= oracle + 1e-6 and kept <= oracle + 1e-6 for kept, window, oracle in collector.kept
-    )
-
-
-def test_the_kl_is_the_mean_over_layers_and_zero_without_open_tiles(model, token_ids):
-    config = AdaptationConfig(**SETTINGS)
-    collector = KLCollector(config, torch.Generator().manual_seed(0))
-    assert float(collector.total()) == 0.0
-    model(token_ids(1, 60), sparse_call=SparseCall(observer=collector))  # everything fits the budget
-    assert not collector.losses and float(collector.total()) == 0.0
-    model(token_ids(1, 160), sparse_call=SparseCall(observer=collector))
-    torch.testing.assert_close(collector.total(), (collector.losses[0] + collector.losses[1]) / 2)
 
 
 def test_windows_that_fit_the_budget_still_train_the_backbone(model, token_ids):
     before = router_state(model)
-    peft_model, log = train(model, [{"input_ids": token_ids(1, 60)}] * 2)
-    assert [row["kl"] for row in log] == [0.0, 0.0] and log[1]["loss"] < log[0]["loss"]
+    peft_model, log = train(model, [{"input_ids": token_ids(1, 60)[0]}] * 3)
+    assert [row["kl"] for row in log] == [0.0] * 3 and log[2]["loss"] < log[0]["loss"]
     assert all(torch.equal(weight, before[name]) for name, weight in router_state(peft_model.merge_and_unload()).items())
 
 
-@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("every", [0, 1, 2, 3])
 def test_every_so_many_steps_run_dense(model, batches, every, monkeypatch):
     sparse, original = [], attending.block_sparse_attention
 
@@ -137,16 +133,19 @@ def test_every_so_many_steps_run_dense(model, batches, every, monkeypatch):
         return original(*args, **options)
 
     monkeypatch.setattr(attending, "block_sparse_attention", counted)
-    _, log = train(model, batches[:5], dense_every=every)
-    assert [row["dense"] for row in log] == [(step + 1) % every == 0 for step in range(5)]
+    _, log = train(model, batches[:5], dense_every=every, gradient_checkpointing=False, chunked_loss=False)
+    assert [row["dense"] for row in log] == [every > 0 and (step + 1) % every == 0 for step in range(5)]
     assert len(sparse) == 2 * sum(not row["dense"] for row in log)  # two layers
     assert [row["step"] for row in log] == [1, 2, 3, 4, 5] and all(0 < row["kept_mass"] <= 1 for row in log)
 
 
 def test_labels_and_masks_of_a_batch_are_used(model, token_ids, left_padded):
     ids, mask = left_padded([token_ids(1, 160)[0], token_ids(1, 120)[0]])
-    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-    _, log = train(model, [batch])
+    labels = ids.masked_fill(mask == 0, -100)
+    rows = [{"input_ids": ids[i], "attention_mask": mask[i], "labels": labels[i]} for i in range(2)]
+    want = model_loss(model, {"input_ids": ids, "attention_mask": mask, "labels": labels})
+    _, log = train(model, rows, batch_size=2)
+    assert log[0]["loss"] == pytest.approx(want, rel=1e-5)
     with_pads = model_loss(model, {"input_ids": ids, "attention_mask": mask, "labels": ids})
     assert log[0]["loss"] != pytest.approx(with_pads, abs=1e-4)
 
@@ -164,57 +163,72 @@ class Stopped(Exception):
 
 
 @pytest.mark.parametrize("stop_at", [2, 3, 5])
-def test_a_resumed_run_equals_an_uninterrupted_one(model, batches, stop_at, tmp_path, monkeypatch):
-    first, second = model_again(model), model_again(model)
-    whole, whole_log = train(first, batches)
-    step = adaptation._Adapter.train_step
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": False, "accumulation": 2}], ids=["checkpointing", "accumulation"])
+def test_a_resumed_run_equals_an_uninterrupted_one(model, batches, stop_at, changes, tmp_path, monkeypatch):
+    first, second, rows = model_again(model), model_again(model), batches * 2 if changes else batches
+    whole, whole_log = train(first, rows, **changes)
+    compute = SparseTrainer.compute_loss
 
-    def until(self, batch):
-        if self.step == stop_at:
+    def until(self, *args, **kwargs):
+        if self.state.global_step == stop_at:
             raise Stopped
-        return step(self, batch)
+        return compute(self, *args, **kwargs)
 
-    path = tmp_path / "lora.pt"
-    monkeypatch.setattr(adaptation._Adapter, "train_step", until)
+    monkeypatch.setattr(SparseTrainer, "compute_loss", until)
     with pytest.raises(Stopped):
-        train(second, batches, path)
-    ran = []
+        train(second, rows, tmp_path / "run", **changes)
+    ran = set()
 
-    def count(self, batch):
-        ran.append(self.step)
-        return step(self, batch)
+    def count(self, *args, **kwargs):
+        ran.add(self.state.global_step)
+        return compute(self, *args, **kwargs)
 
-    monkeypatch.setattr(adaptation._Adapter, "train_step", count)
+    monkeypatch.setattr(SparseTrainer, "compute_loss", count)
     torch.manual_seed(99)
     torch.rand(7)  # another state of the global generator than at the kill
-    resumed, log = train(model, batches, path)
-    assert ran == list(range(stop_at - stop_at % 2, 6)) and log == whole_log
+    resumed, log = train(model, rows, tmp_path / "run", **changes)
+    assert ran == set(range(stop_at - stop_at % 2, 6)) and without_times(log) == without_times(whole_log)
     want = trained_weights(whole)
     assert all(torch.equal(weight, want[name]) for name, weight in trained_weights(resumed).items())
 
 
+def without_times(log):
+    return [{name: value for name, value in row.items() if name not in ("tokens_per_second", "peak_memory_bytes")} for row in log]
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(model, batches, tmp_path):
+    _, log = train(model_again(model), batches, tmp_path / "run")
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-6"
+    (tmp_path / "run" / "checkpoint-6" / "trainer_state.json").unlink()  # Trainer writes it last
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-4"
+    (tmp_path / "run" / "checkpoint-4" / "trainer_state.json").write_text('{"global_step":')
+    assert last_checkpoint(tmp_path / "run") is None
+    _, again = train(model, batches, tmp_path / "run")
+    assert without_times(again) == without_times(log)
+
+
 def test_a_finished_run_is_not_trained_again(model, batches, tmp_path, monkeypatch):
-    peft_model, log = train(model_again(model), batches[:3], tmp_path / "lora.pt")
-    monkeypatch.setattr(adaptation._Adapter, "train_step", lambda *_: pytest.fail("trained again"))
-    again, again_log = train(model, batches[:3], tmp_path / "lora.pt")
+    peft_model, log = train(model_again(model), batches[:3], tmp_path / "run")
+    monkeypatch.setattr(SparseTrainer, "compute_loss", lambda *_, **__: pytest.fail("trained again"))
+    again, again_log = train(model, batches[:3], tmp_path / "run")
     assert again_log == log and len(log) == 3
     assert all(torch.equal(w, trained_weights(peft_model)[name]) for name, w in trained_weights(again).items())
 
 
-def test_a_checkpoint_of_other_settings_or_another_model_is_refused(model, batches, sparse_llama, real_budget, tmp_path):
-    train(model_again(model), batches[:1], tmp_path / "lora.pt")
-    with pytest.raises(ValueError, match=r"lora\.pt is a checkpoint of another model or of other settings"):
-        train(model_again(model), batches[:1], tmp_path / "lora.pt", lr=1e-3)
+def test_a_folder_of_other_settings_or_another_model_is_refused(model, batches, sparse_llama, real_budget, tmp_path):
+    train(model_again(model), batches[:1], tmp_path / "run")
+    with pytest.raises(ValueError, match=r"run holds checkpoints of another model or of other settings"):
+        train(model_again(model), batches[:1], tmp_path / "run", lr=1e-3)
     deeper = sparse_llama(real_budget, num_hidden_layers=3)
-    with pytest.raises(ValueError, match=r"lora\.pt is a checkpoint of another model"):
-        train(deeper, batches[:1], tmp_path / "lora.pt")
+    with pytest.raises(ValueError, match=r"run holds checkpoints of another model"):
+        train(deeper, batches[:1], tmp_path / "run")
 
 
 # -- merging and saving ---------------------------------------------------------------------------------------------
 
 
 def test_merging_gives_a_plain_sparse_model_with_the_trained_routers(model, batches, tmp_path):
-    ids, before = batches[5]["input_ids"], router_state(model)
+    ids, before = batches[5]["input_ids"][None], router_state(model)
     peft_model, _ = train(model, batches[:3])
     adapted = logits(peft_model, ids)
     trained = {
@@ -234,7 +248,7 @@ def test_merging_gives_a_plain_sparse_model_with_the_trained_routers(model, batc
 
 
 def test_the_adapter_holds_the_routers_and_goes_on_the_untrained_model(model, batches, tmp_path):
-    ids, untrained = batches[5]["input_ids"], model_again(model)
+    ids, untrained = batches[5]["input_ids"][None], model_again(model)
     peft_model, _ = train(model, batches[:3])
     peft_model.save_pretrained(tmp_path / "adapter")
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -256,20 +270,27 @@ def test_the_adapter_of_a_model_from_a_stock_folder_can_be_saved(llama_folder, r
 # -- refusals -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["rank", "alpha", "lr", "router_lr", "kl_tile_share", "dense_every", "max_grad_norm", "save_every"])
+@pytest.mark.parametrize("name", ["rank", "alpha", "lr", "router_lr", "kl_tile_share", "max_grad_norm", "save_every", "batch_size"])
 @pytest.mark.parametrize("value", [0, -1, float("nan")])
 def test_impossible_settings_are_refused(name, value):
     with pytest.raises(ValueError, match=rf"lora\.{name} is {value}: must be > 0"):
         AdaptationConfig(**{name: value})
 
 
-def test_a_negative_kl_weight_is_refused():
-    with pytest.raises(ValueError, match=r"lora\.kl_weight is -0\.1: must be >= 0"):
-        AdaptationConfig(kl_weight=-0.1)
-    assert AdaptationConfig(kl_weight=0).kl_weight == 0 and AdaptationConfig(target_modules=["q_proj"]).target_modules == ("q_proj",)
+@pytest.mark.parametrize("name", ["kl_weight", "dense_every", "seed"])
+def test_negative_settings_are_refused(name):
+    with pytest.raises(ValueError, match=rf"lora\.{name} is -1: must be >= 0"):
+        AdaptationConfig(**{name: -1})
+    assert getattr(AdaptationConfig(**{name: 0}), name) == 0
 
 
-def test_no_batches_are_refused(model):
-    with pytest.raises(ValueError, match="adapt got no batches"):
+def test_target_modules_become_a_tuple_and_own_arguments_are_refused():
+    with pytest.raises(ValueError, match="training_arguments names max_steps, seed: set the recipe's own fields"):
+        AdaptationConfig(training_arguments={"max_steps": 3, "seed": 1})
+    assert AdaptationConfig(target_modules=["q_proj"]).target_modules == ("q_proj",)
+
+
+def test_no_rows_are_refused(model):
+    with pytest.raises(ValueError, match="adapt got no rows"):
         adapt(model, [], progress=False)
     assert type(model).__name__ == "SparseLlamaForCausalLM" and not any("lora" in name for name in model.state_dict())

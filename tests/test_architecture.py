@@ -20,6 +20,7 @@ LAYERS = (
     ("rotary", "dispatch"),
     ("plan",),
     ("router",),
+    ("untrained",),
     ("single",),
     ("selecting",),
     ("segments",),

@@ -216,6 +216,7 @@ def test_the_teacher_is_the_dense_softmax_over_all_visible_keys(make_router, rou
 
 def test_gradients_reach_all_router_weights_and_nothing_else(make_router, routing_inputs):
     router, inputs = make_router(rotary=True, noise=0.1), routing_inputs(240)
+    router.requires_grad_()
     inputs.q.requires_grad_(), inputs.k.requires_grad_()
     with torch.no_grad():
         detached = type(inputs)(inputs.q.detach(), inputs.k.detach(), inputs.positions, inputs.scale)

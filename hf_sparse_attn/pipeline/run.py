@@ -144,7 +144,8 @@ class Run:
             probe = self._eval_windows(settings["context"], 1)[0]
             windows = self._train_windows(settings["context"], settings["steps"])
             result["before"], _ = window_losses(model, probe.ids, SparseCall(), 0)
-            adapted, result["log"] = adapt(model, batches(windows), self.recipe.adaptation, checkpoint=self.state / "lora.pt")
+            rows = [{"input_ids": window.ids[0]} for window in windows]
+            adapted, result["log"] = adapt(model, rows, self.recipe.adaptation, folder=self.state / "lora")
             adapted.save_pretrained(self.folder / "adapter")
             model = adapted.merge_and_unload().eval()
             result["after"], _ = window_losses(model, probe.ids, SparseCall(), 0)

@@ -1,4 +1,4 @@
-"""Stage B: LoRA on the backbone and the routers together, with the sparse forward pass.
+"""Stage B: LoRA on the backbone and the routers together, with the sparse forward pass, by `SparseTrainer`.
 
 Loss = task loss + ``kl_weight`` · KL. The router's inputs are detached: routers learn from the KL only, the backbone
 from the task only. A share of the steps runs dense, so that gradients also reach links that the routers would cut.
@@ -6,28 +6,31 @@ from the task only. A share of the steps runs dense, so that gradients also reac
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..adapters import lora_config
-from ..attending import SparseCall
-from ..conversion import mark_trained
-from ..files import write_atomically
-from ..plan import make_plan
-from ..router import RoutingInputs, SparseRouter
-from .losses import tile_loss
-from .progress import bar
+from ..files import write_json
+from .chunked_loss import chunk_loss
+from .schedule import SparseTrainingConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class AdaptationConfig:
-    """Settings of `adapt`. A batch is one optimiser step.
+class AdaptationConfig(SparseTrainingConfig):
+    """Settings of `adapt`: those of the joint stage, of LoRA, and of the optimiser.
 
     Raises:
         ValueError: a field has an impossible value.
@@ -37,132 +40,164 @@ class AdaptationConfig:
     alpha: int = 16  # of LoRA
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     lr: float = 2e-4  # of LoRA; AdamW
-    router_lr: float = 2e-4  # a tenth of stage A's
-    kl_weight: float = 0.1
-    kl_tile_share: int = 16  # the KL is computed on one tile in this many
-    dense_every: int = 4  # every this-many-th step runs dense
+    batch_size: int = 1  # rows of a micro-batch on each device
+    accumulation: int = 1  # micro-batches of an optimiser step
     max_grad_norm: float = 1.0
-    seed: int = 0
-    save_every: int = 2  # steps between checkpoints, if a checkpoint path is given
+    gradient_checkpointing: bool = True  # where the model supports it
+    offload_activations: bool = False  # what checkpointing keeps waits in the CPU's memory; GPUs only
+    chunked_loss: bool = True  # causal models: the logits of all tokens never exist
+    save_every: int = 2  # optimiser steps between checkpoints, if a folder is given
+    training_arguments: Mapping[str, Any] = field(default_factory=dict)  # further fields of transformers.TrainingArguments
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        for name in ("rank", "alpha", "lr", "router_lr", "kl_tile_share", "dense_every", "max_grad_norm", "save_every"):
+        for name in ("rank", "alpha", "lr", "batch_size", "accumulation", "max_grad_norm", "save_every"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"lora.{name} is {getattr(self, name)!r}: must be > 0")
-        if self.kl_weight < 0:
-            raise ValueError(f"lora.kl_weight is {self.kl_weight!r}: must be >= 0")
+                self._refuse(name, "> 0")
+        taken = sorted(set(self.training_arguments) & OWN_ARGUMENTS)
+        if taken:
+            raise ValueError(f"lora.training_arguments names {', '.join(taken)}: set the recipe's own fields instead")
 
 
-class KLCollector:
-    """Observer that collects the routers' KL of one forward pass, with gradient to the routers."""
-
-    def __init__(self, config: AdaptationConfig, generator: torch.Generator) -> None:
-        self.config, self.generator = config, generator
-        self.losses: list[Tensor] = []
-        self.kept: list[tuple[float, float, float]] = []
-
-    def __call__(self, router: SparseRouter, inputs: RoutingInputs) -> None:
-        plan = make_plan(router.config, inputs.grid(router.config.query_tile, router.config.block_size), inputs.q.device)
-        count = -(-int(plan.open.sum()) // self.config.kl_tile_share)
-        loss = tile_loss(router, inputs, router.config.query_tile, count, self.generator) if count else None
-        if loss is not None:
-            self.losses.append(loss.coarse + loss.fine)
-            self.kept.append((loss.kept, loss.window, loss.oracle))
-
-    def total(self) -> Tensor:
-        """Mean KL over layers."""
-        return torch.stack(self.losses).mean() if self.losses else torch.zeros(())
+LOGGED = ("kl", "kept_mass", "recovered_share", "router_entropy", "density", "grad_norm", "tokens_per_second", "peak_memory_bytes")
+OWN_ARGUMENTS = {
+    *("output_dir", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "max_grad_norm"),
+    *("activation_checkpointing", "gradient_checkpointing", "save_steps", "save_strategy", "seed", "disable_tqdm"),
+}
 
 
-def add_lora(model: PreTrainedModel, config: AdaptationConfig) -> Any:
+def add_lora(model: PreTrainedModel, config: AdaptationConfig, task_type: str | None = "CAUSAL_LM") -> Any:
     """A PeftModel of the sparse ``model``: LoRA on ``target_modules``, the routers trained and saved with the adapter."""
     from peft import get_peft_model  # heavy, and needed in this stage only
 
     targets = list(config.target_modules)
-    return get_peft_model(model, lora_config(model, r=config.rank, lora_alpha=config.alpha, target_modules=targets, task_type="CAUSAL_LM"))
+    return get_peft_model(model, lora_config(model, r=config.rank, lora_alpha=config.alpha, target_modules=targets, task_type=task_type))
 
 
 def adapt(
     model: PreTrainedModel,
-    batches: Sequence[Mapping[str, Tensor]],
+    rows: Any,
     config: AdaptationConfig | None = None,
     *,
-    checkpoint: str | Path | None = None,
+    steps: int | None = None,
+    folder: str | Path | None = None,
+    task_type: str | None = "CAUSAL_LM",
     progress: bool = True,
 ) -> tuple[Any, list[dict[str, Any]]]:
-    """Train LoRA and routers on ``batches`` (``input_ids`` [B, N]; next-token loss), one step each.
+    """Train LoRA and routers of ``model`` on ``rows``, e.g. of `hf_sparse_attn.data.training_rows`.
+
+    Args:
+        rows: a dataset (or list) of rows of one length: ``input_ids`` [N], ``labels`` [N] (default: the same) and what else
+            the model's forward takes; a streaming dataset needs ``steps``.
+        steps: optimiser steps; by default one epoch of ``rows``.
+        folder: where checkpoints go; a run that was stopped continues from the last complete one.
+        task_type: of PEFT; None for models that are no language models.
 
     Returns:
         (the PeftModel, one log row per step). Call ``merge_and_unload()`` on it for a plain sparse model.
 
     Raises:
-        ValueError: no batches, or a checkpoint of another run.
+        ValueError: no rows, or ``folder`` holds a run of another model, other settings or another number of steps.
+        NonFiniteLossError: a loss that is NaN or infinite.
     """
-    if not batches:
-        raise ValueError("adapt got no batches: give at least one document")
+    from .bar import BarCallback  # Trainer is heavy, and needed in this stage only
+    from .trainer import last_checkpoint
+
     config = config or AdaptationConfig()
+    steps = _check_rows(rows, config, steps)
     torch.manual_seed(config.seed)
-    peft_model = add_lora(model, config)
-    trainer = _Adapter(peft_model, config)
-    if checkpoint is not None and Path(checkpoint).exists():
-        trainer.load(Path(checkpoint))
-    peft_model.train()
-    with bar(progress) as shown:
-        task = shown.add_task("LoRA + routers", total=len(batches), completed=trainer.step, info="")
-        for batch in batches[trainer.step :]:
-            row = trainer.train_step(batch)
-            shown.update(task, advance=1, info=f"loss {row['loss']:.3f} ({'dense' if row['dense'] else 'sparse'}), KL {row['kl']:.3f}")
-            if checkpoint is not None and (trainer.step % config.save_every == 0 or trainer.step == len(batches)):
-                trainer.save(Path(checkpoint))
+    peft_model = add_lora(model, config, task_type)
+    use_cache = getattr(model.config, "use_cache", None)
+    with tempfile.TemporaryDirectory() if folder is None else nullcontext(str(folder)) as output:
+        if folder is not None:
+            _claim(Path(output), peft_model, config, steps)
+        trainer = make_trainer(peft_model, rows, config, steps, output, saved=folder is not None, progress=progress)
+        checkpoint = None if folder is None else last_checkpoint(output)
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finally:
+            trainer.pop_callback(BarCallback).close()
     peft_model.eval()
-    mark_trained(model)
-    return peft_model, trainer.log
+    if use_cache is not None:
+        model.config.use_cache = use_cache  # Trainer turns it off, and it would be saved so
+    return peft_model, [log_row(row, config) for row in trainer.state.log_history if "loss" in row]
 
 
-class _Adapter:
-    """Optimiser, step counter and log of one `adapt` run."""
+def _check_rows(rows: Any, config: AdaptationConfig, steps: int | None) -> int:
+    """The number of optimiser steps."""
+    if not hasattr(rows, "__len__"):
+        if steps is None:
+            raise ValueError("rows are a stream, whose length is not known: give steps")
+        return steps
+    if not len(rows):
+        raise ValueError("adapt got no rows: give at least one document")
+    return steps or max(1, len(rows) // (config.batch_size * config.accumulation))
 
-    def __init__(self, peft_model: nn.Module, config: AdaptationConfig) -> None:
-        self.model, self.config = peft_model, config
-        self.trainable = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
-        router = [p for name, p in self.trainable.items() if ".router." in name]
-        lora = [p for name, p in self.trainable.items() if ".router." not in name]
-        groups = [{"params": lora, "lr": config.lr}, {"params": router, "lr": config.router_lr}]
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-        self.generator = torch.Generator().manual_seed(config.seed)
-        self.step = 0
-        self.log: list[dict[str, Any]] = []
 
-    def train_step(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-        dense = self.step % self.config.dense_every == self.config.dense_every - 1
-        collector = KLCollector(self.config, self.generator)
-        call = SparseCall(dense=dense, observer=collector)
-        device = next(iter(self.trainable.values())).device
-        inputs = {name: value.to(device) for name, value in batch.items()}
-        task = self.model(**{"labels": inputs["input_ids"], **inputs}, use_cache=False, sparse_call=call).loss
-        kl = collector.total().to(device)
-        (task + self.config.kl_weight * kl).backward()
-        torch.nn.utils.clip_grad_norm_(self.trainable.values(), self.config.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        kept = sum(k[0] for k in collector.kept) / max(1, len(collector.kept))
-        self.log.append({"step": self.step, "dense": dense, "loss": float(task.detach()), "kl": float(kl.detach()), "kept_mass": kept})
-        return self.log[-1]
+def make_trainer(model: Any, rows: Any, config: AdaptationConfig, steps: int, folder: str, *, saved: bool, progress: bool) -> Any:
+    """The `SparseTrainer` of `adapt`."""
+    from transformers import PrinterCallback, TrainingArguments
 
-    def save(self, path: Path) -> None:
-        weights = {name: p.detach() for name, p in self.trainable.items()}
-        state = {"weights": weights, "optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state(), "log": self.log}
-        write_atomically(path, lambda temporary: torch.save({**state, "config": asdict(self.config)}, temporary))
+    from .bar import BarCallback
+    from .trainer import SparseTrainer
 
-    def load(self, path: Path) -> None:
-        state = torch.load(path, weights_only=True)
-        if state["config"] != asdict(self.config) or state["weights"].keys() != self.trainable.keys():
-            raise ValueError(f"{path} is a checkpoint of another model or of other settings: remove it or give another path")
-        with torch.no_grad():
-            for name, p in self.trainable.items():
-                p.copy_(state["weights"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
-        self.log, self.step = state["log"], len(state["log"])
+    arguments = TrainingArguments(
+        output_dir=folder,
+        max_steps=steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.lr,
+        max_grad_norm=config.max_grad_norm,
+        save_strategy="steps" if saved else "no",
+        save_steps=config.save_every,
+        seed=config.seed,
+        disable_tqdm=True,
+        **_checkpointing(model, config),
+        **{
+            **{"lr_scheduler_type": "constant", "logging_steps": 1, "report_to": [], "save_total_limit": 2, "dataloader_pin_memory": False},
+            **config.training_arguments,
+        },
+    )
+    if config.chunked_loss and model.get_output_embeddings() is not None:
+        chunk_loss(model)
+    trainer = SparseTrainer(model, arguments, collate_rows, rows, sparse_training=config)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(BarCallback(progress))
+    return trainer
+
+
+def _checkpointing(model: Any, config: AdaptationConfig) -> dict[str, Any]:
+    from transformers import TrainingArguments
+
+    if config.offload_activations and not torch.accelerator.is_available():
+        raise ValueError("lora.offload_activations needs a GPU: on a CPU activations are in its memory already")
+    if not (config.gradient_checkpointing and getattr(model, "supports_gradient_checkpointing", False)):
+        return {}
+    name = "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"  # before 5.23
+    options = {"use_reentrant": False, **({"offload": True} if config.offload_activations else {})}
+    return {name: True, f"{name}_kwargs": options}
+
+
+def collate_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """A batch of rows of one length; ``labels`` are ``input_ids`` where there are none."""
+    batch = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
+    return {**({"labels": batch["input_ids"]} if "input_ids" in batch else {}), **batch}
+
+
+def log_row(row: Mapping[str, Any], config: SparseTrainingConfig) -> dict[str, Any]:
+    """What a run records of a step, from Trainer's log."""
+    step = int(row["step"])
+    measured = {name: row[name] for name in LOGGED if name in row}
+    return {"step": step, "dense": config.is_dense(step - 1), "loss": row["task_loss"], **measured}
+
+
+def _claim(folder: Path, model: Any, config: AdaptationConfig, steps: int) -> None:
+    """Raise ValueError if ``folder`` holds the checkpoints of another run."""
+    shapes = [(name, list(p.shape)) for name, p in model.named_parameters()]
+    made = {"settings": {**asdict(config), "steps": steps}, "model": hashlib.sha256(json.dumps(shapes).encode()).hexdigest()}
+    made = json.loads(json.dumps(made))
+    known = folder / "run.json"
+    if known.exists() and json.loads(known.read_text()) != made:
+        raise ValueError(f"{folder} holds checkpoints of another model or of other settings: remove it or give another folder")
+    write_json(known, made)

@@ -204,9 +204,11 @@ def distill(
         raise ValueError("distill got no batches: give at least one document")
     distiller = _Distiller(found, config, len(todo))
     report = DistillationReport(batches=len(todo), backbone_sha256=backbone_hash(model))
-    training = model.training
+    training, frozen = model.training, [p for router in found for p in router.parameters() if not p.requires_grad]
     model.eval()
     try:
+        for weight in frozen:
+            weight.requires_grad_()
         _start_or_resume(model, distiller, report, todo, config, None if checkpoint is None else Path(checkpoint))
         with bar(progress) as shown:
             task = shown.add_task("distilling", total=len(todo), completed=distiller.batch, info="")
@@ -221,6 +223,8 @@ def distill(
                     _save(model, distiller, report, Path(checkpoint), config)
     finally:
         model.train(training)
+        for weight in frozen:
+            weight.requires_grad_(False)
     if backbone_hash(model) != report.backbone_sha256:
         raise RuntimeError("the backbone changed during distillation; this is a bug, please report it")
     for router in found:

@@ -26,6 +26,7 @@ class TileLoss:
     kept: float
     window: float
     oracle: float
+    entropy: float  # of stage 1's distribution over the eligible blocks, nats, mean over rows
 
 
 def sample_tiles(plan: TilePlan, count: int, generator: torch.Generator) -> Tensor:
@@ -67,7 +68,13 @@ def tile_loss(router: SparseRouter, inputs: RoutingInputs, query_tile: int, coun
     passed = _members(candidates, plan.grid.blocks)  # inference sees the candidates only
     kept = _mean_kept(mass, plan.assemble(plan.best(seen.masked_fill(~passed, -torch.inf), tiles, plan.free[tiles]), tiles))
     oracle = _mean_kept(mass, plan.assemble(target, tiles))
-    return TileLoss(coarse, fine, kept, _mean_kept(mass, window_blocks(plan, tiles, mass)), oracle)
+    entropy = _entropy(scores.detach().masked_fill(~eligible[:, :whole], -torch.inf))
+    return TileLoss(coarse, fine, kept, _mean_kept(mass, window_blocks(plan, tiles, mass)), oracle, entropy)
+
+
+def _entropy(logits: Tensor) -> float:
+    log_p = F.log_softmax(logits.float(), -1)
+    return float(-(log_p.exp() * log_p.clamp(min=-1e4)).sum(-1).mean())
 
 
 def masked_kl(teacher: Tensor, logits: Tensor, mask: Tensor) -> Tensor:

@@ -1,0 +1,172 @@
+"""The joint stage as a piece of Transformers' Trainer (and TRL's SFTTrainer)."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .collecting import RouterStatistics, TrainingForward, mean_statistics
+from .objective import SparseObjective, split_parameters
+from .schedule import SparseTrainingConfig
+
+PREVIEW_TOKENS = 12  # of a batch that gave no finite loss
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss or gradient that is NaN or infinite; the state before the step was saved."""
+
+
+class SparseTrainerMixin:
+    """In front of a Trainer class: ``class Mine(SparseTrainerMixin, SFTTrainer)``. Takes ``sparse_training``, a SparseTrainingConfig.
+
+    Adds the routers' KL to the loss, exactly: weighted as the task loss is over micro-batches and processes. Gives routers
+    a learning rate of their own, runs every so many steps dense, anneals, logs what the routers do, and stops at the first
+    loss that is not finite, with the state before it saved.
+
+    Raises:
+        ValueError: the model has no routers, or the settings do not fit it.
+    """
+
+    args: TrainingArguments
+    state: Any
+    accelerator: Any
+    model: Any
+
+    def __init__(self, *args: Any, sparse_training: SparseTrainingConfig | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError("nn.DataParallel over several GPUs of one process is not supported: start the script with accelerate launch")
+        self.objective = SparseObjective(self.model, sparse_training)
+        self._statistics: list[RouterStatistics] = []
+        self._tokens, self._kl = 0, 0.0
+        self._logged_step = 0
+        self._since = time.perf_counter()
+        self._micro_step = (-1, 0)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        made = getattr(self, "optimizer", None) is not None  # the user's own
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)  # type: ignore[misc]
+        routers, _ = split_parameters(self.model if model is None else model)
+        if made or not routers:
+            return optimizer
+        known = set(map(id, routers))
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in known]
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        optimizer.add_param_group({"params": routers, **self.objective.router_group})
+        return optimizer
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
+    ) -> Any:
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        forward = self.objective.forward(self.state.global_step, self.state.max_steps)
+        share = self._share(inputs, num_items_in_batch)
+        called = {**inputs, "sparse_call": forward.call}
+        loss, outputs = super().compute_loss(model, called, True, num_items_in_batch)  # type: ignore[misc]
+        kl = forward.kl_loss(share).to(loss)
+        loss = loss + kl
+        self._note(forward, inputs, float(kl.detach()) / (1 if self._scaled(num_items_in_batch) else self.args.gradient_accumulation_steps))
+        self._check_finite(loss, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _share(self, inputs: dict[str, Any], num_items: Any) -> Any:
+        """The part of the optimiser step's loss that this micro-batch is: what Trainer does to the task loss, for a mean."""
+        if not self._scaled(num_items):
+            return 1.0  # Trainer divides the loss by the number of micro-batches
+        if "shift_labels" in inputs:
+            labels = inputs["shift_labels"]
+        else:
+            labels = inputs["labels"][..., 1:] if self._loss_shifts_labels else inputs["labels"]  # type: ignore[attr-defined]
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return processes * labels.ne(-100).sum() / num_items
+
+    def _scaled(self, num_items: Any) -> bool:
+        return num_items is not None and self.model_accepts_loss_kwargs  # type: ignore[attr-defined]
+
+    def _note(self, forward: TrainingForward, inputs: dict[str, Any], kl: float) -> None:
+        self._statistics.append(forward.statistics())
+        self._kl += kl
+        main = inputs.get(getattr(self.model, "main_input_name", "input_ids"), inputs.get("input_ids"))
+        self._tokens += 0 if main is None else main.shape[0] * (main.shape[1] if main.ndim > 1 else 1)
+        step, micro = self._micro_step
+        if step < 0:  # the first micro-batch of this process, perhaps of a resumed run
+            self._logged_step = self.state.global_step
+        self._micro_step = (self.state.global_step, micro + 1 if step == self.state.global_step else 0)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._statistics and "loss" in logs:
+            seconds, self._since = time.perf_counter() - self._since, time.perf_counter()
+            logs.update(mean_statistics(self._statistics))
+            steps, self._logged_step = self.state.global_step - self._logged_step, self.state.global_step
+            logs["task_loss"] = logs["loss"] - self._kl / max(1, steps)
+            logs["tokens_per_second"] = self._tokens * self.accelerator.num_processes / seconds
+            logs["peak_memory_bytes"] = peak_memory()
+            self._statistics, self._tokens, self._kl = [], 0, 0.0
+        super().log(logs, start_time)  # type: ignore[misc]
+
+    # -- losses that are not finite --------------------------------------------------------------------------------
+
+    def _check_finite(self, loss: Tensor, inputs: dict[str, Any]) -> None:
+        bad = (~torch.isfinite(loss.detach())).float().reshape(1)
+        if self.accelerator.num_processes > 1:  # all processes stop together
+            bad = self.accelerator.gather(bad)
+        if bool(bad.any()):
+            own = "" if torch.isfinite(loss.detach()) else f" on the batch that begins with {self._preview(inputs)}"
+            self._stop(f"the loss is {float(loss.detach())}{own}")
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)  # type: ignore[misc]
+        if norm is not None and getattr(self.accelerator, "scaler", None) is None and not bool(torch.isfinite(torch.as_tensor(norm)).all()):
+            self._stop(f"the gradient's norm is {float(norm)}")
+        return norm
+
+    def _stop(self, what: str) -> None:
+        step, micro = self._micro_step
+        self._save_checkpoint(self.model, trial=None)  # type: ignore[attr-defined]
+        raise NonFiniteLossError(
+            f"{what}, in optimiser step {step + 1}, micro-batch {micro + 1}. The state before this step is in "
+            f"{self.args.output_dir}/{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}: look at this batch, or lower the learning rate"
+        )
+
+    def _preview(self, inputs: dict[str, Any]) -> str:
+        ids = inputs.get("input_ids")
+        if ids is None:
+            return ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items() if hasattr(value, "shape"))
+        tokens = ids[0, :PREVIEW_TOKENS].tolist()
+        decode = getattr(getattr(self, "processing_class", None), "decode", None)
+        return f"tokens {tokens}" + ("" if decode is None else f" ({decode(tokens)!r})")
+
+
+class SparseTrainer(SparseTrainerMixin, Trainer):  # type: ignore[misc]
+    """Transformers' Trainer with the joint stage."""
+
+
+def peak_memory() -> int:
+    """Peak memory in bytes: what torch allocated on the GPU, or the resident memory of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The newest complete checkpoint of a run's folder: Trainer writes its state last, so one without it was cut off."""
+    found = []
+    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        try:
+            state = json.loads((path / "trainer_state.json").read_text())
+        except (OSError, json.JSONDecodeError):
+            continue
+        found.append((int(state["global_step"]), path))
+    return max(found)[1] if found else None
