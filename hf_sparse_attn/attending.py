@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -47,6 +48,13 @@ class SparseCall:
     on_selection: Callable[[SparseRouter, RoutingInputs, BlockSelection], None] | None = None
     on_layer: Callable[[SparseRouter], None] | None = None
     decode_from: int | None = None
+    attend: Callable[..., Tensor] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # what a call observes or selects is Python: a compiled model leaves its graph for it. Marked here, outside of any
+        # graph; where the compiler is not loaded nothing is compiled, and loading it takes a second
+        made = torch.compiler.disable(attend) if "torch._dynamo" in sys.modules else attend
+        object.__setattr__(self, "attend", made)
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,10 @@ def attend(
 
     ``query`` [B, H, Q, D], ``key`` and ``value`` [B, G, N, D], of which ``asked.filled`` slots hold tokens: [B, Q, H, D].
     """
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # its products would round what the router keeps in float32
+        with torch.autocast(device, enabled=False):
+            return attend(module, query, key, value, asked, cache, call)
     router: SparseRouter = module.router  # type: ignore[assignment]
     if call is not None and call.on_layer is not None:
         call.on_layer(active_router(router))

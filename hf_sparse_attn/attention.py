@@ -91,6 +91,8 @@ def sparse_attention_forward(
         else:
             segments = layout.packed()
         return stock_attention_of_documents(module, query, key, value, attention_mask, scaling, dropout, segments, **kwargs)
+    if torch.is_autocast_enabled(query.device.type):  # queries and keys were rotated in float32, values were not
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     check_call(router, module, query, key, value, dropout, kwargs)
     check_mask(attention_mask)
     asked = Attention(
@@ -107,16 +109,8 @@ def sparse_attention_forward(
     if torch.compiler.is_compiling():
         if sparse_call is None:
             return attend_opaquely(module, query, key, value, asked, cache), None
-        return attend_outside(module, query, key, value, asked, cache, sparse_call), None
+        return sparse_call.attend(module, query, key, value, asked, cache, sparse_call), None
     out = attend(module, query, key, value, asked, cache, sparse_call)
     if sparse_call is None and module.training and torch.is_grad_enabled():
         out = leave_routers(router, out)
     return out, None
-
-
-def attend_outside(*args: Any) -> Tensor:
-    """`attend` between compiled graphs: what a call observes or selects by itself is Python."""
-    return attend(*args)
-
-
-attend_outside._torchdynamo_disable = True  # type: ignore[attr-defined]  # torch.compiler.disable would import the compiler

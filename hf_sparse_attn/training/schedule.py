@@ -55,7 +55,7 @@ class SparseTrainingConfig:
         """Values at optimiser step ``step`` of ``steps``: linear from the first to the second end, then constant."""
         last = max(1, math.ceil(self.anneal_share * steps) - 1)
         done = min(1.0, step / last)
-        return {name: start + (end - start) * done for name, (start, end) in self.anneal.items()}
+        return {name: end if done == 1 else start + (end - start) * done for name, (start, end) in self.anneal.items()}
 
     def budget(self, config: SparseAttentionConfig, step: int, steps: int) -> dict[str, Any]:
         """Changes of the model's settings at that step; whole keys where a field counts keys.
