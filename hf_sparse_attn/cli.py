@@ -23,15 +23,20 @@ app.add_typer(bench, name="bench")
 @app.command()
 def run(
     recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")],
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; default runs/<recipe name>.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; default runs/<recipe name>, with -smoke for --smoke.")] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="At reduced size, on two cores in minutes, as the recipe says.")] = False,
+    changes: Annotated[list[str] | None, typer.Option("--set", help="Change a key: 'data.train=[my.log]'. Can be repeated.")] = None,
     json_path: JsonOption = None,
 ) -> None:
-    """Run a recipe: convert, distil, fine-tune, evaluate, measure, save, reload. Continues an interrupted run."""
+    """Run a recipe: convert, distil, fine-tune, evaluate, measure, save, reload. Continues an interrupted run.
+
+    Runs distributed by ``accelerate launch -m hf_sparse_attn.cli run RECIPE``.
+    """
     from .pipeline.recipe import load_recipe
     from .pipeline.run import run_recipe
 
-    loaded = load_recipe(recipe)
-    emit(run_recipe(loaded, out or Path("runs") / loaded.name, console), json_path)
+    loaded = load_recipe(recipe, smoke=smoke, changes=changes or ())
+    emit(run_recipe(loaded, out or Path("runs") / (loaded.name + "-smoke" * smoke), console), json_path)
 
 
 @app.command()

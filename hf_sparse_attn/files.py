@@ -66,6 +66,12 @@ def replaced_folder(target: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def copied_folder(source: Path, target: Path) -> None:
+    """Copy the files of ``source`` into ``target`` as `replaced_folder` does."""
+    with replaced_folder(target) as folder:
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+
+
 def _variant(name: str) -> str | None:
     """Variant of a weight file name ("" for the plain one), None for any other file."""
     found = WEIGHTS.fullmatch(name)

@@ -17,9 +17,11 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparse_attn import SparseAttentionConfig, routers
-from hf_sparse_attn.pipeline import run as run_module
+from hf_sparse_attn.pipeline import engine
+from hf_sparse_attn.pipeline import language as run_module
+from hf_sparse_attn.pipeline.language import LanguageRun as Run
 from hf_sparse_attn.pipeline.recipe import RecipeError, load_recipe
-from hf_sparse_attn.pipeline.run import Run, run_recipe
+from hf_sparse_attn.pipeline.run import run_recipe
 
 # peft asks transformers for a property that the newest versions call by another name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -216,7 +218,7 @@ def test_a_changed_recipe_is_refused_for_the_same_folder(done, write_recipe):
 
 
 def test_a_nearly_full_disk_is_refused_before_any_work(done, monkeypatch, tmp_path):
-    monkeypatch.setattr(run_module, "free_bytes", lambda path: 1 << 20)
+    monkeypatch.setattr(engine, "free_bytes", lambda path: 1 << 20)
     with pytest.raises(RecipeError, match="less than 3 GB are free"):
         run_recipe(done.recipe, tmp_path / "run", quiet())
     assert not (tmp_path / "run").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from ..training.adaptation import AdaptationConfig
 from ..training.distillation import DistillationConfig
 
 SELECTIONS = ("oracle", "two stages", "stage 1 alone", "untrained", "mean-pool", "window + sink")
+TASKS = ("causal_lm",)
 DTYPES = ("bfloat16", "float32", "float16")
 
 
@@ -48,16 +50,19 @@ class Recipe:
     """A checked recipe; keys as documented in ``recipes/defaults.yaml``."""
 
     name: str
+    task: str
     seed: int
     model: dict[str, Any]
     sparse_attention: SparseAttentionConfig
     data: dict[str, Any]
     distill: dict[str, Any]
     lora: dict[str, Any]
+    compare: dict[str, Any]
     quality: tuple[Quality, ...]
     speed: dict[str, Any]
     prompt: str | None
     max_new_tokens: int
+    smoke_run: bool
     raw: dict[str, Any] = field(repr=False)
 
     @property
@@ -69,35 +74,60 @@ class Recipe:
         return AdaptationConfig(**{"seed": self.seed, **self.lora["settings"]})
 
 
-def load_recipe(path: str | Path) -> Recipe:
+def load_recipe(path: str | Path, *, smoke: bool = False, changes: Sequence[str] = ()) -> Recipe:
     """Read a recipe and the ``defaults.yaml`` beside it.
+
+    ``smoke`` lays the recipe's ``smoke`` section over it, ``changes`` are further ``key.path=value`` settings (values as in YAML).
 
     Raises:
         RecipeError: no such file, not YAML, an unknown key, a value of the wrong kind, or a missing model or text.
     """
     path = Path(path)
-    defaults = _read(path.with_name("defaults.yaml"))
-    values = _merge(defaults, _read(path), "")
-    for key in ("source",):
-        if not values["model"][key]:
-            raise RecipeError(f"{path}: model.{key} is missing")
-    for key in ("train", "eval"):
-        if not values["data"][key]:
-            raise RecipeError(f"{path}: data.{key} names no text")
-    if values["model"]["dtype"] not in DTYPES:
-        raise RecipeError(f"{path}: model.dtype is {values['model']['dtype']!r}; supported: {', '.join(DTYPES)}")
+    values = _merge(_read(path.with_name("defaults.yaml")), _read(path), "")
+    reduced = values.pop("smoke")
+    if smoke:
+        values = _merge(values, reduced, "")
+    for change in changes:
+        values = _merge(values, _change(change), "")
+    if not values["model"]["source"]:
+        raise RecipeError(f"{path}: model.source is missing")
+    if not values["data"]["train"]:
+        raise RecipeError(f"{path}: data.train names no text; give one with --set 'data.train=[FILE]'")
+    split = values["data"]["split"]
+    if bool(values["data"]["eval"]) == (split is not None) or (split is not None and not 0 < split < 1):
+        raise RecipeError(f"{path}: data.eval names no text: name some, or set data.split to a share of each training text, but not both")
+    for key, value, known in (("model.dtype", values["model"]["dtype"], DTYPES), ("task", values["task"], TASKS)):
+        if value not in known:
+            raise RecipeError(f"{path}: {key} is {value!r}; supported: {', '.join(known)}")
     try:
-        quality = tuple(
-            Quality(**_checked(entry, {f.name for f in fields(Quality)}, f"quality[{i}]")) for i, entry in enumerate(values["quality"])
-        )
-        _checked(values["distill"]["settings"], {f.name for f in fields(DistillationConfig)}, "distill.settings")
-        _checked(values["lora"]["settings"], {f.name for f in fields(AdaptationConfig)}, "lora.settings")
-        sparse = SparseAttentionConfig.from_dict(values["sparse_attention"])
-        recipe = Recipe(**{**values, "quality": quality, "sparse_attention": sparse}, raw=values)
-        _ = recipe.distillation, recipe.adaptation
+        return _checked_recipe(values, smoke)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"{path}: {error}") from error
+
+
+def _checked_recipe(values: dict[str, Any], smoke: bool) -> Recipe:
+    names = {f.name for f in fields(Quality)}
+    quality = tuple(Quality(**_checked(entry, names, f"quality[{i}]")) for i, entry in enumerate(values["quality"]))
+    _checked(values["distill"]["settings"], {f.name for f in fields(DistillationConfig)}, "distill.settings")
+    _checked(values["lora"]["settings"], {f.name for f in fields(AdaptationConfig)}, "lora.settings")
+    sparse = SparseAttentionConfig.from_dict(values["sparse_attention"])
+    recipe = Recipe(**{**values, "quality": quality, "sparse_attention": sparse}, smoke_run=smoke, raw=values)
+    _ = recipe.distillation, recipe.adaptation
     return recipe
+
+
+def _change(text: str) -> dict[str, Any]:
+    """``a.b=value`` as the delta ``{"a": {"b": value}}``."""
+    keys, found, value = text.partition("=")
+    if not found or not keys:
+        raise RecipeError(f"--set {text!r}: must be key.path=value, e.g. 'lora.steps=4' or 'data.train=[my.log]'")
+    try:
+        delta = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {text!r}: the value is not YAML: {error}") from error
+    for key in reversed(keys.split(".")):
+        delta = {key: delta}
+    return delta  # type: ignore[no-any-return]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from ..adapters import lora_config
 from ..files import write_json
-from .chunked_loss import chunk_loss
+from .chunked_loss import chunk_loss, whole_loss
 from .schedule import SparseTrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def adapt(
         rows: a dataset (or list) of rows of one length: ``input_ids`` [N], ``labels`` [N] (default: the same) and what else
             the model's forward takes; a streaming dataset needs ``steps``.
         steps: optimiser steps; by default one epoch of ``rows``.
-        folder: where checkpoints go; a run that was stopped continues from the last complete one.
+        folder: where checkpoints go, and the adapter in the end; a run that was stopped continues from the last complete one.
         task_type: of PEFT; None for models that are no language models.
 
     Returns:
@@ -118,6 +118,9 @@ def adapt(
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
             trainer.pop_callback(BarCallback).close()
+            whole_loss(peft_model)
+        if folder is not None:
+            trainer.save_model(str(Path(output) / "adapter"))
     peft_model.eval()
     if use_cache is not None:
         model.config.use_cache = use_cache  # Trainer turns it off, and it would be saved so

@@ -18,6 +18,7 @@ from .carrying import Carried, carry
 
 LOGITS_BYTES = 1 << 28  # float32 logits that may exist at a time
 CHECK_TOKENS = 16
+UNDO = "_chunked_loss"  # attribute of a model that holds what was there before
 TOLERANCE = 1e-3  # relative; bf16 logits of a few tokens
 
 
@@ -26,6 +27,7 @@ class _Head:
 
     def __init__(self, model: Any) -> None:
         self.layer: nn.Module = model.get_output_embeddings()
+        self.before = self.layer.__dict__.get("forward")
         self.own, self.through = self.layer.forward, False
         self.layer.forward = self._forward
         self.chunk = max(1, LOGITS_BYTES // (4 * int(model.config.get_text_config().vocab_size)))
@@ -68,20 +70,33 @@ def chunk_loss(model: Any) -> Any:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if base.get_output_embeddings() is None:
         raise ValueError(f"{type(base).__name__} has no output layer over a vocabulary: its loss needs no chunks")
-    if getattr(base, "chunked_loss", False):
+    if getattr(base, UNDO, None) is not None:
         return model
     want = _check_loss(base)
     forward, own_loss, head = base.forward, base.loss_function, _Head(base)
+    setattr(base, UNDO, {"forward": base.__dict__.get("forward"), "loss": own_loss, "head": head})
     base.loss_function = _deferred_loss(head, own_loss)
     base.forward = _without_logits(head, forward)
     got = _check_loss(base)
     if not abs(got - want) <= TOLERANCE * abs(want):
-        base.forward, base.loss_function, head.layer.forward = forward, own_loss, head.own
+        whole_loss(base)
         raise ValueError(
             f"the chunked loss of {type(base).__name__} is {got:.6f} where its own is {want:.6f}: the model changes its logits "
             "(a soft cap, say) or has a loss of its own. Train it without the chunked loss"
         )
-    base.chunked_loss = True
+    return model
+
+
+def whole_loss(model: Any) -> Any:
+    """Undo `chunk_loss`, if it was called; returns the model."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    before = base.__dict__.pop(UNDO, None)
+    if before is not None:
+        base.loss_function = before["loss"]
+        for module, forward in ((base, before["forward"]), (before["head"].layer, before["head"].before)):
+            module.__dict__.pop("forward")
+            if forward is not None:
+                module.forward = forward
     return model
 
 

@@ -1,0 +1,107 @@
+"""A run of a recipe: named steps, each leaving a file in the run's folder.
+
+A step is skipped when its file is there, so an interrupted run continues where it stopped. A run folder belongs to one
+recipe: with a changed recipe it is refused. Under ``accelerate launch`` training steps run on every process, the others on
+the main one.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import resource
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+
+from ..data.sources import free_bytes
+from ..environment import environment
+from ..files import write_json
+from .recipe import Recipe, RecipeError
+
+LEAST_FREE_BYTES = 3 << 30  # a run holds two copies of a small model and its checkpoints
+WAIT = timedelta(hours=24)  # of the other processes for a step of the main one
+
+
+class Step(NamedTuple):
+    """One step of a run. ``everywhere``: on every process, not on the main one alone."""
+
+    name: str
+    run: Callable[[], dict[str, Any]]
+    everywhere: bool = False
+
+
+class Run:
+    """One run of a recipe in ``folder``; call `main`. A task is a subclass with `steps` and `finish`."""
+
+    def __init__(self, recipe: Recipe, folder: Path, console: Console) -> None:
+        self.recipe, self.folder, self.console = recipe, folder, console
+        self.state = folder / "state"
+        self.dtype: torch.dtype = getattr(torch, recipe.model["dtype"])
+        self.processes = PartialState(timeout=WAIT)
+
+    def steps(self) -> list[Step]:
+        """The steps of the task, in order."""
+        raise NotImplementedError
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """Write what is made from the results: report, card."""
+        raise NotImplementedError
+
+    def main(self) -> dict[str, Any]:
+        """Run what is not done yet; returns the results, which are also in ``results.json``."""
+        main = self.processes.is_main_process
+        if main:
+            self._claim_folder()
+        self.processes.wait_for_everyone()
+        torch.manual_seed(self.recipe.seed)
+        started = time.monotonic()
+        steps = self.steps()
+        for step in steps:
+            self._step(step)
+        results = {"recipe": self.recipe.raw, "smoke": self.recipe.smoke_run, "environment": environment(), "seed": self.recipe.seed}
+        results |= {step.name: self._load(step.name) for step in steps}
+        if main:
+            self.finish(results)
+            write_json(self.folder / "results.json", results)
+            minutes = (time.monotonic() - started) / 60
+            self.console.print(f"[bold]done in {minutes:.1f} min[/]: {self.folder}/results.json and what lies beside it")
+        return results
+
+    def _claim_folder(self) -> None:
+        known = self.state / "recipe.json"
+        if known.exists() and json.loads(known.read_text()) != self.recipe.raw:
+            raise RecipeError(
+                f"{self.folder} holds a run of another recipe (or the recipe was changed): remove the folder or give another --out"
+            )
+        if free_bytes(self.folder) < LEAST_FREE_BYTES:
+            raise RecipeError(f"less than {LEAST_FREE_BYTES >> 30} GB are free for {self.folder}: free some space or give another --out")
+        write_json(known, self.recipe.raw)
+
+    def _step(self, step: Step) -> None:
+        done, main = self.state / f"{step.name}.json", self.processes.is_main_process
+        if done.exists():
+            if main:
+                self.console.print(f"[dim]{step.name}: done before[/]")
+            return
+        self.processes.wait_for_everyone()  # all have seen that it is not done
+        if main:
+            self.console.print(f"[bold cyan]{step.name}[/]")
+        if main or step.everywhere:
+            start = time.monotonic()
+            result = step.run()
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            if main:
+                write_json(done, {"seconds": time.monotonic() - start, "peak_process_bytes": peak, **result})
+        self.processes.wait_for_everyone()
+        gc.collect()
+
+    def _load(self, name: str) -> dict[str, Any]:
+        loaded: dict[str, Any] = json.loads((self.state / f"{name}.json").read_text())
+        return loaded

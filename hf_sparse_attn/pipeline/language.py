@@ -1,0 +1,204 @@
+"""The main job on a language model: convert, distil, fine-tune, evaluate, measure, save, reload, answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..adapters import load_adapter
+from ..attending import SparseCall
+from ..conversion import mark_trained
+from ..data.sources import Document, local_model, model_licence, read_documents
+from ..data.windows import batches, token_windows
+from ..evaluation.comparison import comparison
+from ..evaluation.quality import WindowResult, evaluate_windows, window_losses
+from ..evaluation.selectors import fresh_routers, standard_selectors
+from ..evaluation.shares import quality_table
+from ..files import copied_folder, replaced_folder, write_atomically, write_json
+from ..profiling import LayerShape, bench_attention, bench_model
+from ..training.adaptation import AdaptationConfig, adapt
+from ..training.distillation import distill, load_router_state, router_state
+from .card import write_card
+from .engine import Run, Step
+from .report import write_report
+
+
+def split_documents(data: Mapping[str, Any]) -> tuple[list[Document], list[Document]]:
+    """(training documents, evaluation documents); with ``split`` each training document is cut at a line's end."""
+    train = read_documents(data["train"])
+    if data["split"] is None:
+        return train, read_documents(data["eval"])
+    first, rest = [], []
+    for document in train:
+        cut = document.text.find("\n", int(len(document.text) * data["split"])) + 1 or len(document.text)
+        first.append(Document(document.name, document.text[:cut]))
+        rest.append(Document(f"{document.name} after {data['split']:.0%}", document.text[cut:]))
+    return first, rest
+
+
+class LanguageRun(Run):
+    """Task ``causal_lm``."""
+
+    def steps(self) -> list[Step]:
+        compare = self.recipe.compare
+        return [
+            Step("convert", self._convert),
+            Step("distill", self._distill, everywhere=True),
+            *([Step("before", self._before)] if compare["before"] else []),
+            *([Step("reference", self._reference, everywhere=True)] if compare["dense_lora"] else []),
+            Step("lora", self._lora, everywhere=True),
+            Step("quality", self._quality),
+            Step("speed", self._speed),
+            Step("answer", self._answer),
+        ]
+
+    def finish(self, results: dict[str, Any]) -> None:
+        windows = {name: results[name]["windows"] for name in ("before", "quality", "reference") if name in results}
+        if len(windows) > 1:
+            results["comparison"] = comparison(windows["quality"], windows.get("before"), windows.get("reference"))
+        write_report(self.folder / "report.html", results)
+        write_card(self.folder / "model" / "README.md", results)
+
+    def _convert(self) -> dict[str, Any]:
+        """Base checkpoint -> ordinary checkpoint in the run's folder."""
+        source, gguf = local_model(self.recipe.model["source"])
+        extra = {"gguf_file": gguf} if gguf else {}
+        tokenizer = AutoTokenizer.from_pretrained(source, **extra)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **extra)
+        if gguf:  # otherwise save_pretrained refuses: the quantiser's config would be written for plain weights
+            model.hf_quantizer.remove_quantization_config(model)
+        model = model.to(self.dtype)
+        model.config.dtype = self.dtype
+        with replaced_folder(self.state / "base") as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        licence = self.recipe.model["license"] or model_licence(self.recipe.model["source"])
+        return {"parameters": sum(p.numel() for p in model.parameters()), "license": licence}
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(self.state / "base")
+
+    def _base(self) -> PreTrainedModel:
+        model = AutoModelForCausalLM.from_pretrained(self.state / "base", sparse_attention=self.recipe.sparse_attention, dtype=self.dtype)
+        return model.eval()  # type: ignore[no-any-return]
+
+    def _train_windows(self, context: int, count: int) -> Any:
+        documents, _ = split_documents(self.recipe.data)
+        return token_windows(documents, self._tokenizer(), context, count, self.recipe.sparse_attention.block_size)
+
+    def _distill(self) -> dict[str, Any]:
+        settings = self.recipe.distill
+        model = self._base()
+        windows = self._train_windows(settings["context"], settings["batches"])
+        report = distill(model, batches(windows), self.recipe.distillation, checkpoint=self.state / "distill.pt")
+        if self.processes.is_main_process:
+            write_atomically(self.state / "routers.safetensors", lambda path: save_file(router_state(model), path))
+        return {**report.to_dict(), "context": settings["context"], "documents": [w.document for w in windows]}
+
+    def _distilled(self) -> PreTrainedModel:
+        model = self._base()
+        load_router_state(model, load_file(self.state / "routers.safetensors"))
+        return model
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """The training rows of the joint stage: one epoch of them is all of its steps."""
+        settings, adaptation = self.recipe.lora, self.recipe.adaptation
+        count = settings["steps"] * adaptation.batch_size * adaptation.accumulation * self.processes.num_processes
+        return [{"input_ids": window.ids[0]} for window in self._train_windows(settings["context"], count)]
+
+    def _adapted(self, name: str, config: AdaptationConfig) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
+        """(the distilled model with the trained LoRA merged, the training log); every process trains."""
+        folder = self.state / name
+        _, log = adapt(self._distilled(), self._rows(), config, steps=self.recipe.lora["steps"], folder=folder)
+        return load_adapter(self._distilled(), folder / "adapter").merge_and_unload().eval(), log
+
+    def _lora(self) -> dict[str, Any]:
+        """LoRA + routers, merged, saved as the run's model; with 0 steps the distilled model is saved as it is."""
+        settings = self.recipe.lora
+        result: dict[str, Any] = {"steps": settings["steps"], "context": settings["context"], "log": []}
+        model = self._distilled()
+        if settings["steps"]:
+            probe = self._eval_windows(settings["context"], 1)[0]
+            result["before"], _ = window_losses(model, probe.ids, SparseCall(), 0)
+            model, result["log"] = self._adapted("lora", self.recipe.adaptation)
+            result["after"], _ = window_losses(model, probe.ids, SparseCall(), 0)
+            result["probe"] = probe.document
+        if self.processes.is_main_process:
+            if settings["steps"]:
+                copied_folder(self.state / "lora" / "adapter", self.folder / "adapter")
+            mark_trained(model)
+            model.save_pretrained(self.folder / "model")
+            self._tokenizer().save_pretrained(self.folder / "model")
+        return result
+
+    def _reference(self) -> dict[str, Any]:
+        """The yardstick: LoRA with dense attention on the same rows, read densely on the windows of the quality step."""
+        config = replace(self.recipe.adaptation, dense_every=1, kl_weight=0.0, anneal={})
+        model, log = self._adapted("reference", config)
+        windows = [(w, entry.length) for entry in self.recipe.quality for w in self._eval_windows(entry.length, entry.windows)]
+        results = []
+        for window, length in windows if self.processes.is_main_process else []:
+            loss, _ = window_losses(model, window.ids, SparseCall(dense=True), 0)
+            results.append(WindowResult(window.document, length, None, "dense", loss, None).to_dict())
+        return {"log": log, "windows": results}
+
+    def _before(self) -> dict[str, Any]:
+        """The quality step on the model before the joint stage."""
+        return self._measure(self._distilled(), "before")
+
+    def _eval_windows(self, length: int, count: int) -> Any:
+        _, documents = split_documents(self.recipe.data)
+        return token_windows(documents, self._tokenizer(), length, count, self.recipe.sparse_attention.block_size)
+
+    def _model(self) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(self.folder / "model").eval()  # type: ignore[no-any-return]
+
+    def _quality(self) -> dict[str, Any]:
+        return self._measure(self._model(), "quality")
+
+    def _measure(self, model: PreTrainedModel, name: str) -> dict[str, Any]:
+        """Every window of the recipe's quality entries under every selection; continues after a stop."""
+        partial = self.state / f"{name}.partial.json"
+        done = [WindowResult(**r) for r in json.loads(partial.read_text())] if partial.exists() else []
+        selectors = standard_selectors(fresh_routers(model))
+        for entry in self.recipe.quality:
+            windows = self._eval_windows(entry.length, entry.windows)
+            chosen = {name: selectors[name] for name in entry.selections}
+
+            def note(result: WindowResult) -> None:
+                done.append(result)
+                write_json(partial, [r.to_dict() for r in done])
+                self.console.print(f"  {result.line()}", markup=False)
+
+            evaluate_windows(model, windows, entry.budgets, chosen, decode_tokens=entry.decode_tokens, done=list(done), on_result=note)
+        return {"windows": [r.to_dict() for r in done], "table": quality_table(done)}
+
+    def _speed(self) -> dict[str, Any]:
+        settings = self.recipe.speed
+        if not settings["length"]:
+            return {}
+        shape = LayerShape(settings["length"], settings["keys"], dtype=self.recipe.model["dtype"])
+        attention = bench_attention(shape, repeats=settings["attention_repeats"])
+        need = settings["length"] + 2 * settings["decode_tokens"]  # sparse and best dense steps take turns
+        ids = torch.cat([w.ids for w in self._eval_windows(2048, -(-need // 2048))], 1)[:, :need]
+        model = bench_model(self._model(), ids, settings["keys"], decode_tokens=settings["decode_tokens"], repeats=settings["repeats"])
+        return {"attention": attention, "model": model}
+
+    def _answer(self) -> dict[str, Any]:
+        model: Any = self._model()
+        tokenizer: Any = self._tokenizer()
+        result = {"class": type(model).__name__, "sparse_attention": model.config.sparse_attention}
+        if self.recipe.prompt is None:
+            return result
+        inputs = tokenizer(self.recipe.prompt, return_tensors="pt")
+        out = model.generate(**inputs, max_new_tokens=self.recipe.max_new_tokens, do_sample=False)
+        answer = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        self.console.print(f"  {self.recipe.prompt}", end="", markup=False, highlight=False)
+        self.console.print(answer, style="bold", markup=False, highlight=False)
+        return {**result, "prompt": self.recipe.prompt, "answer": answer}
