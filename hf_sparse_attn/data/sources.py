@@ -123,11 +123,14 @@ def read_text(file: Path) -> str:
         text = raw.decode("utf-8")
     except UnicodeDecodeError:
         text = raw.decode("latin-1")
-    if file.suffix in (".html", ".htm"):
-        text = re.sub(r"(?is)<(script|style|head).*?</\1>", " ", text)
-        text = html.unescape(re.sub(r"(?s)<[^>]+>", " ", text))
-        text = re.sub(r"[ \t]+", " ", re.sub(r"\n\s*\n\s*", "\n\n", text))
-    return text
+    return text_of_html(text) if file.suffix in (".html", ".htm") else text
+
+
+def text_of_html(text: str) -> str:
+    """HTML without tags, scripts and entities."""
+    text = re.sub(r"(?is)<(script|style|head).*?</\1>", " ", text)
+    text = html.unescape(re.sub(r"(?s)<[^>]+>", " ", text))
+    return re.sub(r"[ \t]+", " ", re.sub(r"\n\s*\n\s*", "\n\n", text))
 
 
 def _hub_documents(source: str) -> list[Document]:

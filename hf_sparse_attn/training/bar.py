@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from .progress import bar
+from ..progress import bar
 
 
 class BarCallback(TrainerCallback):

@@ -24,7 +24,7 @@ from ..files import write_atomically
 from ..router import RoutingInputs, SparseRouter
 from ..sites import routers
 from .losses import TileLoss, tile_loss
-from .progress import bar
+from ..progress import bar
 from .svd import start_index
 
 logger = logging.getLogger(__name__)

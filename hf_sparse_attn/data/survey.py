@@ -1,0 +1,159 @@
+"""One pass over a file before it is used: can it be read to its end, and in which encoding?
+
+Whether 50 GB are UTF-8, or a compressed file is whole, is known only at their end. The pass costs about a second per GB
+(gzip: four), far less than tokenising; what it found is kept in ``cache_folder()/surveys`` until the file changes.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import gzip
+import hashlib
+import json
+import zlib
+from collections.abc import Generator, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from ..files import write_json
+from .formats import FORMATS, SourceFile, identity
+from .sources import SourceError, cache_folder
+
+CHUNK = 1 << 20  # bytes
+LARGEST_ARRAY = 256 << 20  # bytes of a .json file that is one array: it must be parsed as a whole
+HOW_TO_TEST = {"gzip": "gzip -t", "zstd": "zstd -t"}
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one pass over a file found."""
+
+    encoding: str  # "utf-8", or "latin-1" if the bytes are no UTF-8
+    size: int  # bytes, uncompressed
+
+
+def chunks(file: SourceFile, offset: int = 0) -> Generator[bytes]:
+    """The file's bytes, uncompressed, from ``offset`` on, a bounded number at a time.
+
+    Raises:
+        SourceError: the file cannot be read, is damaged, or ends in the middle of compressed data.
+    """
+    try:
+        with Path(file.path).open("rb") as raw:
+            if file.compression is None:
+                raw.seek(offset)
+                yield from iter(lambda: raw.read(CHUNK), b"")
+            elif file.size == 0:
+                raise EOFError
+            else:
+                parts = _gzip_members(raw) if file.compression == "gzip" else _zstd_frames(raw)
+                yield from _without(parts, offset)
+    except EOFError as error:
+        raise SourceError(f"{file.path} is truncated: it ends in the middle of compressed data; fetch it again; {_test(file)}") from error
+    except (gzip.BadGzipFile, zlib.error, _DamagedError) as error:
+        raise SourceError(f"{file.path} is damaged ({error}): fetch it again; {_test(file)}") from error
+    except OSError as error:
+        raise SourceError(f"cannot read {file.path}: {error.strerror or error}; check the path and its permissions") from error
+
+
+class _DamagedError(Exception):
+    """Data that is no zstd frame."""
+
+
+def _without(parts: Iterator[bytes], offset: int) -> Iterator[bytes]:
+    for part in parts:
+        if offset < len(part):
+            yield part[offset:]
+        offset = max(0, offset - len(part))
+
+
+def _gzip_members(raw: BinaryIO) -> Iterator[bytes]:
+    with gzip.GzipFile(fileobj=raw) as file:
+        yield from iter(lambda: file.read(CHUNK), b"")
+
+
+def _zstd_frames(raw: BinaryIO) -> Iterator[bytes]:
+    """Frames one after the other. A reader of the zstandard package would take a truncated frame for a whole one: raises EOFError."""
+    import zstandard  # needed for this kind of file only
+
+    frame = None
+    # a little at a time: what comes out of one call is not bounded otherwise, and may be a thousand times as much
+    for data in iter(lambda: raw.read(4096), b""):
+        while data:
+            frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+            try:
+                out = frame.decompress(data)
+            except zstandard.ZstdError as error:
+                raise _DamagedError(str(error)) from error
+            data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+            if out:
+                yield out
+    if frame is not None:
+        raise EOFError
+
+
+def _test(file: SourceFile) -> str:
+    return f"`{HOW_TO_TEST[file.compression or '']} {file.path}` tests it"
+
+
+def survey(file: SourceFile) -> Survey:
+    """Read the file to its end, unless that was done before and it is unchanged.
+
+    Raises:
+        SourceError: the file is unreadable, damaged, truncated, not text, or one JSON array too large to be parsed.
+    """
+    try:
+        key = hashlib.sha256(json.dumps(identity(file)).encode()).hexdigest()[:32]
+    except OSError as error:
+        raise SourceError(f"cannot read {file.path}: {error.strerror or error}; check the path and its permissions") from error
+    kept = cache_folder() / "surveys" / f"{key}.json"
+    if kept.exists():
+        return Survey(**json.loads(kept.read_text(encoding="utf-8")))
+    found = _survey(file)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
+        write_json(kept, asdict(found))
+    return found
+
+
+def _survey(file: SourceFile) -> Survey:
+    decoder, encoding, size, start, end = codecs.getincrementaldecoder("utf-8")(), "utf-8", 0, b"", b""
+    for part in chunks(file):
+        if not size:
+            start = part[:CHUNK]
+            _check_start(file, start)
+        size, end = size + len(part), (end + part)[-CHUNK:]
+        if encoding == "utf-8":
+            try:
+                decoder.decode(part)
+            except UnicodeDecodeError:
+                encoding = "latin-1"
+    if encoding == "utf-8" and decoder.getstate()[0]:
+        encoding = "latin-1"
+    if file.format == "json":
+        _check_json(file, start, end, size)
+    return Survey(encoding, size)
+
+
+def _check_start(file: SourceFile, start: bytes) -> None:
+    if b"\0" in start:
+        wide = " (it looks like UTF-16: convert it to UTF-8)" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        raise SourceError(f"{file.path} is not text{wide}, and its name tells no format that can be read: {FORMATS}")
+
+
+def _check_json(file: SourceFile, start: bytes, end: bytes, size: int) -> None:
+    if start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
+        if size > LARGEST_ARRAY:
+            raise SourceError(
+                f"{file.path} is one JSON array of {size >> 20} MB, which can only be read as a whole: "
+                "convert it to JSON lines, e.g. `jq -c '.[]'`"
+            )
+        return
+    last = end.strip().rpartition(b"\n")[2]
+    if len(last) >= CHUNK - 1 or not start.lstrip().partition(b"\n")[0].rstrip().endswith(b"}"):
+        return  # a row too long to be judged by its end, or one object over several lines
+    try:
+        json.loads(last.decode("utf-8", "replace"))
+    except ValueError as error:
+        raise SourceError(f"{file.path} is truncated: its last line is no JSON ({error}); fetch it again, or remove that line") from error

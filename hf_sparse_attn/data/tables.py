@@ -1,0 +1,147 @@
+"""Rows of JSON, Parquet, CSV and of datasets of the Hub, read by ``datasets`` as a stream."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..files import write_atomically
+from .formats import SourceFile, identity
+from .sources import SourceError, cache_folder
+from .survey import chunks, survey
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+ROWS = 1000  # of a CSV or Parquet file, read at a time
+
+
+class TableRows:
+    """(row, text) of a table, rows counted from 0; a missing text reads as an empty one.
+
+    Args:
+        file: a table (``file.is_table``).
+        state: what ``state()`` returned when the last row before these was read.
+
+    Raises:
+        SourceError: the file cannot be read or has no such column; while iterating, a row cannot be read or is no text.
+    """
+
+    def __init__(self, file: SourceFile, state: dict[str, Any] | None = None) -> None:
+        self.file, self.row = file, state["row"] if state else 0
+        with _named(file):
+            self.rows = open_table(file)
+        if state:
+            self.rows.load_state_dict(state["rows"])
+
+    def state(self) -> dict[str, Any]:
+        return {"row": self.row, "rows": self.rows.state_dict()}
+
+    def __iter__(self) -> Generator[tuple[int, str]]:
+        with _named(self.file), contextlib.closing(iter(self.rows)) as rows:
+            for values in rows:
+                text, row = values[self.file.column], self.row
+                if text is not None and not isinstance(text, str):
+                    raise SourceError(f"{self.file.path}, row {row}: column {self.file.column!r} holds {type(text).__name__}, not text")
+                self.row += 1
+                yield row, text or ""
+
+
+@contextlib.contextmanager
+def _named(file: SourceFile) -> Iterator[None]:
+    """Errors of ``datasets`` name the file."""
+    try:
+        yield
+    except SourceError:
+        raise
+    except Exception as error:
+        causes = [str(e) for e in (error, error.__cause__) if e is not None]
+        hint = "check the name and the network" if file.format == "hub" else f"check that it is a whole {file.format} file"
+        raise SourceError(f"cannot read {file.path}: {': '.join(causes)}; {hint}") from error
+
+
+def open_table(file: SourceFile) -> IterableDataset:
+    """The text column of a table as a stream; no row is read yet. Raises SourceError if there is no such column."""
+    if file.format == "hub":
+        from datasets import load_dataset  # heavy, and needed for tables only
+
+        rows = load_dataset(file.path, split=file.split, streaming=True)
+        _check_column(file, _columns(rows))
+        return rows.select_columns([file.column])
+    if file.format == "parquet":
+        return _parquet(file)
+    return _json(file) if file.format == "json" else _csv(file)
+
+
+def _columns(rows: IterableDataset) -> list[str]:
+    if rows.column_names is not None:
+        return list(rows.column_names)
+    return list(next(iter(rows.take(1)), {}))
+
+
+def _check_column(file: SourceFile, columns: list[str]) -> None:
+    if columns and file.column not in columns:
+        raise SourceError(f"{file.path} has no column {file.column!r} but {', '.join(columns)}: write {file.path}#COLUMN")
+
+
+def _load(form: str, path: str, **options: Any) -> IterableDataset:
+    from datasets import load_dataset
+
+    return load_dataset(form, data_files=path, split="train", streaming=True, **options)
+
+
+def _json(file: SourceFile) -> IterableDataset:
+    rows = _load("json", file.path, encoding=survey(file).encoding)
+    _check_column(file, _columns(rows))
+    return rows.select_columns([file.column])
+
+
+def _csv(file: SourceFile) -> IterableDataset:
+    """By pandas, as ``datasets`` does, but every text as it stands (``NA`` is two letters, ``007`` three), and the file is closed."""
+    from datasets import IterableDataset
+
+    options = {"sep": "\t" if file.format == "tsv" else ",", "encoding": survey(file).encoding, "dtype": str, "keep_default_na": False}
+    with _csv_frames(file, nrows=0, **options) as header:
+        _check_column(file, list(header.columns))
+    return IterableDataset.from_generator(_csv_rows, gen_kwargs={"file": file, "options": options})
+
+
+@contextlib.contextmanager
+def _csv_frames(file: SourceFile, **options: Any) -> Iterator[Any]:
+    import fsspec
+    import pandas
+
+    with fsspec.open(file.path, "rb", compression=file.compression) as raw:
+        yield pandas.read_csv(raw, **options)
+
+
+def _csv_rows(file: SourceFile, options: dict[str, Any]) -> Iterator[dict[str, str]]:
+    with _csv_frames(file, usecols=[file.column], chunksize=ROWS, **options) as frames:
+        for frame in frames:
+            for text in frame[file.column]:
+                yield {file.column: text}
+
+
+def _parquet(file: SourceFile) -> IterableDataset:
+    """One shard for each row group, so that a place in the file is found without reading what comes before it."""
+    path = _unpacked(file) if file.compression else file.path
+    _check_column(file, _columns(_load("parquet", path)))
+    return _load("parquet", path, columns=[file.column], batch_size=ROWS).reshard()
+
+
+def _unpacked(file: SourceFile) -> str:
+    """A Parquet file is read from its end: a compressed one is unpacked into the cache once."""
+    key = hashlib.sha256(repr(identity(file)).encode()).hexdigest()[:32]
+    path = cache_folder() / "unpacked" / f"{key}.parquet"
+    if not path.exists():
+        write_atomically(path, lambda temporary: _write(temporary, file))
+    return str(path)
+
+
+def _write(path: Path, file: SourceFile) -> None:
+    with path.open("wb") as out:
+        for part in chunks(file):
+            out.write(part)
