@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from ..adapters import load_adapter
 from ..attending import SparseCall
 from ..conversion import mark_trained
-from ..data.sources import Document, local_model, model_licence, read_documents
+from ..data.sources import local_model, model_licence, read_documents
+from ..data.split import split_texts
+from ..data.training_data import training_rows
 from ..data.windows import batches, token_windows
 from ..evaluation.comparison import comparison
 from ..evaluation.quality import WindowResult, evaluate_windows, window_losses
@@ -27,19 +28,6 @@ from ..training.distillation import distill, load_router_state, router_state
 from .card import write_card
 from .engine import Run, Step
 from .report import write_report
-
-
-def split_documents(data: Mapping[str, Any]) -> tuple[list[Document], list[Document]]:
-    """(training documents, evaluation documents); with ``split`` each training document is cut at a line's end."""
-    train = read_documents(data["train"])
-    if data["split"] is None:
-        return train, read_documents(data["eval"])
-    first, rest = [], []
-    for document in train:
-        cut = document.text.find("\n", int(len(document.text) * data["split"])) + 1 or len(document.text)
-        first.append(Document(document.name, document.text[:cut]))
-        rest.append(Document(f"{document.name} after {data['split']:.0%}", document.text[cut:]))
-    return first, rest
 
 
 class LanguageRun(Run):
@@ -78,6 +66,8 @@ class LanguageRun(Run):
         with replaced_folder(self.state / "base") as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+        if self.recipe.data["split"] is not None:
+            split_texts(self.recipe.data["train"], self.recipe.data["split"], self.state / "texts")
         licence = self.recipe.model["license"] or model_licence(self.recipe.model["source"])
         return {"parameters": sum(p.numel() for p in model.parameters()), "license": licence}
 
@@ -88,8 +78,15 @@ class LanguageRun(Run):
         model = AutoModelForCausalLM.from_pretrained(self.state / "base", sparse_attention=self.recipe.sparse_attention, dtype=self.dtype)
         return model.eval()  # type: ignore[no-any-return]
 
+    def _sources(self) -> tuple[list[str], list[str]]:
+        """(training sources, evaluation sources); with ``data.split`` the parts that the first step made."""
+        data, texts = self.recipe.data, self.state / "texts"
+        if data["split"] is None:
+            return data["train"], data["eval"]
+        return [str(texts / "*-train-*")], [str(texts / "*-eval-*")]
+
     def _train_windows(self, context: int, count: int) -> Any:
-        documents, _ = split_documents(self.recipe.data)
+        documents = read_documents(self._sources()[0])
         return token_windows(documents, self._tokenizer(), context, count, self.recipe.sparse_attention.block_size)
 
     def _distill(self) -> dict[str, Any]:
@@ -106,11 +103,22 @@ class LanguageRun(Run):
         load_router_state(model, load_file(self.state / "routers.safetensors"))
         return model
 
-    def _rows(self) -> list[dict[str, Any]]:
-        """The training rows of the joint stage: one epoch of them is all of its steps."""
+    def _rows(self) -> Any:
+        """The training rows of the joint stage: windows, one epoch of them all of its steps, or packed documents."""
         settings, adaptation = self.recipe.lora, self.recipe.adaptation
-        count = settings["steps"] * adaptation.batch_size * adaptation.accumulation * self.processes.num_processes
-        return [{"input_ids": window.ids[0]} for window in self._train_windows(settings["context"], count)]
+        if not settings["packed"]:
+            count = settings["steps"] * adaptation.batch_size * adaptation.accumulation * self.processes.num_processes
+            return [{"input_ids": window.ids[0]} for window in self._train_windows(settings["context"], count)]
+        with self.processes.main_process_first():  # the others find the tokens in the cache
+            return training_rows(
+                self._sources()[0],
+                self._tokenizer(),
+                settings["context"],
+                block_size=self.recipe.sparse_attention.block_size,
+                streaming=self.recipe.data["streaming"],
+                seed=self.recipe.seed,
+                progress=self.processes.is_main_process,
+            )
 
     def _adapted(self, name: str, config: AdaptationConfig) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
         """(the distilled model with the trained LoRA merged, the training log); every process trains."""
@@ -153,7 +161,7 @@ class LanguageRun(Run):
         return self._measure(self._distilled(), "before")
 
     def _eval_windows(self, length: int, count: int) -> Any:
-        _, documents = split_documents(self.recipe.data)
+        documents = read_documents(self._sources()[1])
         return token_windows(documents, self._tokenizer(), length, count, self.recipe.sparse_attention.block_size)
 
     def _model(self) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from ..training.adaptation import AdaptationConfig
 from ..training.distillation import DistillationConfig
 
 SELECTIONS = ("oracle", "two stages", "stage 1 alone", "untrained", "mean-pool", "window + sink")
-TASKS = ("causal_lm",)
+TASKS = ("causal_lm", "questions")
 DTYPES = ("bfloat16", "float32", "float16")
 
 

@@ -9,9 +9,10 @@ from rich.console import Console
 
 from .engine import Run
 from .language import LanguageRun
+from .questions import QuestionRun
 from .recipe import Recipe
 
-TASKS: dict[str, type[Run]] = {"causal_lm": LanguageRun}
+TASKS: dict[str, type[Run]] = {"causal_lm": LanguageRun, "questions": QuestionRun}
 
 
 def run_recipe(recipe: Recipe, folder: str | Path, console: Console | None = None) -> dict[str, Any]:

@@ -1,0 +1,58 @@
+"""How well answers are found: log-loss and share of right tokens, under several selections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..attending import Selector, SparseCall
+from ..conversion import sparse_attention_as
+from ..data.questions import Question
+
+
+@torch.no_grad()
+def answer_losses(model: PreTrainedModel, question: Question, call: SparseCall) -> tuple[float, float]:
+    """(mean negative log-likelihood in nats of the answer's tokens, share of them that are the most likely ones)."""
+    ids = question.input_ids[None].to(model.device)
+    at = (question.labels >= 0).nonzero()[:, 0]
+    hidden = model.base_model(ids, use_cache=False, sparse_call=call).last_hidden_state[0, at - 1]
+    logits, target = model.get_output_embeddings()(hidden).float(), question.labels[at].to(hidden.device)
+    loss = torch.nn.functional.cross_entropy(logits, target)
+    return float(loss), float((logits.argmax(-1) == target).float().mean())
+
+
+def evaluate_answers(
+    model: PreTrainedModel, questions: Sequence[Question], budgets: Sequence[int], selectors: Mapping[str, Selector]
+) -> list[dict[str, Any]]:
+    """Every question densely and under every selection at every budget (keys): one row each."""
+    rows: list[dict[str, Any]] = []
+
+    def add(question: Question, keys: int | None, name: str, call: SparseCall) -> None:
+        loss, right = answer_losses(model, question, call)
+        known = {"document": question.document, "length": len(question.input_ids), "distance": question.distance}
+        rows.append({**known, "keys": keys, "selection": name, "loss": loss, "accuracy": right})
+
+    for question in questions:
+        add(question, None, "dense", SparseCall(dense=True))
+        for keys in budgets:
+            with sparse_attention_as(model, min_keys=keys, max_keys=keys):
+                for name, selector in selectors.items():
+                    add(question, keys, name, SparseCall(selector=selector))
+    return rows
+
+
+def answer_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Means over questions by length, budget and selection, with their number and the standard error of the accuracy."""
+    cells: dict[tuple[int, int | None, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault((row["length"], row["keys"], row["selection"]), []).append(row)
+    table = []
+    for (length, keys, selection), found in cells.items():
+        loss, accuracy = (torch.tensor([row[name] for row in found], dtype=torch.float64) for name in ("loss", "accuracy"))
+        error = float(accuracy.std() / len(found) ** 0.5) if len(found) > 1 else None
+        own = {"length": length, "keys": keys, "selection": selection, "n": len(found)}
+        table.append({**own, "loss": float(loss.mean()), "accuracy": float(accuracy.mean()), "accuracy_error": error})
+    return table
