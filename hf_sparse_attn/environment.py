@@ -38,6 +38,15 @@ def environment() -> dict[str, Any]:
     }
 
 
+def energy_joules(powercap: Path = Path("/sys/class/powercap")) -> float | None:
+    """What the processor packages (Linux' RAPL counters) have used since some time in the past; None where it cannot be read."""
+    try:
+        counters = [path / "energy_uj" for path in powercap.iterdir() if path.name.count(":") == 1]
+        return sum(int(counter.read_text()) for counter in counters) / 1e6 if counters else None
+    except (OSError, ValueError):
+        return None
+
+
 def _commit() -> str | None:
     folder = Path(__file__).parent
     try:

@@ -165,3 +165,22 @@ def test_the_licence_of_a_gguf_file_is_in_its_header(licence, tmp_path, monkeypa
 
 def test_the_licence_of_a_hub_model_is_unknown_without_a_hub():
     assert model_licence("some/model") is None
+
+
+def test_committed_cards_are_what_their_results_render():
+    """A card that somebody typed in, or forgot to render again: hf-sparse-attn card is not needed, the text below is."""
+    for path in sorted(RESULTS.glob("*.json")):
+        if "recipe" in json.loads(path.read_text()) and "quality" in json.loads(path.read_text()):
+            committed = RESULTS.parents[1] / "model_cards" / f"{path.stem}.md"
+            card = str(model_card(json.loads(path.read_text()), path.stem))
+            assert committed.read_text(encoding="utf-8") == card, f"render {committed} again from {path}"
+
+
+def test_time_and_energy_are_those_of_the_steps(demo):
+    card = str(model_card(demo, "unused"))
+    assert "Energy was not measured." in card and f"distill {demo['distill']['seconds'] / 60:.1f} min" in card
+    for step in ("convert", "distill", "lora", "quality", "speed", "answer"):
+        demo[step]["cpu_energy_joules"] = 2500.0
+    assert "The processors used 15 kJ in all." in str(model_card(demo, "unused"))
+    demo["lora"]["cpu_energy_joules"] = None
+    assert "Energy was not measured." in str(model_card(demo, "unused"))

@@ -168,17 +168,18 @@ def literal_loss(model, ids, start, **options):
 
 def test_a_dense_window_has_the_cross_entropy_of_the_stock_model(sparse_llama, stock_llama, real_budget, token_ids):
     model, stock, ids = sparse_llama(real_budget, noise=0.1), stock_llama(), token_ids(1, 209)
-    prefill, decode = window_losses(model, ids, SparseCall(dense=True), 32)
+    prefill, decode, tail = window_losses(model, ids, SparseCall(dense=True), 32)
     assert prefill == pytest.approx(literal_loss(stock, ids, 104), abs=1e-5)
     assert decode == pytest.approx(literal_loss(stock, ids, 177), abs=1e-5)
-    assert window_losses(model, ids, SparseCall(dense=True), 0) == (pytest.approx(prefill, abs=1e-6), None)
+    assert window_losses(model, ids, SparseCall(dense=True), 0) == (pytest.approx(prefill, abs=1e-6), None, None)
+    assert tail == pytest.approx(decode, abs=1e-5)  # dense attention knows no tiles
 
 
 @pytest.mark.parametrize("selector", [None, oracle, window], ids=["router", "oracle", "window"])
 def test_losses_of_a_selection_equal_uncached_passes(selector, sparse_llama, real_budget, token_ids):
     model, ids = sparse_llama(real_budget, noise=0.1), token_ids(1, 209)
     options = {} if selector is None else {"selector": selector}
-    prefill, decode = window_losses(model, ids, SparseCall(**options), 32)
+    prefill, decode, _ = window_losses(model, ids, SparseCall(**options), 32)
     assert prefill == pytest.approx(literal_loss(model, ids, 104, sparse_call=SparseCall(**options)), abs=1e-5)
     # the first decoded query is token 176, on a tile boundary, so that the tiles before it are whole in both
     assert decode == pytest.approx(literal_loss(model, ids, 177, sparse_call=SparseCall(decode_from=176, **options)), abs=1e-4)
@@ -194,7 +195,8 @@ def test_losses_with_more_positions_than_are_held_at_a_time(sparse_llama, real_b
 
 def test_decoding_is_measured_for_tiles_of_one(sparse_llama, real_budget, token_ids):
     model, ids = sparse_llama({**real_budget, "query_tile": 1}, noise=0.1), token_ids(1, 150)
-    prefill, decode = window_losses(model, ids, SparseCall(), 8)
+    prefill, decode, tail = window_losses(model, ids, SparseCall(), 8)
+    assert tail == pytest.approx(decode, abs=1e-4)  # tiles of one in both
     assert prefill == pytest.approx(literal_loss(model, ids, 75), abs=1e-5)
     assert decode == pytest.approx(literal_loss(model, ids, 142), abs=1e-4)
 
@@ -250,7 +252,9 @@ def test_results_are_those_of_the_window_at_that_budget(evaluated, sparse_llama,
     _, windows, _, _, results = evaluated
     other = sparse_llama({**real_budget, "min_keys": 112, "max_keys": 112}, noise=0.1)
     found = by_key(results)["b[0]", 112, "two stages"]
-    assert (found["prefill"], found["decode"]) == pytest.approx(window_losses(other, windows[1].ids, SparseCall(), 8), abs=1e-6)
+    assert (found["prefill"], found["decode"], found["prefill_of_decoded"]) == pytest.approx(
+        window_losses(other, windows[1].ids, SparseCall(), 8), abs=1e-6
+    )
     assert found["prefill"] != by_key(results)["b[0]", 80, "two stages"]["prefill"]
 
 
@@ -329,7 +333,7 @@ def test_the_worst_layer_needs_a_gap_of_at_least_two_hundredths():
 
 
 def result(document, selection, prefill, keys=64, decode=None, mass=None):
-    return WindowResult(document, 512, keys, selection, prefill, decode, mass or {})
+    return WindowResult(document, 512, keys, selection, prefill, decode, mass=mass or {})
 
 
 def test_the_table_pairs_only_windows_that_every_selection_has():

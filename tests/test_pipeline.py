@@ -255,7 +255,9 @@ def test_published_recipes_load(path):
         with pytest.raises(RecipeError, match=r"model\.source is missing"):
             load_recipe(path)
         return
-    recipe = load_recipe(path)
-    assert recipe.name == path.stem
-    assert recipe.distillation.seed == recipe.adaptation.seed == recipe.seed
-    assert not set(recipe.data["train"]) & set(recipe.data["eval"])
+    changes = ["data.train=[my.log]"] if path.stem == "logs_text" else []  # whose users name their log
+    for smoke in (False, True):
+        recipe = load_recipe(path, smoke=smoke, changes=changes)
+        assert recipe.name == path.stem and recipe.smoke_run is smoke
+        assert recipe.distillation.seed == recipe.adaptation.seed == recipe.seed
+        assert not set(recipe.data["train"]) & set(recipe.data["eval"])

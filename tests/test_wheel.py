@@ -69,7 +69,7 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel):
         assert f"{package}/py.typed" in names
     sources = ROOT / "kernels" / "torch-ext" / "hf_sparse_attn_kernels" / "cpp_kernels" / "source"
     assert {f"hf_sparse_attn_kernels/cpp_kernels/source/{p.name}" for p in sources.iterdir()} <= set(names)
-    assert {"hf_sparse_attn/templates/report.html", "hf_sparse_attn/model_cards/template.md"} <= set(names)
+    assert {"hf_sparse_attn/templates/report.html", "hf_sparse_attn/model_cards/template.md.jinja"} <= set(names)
     assert any(n.endswith("licenses/LICENSE") for n in names)
 
 

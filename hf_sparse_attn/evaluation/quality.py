@@ -34,6 +34,7 @@ class WindowResult:
     selection: str
     prefill: float  # last half of the window, tiles of query_tile
     decode: float | None  # last tokens, fed through the cache in tiles of 1; None if not measured
+    prefill_of_decoded: float | None = None  # the same last tokens at prefill: what the look-ahead inside a tile is worth
     mass: dict[int, float] = field(default_factory=dict)  # by layer
 
     def line(self) -> str:
@@ -54,18 +55,18 @@ def token_losses(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Ten
 
 
 @torch.no_grad()
-def window_losses(model: PreTrainedModel, ids: Tensor, call: SparseCall, decode_tokens: int) -> tuple[float, float | None]:
-    """(log-loss of the last half at prefill, log-loss of the last ``decode_tokens`` fed through the cache) of ``ids`` [1, N].
+def window_losses(model: PreTrainedModel, ids: Tensor, call: SparseCall, decode_tokens: int) -> tuple[float, float | None, float | None]:
+    """Log-losses of ``ids`` [1, N]: of the last half at prefill, of the last ``decode_tokens`` fed through the cache, of these at prefill.
 
     The cache of the prefill pass is cropped and continued with fewer tokens than a query tile at a time, so that every
-    query is routed singly, as in generation. Without ``decode_tokens`` the second loss is None.
+    query is routed singly, as in generation. Without ``decode_tokens`` the second and third are None.
     """
     n = ids.shape[1]
     cache = DynamicCache(config=model.config) if decode_tokens else None
     hidden = model.base_model(ids, past_key_values=cache, use_cache=cache is not None, sparse_call=call).last_hidden_state
-    prefill = token_losses(model, hidden[:, n // 2 - 1 : -1], ids[:, n // 2 :]).mean()
+    prefill = token_losses(model, hidden[:, n // 2 - 1 : -1], ids[:, n // 2 :])
     if cache is None:
-        return float(prefill), None
+        return float(prefill.mean()), None, None
     cache.crop(-(decode_tokens + 1))
     start, step = n - decode_tokens - 1, max(1, routers(model)[0].config.query_tile - 1)
     losses = []
@@ -73,7 +74,7 @@ def window_losses(model: PreTrainedModel, ids: Tensor, call: SparseCall, decode_
         stop = min(at + step, n - 1)
         hidden = model.base_model(ids[:, at:stop], past_key_values=cache, sparse_call=call).last_hidden_state
         losses.append(token_losses(model, hidden, ids[:, at + 1 : stop + 1]))
-    return float(prefill), float(torch.cat(losses).mean())
+    return float(prefill.mean()), float(torch.cat(losses).mean()), float(prefill[-decode_tokens:].mean())
 
 
 class MassObserver:

@@ -84,6 +84,9 @@ def _row(length: int, keys: int | None, selection: str, own: list[WindowResult],
         if bounds is not None:
             window, oracle = (np.array([getattr(r, path) for r in bound]) for bound in bounds)
             row[f"{path}_share"] = loss_share(window, losses, oracle)
+    tails = [r.decode - r.prefill_of_decoded for r in own if r.decode is not None and r.prefill_of_decoded is not None]
+    if len(tails) == len(own):
+        row["decode_over_prefill"] = float(np.exp(np.mean(tails)))  # perplexity of the same tokens, tiles of 1 over tiles of query_tile
     if bounds is not None and own[0].mass and bounds[0][0].mass and bounds[1][0].mass:
         mass = _mean_mass(own)
         row["kept_mass"] = {"mean": float(np.mean(list(mass.values()))), "by_layer": {str(k): v for k, v in mass.items()}}

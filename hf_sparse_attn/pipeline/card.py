@@ -31,8 +31,8 @@ class Base:
 
 
 def _template() -> Traversable:
-    packaged = files("hf_sparse_attn").joinpath("model_cards", "template.md")
-    return packaged if packaged.is_file() else Path(__file__).parents[2] / "model_cards" / "template.md"  # the source tree
+    packaged = files("hf_sparse_attn").joinpath("model_cards", "template.md.jinja")
+    return packaged if packaged.is_file() else Path(__file__).parents[2] / "model_cards" / "template.md.jinja"  # the source tree
 
 
 def base_of(results: Mapping[str, Any]) -> Base:
@@ -104,6 +104,7 @@ def model_card(results: Mapping[str, Any], name: str) -> ModelCard:
         model_name=name,
         eval_results=eval_results(table, quality["windows"]),
     )
+    steps = {name: value for name, value in results.items() if isinstance(value, dict) and "seconds" in value}
     text = render(
         _template(),
         metadata=data.to_yaml(),
@@ -115,9 +116,19 @@ def model_card(results: Mapping[str, Any], name: str) -> ModelCard:
         texts=_texts(quality["windows"]),
         longest=max(row["length"] for row in table),
         speed=results.get("speed", {}).get("model"),
+        comparison=results.get("comparison"),
+        answers=quality.get("answers"),
+        steps={name: step["seconds"] for name, step in steps.items()},
+        energy=_energy(list(steps.values())),
         transformers=SUPPORTED_TRANSFORMERS,
     )
     return ModelCard(text)
+
+
+def _energy(steps: list[dict[str, Any]]) -> float | None:
+    """Joules of all steps; None unless it was measured in each."""
+    joules = [step.get("cpu_energy_joules") for step in steps]
+    return None if not joules or None in joules else sum(joules)  # type: ignore[arg-type]
 
 
 def write_card(path: str | Path, results: Mapping[str, Any]) -> ModelCard:

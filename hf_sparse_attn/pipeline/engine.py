@@ -21,7 +21,7 @@ from accelerate import PartialState
 from rich.console import Console
 
 from ..data.sources import free_bytes
-from ..environment import environment
+from ..environment import energy_joules, environment
 from ..files import write_json
 from .recipe import Recipe, RecipeError
 
@@ -94,11 +94,14 @@ class Run:
         if main:
             self.console.print(f"[bold cyan]{step.name}[/]")
         if main or step.everywhere:
-            start = time.monotonic()
+            start, before = time.monotonic(), energy_joules()
             result = step.run()
+            after = energy_joules()
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             if main:
-                write_json(done, {"seconds": time.monotonic() - start, "peak_process_bytes": peak, **result})
+                energy = None if before is None or after is None or after < before else after - before  # counters wrap around
+                known = {"seconds": time.monotonic() - start, "peak_process_bytes": peak, "cpu_energy_joules": energy}
+                write_json(done, {**known, **result})
         self.processes.wait_for_everyone()
         gc.collect()
 

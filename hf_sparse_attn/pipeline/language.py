@@ -133,9 +133,9 @@ class LanguageRun(Run):
         model = self._distilled()
         if settings["steps"]:
             probe = self._eval_windows(settings["context"], 1)[0]
-            result["before"], _ = window_losses(model, probe.ids, SparseCall(), 0)
+            result["before"], *_ = window_losses(model, probe.ids, SparseCall(), 0)
             model, result["log"] = self._adapted("lora", self.recipe.adaptation)
-            result["after"], _ = window_losses(model, probe.ids, SparseCall(), 0)
+            result["after"], *_ = window_losses(model, probe.ids, SparseCall(), 0)
             result["probe"] = probe.document
         if self.processes.is_main_process:
             if settings["steps"]:
@@ -152,7 +152,7 @@ class LanguageRun(Run):
         windows = [(w, entry.length) for entry in self.recipe.quality for w in self._eval_windows(entry.length, entry.windows)]
         results = []
         for window, length in windows if self.processes.is_main_process else []:
-            loss, _ = window_losses(model, window.ids, SparseCall(dense=True), 0)
+            loss, *_ = window_losses(model, window.ids, SparseCall(dense=True), 0)
             results.append(WindowResult(window.document, length, None, "dense", loss, None).to_dict())
         return {"log": log, "windows": results}
 
