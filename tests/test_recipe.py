@@ -29,7 +29,7 @@ def load(tmp_path):
 def test_a_recipe_is_a_delta_against_the_defaults(load):
     recipe = load({"name": "mine", "model": {"source": "x", "dtype": "float32"}, "distill": {"batches": 3, "settings": {"lr": 0.5}}})
     assert recipe.name == "mine" and recipe.model == {"source": "x", "name": None, "hub_id": None, "license": None, "dtype": "float32"}
-    assert recipe.distill == {"context": 4096, "batches": 3, "settings": {"lr": 0.5}} and recipe.distillation.lr == 0.5
+    assert recipe.distill == {"context": 4096, "batches": 3, "packed": False, "settings": {"lr": 0.5}} and recipe.distillation.lr == 0.5
     assert recipe.lora["steps"] == 8 and recipe.quality[0].budgets == (512, 1024)
     assert recipe.raw["distill"]["batches"] == 3 and recipe.raw["lora"]["context"] == 4096
 
@@ -159,3 +159,69 @@ def test_other_dtypes_are_refused(load, dtype):
 def test_impossible_quality_entries(load, fields, message):
     with pytest.raises(RecipeError, match=message):
         load({"quality": [{"length": 512, "windows": 1, "budgets": [64], **fields}]})
+
+
+# -- reduced runs, changes from the command line, split -------------------------------------------------------------
+
+
+def test_smoke_is_a_delta_over_the_recipe(tmp_path):
+    shutil.copy(RECIPES / "defaults.yaml", tmp_path)
+    values = {
+        **LEAST,
+        "sparse_attention": {"min_keys": 1024},
+        "lora": {"steps": 9, "settings": {"rank": 4}},
+        "smoke": {"sparse_attention": {"dense_below": 512}, "lora": {"steps": 2, "settings": {"alpha": 8}}},
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))
+    full, reduced = (load_recipe(tmp_path / "mine.yaml", smoke=smoke) for smoke in (False, True))
+    assert full.lora["steps"] == 9 and not full.smoke_run and full.sparse_attention.dense_below == 2048
+    assert reduced.smoke_run and reduced.lora["steps"] == 2 and reduced.lora["settings"] == {"rank": 4, "alpha": 8}
+    assert (reduced.sparse_attention.min_keys, reduced.sparse_attention.dense_below) == (1024, 512)
+    assert "smoke" not in full.raw and full.raw != reduced.raw
+
+
+@pytest.mark.parametrize("smoke", [{"modle": {}}, {"lora": {"stepz": 1}}, {"smoke": {}}])
+def test_unknown_keys_of_a_smoke_section_are_refused(tmp_path, smoke):
+    shutil.copy(RECIPES / "defaults.yaml", tmp_path)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**LEAST, "smoke": smoke}))
+    with pytest.raises(RecipeError, match="has no key"):
+        load_recipe(tmp_path / "mine.yaml", smoke=True)
+
+
+def test_changes_from_the_command_line(tmp_path):
+    shutil.copy(RECIPES / "defaults.yaml", tmp_path)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(LEAST))
+    recipe = load_recipe(
+        tmp_path / "mine.yaml", changes=["data.train=[x.log, y.log]", "lora.settings.lr=0.5", "prompt=Hello: you", "seed=4"]
+    )
+    assert recipe.data["train"] == ["x.log", "y.log"] and recipe.adaptation.lr == 0.5 and recipe.seed == recipe.adaptation.seed == 4
+    assert recipe.raw["data"]["train"] == ["x.log", "y.log"]
+    for change, message in (
+        ("lora.steps", "must be key.path=value"),
+        ("lora.stepz=1", "lora has no key 'stepz'"),
+        ("lora.steps=many", "lora.steps is 'many': must be a int"),
+        ("data.train=x.log", "data.train is 'x.log': must be a list"),
+        ("lora=3", "lora is 3: must be a mapping"),
+        ("data.train=[", "not YAML"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(tmp_path / "mine.yaml", changes=[change])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"train": ["a"], "eval": []}, r"data\.eval names no text: name some, or set data\.split"),
+        ({"train": ["a"], "eval": ["b"], "split": 0.5}, "not both"),
+        ({"train": ["a"], "split": 1.5}, "share of each training text"),
+    ],
+)
+def test_texts_are_split_or_named(load, data, message):
+    with pytest.raises(RecipeError, match=message):
+        load({"data": data})
+    assert load({"data": {"train": ["a"], "split": 0.8, "eval": []}}).data["split"] == 0.8
+
+
+def test_an_unknown_task_is_refused(load):
+    with pytest.raises(RecipeError, match="task is 'translation'; supported: causal_lm, questions"):
+        load({"task": "translation"})

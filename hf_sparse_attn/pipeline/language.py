@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapters import load_adapter
@@ -92,11 +94,21 @@ class LanguageRun(Run):
     def _distill(self) -> dict[str, Any]:
         settings = self.recipe.distill
         model = self._base()
-        windows = self._train_windows(settings["context"], settings["batches"])
-        report = distill(model, batches(windows), self.recipe.distillation, checkpoint=self.state / "distill.pt")
+        todo, documents = self._distillation_batches()
+        report = distill(model, todo, self.recipe.distillation, checkpoint=self.state / "distill.pt")
         if self.processes.is_main_process:
             write_atomically(self.state / "routers.safetensors", lambda path: save_file(router_state(model), path))
-        return {**report.to_dict(), "context": settings["context"], "documents": [w.document for w in windows]}
+        return {**report.to_dict(), "context": settings["context"], "documents": documents}
+
+    def _distillation_batches(self) -> tuple[list[dict[str, Tensor]], list[str]]:
+        """(batches of one row each, names of what they were made of)."""
+        settings = self.recipe.distill
+        if not settings["packed"]:
+            windows = self._train_windows(settings["context"], settings["batches"])
+            return batches(windows), [w.document for w in windows]
+        rows = self._packed_rows(settings["context"], streaming=True)
+        found = [{name: row[name][None] for name in ("input_ids", "position_ids")} for row in islice(rows, settings["batches"])]
+        return found, [f"packed row {i}" for i in range(len(found))]
 
     def _distilled(self) -> PreTrainedModel:
         model = self._base()
@@ -109,13 +121,16 @@ class LanguageRun(Run):
         if not settings["packed"]:
             count = settings["steps"] * adaptation.batch_size * adaptation.accumulation * self.processes.num_processes
             return [{"input_ids": window.ids[0]} for window in self._train_windows(settings["context"], count)]
+        return self._packed_rows(settings["context"], self.recipe.data["streaming"])
+
+    def _packed_rows(self, context: int, streaming: bool) -> Any:
         with self.processes.main_process_first():  # the others find the tokens in the cache
             return training_rows(
                 self._sources()[0],
                 self._tokenizer(),
-                settings["context"],
+                context,
                 block_size=self.recipe.sparse_attention.block_size,
-                streaming=self.recipe.data["streaming"],
+                streaming=streaming,
                 seed=self.recipe.seed,
                 progress=self.processes.is_main_process,
             )

@@ -83,12 +83,11 @@ def load_recipe(path: str | Path, *, smoke: bool = False, changes: Sequence[str]
         RecipeError: no such file, not YAML, an unknown key, a value of the wrong kind, or a missing model or text.
     """
     path = Path(path)
-    values = _merge(_read(path.with_name("defaults.yaml")), _read(path), "")
+    defaults = _read(path.with_name("defaults.yaml"))
+    values = _merge(defaults, _read(path), defaults)
     reduced = values.pop("smoke")
-    if smoke:
-        values = _merge(values, reduced, "")
-    for change in changes:
-        values = _merge(values, _change(change), "")
+    for delta in (*((reduced,) if smoke else ()), *map(_change, changes)):
+        values = _merge(values, delta, {name: value for name, value in defaults.items() if name != "smoke"})
     if not values["model"]["source"]:
         raise RecipeError(f"{path}: model.source is missing")
     if not values["data"]["train"]:
@@ -142,24 +141,23 @@ def _read(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def _merge(defaults: dict[str, Any], delta: dict[str, Any], where: str) -> dict[str, Any]:
-    """``defaults`` with ``delta`` over it; mappings that are empty in the defaults take any key."""
-    if defaults or not where:
-        _checked(delta, set(defaults), where or "the recipe")
-    out = dict(defaults)
+def _merge(values: dict[str, Any], delta: dict[str, Any], schema: dict[str, Any], where: str = "") -> dict[str, Any]:
+    """``values`` with ``delta`` over it; ``schema``, the defaults, knows keys and kinds: mappings that are empty there take any key."""
+    if schema:
+        _checked(delta, set(schema), where or "the recipe")
+    out = dict(values)
     for key, value in delta.items():
-        old = defaults.get(key)
-        name = f"{where}.{key}" if where else key
-        if isinstance(old, dict):
+        old, name = schema.get(key), f"{where}.{key}" if where else key
+        if isinstance(old, dict) or (not schema and isinstance(value, dict)):
             if not isinstance(value, dict):
                 raise RecipeError(f"{name} is {value!r}: must be a mapping")
-            out[key] = _merge(old, value, name)
-        elif isinstance(old, list) != isinstance(value, list) or (type(old) is int and type(value) is not int):
-            if old is not None and defaults:
-                raise RecipeError(f"{name} is {value!r}: must be {'a list' if isinstance(old, list) else f'a {type(old).__name__}'}")
-            out[key] = value
-        else:
-            out[key] = value
+            inner = out.get(key)
+            out[key] = _merge(inner if isinstance(inner, dict) else {}, value, old or {}, name)
+            continue
+        wrong = isinstance(old, list) != isinstance(value, list) or (type(old) is int and type(value) is not int)
+        if wrong and old is not None:
+            raise RecipeError(f"{name} is {value!r}: must be {'a list' if isinstance(old, list) else f'a {type(old).__name__}'}")
+        out[key] = value
     return out
 
 
