@@ -40,7 +40,7 @@ class PackingOptions:
     """
 
     length: int
-    block_size: int = 64
+    block_size: int
     pad: bool = False
     end_of_text: bool = True
 

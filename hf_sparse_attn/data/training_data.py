@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
+from ..config import SparseAttentionConfig
 from .formats import SourceFile, source_files
 from .packing import PackingOptions, PackingReport
 from .survey import survey
@@ -22,7 +23,7 @@ def training_rows(
     tokenizer: PreTrainedTokenizerBase,
     length: int,
     *,
-    block_size: int = 64,
+    block_size: int = SparseAttentionConfig.block_size,
     streaming: bool = False,
     seed: int | None = None,
     pad: bool = False,
@@ -40,7 +41,7 @@ def training_rows(
         sources: files, globs, packages and datasets; see ``sources.py`` and ``formats.py``. ``rows.jsonl#message`` names a column.
         tokenizer: a begin-of-text token that it puts before texts is put before documents.
         length: tokens of a row, a multiple of ``block_size``.
-        block_size: of the sparse attention, tokens.
+        block_size: of the sparse attention, tokens (``config.sparse_attention``).
         streaming: tokenise while training, each epoch again: a stream whose ``state_dict()`` continues in the middle of a document, and
             whose files are shared out between the workers of a ``DataLoader``. Otherwise tokenise once, into
             ``cache_folder()/tokens``, and read from there; memory stays flat in both cases.

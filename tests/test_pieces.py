@@ -1,0 +1,326 @@
+"""Documents of every format in pieces: what is read, where it stands, and what is refused."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+
+import pandas
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+
+from hf_sparse_attn.data import pieces, survey, tables
+from hf_sparse_attn.data.formats import SourceFile, identity, source_files
+from hf_sparse_attn.data.pieces import PieceReader, cut, stretches
+from hf_sparse_attn.data.sources import SourceError
+
+TEXTS = ["first é", "second\nline", "NA", "007", ""]
+ROWS = [{"id": i, "text": text, "message": f"m{i}"} for i, text in enumerate(TEXTS)]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_SPARSE_ATTN_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Pieces of at most 40 bytes."""
+    monkeypatch.setattr(pieces, "PIECE", 40)
+
+
+def table(suffix):
+    """The bytes of ``ROWS`` in a format."""
+    if suffix == ".json":
+        return json.dumps(ROWS).encode()
+    frame = pandas.DataFrame(ROWS)
+    if suffix == ".parquet":
+        return frame.to_parquet(row_group_size=2)
+    return frame.to_csv(index=False, sep="\t" if suffix == ".tsv" else ",").encode() if suffix in (".csv", ".tsv") else LINES
+
+
+def read(*sources):
+    return list(PieceReader(source_files([str(source) for source in sources])))
+
+
+def refused(match, *sources):
+    with pytest.raises(SourceError, match=match):
+        read(*sources)
+
+
+# -- formats --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"])
+def test_each_row_of_a_table_is_a_document(suffix, compression, tmp_path):
+    file = tmp_path / f"rows{suffix}{compression}"
+    file.write_bytes(COMPRESS[compression](table(suffix)))
+    found = read(file)
+    assert [piece.text for piece in found] == TEXTS
+    assert [piece.document for piece in found] == [f"{file}:{i}" for i in range(5)]
+    assert all((piece.first, piece.last, piece.offset, piece.line) == (True, True, 0, 1) for piece in found)
+    assert [piece.text for piece in read(f"{file}#message")] == ["m0", "m1", "m2", "m3", "m4"]
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize("suffix", [".txt", ".log", ".md", ".rst", "", ".unknown"])
+def test_a_text_file_is_one_document(suffix, compression, tmp_path):
+    file = tmp_path / f"notes{suffix}{compression}"
+    file.write_bytes(COMPRESS[compression]("a < b & <i>c\nd é".encode()))
+    assert read(file) == [pieces.Piece(str(file), "a < b & <i>c\nd é", True, True, 0, 1)]
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+def test_html_loses_its_tags(compression, tmp_path):
+    file = tmp_path / f"page.html{compression}"
+    file.write_bytes(COMPRESS[compression](b"<head>no</head><p>a &lt; b</p>"))
+    assert [piece.text.strip() for piece in read(file)] == ["a < b"]
+
+
+def test_several_members_and_frames_are_read_one_after_the_other(tmp_path):
+    for suffix in (".gz", ".zst"):
+        (tmp_path / f"a.log{suffix}").write_bytes(COMPRESS[suffix](b"one\n") + COMPRESS[suffix](b"two\n"))
+    assert [piece.text for piece in read(tmp_path / "a.log*")] == ["one\ntwo\n"] * 2
+
+
+def test_a_dataset_is_read_by_split_and_column(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_bytes(LINES)
+    source = f"hub:{tmp_path / 'set'}:train:message"
+    assert [piece.text for piece in read(source)] == ["m0", "m1", "m2", "m3", "m4"]
+    refused(r"has no column 'x' but id, text, message", f"hub:{tmp_path / 'set'}:train:x")
+    refused(r"cannot read .*set: .*test.*; check the name and the network", f"hub:{tmp_path / 'set'}:test:text")
+    first = identity(*source_files([source]))
+    (tmp_path / "set" / "train.jsonl").write_bytes(LINES * 2)
+    assert identity(*source_files([source])) != first
+
+
+def test_a_hash_in_a_file_name_is_no_column(tmp_path):
+    (tmp_path / "a#b").write_text("text")
+    assert [piece.text for piece in read(tmp_path / "a#b")] == ["text"]
+    refused("is text and has no columns; tables are .jsonl", f"{tmp_path / 'a#b'}#text")
+    refused("names no column after '#'", f"{tmp_path / 'c.jsonl'}#")
+
+
+def test_a_missing_text_reads_as_an_empty_one(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": null}\n{"id": 3}\n')
+    assert [piece.text for piece in read(tmp_path / "a.jsonl")] == ["a", "", ""]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".txt"])
+def test_what_is_not_utf_8_is_latin_1_from_its_first_piece_on(suffix, tmp_path, small_pieces):
+    text = "é" + " plain" * 50 + "\n" + "ü" * 30
+    file = tmp_path / f"a{suffix}"
+    content = {".jsonl": json.dumps({"text": text}, ensure_ascii=False), ".csv": f'text\n"{text}"\n', ".txt": text}[suffix]
+    for encoding in ("latin-1", "utf-8"):
+        file.write_bytes(content.encode(encoding))
+        assert "".join(piece.text for piece in read(file)) == text
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbftext")
+    assert [piece.text for piece in read(tmp_path / "a.txt")] == ["text"]
+
+
+# -- what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".parquet"])
+@pytest.mark.parametrize("compression", [".gz", ".zst"])
+def test_a_truncated_or_damaged_compressed_file_is_refused_by_name(suffix, compression, tmp_path):
+    file, whole = tmp_path / f"a{suffix}{compression}", COMPRESS[compression](table(suffix) * 20)
+    program = {".gz": "gzip", ".zst": "zstd"}[compression]
+    for content in (whole[:-5], whole[: len(whole) // 2], b""):
+        file.write_bytes(content)
+        refused(rf"{file} is truncated: .*; fetch it again; `{program} -t {file}` tests it", file)
+    file.write_bytes(b"not compressed at all")
+    refused(rf"{file} is damaged \(.*\): fetch it again; `{program} -t {file}` tests it", file)
+
+
+def test_a_truncated_table_is_refused_by_name(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINES[:-5])
+    refused(r"a\.jsonl is truncated: its last line is no JSON", tmp_path / "a.jsonl")
+    (tmp_path / "a.parquet").write_bytes(table(".parquet")[:-5])
+    refused(r"cannot read .*a\.parquet: .*; check that it is a whole parquet file", tmp_path / "a.parquet")
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "a"}\nno json\n{"text": "b"}\n')
+    refused(r"cannot read .*b\.jsonl: .*; check that it is a whole json file", tmp_path / "b.jsonl")
+
+
+def test_files_that_are_no_text_are_refused(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"\x7fELF\0\0\0")
+    refused(r"a\.bin is not text, and its name tells no format that can be read: \.txt, \.log", tmp_path / "a.bin")
+    (tmp_path / "a.txt").write_bytes("wide".encode("utf-16"))
+    refused(r"looks like UTF-16: convert it to UTF-8", tmp_path / "a.txt")
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path):
+    file = SourceFile(str(tmp_path / "gone.txt"), "text")
+    with pytest.raises(SourceError, match=r"cannot read .*gone\.txt: No such file"):
+        list(PieceReader([file]))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet"])
+def test_a_column_that_is_missing_or_no_text_is_refused(suffix, tmp_path):
+    file = tmp_path / f"a{suffix}"
+    file.write_bytes(table(suffix))
+    refused(rf"{file} has no column 'x' but id, text, message: write {file}#COLUMN", f"{file}#x")
+    if suffix in (".csv", ".tsv"):
+        assert [piece.text for piece in read(f"{file}#id")] == list("01234")
+    else:
+        refused(rf"{file}, row 0: column 'id' holds int, not text", f"{file}#id")
+
+
+def test_an_array_that_must_be_parsed_as_a_whole_has_a_largest_size(tmp_path, monkeypatch):
+    (tmp_path / "a.json").write_bytes(table(".json"))
+    monkeypatch.setattr(survey, "LARGEST_ARRAY", 100)
+    refused(r"a\.json is one JSON array of 0 MB, .*convert it to JSON lines", tmp_path / "a.json")
+
+
+def test_no_source_a_missing_one_and_one_that_is_read_twice_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    refused("no source of texts is given")
+    refused(r"source '.*b\.txt': no such file; forms: pypi:NAME", tmp_path / "b.txt")
+    refused(r"a\.txt would be read twice; narrow the globs", tmp_path / "a.txt", tmp_path / "*")
+    for source in ("hub:", "hub:a:b", "hub:a::c", "pypi:name==1", "deb:"):
+        refused("is incomplete; forms: pypi:NAME", source)
+
+
+# -- pieces ---------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.sampled_from(["a", "é", "€", "😀", " ", "\n", "\r\n"]), max_size=400).map("".join), st.integers(1, 50))
+def test_stretches_are_whole_characters_in_order_and_know_their_place(text, step):
+    raw, before = text.encode(), pieces.PIECE
+    pieces.PIECE = 40
+    try:
+        found = list(stretches(iter(raw[i : i + step] for i in range(0, len(raw), step))))
+        again = [list(stretches(iter([raw[offset:]]), offset, line)) for _, offset, line, _ in found]
+    finally:
+        pieces.PIECE = before
+    assert b"".join(part for part, *_ in found) == raw and [last for *_, last in found] == [False] * (len(found) - 1) + [True]
+    for i, (part, offset, line, _) in enumerate(found):
+        part.decode()
+        assert len(part) <= 40 and raw[offset : offset + len(part)] == part and line == 1 + raw[:offset].count(b"\n")
+        assert again[i] == found[i:]  # from any place on, whatever came before
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        (b"aaa\nbbb\nccc ddd", b"aaa\nbbb\n"),  # a single line end between letters
+        (b"aaa\nbbb\n\n ddd", b"aaa\n"),  # rather than one beside white space
+        (b"aaa\n\nbbb ccc", b"aaa\n\n"),  # behind the last of several
+        (b"aaa bbb cccccc", b"aaa bbb"),  # before a space
+        ("ééééééé".encode(), "éééé".encode()),  # between characters
+        ("aéééééé".encode(), "aééé".encode()),
+    ],
+)
+def test_where_a_text_is_cut(raw, expected):
+    assert raw[: cut(raw, 8 if len(expected) < 9 else 9)] == expected
+
+
+def test_the_tokens_of_pieces_are_those_of_the_whole(tmp_path, small_pieces):
+    """With a tokenizer of bytes as GPT-2, SmolLM2 and many others have one."""
+    text = "".join(f"line {i}, of words\n" + "\n" * (i % 5 == 0) for i in range(200))
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.train_from_iterator([text], BpeTrainer(vocab_size=400, show_progress=False, initial_alphabet=ByteLevel.alphabet()))
+    (tmp_path / "a.txt").write_text(text)
+    found = read(tmp_path / "a.txt")
+    assert len(found) > 90
+    assert [i for piece in found for i in tokenizer.encode(piece.text).ids] == tokenizer.encode(text).ids
+
+
+def test_the_last_piece_of_a_file_is_known_as_such(tmp_path, small_pieces):
+    for size in (0, 1, 39, 40, 41, 80, 81):
+        (tmp_path / "a.txt").write_text("x" * size)
+        found = read(tmp_path / "a.txt")
+        assert [piece.last for piece in found] == [False] * (len(found) - 1) + [True] and found[0].first
+        assert len(found) == max(1, -(-size // 40)) and sum(len(piece.text) for piece in found) == size
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst", "a.jsonl", "a.json", "a.csv", "a.parquet", "a.jsonl.zst"])
+def test_reading_is_taken_up_at_any_piece(name, tmp_path, small_pieces):
+    _, suffix, *compression = name.split(".")
+    text = "".join(f"line {i} é\n" for i in range(40))
+    content = text.encode() if suffix == "txt" else table(f".{suffix}")
+    (tmp_path / name).write_bytes(COMPRESS[".".join(["", *compression])](content))
+    (tmp_path / "z.log").write_text(text)
+    files = source_files([str(tmp_path / name), str(tmp_path / "z.log")])
+    whole, count = list(PieceReader(files)), 0
+    for stop in range(len(whole)):
+        reader = PieceReader(files)
+        some = iter(reader)
+        for _ in range(stop):
+            next(some)
+        position = reader.position()
+        some.close()
+        if position is not None:
+            count += 1
+            assert list(PieceReader(files, json.loads(json.dumps(position)))) == whole[stop:]
+    assert count >= len(whole) // 2
+
+
+def test_a_row_of_a_table_is_taken_up_as_a_whole(tmp_path, small_pieces):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "word\n" * 30}) + "\n" + json.dumps({"text": "end"}) + "\n")
+    reader = PieceReader(source_files([str(tmp_path / "a.jsonl")]))
+    found = [(piece, reader.position()) for piece in reader]
+    assert [position is None for _, position in found] == [True] * (len(found) - 2) + [False, False]
+    assert found[1][0].document == found[0][0].document and (found[1][0].offset, found[1][0].line) == (40, 9)
+
+
+def test_a_place_in_a_parquet_file_is_found_by_row_group(tmp_path):
+    """Rows before the group of the place are not read again."""
+    pandas.DataFrame({"text": [f"row {i}" for i in range(100)]}).to_parquet(tmp_path / "a.parquet", row_group_size=10)
+    rows = tables.TableRows(*source_files([str(tmp_path / "a.parquet")]))
+    some = iter(rows)
+    for _ in range(35):
+        next(some)
+    state = rows.state()
+    some.close()
+    assert state["row"] == 35 and state["rows"]["examples_iterable"]["examples_iterable"]["shard_idx"] == 3, state
+
+
+# -- the survey -----------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_surveyed_once_until_it_changes(tmp_path, monkeypatch):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"text"))
+    file, passes = source_files([str(tmp_path / "a.txt.gz")])[0], []
+    original = survey._survey
+    monkeypatch.setattr(survey, "_survey", lambda file: passes.append(file) or original(file))
+    assert survey.survey(file) == survey.survey(file) == survey.Survey("utf-8", 4) and len(passes) == 1
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"caf\xe9 x"))
+    assert survey.survey(file) == survey.Survey("latin-1", 6) and len(passes) == 2
+
+
+@pytest.mark.parametrize("content", ["é" * 10, "x" * 19 + "é"])
+def test_utf_8_is_told_across_chunks_and_at_the_end(content, tmp_path, monkeypatch):
+    monkeypatch.setattr(survey, "CHUNK", 3)
+    raw = content.encode()
+    (tmp_path / "a.txt").write_bytes(raw)
+    (tmp_path / "b.txt").write_bytes(raw[:-1])  # ends within a character
+    assert [survey.survey(file).encoding for file in source_files([str(tmp_path / "*.txt")])] == ["utf-8", "latin-1"]
+
+
+def test_a_package_of_pypi_is_known_by_version_and_size(tmp_path):
+    folder = tmp_path / "cache" / "pypi" / "name==1"
+    folder.mkdir(parents=True)
+    (folder / "a.txt").write_text("text")
+    (tmp_path / "a.txt").write_text("text")
+    files = source_files([str(folder / "a.txt"), str(tmp_path / "a.txt")])
+    before = [identity(file) for file in files]
+    for file in files:
+        os.utime(file.path, (1, 1))
+    after = [identity(file) for file in files]
+    assert before[0] == after[0] and before[1] != after[1]
