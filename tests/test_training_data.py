@@ -6,23 +6,27 @@ import errno
 import itertools
 import json
 import pickle
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset, load_from_disk
 from datasets.distributed import split_dataset_by_node
+from filelock import FileLock
 from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers import ByT5Tokenizer, Trainer, TrainingArguments, default_data_collator
 
 from hf_sparse_attn.data import row_stream, token_cache, tokens
 from hf_sparse_attn.data.formats import source_files
-from hf_sparse_attn.data.packing import IGNORED, PackingReport
+from hf_sparse_attn.data.packing import IGNORED, PackingOptions, PackingReport
+from hf_sparse_attn.data.row_stream import fingerprint
 from hf_sparse_attn.data.sources import SourceError, cache_folder
 from hf_sparse_attn.data.training_data import packing_report, share_of_rank, training_rows
 
 LENGTH, BLOCK = 64, 16
+WITH_BOS = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
 SIZES = {"a.txt": 1000, "b.txt": 20, "c.txt": 333, "d.txt": 1}
 
 
@@ -126,11 +130,29 @@ def test_documents_end_without_a_token_if_asked(rows_of, word_tokenizer, texts):
 
 def test_a_begin_of_text_token_stands_before_each_document_if_the_tokenizer_puts_it_before_texts(rows_of, texts, tokenizer):
     plain = packing_report(rows_of())
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    tokenizer.backend_tokenizer.post_processor = WITH_BOS
     rows = rows_of()
     assert packing_report(rows).tokens == plain.tokens + 54
     starts = [row["input_ids"][row["position_ids"] == 0].tolist() for row in rows]
     assert starts[0][0] == 1 and sum(token == 1 for row in rows for token in row["input_ids"].tolist()) > 45
+
+
+def test_a_tokenizer_in_python_gives_the_same_kind_of_rows(texts):
+    rows = training_rows([texts], ByT5Tokenizer(), LENGTH, block_size=BLOCK, progress=False)
+    first = source_files([texts])[0]
+    assert ids(rows)[0] == tuple(byte + 3 for byte in content(first).encode()[:LENGTH])
+    assert packing_report(rows).tokens == sum(len(content(file)) for file in source_files([texts])[:-1]) + 4 + sum(
+        len(json.loads(line)["text"]) + 1 for line in content(source_files([texts])[-1]).splitlines()
+    )
+
+
+def test_truncation_and_padding_that_a_tokenizer_was_left_with_are_not_applied(rows_of, tokenizer):
+    plain = packing_report(rows_of())
+    tokenizer(["w5 w6 w7", "w8"], truncation=True, max_length=2, padding="max_length")
+    assert packing_report(rows_of(streaming=False)) == plain
+    stream = rows_of(streaming=True)
+    list(stream)
+    assert packing_report(stream) == plain
 
 
 def test_empty_documents_are_left_out_and_counted(tmp_path, tokenizer, random_words):
@@ -212,6 +234,19 @@ def test_an_interrupted_cache_is_made_again(rows_of, cache, monkeypatch):
     assert sorted(p.name for p in folder.iterdir()) == ["lock", "report.json", "rows.arrow"]
 
 
+def test_a_second_process_waits_for_the_first(texts, tokenizer, rows_of, cache):
+    name = fingerprint(source_files([texts]), tokens.Encoder(tokenizer), PackingOptions(LENGTH, BLOCK))
+    folder, found = cache / "tokens" / name, []
+    folder.mkdir(parents=True)
+    with FileLock(folder / "lock"):
+        other = threading.Thread(target=lambda: found.append(rows_of()))
+        other.start()
+        other.join(0.5)
+        assert other.is_alive() and not found
+    other.join()
+    assert len(found) == 1 and [p.name for p in (cache / "tokens").iterdir()] == [name]
+
+
 def test_a_full_disk_says_so(rows_of, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -232,7 +267,8 @@ def test_a_cache_survives_selecting_shuffling_and_saving(rows_of, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"pad": True}, {"seed": 5, "shuffle_window": 7}])
-def test_a_stream_goes_on_exactly_where_it_was(options, rows_of):
+def test_a_stream_goes_on_exactly_where_it_was(options, rows_of, tokenizer):
+    tokenizer.backend_tokenizer.post_processor = WITH_BOS
     complete = rows_of(streaming=True, **options)
     whole = list(complete)
     for stop in range(0, len(whole) + 1, 1 if not options else 5):
