@@ -219,6 +219,7 @@ def test_stretches_are_whole_characters_in_order_and_know_their_place(text, step
     [
         (b"aaa\nbbb\nccc ddd", b"aaa\nbbb\n"),  # a single line end between letters
         (b"aaa\nbbb\n\n ddd", b"aaa\n"),  # rather than one beside white space
+        (b"aaa\nb\n\ncc ddd", b"aaa\n"),
         (b"aaa\n\nbbb ccc", b"aaa\n\n"),  # behind the last of several
         (b"aaa bbb cccccc", b"aaa bbb"),  # before a space
         ("ééééééé".encode(), "éééé".encode()),  # between characters
@@ -288,7 +289,13 @@ def test_a_place_in_a_parquet_file_is_found_by_row_group(tmp_path):
         next(some)
     state = rows.state()
     some.close()
-    assert state["row"] == 35 and state["rows"]["examples_iterable"]["examples_iterable"]["shard_idx"] == 3, state
+    assert state["row"] == 35 and state["rows"]["examples_iterable"]["shard_idx"] == 3, state
+
+
+def test_a_table_without_rows_has_no_documents(tmp_path):
+    pandas.DataFrame({"text": pandas.Series([], dtype=str)}).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "a.csv").write_text("text\n")
+    assert read(tmp_path / "a.*") == []
 
 
 # -- the survey -----------------------------------------------------------------------------------------------------

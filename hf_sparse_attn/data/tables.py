@@ -1,4 +1,4 @@
-"""Rows of JSON, Parquet, CSV and of datasets of the Hub, read by ``datasets`` as a stream."""
+"""Rows of JSON, Parquet, CSV and of datasets of the Hub, as a stream of ``datasets``."""
 
 from __future__ import annotations
 
@@ -126,10 +126,27 @@ def _csv_rows(file: SourceFile, options: dict[str, Any]) -> Iterator[dict[str, s
 
 
 def _parquet(file: SourceFile) -> IterableDataset:
-    """One shard for each row group, so that a place in the file is found without reading what comes before it."""
+    """By pyarrow, page by page: ``datasets`` holds two whole row groups in memory, and one may be as large as the file.
+
+    One shard for each row group, so that a place in the file is found without reading what comes before it.
+    """
+    from datasets import IterableDataset
+    from pyarrow.parquet import ParquetFile
+
     path = _unpacked(file) if file.compression else file.path
-    _check_column(file, _columns(_load("parquet", path)))
-    return _load("parquet", path, columns=[file.column], batch_size=ROWS).reshard()
+    with ParquetFile(path) as opened:
+        _check_column(file, opened.schema_arrow.names)
+        groups: list[int | None] = [*range(opened.num_row_groups)] or [None]  # a stream has a shard at least
+    return IterableDataset.from_generator(_parquet_rows, gen_kwargs={"path": path, "column": file.column, "groups": groups})
+
+
+def _parquet_rows(path: str, column: str, groups: list[int | None]) -> Iterator[dict[str, Any]]:
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as opened:
+        for batch in opened.iter_batches(ROWS, [group for group in groups if group is not None], [column], use_threads=False):
+            for text in batch.column(0).to_pylist():
+                yield {column: text}
 
 
 def _unpacked(file: SourceFile) -> str:
