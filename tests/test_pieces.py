@@ -93,6 +93,13 @@ def test_several_members_and_frames_are_read_one_after_the_other(tmp_path):
     assert [piece.text for piece in read(tmp_path / "a.log*")] == ["one\ntwo\n"] * 2
 
 
+def test_a_long_window_of_zstd_is_read(tmp_path):
+    """As ``zstd --long=28`` makes it; the default of decoders ends at 27."""
+    compressor = zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters(window_log=28)).compressobj()
+    (tmp_path / "a.log.zst").write_bytes(compressor.compress(b"line\n" * 9) + compressor.flush())
+    assert [piece.text for piece in read(tmp_path / "a.log.zst")] == ["line\n" * 9]
+
+
 def test_a_dataset_is_read_by_split_and_column(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_bytes(LINES)

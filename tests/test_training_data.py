@@ -146,13 +146,26 @@ def test_a_tokenizer_in_python_gives_the_same_kind_of_rows(texts):
     )
 
 
-def test_truncation_and_padding_that_a_tokenizer_was_left_with_are_not_applied(rows_of, tokenizer):
-    plain = packing_report(rows_of())
-    tokenizer(["w5 w6 w7", "w8"], truncation=True, max_length=2, padding="max_length")
-    assert packing_report(rows_of(streaming=False)) == plain
-    stream = rows_of(streaming=True)
-    list(stream)
-    assert packing_report(stream) == plain
+def test_many_short_documents_are_tokenised_a_bounded_number_at_a_time(rows_of, monkeypatch):
+    plain, counts, call = ids(rows_of(streaming=True)), [], tokens.Encoder.__call__
+    monkeypatch.setattr(tokens, "BATCH", 1 << 20)
+    monkeypatch.setattr(tokens, "PIECES", 3)
+    monkeypatch.setattr(tokens.Encoder, "__call__", lambda self, texts: counts.append(len(texts)) or call(self, texts))
+    assert ids(rows_of(streaming=True)) == plain and max(counts) <= 5  # three, the last of which may be a row of three pieces
+
+
+def test_what_an_earlier_call_of_the_tokenizer_asked_for_is_not_applied(tmp_path, tokenizer):
+    """Truncation, padding, special tokens as plain text."""
+    tokenizer.bos_token = None  # otherwise the tokenizer is called to see whether it is put before a text
+    (tmp_path / "a.txt").write_text("w5<unk>w6 " * 40)
+    options = {"block_size": 1, "streaming": True}
+    plain = ids(training_rows([str(tmp_path / "a.txt")], tokenizer, 121, **options))
+    assert plain == [(*(5, 2, 6) * 40, 3)]
+    for earlier in ({"truncation": True, "max_length": 2}, {"padding": "max_length", "max_length": 500}, {"split_special_tokens": True}):
+        tokenizer(["w5 w6 w7", "w8"], **earlier)
+        assert ids(training_rows([str(tmp_path / "a.txt")], tokenizer, 121, **options)) == plain
+    tokenizer.split_special_tokens = True
+    assert ids(training_rows([str(tmp_path / "a.txt")], tokenizer, 41, **options)) == [(*(2,) * 40, 3)]
 
 
 def test_empty_documents_are_left_out_and_counted(tmp_path, tokenizer, random_words):
