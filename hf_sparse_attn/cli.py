@@ -15,8 +15,10 @@ from rich.table import Table
 
 from .cli_bench import bench
 from .cli_options import JsonOption, TextOption, console, emit, integers, load, sparse_options, windows_of
+from .cli_training import training
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Learnable two-stage sparse attention for pretrained models.")
+bench.command()(training)
 app.add_typer(bench, name="bench")
 
 

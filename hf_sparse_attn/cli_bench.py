@@ -40,7 +40,7 @@ def suite(
     if context.invoked_subcommand is not None:
         return
     if suite is None:
-        raise ValueError("bench needs a benchmark (attention, backward, decode, router, model) or --suite gpu")
+        raise ValueError("bench needs a benchmark (attention, backward, decode, router, model, training) or --suite gpu")
     if suite != "gpu":
         raise ValueError(f"--suite is {suite!r}; supported: gpu")
     from .profiling.suite import run_suite
@@ -125,13 +125,15 @@ def router(
                     fields = {"index_dim": rank, "query_samples": samples, "candidate_factor": factor}
                     rows.append(bench_router(shape, repeats=count, **fields))
     stages = ("keys", "queries", "select", "router")
-    table = _table("tokens", "dtype", "rank", "queries", "factor", *stages, "share", title="times in ms; share of selection and attention")
+    table = bench_table(
+        "tokens", "dtype", "rank", "queries", "factor", *stages, "share", title="times in ms; share of selection and attention"
+    )
     for row in rows:
         ms = (f"{row['times'][name]['median_s'] * 1e3:.1f}" for name in stages)
         sizes = (row["length"], row["dtype"], row["index_dim"], row["query_samples"], f"{row['candidate_factor']}×")
         table.add_row(*map(str, sizes), *ms, f"{row['router_share']:.2f}")
     console.print(table)
-    _emit_rows(rows, json_path)
+    emit_rows(rows, json_path)
 
 
 @bench.command()
@@ -154,12 +156,12 @@ def model(
         need = n + 2 * decode_tokens
         ids = torch.cat([w.ids for w in windows_of(text, tokenizer, 1024, -(-need // 1024), loaded)], 1)[:, :need]
         rows.append(bench_model(loaded, ids, keys, decode_tokens=decode_tokens))
-    table = _table("tokens", "dtype", "prefill", "decode", "decode over best dense")
+    table = bench_table("tokens", "dtype", "prefill", "decode", "decode over best dense")
     for row in rows:
         speedups = (f"{row[name]:.2f}×" for name in ("prefill_speedup", "decode_speedup", "decode_speedup_over_best_dense"))
         table.add_row(str(row["length"]), row["dtype"], *speedups)
     console.print(table)
-    _emit_rows(rows, json_path)
+    emit_rows(rows, json_path)
 
 
 def _shapes(length: str, keys: int, dtype: str, heads: str, head_dim: int, repeats: int | None) -> Iterator[tuple[Any, int]]:
@@ -202,7 +204,7 @@ def _numbers(text: str, option: str) -> list[float]:
 def _finish(rows: list[dict[str, Any]], json_path: str | None, plot: Path | None) -> None:
     from .profiling import crossover
 
-    table = _table("tokens", "dtype", "ideal", "alone (share)", "routed (share)", "min–max", "router", "MB")
+    table = bench_table("tokens", "dtype", "ideal", "alone (share)", "routed (share)", "min–max", "router", "MB")
     for row in rows:
         alone, whole, memory = row.get("speedup"), row["speedup_with_router"], row.get("peak_memory_bytes")
         table.add_row(
@@ -229,7 +231,7 @@ def _finish(rows: list[dict[str, Any]], json_path: str | None, plot: Path | None
     for dtype, length in crossed.items():
         shown = length if isinstance(length, str) else f"{length:.0f}"
         console.print(f"{dtype}: faster, router included, from {shown} tokens on", highlight=False)
-    _emit_rows(rows, json_path, crossover=crossed)
+    emit_rows(rows, json_path, crossover=crossed)
     if plot is None and json_path not in (None, "-"):
         plot = Path(str(json_path)).with_suffix(".svg")
     if plot is not None:
@@ -238,12 +240,12 @@ def _finish(rows: list[dict[str, Any]], json_path: str | None, plot: Path | None
         plot_speedups(plot, rows)
 
 
-def _table(*columns: str, title: str | None = None) -> Table:
+def bench_table(*columns: str, title: str | None = None) -> Table:
     """A table that fits into 80 columns."""
     return Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
 
 
-def _emit_rows(rows: list[dict[str, Any]], json_path: str | None, **more: Any) -> None:
+def emit_rows(rows: list[dict[str, Any]], json_path: str | None, **more: Any) -> None:
     from .environment import environment
 
     emit({"environment": environment(), **more, "rows": rows}, json_path)

@@ -38,6 +38,7 @@ LAYERS = (
     ("pipeline",),
     ("cli_options",),
     ("cli_bench",),
+    ("cli_training",),
     ("cli", "__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -156,7 +156,7 @@ def test_bench_measures_a_model(distilled, text, invoke):
         (["bench", "attention", "--length", "300", "--keys", "10"], "min_keys is 10: must be >= 256"),
         (["bench", "attention", "--heads", "9"], "--heads is '9': must be query heads / KV heads"),
         (["bench", "router", "--candidate-factor", "two"], "--candidate-factor is 'two'"),
-        (["bench"], "bench needs a benchmark (attention, backward, decode, router, model) or --suite gpu"),
+        (["bench"], "bench needs a benchmark (attention, backward, decode, router, model, training) or --suite gpu"),
         (["bench", "--suite", "tpu"], "--suite is 'tpu'; supported: gpu"),
         (["eval", "m", "--text", "t", "--budgets", "a"], "--budgets is 'a'"),
         (["eval", "m", "--text", "t", "--selections", "magic"], "names 'magic'; known: oracle"),

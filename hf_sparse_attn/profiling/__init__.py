@@ -4,15 +4,23 @@ from .attention import bench_attention, bench_backward, bench_decode, bench_rout
 from .layer import LayerShape
 from .meters import BenchmarkError, PeakMemory
 from .model import bench_model
+from .planning import NotEnoughMemoryError, TrainingPlan, check_memory, plan_training
+from .training import TrainingShape, bench_training
 
 __all__ = [
     "BenchmarkError",
     "LayerShape",
+    "NotEnoughMemoryError",
     "PeakMemory",
+    "TrainingPlan",
+    "TrainingShape",
     "bench_attention",
     "bench_backward",
     "bench_decode",
     "bench_model",
     "bench_router",
+    "bench_training",
+    "check_memory",
     "crossover",
+    "plan_training",
 ]

@@ -75,8 +75,8 @@ class Contender:
 
     @property
     def static_bytes(self) -> int:
-        """Bytes that exist between steps: weights, shared ones included, and the optimiser's states."""
-        states = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+        """Bytes that exist between steps: weights, shared ones included, and the optimiser's states (without its step counters)."""
+        states = [t for state in self.optimizer.state.values() for t in state.values() if t.ndim]
         return sum(t.nbytes for t in {id(t): t for t in (*self.model.parameters(), *self.model.buffers(), *states)}.values())
 
 
@@ -104,12 +104,17 @@ def make_contenders(model: PreTrainedModel, config: AdaptationConfig, names: tup
 
 
 def _stock(name: str, model: PreTrainedModel, config: AdaptationConfig) -> Contender:
-    from peft import LoraConfig, get_peft_model  # heavy
-
     stock = to_dense(model)
     stock.set_attn_implementation("eager" if name == EAGER else "sdpa")
-    options = {"r": config.rank, "lora_alpha": config.alpha, "target_modules": list(config.target_modules)}
-    return Contender(name, get_peft_model(stock, LoraConfig(task_type="CAUSAL_LM", **options)), config, None)
+    return Contender(name, plain_lora(stock, config), config, None)
+
+
+def plain_lora(model: PreTrainedModel, config: AdaptationConfig) -> Any:
+    """A PeftModel of a stock ``model``, with the LoRA of ``config``."""
+    from peft import LoraConfig, get_peft_model  # heavy
+
+    options: dict[str, Any] = {"r": config.rank, "lora_alpha": config.alpha, "target_modules": list(config.target_modules)}
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
 
 
 def _sparse(name: str, model: PreTrainedModel, config: AdaptationConfig) -> Contender:
@@ -139,7 +144,9 @@ def verify_training(sparse: Contender, stock: Contender, batch: Mapping[str, Ten
     for name, allowed in (("loss", LOSS_EPSILONS * max(eps, 1e-6)), ("gradient", GRADIENT_EPSILONS * max(eps, 1e-6))):
         if not found[name] <= allowed:
             what = "the loss differs" if name == "loss" else "the LoRA gradients differ"
-            raise BenchmarkError(f"with every block kept {what} from the stock model's by {found[name]:.3g} relative (allowed {allowed:.3g})")
+            raise BenchmarkError(
+                f"with every block kept {what} from the stock model's by {found[name]:.3g} relative (allowed {allowed:.3g})"
+            )
     return found
 
 
@@ -158,7 +165,7 @@ def _random_lora(contender: Contender) -> Iterator[None]:
     try:
         with torch.no_grad():
             for p in contender.lora.values():
-                p += PROBE_STD * torch.randn(p.shape, generator=generator).to(p)
+                p.add_(torch.randn(p.shape, generator=generator).to(p), alpha=PROBE_STD)
         yield
     finally:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Speed-up against length, drawn from the rows of a benchmark."""
+"""Speed-ups, rates and memory against length, drawn from the rows of a benchmark."""
 
 from __future__ import annotations
 
@@ -39,4 +39,45 @@ def plot_speedups(path: Path, rows: list[dict[str, Any]]) -> None:
     axis.set_ylabel(f"speed-up over {rows[0]['baseline']}")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="svg"))
+
+
+KINDS = {  # of a training benchmark: colour, line
+    "sparse": ("#0b6e4f", "-"),
+    "sparse without KL": ("#0b6e4f", ":"),
+    "dense step": ("#2f9fd0", "--"),
+    "stock sdpa": ("#b03060", "-"),
+    "stock eager": ("#b03060", ":"),
+}
+
+
+def plot_training(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write an SVG of two panels: tokens per second with their spread, and the memory of a step, both against length."""
+    import matplotlib
+
+    matplotlib.use("agg")  # no display is needed
+    from matplotlib.figure import Figure
+
+    rows = sorted(rows, key=lambda row: row["length"])
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    rate, memory = figure.subplots(1, 2)
+    for kind, (colour, style) in KINDS.items():
+        some = [(row["length"], row["batch"] * row["length"], row["kinds"][kind]) for row in rows if kind in row["kinds"]]
+        if not some:
+            continue
+        lengths, options = [length for length, *_ in some], {"color": colour, "ls": style, "marker": "o"}
+        middle = [tokens / made["median_s"] for _, tokens, made in some]
+        below = [m - tokens / made["max_s"] for m, (_, tokens, made) in zip(middle, some, strict=True)]
+        above = [tokens / made["min_s"] - m for m, (_, tokens, made) in zip(middle, some, strict=True)]
+        rate.errorbar(lengths, middle, (below, above), capsize=3, label=kind, **options)
+        memory.plot(lengths, [(made["static_bytes"] + made["peak_memory_bytes"]) / 2**30 for *_, made in some], label=kind, **options)
+    lengths = [row["length"] for row in rows]
+    for axis, label in ((rate, "tokens per second"), (memory, "weights, states and peak of a step, GiB")):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [f"{length:,}" for length in lengths], minor=False)
+        axis.set_xlabel("tokens")
+        axis.set_ylabel(label)
+        axis.set_ylim(bottom=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    rate.legend(frameon=False, fontsize=8)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="svg"))

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..conversion import sparse_attention_as
 from ..training.adaptation import AdaptationConfig
 from .contenders import DENSE, EAGER, SPARSE, STOCK, WITHOUT_KL, Contender, make_contenders, verify_training
-from .meters import BenchmarkError, PeakMemory, alternate, ratio, spread
+from .meters import BenchmarkError, PeakMemory, alternate, mapped_allocations, ratio, spread
 
 EAGER_LENGTH = 4096  # eager attention keeps every score: beyond this it is left out
 LAYOUT_LOSS_EPSILONS = 0.25  # the mean loss of thousands of tokens may differ by so much of the epsilon of the model's dtype
@@ -87,10 +87,10 @@ def bench_training(model: PreTrainedModel, windows: Sequence[Tensor], shape: Tra
 def _peak(contender: Contender, batch: Batch) -> int:
     """Peak memory of a step above that at its start, in bytes.
 
-    In this process and not in one of its own: what an earlier step freed is given back to the system first, and the
-    optimiser's states exist already.
+    In this process and not in one of its own: what was freed before is given back to the system, the optimiser's states
+    exist already, and no tensor comes from the heap, so that the order of the contenders does not matter.
     """
-    with PeakMemory(str(contender.model.device)) as memory:
+    with mapped_allocations(), PeakMemory(str(contender.model.device)) as memory:
         contender.step(batch)
     return memory.bytes
 

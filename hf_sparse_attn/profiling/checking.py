@@ -1,0 +1,56 @@
+"""Plans against what was measured, and the device that a plan is for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..config import SparseAttentionConfig
+from ..sites import routers
+from ..training.adaptation import AdaptationConfig
+from .contenders import DENSE, SPARSE, STOCK
+from .devices import GPUS, Device, gpu, measure_cpu
+from .planning import plan_training
+
+PLANNED = {SPARSE: "sparse", DENSE: "dense", STOCK: "stock"}  # kinds of the benchmark -> attention of a plan
+
+
+def named_device(name: str, config: Any, dtype: torch.dtype) -> Device:
+    """The GPU of that name, or "cpu", measured here on sizes of the model that ``config`` is of. Raises ValueError for others."""
+    if name != "cpu":
+        return gpu(name)
+    text = config.get_text_config()
+    heads = int(text.num_attention_heads)
+    groups = int(getattr(text, "num_key_value_heads", None) or heads)
+    head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+    return measure_cpu(str(dtype).removeprefix("torch."), int(text.hidden_size), heads, groups, head_dim)
+
+
+def device_here(model: PreTrainedModel) -> Device | None:
+    """The device that ``model`` is on, None for a GPU that is not in the table of devices."""
+    if model.device.type == "cpu":
+        return named_device("cpu", model.config, model.dtype)
+    known = torch.cuda.get_device_name(model.device).replace(" ", "")
+    size = torch.cuda.get_device_properties(model.device).total_memory
+    found = [name for name in GPUS if name.partition("-")[0] in known and abs(GPUS[name][0] * 1e9 / size - 1) < 0.15]
+    return gpu(found[0]) if found else None
+
+
+def compare_plan(model: PreTrainedModel, device: Device, row: dict[str, Any], training: AdaptationConfig) -> dict[str, Any]:
+    """For each kind of a `bench_training` row what was predicted and its relative error: memory at the peak of a step, time."""
+    sparse = SparseAttentionConfig.coerce(routers(model)[0].config).changed(**row["budget"])
+    compared = {}
+    for kind, attention in PLANNED.items():
+        options = {"batch": row["batch"], "dtype": model.dtype, "sparse_attention": sparse, "training": training}
+        plan = plan_training(model.config, device, row["length"], attention=attention, **options)
+        made = row["kinds"][kind]
+        memory = made["static_bytes"] + made["peak_memory_bytes"]
+        compared[kind] = {
+            **plan.to_dict(),
+            "memory_error": (plan.static_bytes + plan.peak_bytes) / memory - 1,
+            "step_memory_error": plan.peak_bytes / max(made["peak_memory_bytes"], 1) - 1,
+            "time_error": plan.seconds / made["median_s"] - 1,
+        }
+    return compared

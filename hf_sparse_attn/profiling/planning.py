@@ -1,0 +1,251 @@
+"""Memory and time of a training step before anyone pays for it: from a model's config, a length and a device."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from ..config import SparseAttentionConfig
+from ..conversion import sparsify
+from ..sites import routers
+from ..training.adaptation import AdaptationConfig
+from .devices import Device
+from .simulation import BACKWARD, FORWARD, LOSS, Simulated, simulate_step, stock_config, with_layers
+from .work import AttentionShape, LayerWork, layer_work
+
+FEW, MORE = 2, 4  # layers of the two steps that are simulated; all others are like those between
+LONGEST = 1 << 24  # tokens: no longer rows are looked for
+STATES = 2  # of AdamW for each trained weight, beside the weight and its gradient
+CARRIED = 2  # further copies of the routers' gradients: what the KL carries, and the frozen original that PEFT keeps
+SLACK = 512 * 1024**2  # bytes on a CPU that must stay free for the process itself
+
+
+class NotEnoughMemoryError(RuntimeError):
+    """A training step that needs more memory than the device has."""
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Predicted need of a training step; bytes and seconds.
+
+    Attributes:
+        attention: "sparse" (a step with the KL), "dense" (the recipe's dense step) or "stock".
+        parameters: numbers of weights of the backbone, of LoRA and of the routers.
+        static: bytes between steps by what they are for; ``step`` the same of the peak within a step.
+        time: seconds of a step by what they are for.
+    """
+
+    attention: str
+    length: int
+    batch: int
+    dtype: str
+    device: str
+    parameters: dict[str, int]
+    static: dict[str, int]
+    step: dict[str, int]
+    time: dict[str, float]
+    fragmentation: float = 1.0
+    reserved_bytes: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def static_bytes(self) -> int:
+        return sum(self.static.values())
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak above the static bytes."""
+        return sum(self.step.values())
+
+    @property
+    def total_bytes(self) -> int:
+        """What the device must have, the allocator's overhead and the context included."""
+        return int((self.static_bytes + self.peak_bytes) * self.fragmentation) + self.reserved_bytes
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.time.values())
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.batch * self.length / self.seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, totals included."""
+        names = ("static_bytes", "peak_bytes", "total_bytes", "seconds", "tokens_per_s")
+        return {**asdict(self), **{name: getattr(self, name) for name in names}}
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What a plan needs of a model beside its simulated steps."""
+
+    shape: AttentionShape
+    layers: int
+    sparse_layers: int
+    router_weights: int
+    sparse: SparseAttentionConfig
+
+
+def plan_training(
+    config: PreTrainedConfig,
+    device: Device,
+    length: int,
+    *,
+    batch: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    attention: str = "sparse",
+    sparse_attention: SparseAttentionConfig | Mapping[str, Any] | None = None,
+    training: AdaptationConfig | None = None,
+    padded: bool = False,
+) -> TrainingPlan:
+    """Predict memory and time of a training step on ``batch`` rows of ``length`` tokens.
+
+    Args:
+        config: of the model, stock or sparse; nothing else of it is read.
+        attention: "sparse", "dense" or "stock".
+        sparse_attention: settings; by default those of ``config``, or the library's.
+        training: LoRA, gradient checkpointing, chunked loss, the KL's share of tiles.
+        padded: rows with padding, for which stock SDPA builds a mask of N×N.
+
+    Raises:
+        ValueError: impossible sizes, or an architecture that is not supported or whose layers depend on values.
+    """
+    if attention not in ("sparse", "dense", "stock"):
+        raise ValueError(f"attention is {attention!r}: must be sparse, dense or stock")
+    for name, value in (("length", length), ("batch", batch)):
+        if value < 1:
+            raise ValueError(f"{name} is {value!r}: must be >= 1")
+    training = training or AdaptationConfig()
+    stock = stock_config(config)
+    model = _describe(stock, batch, _settings(config, sparse_attention))
+    few, more = (simulate_step(with_layers(stock, n), dtype, training, batch, length) for n in (FEW, MORE))
+    simulated = more.beyond(few, (model.layers - MORE) / (MORE - FEW))
+    work = layer_work(model.sparse, model.shape, length, training.kl_tile_share if training.kl_weight > 0 else 0, dtype.itemsize)
+    learns = attention != "stock" and training.kl_weight > 0
+    return TrainingPlan(
+        attention,
+        length,
+        batch,
+        str(dtype).removeprefix("torch."),
+        device.name,
+        {"backbone": simulated.parameters, "lora": simulated.trained, "routers": 0 if attention == "stock" else model.router_weights},
+        _static(simulated, model, attention, learns),
+        _peak(simulated, model, work, attention, learns, padded, length),
+        _time(simulated, model, work, attention, learns, device, training),
+        device.fragmentation,
+        device.reserved_bytes,
+        {"gradient_checkpointing": training.gradient_checkpointing, "chunked_loss": training.chunked_loss, "rank": training.rank},
+    )
+
+
+def _settings(config: Any, given: Any) -> SparseAttentionConfig:
+    own = getattr(config, "sparse_attention", None)
+    return SparseAttentionConfig.coerce(given if given is not None else own if own is not None else {})
+
+
+def _describe(stock: Any, batch: int, sparse: SparseAttentionConfig) -> _Model:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(stock))  # which sparsify would change
+    found = routers(sparsify(model, sparse))
+    router = found[0]
+    shape = AttentionShape(batch, router.heads, router.groups, router.head_dim)
+    weights = sum(p.numel() for r in found for p in r.parameters())
+    return _Model(shape, int(stock.get_text_config().num_hidden_layers), len(found) - len(sparse.dense_layers), weights, sparse)
+
+
+def _static(simulated: Simulated, model: _Model, attention: str, learns: bool) -> dict[str, int]:
+    static = {"weights": simulated.weight_bytes, "lora": (1 + STATES) * simulated.trained_bytes}
+    if attention != "stock":  # the frozen original, the adapter's copy, and where it learns its optimiser's states
+        static["routers"] = 4 * model.router_weights * (2 + (STATES if learns else 0))
+    return static
+
+
+def _peak(simulated: Simulated, model: _Model, work: LayerWork, attention: str, learns: bool, padded: bool, length: int) -> dict[str, int]:
+    """The largest phase of a step: what it holds by when that was made, and what sparse attention adds to it."""
+    sparse = attention == "sparse"
+    carried = 4 * model.router_weights * CARRIED if learns else 0
+    held = {"selections": work.selection_bytes * model.sparse_layers} if sparse else {}
+    if padded and attention == "stock":
+        held["mask"] = model.shape.batch * length**2
+    phases = []
+    for phase, labels in simulated.peaks.items():
+        names = {FORWARD: "kept activations", LOSS: "logits and loss", BACKWARD: "recomputed layer and gradients"}
+        needs = {names[label]: int(size) for label, size in labels.items() if size}
+        if learns:
+            needs["router gradients"] = carried
+        if phase == FORWARD and attention != "stock":
+            needs["KL" if learns else "routing"] = max(work.teaching_bytes if learns else 0, work.routing_bytes if sparse else 0)
+        phases.append({**needs, **held})
+    return max(phases, key=lambda needs: sum(needs.values()))
+
+
+def _time(
+    simulated: Simulated, model: _Model, work: LayerWork, attention: str, learns: bool, device: Device, training: AdaptationConfig
+) -> dict[str, float]:
+    """Seconds by part: every operation takes what its products or its bytes take, whichever is longer."""
+    slowest = min(device.products.values())
+    time = {"products": 0.0, "element-wise": 0.0}
+    for op, count in simulated.operations.items():
+        by_products = op.flops / device.products.get(op.dtype, slowest)
+        by_bytes = op.bytes / device.bytes_per_s
+        time["products" if by_products > by_bytes else "element-wise"] += count * max(by_products, by_bytes, device.operation_seconds)
+    forwards = 2 if training.gradient_checkpointing else 1
+    sparse_layers = model.sparse_layers if attention == "sparse" else 0
+    per_pair = 4 * model.shape.batch * model.shape.heads * model.shape.head_dim
+    for name, layers, pairs, (forward, backward) in (
+        ("dense attention", model.layers - sparse_layers, work.dense_pairs, device.attention),
+        ("sparse attention", sparse_layers, work.kept_pairs, device.sparse_attention),
+    ):
+        if layers:
+            time[name] = layers * per_pair * pairs * (forwards / forward + 2.5 / backward)
+    if sparse_layers:
+        time["routing"] = sparse_layers * work.routing / device.routing
+    if learns:
+        time["KL"] = model.sparse_layers * work.teaching / device.teaching
+    return time
+
+
+def longest_length(device: Device, most: int = LONGEST, **options: Any) -> int:
+    """The longest rows that fit, in steps of an eighth of a power of two; 0 if none does. ``options`` are those of `plan_training`."""
+    low, high = 0, 256
+    while high <= most and fits(plan_training(device=device, length=high, **options), device):
+        low, high = high, 2 * high
+    step = max(low // 8, 32)
+    while low + step < high and fits(plan_training(device=device, length=low + step, **options), device):
+        low += step
+    return low
+
+
+def room(device: Device) -> int:
+    """Bytes that a training step may take."""
+    return device.memory_bytes - (SLACK if device.name == "cpu" else 0)
+
+
+def fits(plan: TrainingPlan, device: Device) -> bool:
+    return plan.total_bytes <= room(device)
+
+
+def check_memory(plan: TrainingPlan, device: Device) -> None:
+    """Raise NotEnoughMemoryError, with the way out, if the step of ``plan`` needs more than ``device`` has."""
+    if fits(plan, device):
+        return
+    fixes = ["shorter rows"]
+    if plan.batch > 1:
+        fixes.append("a smaller batch with accumulation")
+    if not plan.settings["gradient_checkpointing"]:
+        fixes.append("gradient_checkpointing: true")
+    if not plan.settings["chunked_loss"]:
+        fixes.append("chunked_loss: true")
+    have = room(device)
+    raise NotEnoughMemoryError(
+        f"a {plan.attention} step on {plan.batch} × {plan.length} tokens needs {plan.total_bytes / 1e9:.1f} GB, {device.name} has "
+        f"{have / 1e9:.1f} GB: {(plan.total_bytes - have) / 1e9:.1f} GB are missing. Use {', '.join(fixes)}, or a larger device"
+    )
