@@ -144,6 +144,8 @@ def _attend_segments(layer: _Layer, segments: list[Segment], query: Tensor, key:
         out = _attend(layer, _inputs(layer, segments[0], query, key, positions), value)
         return out.transpose(1, 2).contiguous()
     out = query.new_zeros(query.shape)
+    if not segments:  # only padding: zeros that hang on the inputs, since in distributed training every weight needs a gradient
+        out = out + sum(of[:0].sum() for of in (query, key, value))
     for segment in segments:
         at = segment.query_slots(query.shape[2], key.shape[2])
         inputs = _inputs(layer, segment, query[:, :, at], key, positions)
