@@ -130,7 +130,8 @@ def check_adapters(model: Any, _args: Any) -> None:
         return
     _refuse_without_routers(model, {name: model.peft_config[name] for name in layer.active_adapters if name in model.peft_config})
     router = next(module.router for module in model.modules() if isinstance(module, SparseAttentionMixin))  # type: ignore[attr-defined]
-    if router._forward_pre_hooks and model.config._attn_implementation == ATTN_IMPLEMENTATION:  # PEFT's, for adapter_names
+    mixed = any("adapter_names" in getattr(hook, "keywords", ()) for hook in router._forward_pre_hooks.values())  # PEFT's hook
+    if mixed and model.config._attn_implementation == ATTN_IMPLEMENTATION:
         raise ValueError(
             "adapter_names was passed: sparse attention routes a whole batch by the active adapter's routers. Call the model once for each "
             'adapter, or run dense with model.set_attn_implementation("sdpa")'

@@ -71,8 +71,14 @@ class SparseRouter(nn.Module):
         twin.__setstate__(copy.deepcopy(self.__dict__, memo))
         return twin
 
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """All weights, each read as an attribute: that is how ZeRO-3 notices that a module needs those of another."""
+        return [self.wq, self.wk, self.wq_index, self.wk_index]
+
     def extra_repr(self) -> str:
-        return f"router_dim={self.wq.shape[1]}, index_dim={self.wq_index.shape[1]}, layer={self.layer}"
+        router_dim, index_dim = self.config.resolved_router_dim(self.head_dim), self.config.resolved_index_dim(self.head_dim)
+        return f"router_dim={router_dim}, index_dim={index_dim}, layer={self.layer}"  # shapes may be sharded away
 
     @torch.no_grad()
     def init_weights(self) -> None:

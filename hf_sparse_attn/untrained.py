@@ -30,7 +30,7 @@ def leave_routers(router: SparseRouter, output: Tensor) -> Tensor:
     weight: there they get zeros.
     """
     say_once()
-    weights = [p for p in active_router(router).parameters() if p.requires_grad]
+    weights = [p for p in active_router(router).weights if p.requires_grad]
     if not (weights and dist.is_available() and dist.is_initialized()):
         return output
     zero = torch.stack([p.sum() * 0.0 for p in weights]).sum()

@@ -79,7 +79,7 @@ class TrainingForward:
     def _enter(self, router: SparseRouter) -> None:
         if not self.closed and router.layer not in self.layers:
             carried = Carried()
-            scalar = carry(torch.zeros((), device=router.wq.device), carried, list(router.parameters()))
+            scalar = carry(torch.zeros((), device=router.wq.device), carried, router.weights)
             self.layers[router.layer] = _Layer(carried, scalar)
 
     def _observe(self, router: SparseRouter, inputs: RoutingInputs) -> None:
@@ -96,7 +96,7 @@ class TrainingForward:
         # the same tiles for every document, micro-batch and process: how a batch is split does not change what is learned
         seed = ((self.seed * STEP_STRIDE + self.step) * STEP_STRIDE + router.layer) % 2**63
         generator = torch.Generator().manual_seed(seed)
-        weights = list(router.parameters())
+        weights = router.weights
         with torch.enable_grad(), saved_tensors_hooks(_same, _same):  # not checkpointing's hooks: nothing is recomputed here
             loss = tile_loss(router, inputs, router.config.query_tile, count, generator)
             if loss is None:
