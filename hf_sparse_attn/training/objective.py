@@ -22,6 +22,7 @@ from torch import nn
 from ..adapters import active_routers
 from ..conversion import mark_trained, set_sparse_attention
 from .collecting import TrainingForward
+from .processes import materialize_trained
 from .schedule import SparseTrainingConfig
 
 
@@ -39,6 +40,7 @@ class SparseObjective:
             raise ValueError(f"{type(model).__name__} has no routers: convert it with hf_sparse_attn.sparsify first")
         for router in found:
             router.requires_grad_(self.config.kl_weight > 0)
+        materialize_trained(model)
         for step in (0, 1):
             self.config.budget(found[0].config, step, 2)  # raises before the first step
         if self.config.kl_weight > 0:
