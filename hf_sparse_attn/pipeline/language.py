@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from ..adapters import load_adapter
 from ..attending import SparseCall
 from ..conversion import mark_trained
+from ..data.checkpoints import write_checkpoint
 from ..data.sources import local_model, model_licence, read_documents
 from ..data.split import split_texts
 from ..data.training_data import training_rows
@@ -23,7 +24,7 @@ from ..evaluation.comparison import comparison
 from ..evaluation.quality import WindowResult, evaluate_windows, window_losses
 from ..evaluation.selectors import fresh_routers, standard_selectors
 from ..evaluation.shares import quality_table
-from ..files import copied_folder, replaced_folder, write_atomically, write_json
+from ..files import copied_folder, write_atomically, write_json
 from ..profiling import LayerShape, bench_attention, bench_model
 from ..training.adaptation import AdaptationConfig, adapt
 from ..training.distillation import distill, load_router_state, router_state
@@ -58,20 +59,11 @@ class LanguageRun(Run):
     def _convert(self) -> dict[str, Any]:
         """Base checkpoint -> ordinary checkpoint in the run's folder."""
         source, gguf = local_model(self.recipe.model["source"])
-        extra = {"gguf_file": gguf} if gguf else {}
-        tokenizer = AutoTokenizer.from_pretrained(source, **extra)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **extra)
-        if gguf:  # otherwise save_pretrained refuses: the quantiser's config would be written for plain weights
-            model.hf_quantizer.remove_quantization_config(model)
-        model = model.to(self.dtype)
-        model.config.dtype = self.dtype
-        with replaced_folder(self.state / "base") as folder:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+        parameters = write_checkpoint(source, gguf, self.state / "base", self.dtype)
         if self.recipe.data["split"] is not None:
             split_texts(self.recipe.data["train"], self.recipe.data["split"], self.state / "texts")
         licence = self.recipe.model["license"] or model_licence(self.recipe.model["source"])
-        return {"parameters": sum(p.numel() for p in model.parameters()), "license": licence}
+        return {"parameters": parameters, "license": licence}
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(self.state / "base")
