@@ -197,8 +197,12 @@ def guarded(command: Callable[[], Any]) -> int:
 
 def main() -> None:
     """Entry point of ``hf-sparse-attn``."""
+    import warnings
+
     from transformers.utils import logging
 
+    # peft asks transformers for a property that the newest versions call by another name
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     sys.exit(guarded(app))

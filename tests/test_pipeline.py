@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,11 +21,13 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparse_attn import SparseAttentionConfig, routers
+from hf_sparse_attn.data.sources import cache_folder
 from hf_sparse_attn.pipeline import engine
 from hf_sparse_attn.pipeline import language as run_module
 from hf_sparse_attn.pipeline.language import LanguageRun as Run
 from hf_sparse_attn.pipeline.recipe import RecipeError, load_recipe
 from hf_sparse_attn.pipeline.run import run_recipe
+from hf_sparse_attn.profiling.planning import NotEnoughMemoryError
 
 # peft asks transformers for a property that the newest versions call by another name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -261,3 +267,115 @@ def test_published_recipes_load(path):
         assert recipe.name == path.stem and recipe.smoke_run is smoke
         assert recipe.distillation.seed == recipe.adaptation.seed == recipe.seed
         assert not set(recipe.data["train"]) & set(recipe.data["eval"])
+
+
+def test_a_recipe_for_more_memory_than_there_is_stops_before_it_trains(write_recipe, tmp_path, monkeypatch):
+    device_at = run_module.device_at
+    monkeypatch.setattr(run_module, "device_at", lambda *args: replace(device_at(*args), name="H100-80GB", memory_bytes=1 << 20))
+    monkeypatch.setattr(run_module, "distill", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(NotEnoughMemoryError, match=r"a sparse step on 1 × 256 tokens needs .* GB, H100-80GB has 0\.0 GB: .*shorter rows"):
+        run_recipe(load_recipe(write_recipe()), tmp_path / "run", quiet())
+
+
+def test_a_run_killed_in_training_has_the_loss_curve_of_one_that_was_not(write_recipe, recipe_values, tmp_path):
+    changes = {
+        "data": {**recipe_values["data"], "end_of_text": False},  # the test's tokenizer has no such token
+        "distill": {"context": 256, "batches": 1},
+        "lora": {"context": 256, "steps": 10, "packed": True, "settings": {"rank": 2, "kl_tile_share": 4, "lr": 0.005, "save_every": 2}},
+        "quality": [{"length": 256, "windows": 1, "budgets": [80], "decode_tokens": 0, "selections": ["oracle", "window + sink"]}],
+        "speed": {"length": 0},
+        "prompt": None,
+    }
+    path, killed = write_recipe(**changes), tmp_path / "killed"
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "kernels").symlink_to(cache_folder() / "kernels")  # compiled once
+    environment = {**os.environ, "HF_SPARSE_ATTN_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SLOW_STEPS, "run", str(path), "--out", str(killed)]
+    with (tmp_path / "stderr").open("w") as errors:
+        process = subprocess.Popen(command, env=environment, stderr=errors)
+    deadline = time.monotonic() + 120
+    while not list(killed.glob("state/lora/checkpoint-*/trainer_state.json")):
+        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "stderr").read_text()
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not (killed / "state" / "lora.json").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_SPARSE_ATTN_CACHE", str(tmp_path / "cache"))
+        recipe = load_recipe(path)
+        resumed, whole = run_recipe(recipe, killed, quiet()), run_recipe(recipe, tmp_path / "whole", quiet())
+    curves = [[(row["step"], row["loss"], row["kl"], row["grad_norm"]) for row in results["lora"]["log"]] for results in (resumed, whole)]
+    assert curves[0] == curves[1] and len(curves[0]) == 10
+    assert resumed["quality"]["table"] == whole["quality"]["table"]
+
+
+SLOW_STEPS = """
+import time
+import torch
+from hf_sparse_attn import SparseTrainer, cli
+
+torch.set_num_threads(1)
+step = SparseTrainer.training_step
+SparseTrainer.training_step = lambda *args, **kwargs: time.sleep(0.3) or step(*args, **kwargs)
+cli.main()
+"""
+
+
+def test_before_and_reference_become_a_comparison(write_recipe, tmp_path):
+    results = run_recipe(
+        load_recipe(
+            write_recipe(
+                distill={"context": 256, "batches": 1},
+                lora={"context": 256, "steps": 3, "settings": {"rank": 2, "kl_tile_share": 4, "lr": 0.01}},
+                compare={"before": True, "dense_lora": True},
+                quality=[{"length": 256, "windows": 2, "budgets": [80], "decode_tokens": 16, "selections": ["oracle", "window + sink"]}],
+                speed={"length": 0},
+                prompt=None,
+            )
+        ),
+        tmp_path / "run",
+        quiet(),
+    )
+    rows = results["comparison"]
+    assert [(row["keys"], row["selection"]) for row in rows] == [(None, "dense"), (80, "oracle"), (80, "window + sink")]
+    for row, after, before in zip(rows, results["quality"]["table"], results["before"]["table"], strict=True):
+        assert row["after"] == pytest.approx(after["prefill"]) and row["before"] == pytest.approx(before["prefill"])
+        assert (
+            row["after"] != row["before"]
+            and row["over_reference"]["low"] <= row["over_reference"]["ratio"] <= row["over_reference"]["high"]
+        )
+        assert after["decode_over_prefill"] > 0
+    first = {name: results[name]["log"][0] for name in ("reference", "lora")}  # the same rows, one read densely
+    assert (
+        first["reference"]["loss"] == pytest.approx(first["lora"]["loss"], abs=0.3) and first["reference"]["loss"] != first["lora"]["loss"]
+    )
+    assert all(row["dense"] and row["kl"] == 0 for row in results["reference"]["log"])
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    html = (tmp_path / "run" / "report.html").read_text()
+    assert "## Before and after fine-tuning" in card and f"{rows[1]['over_reference']['ratio']:.4f}" in card
+    assert "over dense LoRA" in html and f"{rows[1]['perplexity_before']:.3f}" in html
+
+
+def test_questions_are_a_task(write_recipe, tmp_path):
+    results = run_recipe(
+        load_recipe(
+            write_recipe(
+                task="questions",
+                distill={"context": 256, "batches": 1},
+                lora={"context": 256, "steps": 2, "settings": {"rank": 2, "kl_tile_share": 4}},
+                compare={"before": True},
+                quality=[{"length": 256, "windows": 2, "budgets": [80], "decode_tokens": 0, "selections": ["oracle", "window + sink"]}],
+                speed={"length": 0},
+                prompt=None,
+            )
+        ),
+        tmp_path / "run",
+        quiet(),
+    )
+    for step in ("before", "quality"):
+        assert [(row["keys"], row["selection"], row["n"]) for row in results[step]["answers"]] == [
+            (None, "dense", 2),
+            (80, "oracle", 2),
+            (80, "window + sink", 2),
+        ]
+    assert "## Answers that stand far back" in (tmp_path / "run" / "model" / "README.md").read_text()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapters import load_adapter
 from ..attending import SparseCall
@@ -26,6 +26,8 @@ from ..evaluation.selectors import fresh_routers, standard_selectors
 from ..evaluation.shares import quality_table
 from ..files import copied_folder, write_atomically, write_json
 from ..profiling import LayerShape, bench_attention, bench_model
+from ..profiling.checking import device_at
+from ..profiling.planning import check_memory, plan_training
 from ..training.adaptation import AdaptationConfig, adapt
 from ..training.distillation import distill, load_router_state, router_state
 from .card import write_card
@@ -63,7 +65,28 @@ class LanguageRun(Run):
         if self.recipe.data["split"] is not None:
             split_texts(self.recipe.data["train"], self.recipe.data["split"], self.state / "texts")
         licence = self.recipe.model["license"] or model_licence(self.recipe.model["source"])
-        return {"parameters": parameters, "license": licence}
+        return {"parameters": parameters, "license": licence, **self._plan()}
+
+    def _plan(self) -> dict[str, Any]:
+        """What a step of the joint stage will need here, by its plan; raises NotEnoughMemoryError if that is more than there is."""
+        settings, adaptation = self.recipe.lora, self.recipe.adaptation
+        if not settings["steps"] or self.processes.num_processes > 1:  # what several processes shard is not planned
+            return {}
+        config = AutoConfig.from_pretrained(self.state / "base")
+        device = device_at(torch.device("cuda" if torch.cuda.is_available() else "cpu"), config, self.dtype)
+        if device is None:
+            return {}
+        plan = plan_training(
+            config,
+            device,
+            settings["context"],
+            batch=adaptation.batch_size,
+            dtype=self.dtype,
+            sparse_attention=self.recipe.sparse_attention,
+            training=adaptation,
+        )
+        check_memory(plan, device)
+        return {"plan": plan.to_dict()}
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(self.state / "base")
@@ -124,6 +147,7 @@ class LanguageRun(Run):
                 block_size=self.recipe.sparse_attention.block_size,
                 streaming=streaming,
                 seed=self.recipe.seed,
+                end_of_text=self.recipe.data["end_of_text"],
                 progress=self.processes.is_main_process,
             )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..config import SparseAttentionConfig
 from ..sites import routers
@@ -30,10 +30,15 @@ def named_device(name: str, config: Any, dtype: torch.dtype) -> Device:
 
 def device_here(model: PreTrainedModel) -> Device | None:
     """The device that ``model`` is on, None for a GPU that is not in the table of devices."""
-    if model.device.type == "cpu":
-        return named_device("cpu", model.config, model.dtype)
-    known = torch.cuda.get_device_name(model.device).replace(" ", "")
-    size = torch.cuda.get_device_properties(model.device).total_memory
+    return device_at(model.device, model.config, model.dtype)
+
+
+def device_at(where: torch.device, config: PreTrainedConfig, dtype: torch.dtype) -> Device | None:
+    """The device at ``where`` (a CPU is measured on sizes like those of ``config``), None for a GPU that is not in the table."""
+    if where.type == "cpu":
+        return named_device("cpu", config, dtype)
+    known = torch.cuda.get_device_name(where).replace(" ", "")
+    size = torch.cuda.get_device_properties(where).total_memory
     found = [name for name in GPUS if name.partition("-")[0] in known and abs(GPUS[name][0] * 1e9 / size - 1) < 0.15]
     return gpu(found[0]) if found else None
 
