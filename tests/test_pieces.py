@@ -187,10 +187,14 @@ def test_a_column_that_is_missing_or_no_text_is_refused(suffix, tmp_path):
         refused(rf"{file}, row 0: column 'id' holds int, not text", f"{file}#id")
 
 
-def test_an_array_that_must_be_parsed_as_a_whole_has_a_largest_size(tmp_path, monkeypatch):
+def test_what_must_be_read_as_a_whole_has_a_largest_size(tmp_path, monkeypatch):
     (tmp_path / "a.json").write_bytes(table(".json"))
-    monkeypatch.setattr(survey, "LARGEST_ARRAY", 100)
-    refused(r"a\.json is one JSON array of 0 MB, .*convert it to JSON lines", tmp_path / "a.json")
+    (tmp_path / "a.html").write_text("<p>text</p>" * 10)
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    monkeypatch.setattr(survey, "LARGEST_WHOLE", 100)
+    refused(r"a\.json is one JSON array of 0 MB, which can only be read as a whole: convert it to JSON lines", tmp_path / "a.json")
+    refused(r"a\.html is HTML of 0 MB, which can only be read as a whole: convert it to text", tmp_path / "a.html")
+    assert len(read(tmp_path / "a.jsonl")) == 5
 
 
 def test_no_source_a_missing_one_and_one_that_is_read_twice_are_refused(tmp_path):

@@ -340,6 +340,17 @@ def test_a_stream_is_shuffled_anew_in_each_epoch(rows_of):
     assert second != first and len(second) in range(len(first) - 1, len(first) + 2)  # files in another order drop another rest
 
 
+def test_files_and_rows_of_a_window_both_come_in_another_order_each_epoch(texts, tokenizer):
+    first = source_files([texts])[0].path
+    for sources, window in (([texts], 1), ([first], 8)):
+        stream = training_rows(sources, tokenizer, LENGTH, block_size=BLOCK, streaming=True, seed=1, shuffle_window=window)
+        epochs = []
+        for epoch in range(4):
+            stream.set_epoch(epoch)
+            epochs.append(ids(stream))
+        assert len({tuple(rows) for rows in epochs}) == 4
+
+
 def test_a_window_is_a_permutation_of_consecutive_rows(texts, tokenizer):
     (first, *_) = source_files([texts])
     options = {"block_size": BLOCK, "streaming": True}
@@ -401,6 +412,17 @@ def test_workers_of_a_loader_share_the_files(seed, texts, tokenizer):
     loaded = [row for batch in DataLoader(rows, batch_size=4, num_workers=2) for row in batch["input_ids"]]
     each = [ids(training_rows([file], tokenizer, LENGTH, block_size=BLOCK, streaming=True)) for file in files]
     assert sorted(tuple(row.tolist()) for row in loaded) == sorted(itertools.chain(*each))
+
+
+def test_ranks_with_workers_get_distinct_rows_and_as_many(texts, tokenizer):
+    files = [file.path for file in source_files([texts]) if "a.txt" in file.path or "c.txt" in file.path]
+    rows = training_rows(files, tokenizer, LENGTH, block_size=BLOCK, streaming=True)
+    shares = [[], []]
+    for rank, share in enumerate(shares):
+        for batch in DataLoader(share_of_rank(rows, rank, 2), batch_size=None, num_workers=2):
+            share.append(tuple(batch["input_ids"].tolist()))
+    each = [len(ids(training_rows([file], tokenizer, LENGTH, block_size=BLOCK, streaming=True))) for file in files]
+    assert [len(set(share)) for share in shares] == [sum(count // 2 for count in each)] * 2 and not set(shares[0]) & set(shares[1])
 
 
 # -- use ------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """One pass over a file before it is used: can it be read to its end, and in which encoding?
 
 Whether 50 GB are UTF-8, or a compressed file is whole, is known only at their end. The pass costs about a second per GB
-(gzip: four), far less than tokenising; what it found is kept in ``cache_folder()/surveys`` until the file changes.
+(zstd two, gzip three), far less than tokenising; what it found is kept in ``cache_folder()/surveys`` until the file changes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .formats import FORMATS, SourceFile, identity
 from .sources import SourceError, cache_folder
 
 CHUNK = 1 << 20  # bytes
-LARGEST_ARRAY = 256 << 20  # bytes of a .json file that is one array: it must be parsed as a whole
+LARGEST_WHOLE = 256 << 20  # bytes of a file that can only be read as a whole
 HOW_TO_TEST = {"gzip": "gzip -t", "zstd": "zstd -t"}
 
 
@@ -102,7 +102,7 @@ def survey(file: SourceFile) -> Survey:
     """Read the file to its end, unless that was done before and it is unchanged.
 
     Raises:
-        SourceError: the file is unreadable, damaged, truncated, not text, or one JSON array too large to be parsed.
+        SourceError: the file is unreadable, damaged, truncated, not text, or too large for a format that must be read as a whole.
     """
     try:
         key = hashlib.sha256(json.dumps(identity(file)).encode()).hexdigest()[:32]
@@ -133,6 +133,8 @@ def _survey(file: SourceFile) -> Survey:
         encoding = "latin-1"
     if file.format == "json":
         _check_json(file, start, end, size)
+    if file.format == "html":
+        _check_size(file, size, "HTML", "convert it to text, or split it")
     return Survey(encoding, size)
 
 
@@ -142,13 +144,14 @@ def _check_start(file: SourceFile, start: bytes) -> None:
         raise SourceError(f"{file.path} is not text{wide}, and its name tells no format that can be read: {FORMATS}")
 
 
+def _check_size(file: SourceFile, size: int, what: str, instead: str) -> None:
+    if size > LARGEST_WHOLE:
+        raise SourceError(f"{file.path} is {what} of {size >> 20} MB, which can only be read as a whole: {instead}")
+
+
 def _check_json(file: SourceFile, start: bytes, end: bytes, size: int) -> None:
     if start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
-        if size > LARGEST_ARRAY:
-            raise SourceError(
-                f"{file.path} is one JSON array of {size >> 20} MB, which can only be read as a whole: "
-                "convert it to JSON lines, e.g. `jq -c '.[]'`"
-            )
+        _check_size(file, size, "one JSON array", "convert it to JSON lines, e.g. `jq -c '.[]'`")
         return
     last = end.strip().rpartition(b"\n")[2]
     if len(last) >= CHUNK - 1 or not start.lstrip().partition(b"\n")[0].rstrip().endswith(b"}"):
