@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .cache import SparseCacheLayerMixin
 from .dense import dense_attention, stock_attention_of_documents, stock_mask
+from .gradients import attach
 from .router import RoutingInputs, SparseRouter, active_router
 from .segments import Layout, Segment
 from .selecting import select_blocks
@@ -38,7 +39,8 @@ class SparseCall:
         selector: makes the selection instead of the layer's router.
         observer: called as ``observer(router, inputs)`` for every document of every sparse layer.
         on_selection: called as ``on_selection(router, inputs, selection)`` for every selection that is used.
-        on_layer: called as ``on_layer(router)`` first thing in every sparse layer, also where it runs the stock attention.
+        on_layer: called as ``on_layer(router)`` first thing in every sparse layer, also where it runs the stock attention;
+            a tensor that it returns is attached to the layer's output, see `attach`.
         decode_from: content position from which queries are routed singly (tiles of 1), as cached decoding does.
     """
 
@@ -46,7 +48,7 @@ class SparseCall:
     selector: Selector = learned_selector
     observer: Callable[[SparseRouter, RoutingInputs], None] | None = None
     on_selection: Callable[[SparseRouter, RoutingInputs, BlockSelection], None] | None = None
-    on_layer: Callable[[SparseRouter], None] | None = None
+    on_layer: Callable[[SparseRouter], Tensor | None] | None = None
     decode_from: int | None = None
     attend: Callable[..., Tensor] = field(init=False, repr=False, compare=False)
 
@@ -105,9 +107,21 @@ def attend(
     if torch.is_autocast_enabled(device):  # its products would round what the router keeps in float32
         with torch.autocast(device, enabled=False):
             return attend(module, query, key, value, asked, cache, call)
+    attached = None if call is None or call.on_layer is None else call.on_layer(active_router(module.router))
+    out = _attend_layer(module, query, key, value, asked, cache, call)
+    return attach(out, [attached]) if attached is not None and out.requires_grad else out  # a frozen backbone needs no graph
+
+
+def _attend_layer(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    asked: Attention,
+    cache: SparseCacheLayerMixin | None,
+    call: SparseCall | None,
+) -> Tensor:
     router: SparseRouter = module.router  # type: ignore[assignment]
-    if call is not None and call.on_layer is not None:
-        call.on_layer(active_router(router))
     q_len = query.shape[2]
     kv_len = key.shape[2] if asked.filled is None else int(asked.filled)
     positions = _positions(asked, q_len, kv_len, cache, key.device)
@@ -144,8 +158,8 @@ def _attend_segments(layer: _Layer, segments: list[Segment], query: Tensor, key:
         out = _attend(layer, _inputs(layer, segments[0], query, key, positions), value)
         return out.transpose(1, 2).contiguous()
     out = query.new_zeros(query.shape)
-    if not segments:  # only padding: zeros that hang on the inputs, since in distributed training every weight needs a gradient
-        out = out + sum(of[:0].sum() for of in (query, key, value))
+    if not segments:  # only padding
+        out = attach(out, (query, key, value))
     for segment in segments:
         at = segment.query_slots(query.shape[2], key.shape[2])
         inputs = _inputs(layer, segment, query[:, :, at], key, positions)

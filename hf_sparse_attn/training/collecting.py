@@ -76,11 +76,15 @@ class TrainingForward:
 
     # -- during the forward pass -----------------------------------------------------------------------------------
 
-    def _enter(self, router: SparseRouter) -> None:
-        if not self.closed and router.layer not in self.layers:
+    def _enter(self, router: SparseRouter) -> Tensor | None:
+        """What carries the layer's KL, to be attached to its output: find_unused_parameters of DDP searches from there."""
+        if self.closed:
+            return None
+        if router.layer not in self.layers:
             carried = Carried()
             scalar = carry(torch.zeros((), device=router.wq.device), carried, router.weights)
             self.layers[router.layer] = _Layer(carried, scalar)
+        return self.layers[router.layer].scalar
 
     def _observe(self, router: SparseRouter, inputs: RoutingInputs) -> None:
         if self.closed:  # recomputed for gradient checkpointing
