@@ -45,7 +45,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--save-every", type=int, default=10, help="optimiser steps between saved states")
     parser.add_argument("--smoke", action="store_true", help=f"small rows, for a trial: {SMOKE}")
-    if "--smoke" in parser.parse_known_args()[0].__dict__ and parser.parse_known_args()[0].smoke:
+    if parser.parse_known_args()[0].smoke:
         parser.set_defaults(**SMOKE)
     return parser.parse_args()
 
