@@ -12,6 +12,7 @@ from hf_sparse_attn_kernels import BlockSelection, block_sparse_attention
 from torch import Tensor, nn
 
 from .cache import SparseCacheLayerMixin
+from .checks import refuse_split_sequences
 from .dense import dense_attention, stock_attention_of_documents, stock_mask
 from .gradients import attach
 from .router import RoutingInputs, SparseRouter, active_router
@@ -107,6 +108,7 @@ def attend(
     if torch.is_autocast_enabled(device):  # its products would round what the router keeps in float32
         with torch.autocast(device, enabled=False):
             return attend(module, query, key, value, asked, cache, call)
+    refuse_split_sequences()
     attached = None if call is None or call.on_layer is None else call.on_layer(active_router(module.router))
     out = _attend_layer(module, query, key, value, asked, cache, call)
     return attach(out, [attached]) if attached is not None and out.requires_grad else out  # a frozen backbone needs no graph

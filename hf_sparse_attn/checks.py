@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,6 +53,20 @@ def check_call(
             f"the router of {name} was made for (query heads, KV heads, key dim, value dim) = {want}, but the call has {got}: "
             "tensor parallelism and other head layouts are not supported"
         )
+
+
+def refuse_split_sequences() -> None:
+    """Raise ValueError if Accelerate splits sequences over processes, as its state says."""
+    state = sys.modules.get("accelerate.state")
+    config = None if state is None else state.AcceleratorState._shared_state.get("parallelism_config")
+    for field, kind in (("cp_size", "context parallelism"), ("sp_size", "sequence parallelism")):
+        size = getattr(config, field, None) or 1
+        if size > 1:
+            raise ValueError(
+                f"{kind} ({field}={size}) is not supported: each process would route by its own part of the keys only. Leave {field} at 1 "
+                "and shard the model instead (FSDP2, ZeRO-3), with activation checkpointing and chunk_loss for long sequences; "
+                "recipes/accelerate/README.md has the design"
+            )
 
 
 def check_mask(mask: Tensor | None) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from ..adapters import active_routers
+from ..checks import refuse_split_sequences
 from ..conversion import mark_trained, set_sparse_attention
 from .collecting import TrainingForward
 from .processes import materialize_trained
@@ -30,10 +31,11 @@ class SparseObjective:
     """Unfreezes the routers of ``model`` (a sparse model or a PeftModel of one) and makes one `TrainingForward` per forward pass.
 
     Raises:
-        ValueError: the model has no routers, or its settings and those to be annealed do not fit.
+        ValueError: the model has no routers, its settings and those to be annealed do not fit, or Accelerate splits sequences.
     """
 
     def __init__(self, model: nn.Module, config: SparseTrainingConfig | None = None) -> None:
+        refuse_split_sequences()
         self.model, self.config = model, config or SparseTrainingConfig()
         found = active_routers(model)
         if not found:
