@@ -16,7 +16,8 @@ from .registration import register, sparse_class, sparse_config  # noqa: E402
 from .sites import routers  # noqa: E402
 from .training.adaptation import AdaptationConfig, adapt  # noqa: E402
 from .training.chunked_loss import chunk_loss  # noqa: E402
-from .training.distillation import DistillationConfig, distill  # noqa: E402
+from .training.distillation import distill  # noqa: E402
+from .training.distiller import DistillationConfig  # noqa: E402
 from .training.objective import SparseObjective  # noqa: E402
 from .training.schedule import SparseTrainingConfig  # noqa: E402
 

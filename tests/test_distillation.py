@@ -11,7 +11,8 @@ from hf_sparse_attn import SparseCall, routers
 from hf_sparse_attn.plan import make_plan
 from hf_sparse_attn.registration import SparseModelMixin
 from hf_sparse_attn.training import losses
-from hf_sparse_attn.training.distillation import DistillationConfig, backbone_hash, distill, load_router_state, router_state
+from hf_sparse_attn.training.distillation import backbone_hash, distill, load_router_state, router_state
+from hf_sparse_attn.training.distiller import DistillationConfig
 from hf_sparse_attn.training.losses import kept_mass, masked_kl, tile_loss
 from hf_sparse_attn.training.svd import start_index
 

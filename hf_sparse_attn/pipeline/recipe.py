@@ -11,7 +11,7 @@ import yaml
 
 from ..config import SparseAttentionConfig
 from ..training.adaptation import AdaptationConfig
-from ..training.distillation import DistillationConfig
+from ..training.distiller import DistillationConfig
 
 SELECTIONS = ("oracle", "two stages", "stage 1 alone", "untrained", "mean-pool", "window + sink")
 TASKS = ("causal_lm", "questions")

@@ -1,16 +1,16 @@
 """Stage A: the routers learn the block mass of the model's own dense attention; the backbone is not touched.
 
 One dense forward pass serves several optimiser steps: no gradient crosses layers, so every layer's router is trained
-where its queries and keys appear, on fresh random tiles for every step, half of the steps on single queries.
+where its queries and keys appear, on fresh random tiles for every step, half of the steps on single queries. Several
+processes take a batch each at a time, on the same tiles, and step with the mean of their gradients: their routers stay alike.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,38 +22,12 @@ from ..attending import SparseCall
 from ..conversion import mark_trained
 from ..files import write_atomically
 from ..progress import bar
-from ..router import RoutingInputs, SparseRouter
+from ..router import SparseRouter
 from ..sites import routers
-from .losses import TileLoss, tile_loss
-from .svd import start_index
+from .distiller import DistillationConfig, Distiller
+from .processes import from_main, rank_and_size, same_everywhere
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class DistillationConfig:
-    """Settings of `distill`. A batch is one dense forward pass.
-
-    Raises:
-        ValueError: a field has an impossible value.
-    """
-
-    lr: float = 1e-3  # of stage 1; AdamW, no weight decay
-    index_lr: float = 2e-4  # of stage 2, whose start is good
-    warmup_steps: int = 20  # optimiser steps of linear warm-up; then cosine to a tenth over the rest
-    steps_per_batch: int = 4  # optimiser steps on each forward pass
-    tiles_per_step: int = 4  # query tiles of each row in a step on tiles
-    queries_per_step: int = 48  # single queries of each row in a step on tiles of 1
-    seed: int = 0
-    save_every: int = 4  # batches between checkpoints, if a checkpoint path is given
-
-    def __post_init__(self) -> None:
-        for name in ("steps_per_batch", "tiles_per_step", "queries_per_step", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"distillation.{name} is {getattr(self, name)!r}: must be >= 1")
-        if not (self.lr > 0 and self.index_lr > 0 and self.warmup_steps >= 0):
-            values = f"lr {self.lr!r}, index_lr {self.index_lr!r}, warmup_steps {self.warmup_steps!r}"
-            raise ValueError(f"distillation has {values}: learning rates must be > 0, warmup_steps >= 0")
 
 
 @dataclass
@@ -97,76 +71,6 @@ def load_router_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             p.copy_(state[name])
 
 
-class _Distiller:
-    """The observer of the dense forward passes: trains each layer's router as the layer runs."""
-
-    def __init__(self, found: list[SparseRouter], config: DistillationConfig, total_batches: int) -> None:
-        self.config = config
-        self.generator = torch.Generator().manual_seed(config.seed)
-        self.optimizers = {r.layer: self._optimizer(r) for r in found}
-        self.total_steps = max(1, total_batches * config.steps_per_batch)
-        self.batch = 0
-        self.losses: list[TileLoss] = []
-        self.start_index = False
-
-    def _optimizer(self, router: SparseRouter) -> torch.optim.AdamW:
-        stages = ((router.wq, router.wk), (router.wq_index, router.wk_index))
-        return torch.optim.AdamW([{"params": list(stage)} for stage in stages], weight_decay=0.0)
-
-    def _schedule(self, step: int) -> float:
-        """Factor on the learning rates at an optimiser step."""
-        config = self.config
-        if step < config.warmup_steps:
-            return (step + 1) / config.warmup_steps
-        done = min(1.0, (step - config.warmup_steps) / max(1, self.total_steps - config.warmup_steps))
-        return 0.55 + 0.45 * math.cos(math.pi * done)
-
-    def __call__(self, router: SparseRouter, inputs: RoutingInputs) -> None:
-        if self.start_index:
-            start_index(router, inputs)
-            return
-        optimizer = self.optimizers[router.layer]
-        for i in range(self.config.steps_per_batch):
-            single = i % 2 == 1
-            tile, count = (1, self.config.queries_per_step) if single else (router.config.query_tile, self.config.tiles_per_step)
-            with torch.enable_grad():
-                loss = tile_loss(router, inputs, tile, count, self.generator)
-                if loss is None:
-                    continue
-                (loss.coarse + loss.fine).backward()
-            factor = self._schedule(self.batch * self.config.steps_per_batch + i)
-            for group, lr in zip(optimizer.param_groups, (self.config.lr, self.config.index_lr), strict=True):
-                group["lr"] = lr * factor
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if not single:
-                self.losses.append(replace(loss, coarse=loss.coarse.detach(), fine=loss.fine.detach()))
-
-    def row(self) -> dict[str, float]:
-        """Means over the layers of the batch just done; recovered share over layers at equal budget."""
-        losses, self.losses = self.losses, []
-        n = len(losses)
-        means = {name: sum(getattr(x, name) for x in losses) / n for name in ("kept", "window", "oracle")}
-        gap = means["oracle"] - means["window"]
-        return {
-            "batch": float(self.batch),
-            "kl_coarse": sum(float(x.coarse) for x in losses) / n,
-            "kl_fine": sum(float(x.fine) for x in losses) / n,
-            "kept_mass": means["kept"],
-            "recovered_share": (means["kept"] - means["window"]) / gap if gap > 0 else 0.0,
-        }
-
-    def state(self) -> dict[str, Any]:
-        optimizers = {str(layer): opt.state_dict() for layer, opt in self.optimizers.items()}
-        return {"batch": self.batch, "generator": self.generator.get_state(), "optimizers": optimizers}
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.batch = state["batch"]
-        self.generator.set_state(state["generator"])
-        for layer, opt in self.optimizers.items():
-            opt.load_state_dict(state["optimizers"][str(layer)])
-
-
 def distill(
     model: nn.Module,
     batches: Iterable[Mapping[str, Tensor]],
@@ -177,6 +81,9 @@ def distill(
     on_batch: Callable[[dict[str, float]], None] | None = None,
 ) -> DistillationReport:
     """Train the routers of a sparse ``model`` on its own dense attention (stage A of the training).
+
+    In several processes (``accelerate launch``, torchrun) every one calls this with the same model and all batches, takes
+    its share of them, and ends with the same routers; only the main process reads and writes the checkpoint.
 
     Args:
         model: a sparse model; its backbone is not changed, which is checked by hash. Its routers end up trained and
@@ -192,7 +99,8 @@ def distill(
         A report with loss, kept mass and recovered share per batch.
 
     Raises:
-        ValueError: no batches, batches too short to have anything to select, or a checkpoint of another run.
+        ValueError: no batches, batches too short to have anything to select, a checkpoint of another run, sharded routers, or
+            padded or packed batches in several processes.
         RuntimeError: the backbone changed.
     """
     config = config or DistillationConfig()
@@ -202,7 +110,8 @@ def distill(
     todo = list(batches)
     if not todo:
         raise ValueError("distill got no batches: give at least one document")
-    distiller = _Distiller(found, config, len(todo))
+    _check_processes(found, todo)
+    distiller = Distiller(found, config, -(-len(todo) // rank_and_size()[1]))
     report = DistillationReport(batches=len(todo), backbone_sha256=backbone_hash(model))
     training, frozen = model.training, [p for router in found for p in router.parameters() if not p.requires_grad]
     model.eval()
@@ -210,17 +119,13 @@ def distill(
         for weight in frozen:
             weight.requires_grad_()
         _start_or_resume(model, distiller, report, todo, config, None if checkpoint is None else Path(checkpoint))
-        with bar(progress) as shown:
-            task = shown.add_task("distilling", total=len(todo), completed=distiller.batch, info="")
-            for batch in todo[distiller.batch :]:
-                row = _train_batch(model, batch, distiller)
-                report.log.append(row)
-                losses = f"KL {row['kl_coarse']:.3f} + {row['kl_fine']:.3f}"
-                shown.update(task, advance=1, info=f"{losses}, recovered share {row['recovered_share']:.3f}")
-                if on_batch is not None:
-                    on_batch(row)
-                if checkpoint is not None and (distiller.batch % config.save_every == 0 or distiller.batch == len(todo)):
-                    _save(model, distiller, report, Path(checkpoint), config)
+        for row in _train(model, todo, distiller, progress=progress):
+            report.log.append(row)
+            if on_batch is not None:
+                on_batch(row)
+            due = distiller.batch % config.save_every == 0 or distiller.batch == distiller.rounds
+            if checkpoint is not None and rank_and_size()[0] == 0 and due:
+                _save(model, distiller, report, Path(checkpoint), config)
     finally:
         model.train(training)
         for weight in frozen:
@@ -234,23 +139,54 @@ def distill(
     return report
 
 
+def _check_processes(found: list[SparseRouter], batches: list[Mapping[str, Tensor]]) -> None:
+    """Raise ValueError for what several processes cannot share."""
+    if any(type(w) is not nn.Parameter or hasattr(w, "ds_id") for router in found for w in router.parameters()):
+        raise ValueError("distill needs whole routers, and these are sharded: call it before accelerator.prepare, in every process")
+    if rank_and_size()[1] == 1:
+        return
+    uneven = [batch for batch in batches if "position_ids" in batch or "cu_seq_lens_q" in batch or not bool(_mask(batch).all())]
+    if uneven:
+        raise ValueError("distill in several processes takes batches of whole rows: no padding, one document in a row")
+
+
+def _mask(batch: Mapping[str, Tensor]) -> Tensor:
+    return batch["attention_mask"] if "attention_mask" in batch else torch.ones(1)
+
+
+def _train(model: nn.Module, batches: list[Mapping[str, Tensor]], distiller: Distiller, *, progress: bool) -> Iterator[dict[str, float]]:
+    """A row for each round that is not done yet; a process without a batch in the last one repeats a batch that does not count."""
+    rank, size = rank_and_size()
+    with bar(progress and rank == 0) as shown:
+        task = shown.add_task("distilling", total=distiller.rounds, completed=distiller.batch, info="")
+        for mine in range(distiller.batch * size + rank, distiller.rounds * size, size):
+            distiller.counts = mine < len(batches)
+            row = _train_batch(model, batches[min(mine, len(batches) - 1)], distiller)
+            losses = f"KL {row['kl_coarse']:.3f} + {row['kl_fine']:.3f}"
+            shown.update(task, advance=1, info=f"{losses}, recovered share {row['recovered_share']:.3f}")
+            yield row
+
+
 def _start_or_resume(
     model: nn.Module,
-    distiller: _Distiller,
+    distiller: Distiller,
     report: DistillationReport,
     batches: list[Mapping[str, Tensor]],
     config: DistillationConfig,
     checkpoint: Path | None,
 ) -> None:
-    if checkpoint is not None and checkpoint.exists():
-        _resume(model, distiller, report, checkpoint, config)
+    state = from_main(torch.load(checkpoint, weights_only=True) if checkpoint is not None and checkpoint.exists() else None)
+    if state is not None:
+        assert checkpoint is not None
+        _resume(model, distiller, report, state, checkpoint, config)
     elif all(router.fresh for router in active_routers(model)):
         distiller.start_index = True
         _forward(model, batches[0], distiller)
         distiller.start_index = False
+    same_everywhere(weight for router in active_routers(model) for weight in router.weights)
 
 
-def _train_batch(model: nn.Module, batch: Mapping[str, Tensor], distiller: _Distiller) -> dict[str, float]:
+def _train_batch(model: nn.Module, batch: Mapping[str, Tensor], distiller: Distiller) -> dict[str, float]:
     _forward(model, batch, distiller)
     if not distiller.losses:
         config = routers(model)[0].config
@@ -263,14 +199,14 @@ def _train_batch(model: nn.Module, batch: Mapping[str, Tensor], distiller: _Dist
 
 
 @torch.no_grad()
-def _forward(model: nn.Module, batch: Mapping[str, Tensor], observer: _Distiller) -> None:
+def _forward(model: nn.Module, batch: Mapping[str, Tensor], observer: Distiller) -> None:
     device = next(model.parameters()).device
     inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
     backbone = getattr(model, "base_model", model)  # the logits are not needed
     backbone(**inputs, use_cache=False, sparse_call=SparseCall(dense=True, observer=observer))
 
 
-def _save(model: nn.Module, distiller: _Distiller, report: DistillationReport, path: Path, config: DistillationConfig) -> None:
+def _save(model: nn.Module, distiller: Distiller, report: DistillationReport, path: Path, config: DistillationConfig) -> None:
     state = {
         "routers": router_state(model),
         "distiller": distiller.state(),
@@ -278,14 +214,19 @@ def _save(model: nn.Module, distiller: _Distiller, report: DistillationReport, p
         "config": asdict(config),
         "hash": report.backbone_sha256,
         "batches": report.batches,
+        "rounds": distiller.rounds,
     }
     write_atomically(path, lambda temporary: torch.save(state, temporary))
 
 
-def _resume(model: nn.Module, distiller: _Distiller, report: DistillationReport, path: Path, config: DistillationConfig) -> None:
-    state = torch.load(path, weights_only=True)
-    if state["hash"] != report.backbone_sha256 or state["config"] != asdict(config) or state["batches"] != report.batches:
-        raise ValueError(f"{path} is a checkpoint of another model or of other settings: remove it or give another path")
+def _resume(
+    model: nn.Module, distiller: Distiller, report: DistillationReport, state: dict[str, Any], path: Path, config: DistillationConfig
+) -> None:
+    known = (state["hash"], state["config"], state["batches"], state.get("rounds", state["batches"]))
+    if known != (report.backbone_sha256, asdict(config), report.batches, distiller.rounds):
+        raise ValueError(
+            f"{path} is a checkpoint of another model, of other settings or of another number of processes: remove it or give another path"
+        )
     load_router_state(model, state["routers"])
     distiller.load(state["distiller"])
     report.log, report.resumed_at = state["log"], distiller.batch

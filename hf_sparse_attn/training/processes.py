@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from torch import nn
+from torch import Tensor, nn
 
 
 def process_state() -> PartialState:
@@ -43,6 +46,54 @@ def materialize_trained(model: nn.Module) -> None:
                 if weight not in made:
                     made[weight] = nn.Parameter(torch.empty_like(weight, device="cpu"))
                 module._parameters[name] = made[weight]
+
+
+def rank_and_size() -> tuple[int, int]:
+    """(rank of this process, number of processes)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def mean_over_processes(values: Mapping[str, float], device: torch.device, counts: bool = True) -> dict[str, float]:
+    """The mean of each value over the processes of which this ``counts``; all call this, with the same names."""
+    if rank_and_size()[1] == 1:
+        return dict(values)
+    sums = torch.tensor([*values.values(), 1.0], dtype=torch.float32, device=device) * float(counts)
+    dist.all_reduce(sums)
+    return dict(zip(values, (sums[:-1] / sums[-1]).tolist(), strict=True))
+
+
+def average_gradients(weights: Sequence[Tensor], counts: bool) -> bool:
+    """Replace the gradients of ``weights`` by their mean over the processes of which this ``counts``.
+
+    All processes call this, with or without gradients of their own. Returns whether any of them counts.
+    """
+    if rank_and_size()[1] == 1:
+        return counts
+    own = [torch.zeros_like(w) if w.grad is None or not counts else w.grad for w in weights]
+    flat = torch.cat([*(grad.flatten() for grad in own), torch.full((1,), float(counts), dtype=own[0].dtype, device=own[0].device)])
+    dist.all_reduce(flat)
+    total = float(flat[-1])
+    if not total:
+        return False
+    for weight, mean in zip(weights, (flat[:-1] / total).split([w.numel() for w in weights]), strict=True):
+        weight.grad = mean.view_as(weight)
+    return True
+
+
+def same_everywhere(weights: Iterable[Tensor]) -> None:
+    """Overwrite ``weights`` with those of the main process."""
+    if rank_and_size()[1] > 1:
+        for weight in weights:
+            dist.broadcast(weight.detach(), 0)
+
+
+def from_main(value: Any) -> Any:
+    """What the main process has as ``value``, in every process."""
+    if rank_and_size()[1] == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, 0)
+    return box[0]
 
 
 def _flag(name: str) -> bool:

@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .collecting import RouterStatistics, TrainingForward, mean_statistics
 from .objective import SparseObjective, split_parameters
+from .processes import mean_over_processes
 from .schedule import SparseTrainingConfig
 
 PREVIEW_TOKENS = 12  # of a batch that gave no finite loss
@@ -108,19 +109,14 @@ class SparseTrainerMixin:
         if self._statistics and "loss" in logs:
             seconds, self._since = time.perf_counter() - self._since, time.perf_counter()
             steps, self._logged_step = self.state.global_step - self._logged_step, self.state.global_step
-            means = self._mean_over_processes({**mean_statistics(self._statistics), "own_kl": self._kl, "tokens": float(self._tokens)})
+            own = {**mean_statistics(self._statistics), "own_kl": self._kl, "tokens": float(self._tokens)}
+            means = mean_over_processes(own, self.accelerator.device)
             logs["task_loss"] = logs["loss"] - means.pop("own_kl") / max(1, steps)
             logs["tokens_per_second"] = means.pop("tokens") * self.accelerator.num_processes / seconds
             logs.update(means)
             logs["peak_memory_bytes"] = peak_memory()
             self._statistics, self._tokens, self._kl = [], 0, 0.0
         super().log(logs, start_time)  # type: ignore[misc]
-
-    def _mean_over_processes(self, values: dict[str, float]) -> dict[str, float]:
-        if self.accelerator.num_processes == 1:
-            return values
-        own = torch.tensor([list(values.values())], dtype=torch.float32, device=self.accelerator.device)
-        return dict(zip(values, self.accelerator.gather(own).mean(0).tolist(), strict=True))
 
     # -- losses that are not finite --------------------------------------------------------------------------------
 

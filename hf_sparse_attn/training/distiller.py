@@ -1,0 +1,114 @@
+"""What trains the routers during the dense forward passes of the distillation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..router import RoutingInputs, SparseRouter
+from .losses import TileLoss, tile_loss
+from .processes import average_gradients, mean_over_processes
+from .svd import start_index
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """Settings of `distill`. A batch is one dense forward pass.
+
+    Raises:
+        ValueError: a field has an impossible value.
+    """
+
+    lr: float = 1e-3  # of stage 1; AdamW, no weight decay
+    index_lr: float = 2e-4  # of stage 2, whose start is good
+    warmup_steps: int = 20  # optimiser steps of linear warm-up; then cosine to a tenth over the rest
+    steps_per_batch: int = 4  # optimiser steps on each forward pass
+    tiles_per_step: int = 4  # query tiles of each row in a step on tiles
+    queries_per_step: int = 48  # single queries of each row in a step on tiles of 1
+    seed: int = 0
+    save_every: int = 4  # batches between checkpoints, if a checkpoint path is given
+
+    def __post_init__(self) -> None:
+        for name in ("steps_per_batch", "tiles_per_step", "queries_per_step", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"distillation.{name} is {getattr(self, name)!r}: must be >= 1")
+        if not (self.lr > 0 and self.index_lr > 0 and self.warmup_steps >= 0):
+            values = f"lr {self.lr!r}, index_lr {self.index_lr!r}, warmup_steps {self.warmup_steps!r}"
+            raise ValueError(f"distillation has {values}: learning rates must be > 0, warmup_steps >= 0")
+
+
+class Distiller:
+    """The observer of the dense forward passes: trains each layer's router as the layer runs."""
+
+    def __init__(self, found: list[SparseRouter], config: DistillationConfig, rounds: int) -> None:
+        self.config, self.rounds = config, rounds
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.optimizers = {r.layer: self._optimizer(r) for r in found}
+        self.total_steps = max(1, rounds * config.steps_per_batch)
+        self.batch = 0
+        self.losses: list[TileLoss] = []
+        self.start_index = False
+        self.counts = True  # whether this process has a batch of its own in this round
+
+    def _optimizer(self, router: SparseRouter) -> torch.optim.AdamW:
+        stages = ((router.wq, router.wk), (router.wq_index, router.wk_index))
+        return torch.optim.AdamW([{"params": list(stage)} for stage in stages], weight_decay=0.0)
+
+    def _schedule(self, step: int) -> float:
+        """Factor on the learning rates at an optimiser step."""
+        config = self.config
+        if step < config.warmup_steps:
+            return (step + 1) / config.warmup_steps
+        done = min(1.0, (step - config.warmup_steps) / max(1, self.total_steps - config.warmup_steps))
+        return 0.55 + 0.45 * math.cos(math.pi * done)
+
+    def __call__(self, router: SparseRouter, inputs: RoutingInputs) -> None:
+        if self.start_index:
+            start_index(router, inputs)
+            return
+        optimizer = self.optimizers[router.layer]
+        for i in range(self.config.steps_per_batch):
+            single = i % 2 == 1
+            tile, count = (1, self.config.queries_per_step) if single else (router.config.query_tile, self.config.tiles_per_step)
+            with torch.enable_grad():
+                loss = tile_loss(router, inputs, tile, count, self.generator)
+                if loss is not None:
+                    (loss.coarse + loss.fine).backward()
+            if not average_gradients(router.weights, loss is not None and self.counts):
+                continue
+            factor = self._schedule(self.batch * self.config.steps_per_batch + i)
+            for group, lr in zip(optimizer.param_groups, (self.config.lr, self.config.index_lr), strict=True):
+                group["lr"] = lr * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if loss is not None and not single:
+                self.losses.append(replace(loss, coarse=loss.coarse.detach(), fine=loss.fine.detach()))
+
+    def row(self) -> dict[str, float]:
+        """Means over the layers and processes of the round just done; recovered share over layers at equal budget."""
+        losses, self.losses = self.losses, []
+        n, device = len(losses), losses[0].coarse.device
+        names = {"kl_coarse": "coarse", "kl_fine": "fine", "kept": "kept", "window": "window", "oracle": "oracle"}
+        own = {name: sum(float(getattr(x, attribute)) for x in losses) / n for name, attribute in names.items()}
+        means = mean_over_processes(own, device, self.counts)
+        gap = means["oracle"] - means["window"]
+        return {
+            "batch": float(self.batch),
+            "kl_coarse": means["kl_coarse"],
+            "kl_fine": means["kl_fine"],
+            "kept_mass": means["kept"],
+            "recovered_share": (means["kept"] - means["window"]) / gap if gap > 0 else 0.0,
+        }
+
+    def state(self) -> dict[str, Any]:
+        optimizers = {str(layer): opt.state_dict() for layer, opt in self.optimizers.items()}
+        return {"batch": self.batch, "generator": self.generator.get_state(), "optimizers": optimizers}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.batch = state["batch"]
+        self.generator.set_state(state["generator"])
+        for layer, opt in self.optimizers.items():
+            opt.load_state_dict(state["optimizers"][str(layer)])
