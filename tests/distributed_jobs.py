@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import ParallelismConfig
+from accelerate.utils import GradientAccumulationPlugin, ParallelismConfig
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
@@ -56,7 +56,7 @@ def killed(name, arguments, step):
 def full(folder, settings, out):
     """Two steps of all weights; then the model is saved whole, with its logits."""
     process_state()
-    accelerator = Accelerator()
+    accelerator = Accelerator(gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
     model = load(folder, settings)
     objective = SparseObjective(model, SparseTrainingConfig(router_lr=5e-3, anneal={"density": (0.5, 0.05)}))
     optimizer = torch.optim.AdamW(objective.parameter_groups(1e-3))
