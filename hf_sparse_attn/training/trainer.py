@@ -74,7 +74,8 @@ class SparseTrainerMixin:
         forward = self.objective.forward(self.state.global_step, self.state.max_steps)
         share = self._share(inputs, num_items_in_batch)
         called = {**inputs, "sparse_call": forward.call}
-        loss, outputs = super().compute_loss(model, called, True, num_items_in_batch)  # type: ignore[misc]
+        got = super().compute_loss(model, called, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        loss, outputs = got if return_outputs else (got, None)  # TRL runs the model again for outputs that are asked for
         kl = forward.kl_loss(share).to(loss)
         loss = loss + kl
         self._note(forward, inputs, float(kl.detach()) / (1 if self._scaled(num_items_in_batch) else self.args.gradient_accumulation_steps))
