@@ -66,13 +66,15 @@ def chunk_loss(model: Any) -> Any:
     device, which has no numbers, is taken as it is.
 
     Raises:
-        ValueError: the model has no output layer, or its own loss is another one.
+        ValueError: the model has no output layer, its own loss is another one, or ZeRO-3 sharded its weights, so that this is not known.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if base.get_output_embeddings() is None:
         raise ValueError(f"{type(base).__name__} has no output layer over a vocabulary: its loss needs no chunks")
     if getattr(base, UNDO, None) is not None:
         return model
+    if hasattr(base.get_output_embeddings().weight, "ds_id"):
+        raise ValueError("chunk_loss compares losses before training, which needs whole weights: leave it out under ZeRO-3, or use FSDP2")
     has_numbers = base.device.type != "meta"
     want = _check_loss(base) if has_numbers else 0.0
     forward, own_loss, head = base.forward, base.loss_function, _Head(base)
