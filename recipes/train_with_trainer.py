@@ -72,6 +72,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         log = [row for row in trainer.state.log_history if "task_loss" in row]
         (options.out / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    trainer.accelerator.end_training()  # no process leaves while others still talk to it
 
 
 def training_arguments(options: argparse.Namespace) -> TrainingArguments:
@@ -83,10 +84,11 @@ def training_arguments(options: argparse.Namespace) -> TrainingArguments:
         "train_sampling_strategy": "sequential",
     }
     if not options.sft:
-        return TrainingArguments(**made, **options.arguments)
+        return TrainingArguments(**{**made, **options.arguments})
     from trl import SFTConfig
 
-    return SFTConfig(**made, max_length=options.context, packing=True, padding_free=True, **options.arguments)
+    own = {"max_length": options.context, "packing": True, "padding_free": True, "bf16": torch.accelerator.is_available()}
+    return SFTConfig(**{**made, **own, **options.arguments})
 
 
 def make_trainer(options: argparse.Namespace, model: Any, settings: Any, documents: list[Document], tokenizer: Any) -> Trainer:

@@ -110,6 +110,16 @@ def distill(folder, settings, out, batches):
     write(out, {"log": report.log, "resumed_at": report.resumed_at})
 
 
+def chunked(folder, settings, out):
+    """What chunk_loss says where DeepSpeed shards the weights as they are loaded."""
+    process_state()
+    accelerator = Accelerator(gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))  # noqa: F841  (turns ZeRO-3 on)
+    try:
+        hf_sparse_attn.chunk_loss(load(folder, settings))
+    except ValueError as error:
+        write(out, str(error))
+
+
 def split(folder, settings, out):
     """What is said to sequences and layers that are split over processes."""
     process_state()

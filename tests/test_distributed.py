@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import os
@@ -23,11 +24,8 @@ JOBS = str(ROOT / "tests/distributed_jobs.py")
 TOLERANCE = 1e-4  # of the issue; what is measured is 1e-6
 STEPS = 7  # 25 rows, four a step: the last step has one
 TRAINING = {"router_lr": 0.005, "kl_tile_share": 2, "dense_every": 3}
-LAUNCHED = [
-    "ddp",
-    "fsdp2",
-    pytest.param("zero3", marks=pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="needs deepspeed")),
-]
+ZERO3 = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="needs deepspeed")
+LAUNCHED = ["ddp", "fsdp2", pytest.param("zero3", marks=ZERO3)]
 
 
 def environment():
@@ -122,6 +120,8 @@ def launched(alone, arguments, llama_folder, real_budget, request):
                 request.getfixturevalue("dead")  # its run is the one that goes on here
                 jobs += [[job, {**common, "out": str(make_folders(alone, job))}] for job in ("plain", "split")]
                 jobs += [["distill", {**common, "out": str(make_folders(alone, "distill")), "batches": [1] * 5}]] * 2  # and resumed
+            if config == "zero3":
+                jobs.append(["chunked", {**common, "out": str(make_folders(alone, "chunked"))}])
             done[config] = launch(config, jobs)
         code, said = done[config]
         (alone / f"said-{config}").write_text(said)
@@ -216,6 +216,11 @@ def test_split_sequences_are_refused_by_name(launched):
         assert f"{kind} parallelism ({kind[0]}p_size=2) is not supported" in message
 
 
+@ZERO3
+def test_a_chunked_loss_is_refused_under_zero3(launched):
+    assert "leave it out under ZeRO-3" in (launched("zero3") / "chunked/result.json").read_text()
+
+
 # -- distillation ---------------------------------------------------------------------------------------------------
 
 
@@ -230,3 +235,27 @@ def test_distilled_routers_are_alike_and_those_of_one_process_with_whole_batches
     assert len(alone["log"]) == shared["resumed_at"] == 3
     for ours, theirs in zip(shared["log"], alone["log"], strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+# -- TRL ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("trl"), reason="needs trl: pip install 'hf_sparse_attn[trl]'")
+def test_sft_packed_without_padding_has_the_same_curve_in_two_processes(work, arguments, llama_folder, word_tokenizer, random_words):
+    """With gradient checkpointing, TRL's default."""
+    folder = make_folders(work, "sft")
+    for file in llama_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tokenizer = copy.deepcopy(word_tokenizer)
+    tokenizer.eos_token = "<bos>"
+    tokenizer.save_pretrained(folder)
+    text = folder / "documents.txt"
+    text.write_text("\n\n".join(random_words(40 + 7 * i, seed=i) for i in range(14)))
+    given = ["--sft", "--model", str(folder), "--text", str(text), "--arguments", '{"max_steps": 4}']
+    for name, batch_size in (("sft-alone", 2), ("sft-two", 1)):
+        job = ["recipe", {"name": "train_with_trainer.py", "arguments": [*arguments(name, batch_size), *given]}]
+        code, said = launch("ddp", [job]) if batch_size == 1 else run([JOBS, json.dumps([job])])
+        assert code == 0, said[-6000:]
+    want, got = (curve(work / name, "task_loss", "grad_norm") for name in ("sft-alone", "sft-two"))
+    assert want.shape == (4, 2) and curve(work / "sft-two", "kl").min() > 1e-3
+    torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE)
