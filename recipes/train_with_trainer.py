@@ -72,7 +72,8 @@ def main() -> None:
     if trainer.is_world_process_zero():
         log = [row for row in trainer.state.log_history if "task_loss" in row]
         (options.out / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
-    trainer.accelerator.end_training()  # no process leaves while others still talk to it
+    trainer.accelerator.wait_for_everyone()  # gloo may hang or abort where a process ends right after a collective
+    trainer.accelerator.end_training()
 
 
 def training_arguments(options: argparse.Namespace) -> TrainingArguments:

@@ -150,4 +150,5 @@ if __name__ == "__main__":
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()
         end()
