@@ -129,7 +129,7 @@ def _ratios(times: Mapping[str, list[float]], dense_every: int, tokens: int) -> 
 
 
 def padded_batch(documents: Sequence[Tensor], left: bool = False) -> dict[str, Tensor]:
-    """Documents (token ids [n] each) as rows padded to the longest: ids, mask and labels, [len(documents), N]."""
+    """Documents (token ids [n] each) as rows padded to the longest: ids, mask, positions and labels, [len(documents), N]."""
     width = max(len(ids) for ids in documents)
     ids, mask = (torch.zeros(len(documents), width, dtype=torch.long) for _ in range(2))
     for row, document in enumerate(documents):
@@ -138,7 +138,8 @@ def padded_batch(documents: Sequence[Tensor], left: bool = False) -> dict[str, T
     labels = ids.masked_fill(mask == 0, IGNORED)
     if left:
         labels[torch.arange(len(documents)), mask.argmax(1)] = IGNORED  # a pad predicts nothing
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels}
 
 
 def packed_batch(documents: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from ..plan import make_plan
 from ..router import RoutingInputs, SparseRouter
+from .carrying import Carried, carry
+
+SCORE_BYTES = 1 << 22  # of the stage-2 scores that exist at a time
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,9 @@ def tile_loss(router: SparseRouter, inputs: RoutingInputs, query_tile: int, coun
     candidates = plan.best(scores.detach(), tiles, plan.candidates[tiles])
     target = plan.best(mass, tiles, plan.free[tiles])
     chosen = _union(candidates, target, plan.grid.blocks)
-    estimate = _fine_estimate(router, inputs, plan, tiles, q_tiles, chosen)
-    valid = chosen >= 0
-    teacher = mass.gather(-1, chosen.clamp(min=0))
-    fine = masked_kl(teacher, estimate[..., : chosen.shape[-1]].clamp(min=1e-20).log(), valid)
+    fine, estimate = _fine_loss(router, inputs, plan, tiles, q_tiles, chosen, mass)
 
-    seen = _by_block(estimate.detach()[..., : chosen.shape[-1]], chosen, plan.grid.blocks)
+    seen = _by_block(estimate, chosen, plan.grid.blocks)
     passed = _members(candidates, plan.grid.blocks)  # inference sees the candidates only
     kept = _mean_kept(mass, plan.assemble(plan.best(seen.masked_fill(~passed, -torch.inf), tiles, plan.free[tiles]), tiles))
     oracle = _mean_kept(mass, plan.assemble(target, tiles))
@@ -87,8 +87,13 @@ def masked_kl(teacher: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
     p = weight / total.clamp(min=1e-20)
     log_q = F.log_softmax(logits.float().masked_fill(~mask, -torch.inf), -1).masked_fill(~mask, 0.0)
     kl = (torch.xlogy(p, p) - p * log_q).sum(-1)
-    rows = (total[..., 0] > 1e-12).float()
+    rows = _taught(teacher, mask)[..., 0]
     return (kl * rows).sum() / rows.sum().clamp(min=1)
+
+
+def _taught(teacher: Tensor, mask: Tensor) -> Tensor:
+    """1 for the rows whose teacher has mass inside ``mask``, else 0: float32 [..., 1]."""
+    return ((teacher.float() * mask).sum(-1, keepdim=True) > 1e-12).float()
 
 
 def window_blocks(plan: TilePlan, tiles: Tensor, mass: Tensor) -> Tensor:
@@ -124,11 +129,37 @@ def _union(a: Tensor, b: Tensor, blocks: int) -> Tensor:
     return torch.where(member.gather(-1, index) > 0, index, -1)
 
 
-def _fine_estimate(router: SparseRouter, inputs: RoutingInputs, plan: TilePlan, tiles: Tensor, q_tiles: Tensor, chosen: Tensor) -> Tensor:
-    """Stage-2 mass of ``chosen`` [B, G, m, L] and the forced blocks, differentiable: [B, G, m, L + forced]."""
-    blocks = torch.cat([chosen, plan.forced_blocks(tiles).expand(*chosen.shape[:2], -1, -1)], -1)
+def _fine_loss(
+    router: SparseRouter, inputs: RoutingInputs, plan: TilePlan, tiles: Tensor, q_tiles: Tensor, chosen: Tensor, mass: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(stage 2's KL over the blocks ``chosen`` [B, G, m, L], its estimate of their mass, of the same shape).
+
+    A few tiles at a time, each with its gradient: the scores of all tiles would take memory that grows with the square of
+    the length at a fixed density.
+    """
+    batch, width, size = chosen.shape[:2], chosen.shape[-1], plan.grid.block_size
+    blocks = torch.cat([chosen, plan.forced_blocks(tiles).expand(*batch, -1, -1)], -1)
     reps = router.representatives(plan.grid, tiles.device)
     heads = torch.arange(reps.shape[0], device=tiles.device)[:, None]
     queries = router.index_queries(q_tiles[:, :, heads, reps], fold=True) * inputs.scale
     keys = inputs.k.float().flatten(0, 1).contiguous()
-    return fine_mass(queries, keys, plan.grid, tiles, blocks.flatten(0, 1), reps).view_as(blocks)
+    teacher, valid = mass.gather(-1, chosen.clamp(min=0)), chosen >= 0
+    rows = _taught(teacher, valid).sum((0, 1, 3))  # of each tile
+    step = max(1, SCORE_BYTES // (4 * blocks[:, :, 0].numel() * size * reps.numel()))
+    learns = torch.is_grad_enabled() and queries.requires_grad
+    total, carried, parts, of_queries = queries.new_zeros(()), Carried(rows.sum().clamp(min=1)), [], []
+    for at in range(0, len(tiles), step):
+        part = slice(at, at + step)
+        leaf = queries[:, part].detach().requires_grad_(learns)
+        found = fine_mass(leaf, keys, plan.grid, tiles[part], blocks[:, :, part].flatten(0, 1), reps)
+        found = found.view(*batch, *found.shape[1:])[..., :width]
+        loss = masked_kl(teacher[:, :, part], found.clamp(min=1e-20).log(), valid[:, :, part]) * rows[part].sum()
+        if learns:
+            of_queries.append(torch.autograd.grad(loss, leaf)[0])
+        total += loss.detach()
+        parts.append(found.detach())
+    mean = total / carried.weight
+    if learns:
+        carried.grads = [torch.cat(of_queries, 1)]
+        mean = carry(mean, carried, [queries])
+    return mean, torch.cat(parts, 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,9 @@ def fine_mass_torch(
     memory = None if scratch is None else scratch.take("keys", (rows, m, blocks.shape[-1] * grid.block_size, e), keys)
     gathered = gather_blocks(keys, blocks, grid.block_size, memory)
     mass = None if scratch is None else _unshifted_mass(queries.flatten(2, 3), gathered, grid, blocks, q_pos, share, scratch)
-    if mass is None:
+    if torch.is_grad_enabled() and queries.requires_grad and not keys.requires_grad:
+        mass = _LearnedMass.apply(queries.flatten(2, 3), gathered, grid, blocks, q_pos, share)
+    elif mass is None:
         scores = torch.matmul(gathered, queries.flatten(2, 3).transpose(2, 3))
         _hide(scores, grid, blocks, q_pos)
         mass = torch.matmul(torch.softmax(scores.float(), 2), share[..., None])
@@ -78,6 +82,38 @@ def _unshifted_mass(
         return None
     norm = (share.repeat(rows, 1)[:, None] / total).to(weights.dtype)
     return torch.bmm(weights, norm.transpose(1, 2)).view(rows, m, -1)
+
+
+class _LearnedMass(torch.autograd.Function):
+    """Mass of every gathered key with gradient to the queries: of the scores only the exponentials are kept, in place.
+
+    The gradient of a score is weight · norm · (g − the weighted mean of g), so three products of the exponentials with
+    narrow matrices give the gradient of the queries, and nothing of the size of the scores is made in the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, grid: TileGrid, blocks: Tensor, q_pos: Tensor, share: Tensor) -> Tensor:
+        scores = torch.matmul(keys, queries.transpose(2, 3))
+        _hide(scores, grid, blocks, q_pos)
+        weights = scores.exp_()
+        total = weights.sum(2)
+        if not bool(((total > SMALLEST_TOTAL) & (total < 1 / SMALLEST_TOTAL)).all()):
+            scores = torch.matmul(keys, queries.transpose(2, 3))
+            _hide(scores, grid, blocks, q_pos)
+            weights = torch.softmax(scores, 2)
+            total = torch.ones_like(total)
+        mass = torch.matmul(weights, (share / total)[..., None])
+        ctx.save_for_backward(keys, weights, total, share, mass)
+        return mass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        keys, weights, total, share, mass = ctx.saved_tensors
+        g = grads[0] - (grads[0] * mass).sum(2, keepdim=True)  # a constant does not count: near zero less is cancelled
+        products = torch.matmul(weights.transpose(2, 3), torch.cat([g * keys, keys, g], -1))
+        weighted, plain, mean = products.split((keys.shape[-1], keys.shape[-1], 1), -1)
+        of_queries = (weighted - mean / total[..., None] * plain) * (share / total)[..., None]
+        return of_queries, None, None, None, None, None
 
 
 def block_mass_torch(q: Tensor, k: Tensor, grid: TileGrid, tiles: Tensor, scale: float) -> Tensor:
