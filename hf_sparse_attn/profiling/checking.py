@@ -10,8 +10,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..config import SparseAttentionConfig
 from ..sites import routers
 from ..training.adaptation import AdaptationConfig
+from .calibration import measure_cpu
 from .contenders import DENSE, SPARSE, STOCK
-from .devices import GPUS, Device, gpu, measure_cpu
+from .devices import GPUS, Device, gpu
 from .planning import plan_training
 
 PLANNED = {SPARSE: "sparse", DENSE: "dense", STOCK: "stock"}  # kinds of the benchmark -> attention of a plan
@@ -19,13 +20,7 @@ PLANNED = {SPARSE: "sparse", DENSE: "dense", STOCK: "stock"}  # kinds of the ben
 
 def named_device(name: str, config: Any, dtype: torch.dtype) -> Device:
     """The GPU of that name, or "cpu", measured here on sizes of the model that ``config`` is of. Raises ValueError for others."""
-    if name != "cpu":
-        return gpu(name)
-    text = config.get_text_config()
-    heads = int(text.num_attention_heads)
-    groups = int(getattr(text, "num_key_value_heads", None) or heads)
-    head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
-    return measure_cpu(str(dtype).removeprefix("torch."), int(text.hidden_size), heads, groups, head_dim)
+    return measure_cpu(config, dtype) if name == "cpu" else gpu(name)
 
 
 def device_here(model: PreTrainedModel) -> Device | None:

@@ -1,22 +1,11 @@
-"""What a device can do: memory, rates of products, of memory and of attention. GPUs by data sheet, the CPU by a measurement."""
+"""What a device can do: memory, rates of products, of memory and of attention. GPUs by their data sheets; the CPU: `calibration`."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from hf_sparse_attn_kernels import block_sparse_attention
-from torch import Tensor
-
-from ..plan import make_plan
-from ..training.losses import tile_loss
-from .layer import Layer, LayerShape
-from .meters import timed
-from .work import AttentionShape, layer_work
 
 GB = 10**9
 # shares of a GPU's peak that are assumed; none of them was measured with this library
@@ -24,10 +13,6 @@ MATMUL, ATTENTION, SPARSE_ATTENTION, ROUTING, BANDWIDTH = 0.6, 0.4, 0.25, 0.1, 0
 RESERVED_BYTES = 3 * GB // 4  # what CUDA's context and the kernels take before any tensor
 FRAGMENTATION = 1.05  # memory that torch's caching allocator holds over what tensors need
 LAUNCH_SECONDS = 6e-6  # of one operation: Python and the launch, where the device does not hide it
-OPERATION_SECONDS = 5e-6  # of one operation on a CPU, beside its work
-CALIBRATION_TOKENS = 4096
-CALIBRATION_KEYS = 1024
-TAUGHT_SHARE = 16  # the KL of the calibration is computed on one tile in so many
 
 
 @dataclass(frozen=True)
@@ -101,75 +86,3 @@ def available_memory() -> int:
     except FileNotFoundError:
         return 2**63 - 1
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-
-
-def measure_cpu(dtype: str = "bfloat16", hidden: int = 1024, heads: int = 9, groups: int = 3, head_dim: int = 64) -> Device:
-    """This CPU, by a measurement of about two seconds on sizes like those of the model."""
-    shape = LayerShape(CALIBRATION_TOKENS, CALIBRATION_KEYS, dtype=dtype, heads=heads, groups=groups, head_dim=head_dim)
-    layer = Layer(shape)
-    selection = layer.select()
-    q, k, v = leaves = tuple(x.detach().clone().requires_grad_() for x in (layer.q, layer.k, layer.v))
-
-    def dense_attention() -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads > groups)
-
-    def sparse_attention() -> Tensor:
-        return block_sparse_attention(q, k, v, selection)[0]
-
-    work = layer_work(layer.router.config, AttentionShape(1, heads, groups, head_dim), shape.length, TAUGHT_SHARE, 2)
-    kind: torch.dtype = getattr(torch, dtype)
-    return Device(
-        "cpu",
-        available_memory(),
-        {name: _product_rate(name, hidden) for name in {kind, torch.float32}},
-        _bandwidth(kind, hidden),
-        _attention_rates(dense_attention, leaves, 4 * heads * head_dim * shape.dense_pairs),
-        _attention_rates(sparse_attention, leaves, shape.flops),
-        work.routing / _seconds(layer.select),
-        work.teaching / _seconds(lambda: _teach(layer)),
-        OPERATION_SECONDS,
-        note="measured on this machine just now",
-    )
-
-
-def _teach(layer: Layer) -> None:
-    weights = list(layer.router.requires_grad_(True).parameters())
-    plan = make_plan(layer.router.config, layer.inputs.grid(layer.router.config.query_tile, layer.shape.block_size))
-    count = -(-int(plan.open.sum()) // TAUGHT_SHARE)
-    loss = tile_loss(layer.router, layer.inputs, layer.router.config.query_tile, count, torch.Generator().manual_seed(0))
-    assert loss is not None
-    torch.autograd.grad(loss.coarse + loss.fine, weights)
-
-
-def _seconds(function: Callable[[], object], least: float = 0.15) -> float:
-    """Median seconds of a call, after one that warms up."""
-    function()
-    times = [timed(function)]
-    while sum(times) < least and len(times) < 9:
-        times.append(timed(function))
-    return statistics.median(times)
-
-
-def _product_rate(dtype: torch.dtype, hidden: int) -> float:
-    x, w = torch.randn(1024, hidden).to(dtype), torch.randn(4 * hidden, hidden).to(dtype)
-    return 8 * 1024 * hidden * hidden / _seconds(lambda: F.linear(x, w))
-
-
-def _bandwidth(dtype: torch.dtype, hidden: int) -> float:
-    """Bytes per second of element-wise operations, as a norm or an activation makes them."""
-    x, y = (torch.randn(4096, hidden).to(dtype) for _ in range(2))
-
-    def some() -> Tensor:
-        return (x * y).float().square().to(dtype) + y
-
-    moved = 8 * x.element_size() + 4 * 4  # per element: operands and results of the five operations
-    return x.numel() * moved / _seconds(some)
-
-
-def _attention_rates(attention: Callable[[], Tensor], leaves: tuple[Tensor, ...], flops: float) -> tuple[float, float]:
-    """Rates of forward and backward pass, the latter of two and a half times the operations."""
-    with torch.no_grad():
-        forward = _seconds(attention)
-    grad = torch.randn(leaves[0].shape).to(leaves[0].dtype)
-    both = _seconds(lambda: torch.autograd.grad(attention(), leaves, grad))
-    return flops / forward, 2.5 * flops / max(both - forward, forward)

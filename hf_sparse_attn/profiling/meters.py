@@ -7,15 +7,13 @@ import ctypes.util
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 PAGE_BYTES = 4096
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt, from glibc's malloc.h
 
 
 class BenchmarkError(RuntimeError):
@@ -68,34 +66,10 @@ def _resident() -> int:
 
 def _release_freed_memory() -> None:
     """Give memory that the C library holds on to back to the system (glibc only), so that a peak is not hidden by it."""
-    trim = _glibc("malloc_trim")
+    libc = ctypes.util.find_library("c")
+    trim = getattr(ctypes.CDLL(libc), "malloc_trim", None) if libc else None
     if trim is not None:
         trim(0)
-
-
-def _glibc(name: str) -> Any:
-    """A function of the C library, None where it is another one than glibc."""
-    libc = ctypes.util.find_library("c")
-    return getattr(ctypes.CDLL(libc), name, None) if libc else None
-
-
-@contextmanager
-def mapped_allocations() -> Iterator[None]:
-    """Give every tensor of 128 kB or more a mapping of its own, which goes back to the system when it is freed (glibc only).
-
-    Otherwise tensors up to 32 MB come from a heap that keeps what it got: the resident memory of a training step was then
-    up to a half more than its tensors need, and another one in every step. It costs time: for memory only, not for times.
-    """
-    mallopt = _glibc("mallopt")
-    if mallopt is None:
-        yield
-        return
-    mallopt(M_MMAP_THRESHOLD, 1 << 17)
-    try:
-        yield
-    finally:  # the values that glibc itself arrives at when large memory is freed
-        mallopt(M_MMAP_THRESHOLD, 1 << 25)
-        mallopt(M_TRIM_THRESHOLD, 1 << 26)
 
 
 def timed(function: Callable[[], object], device: str = "cpu") -> float:

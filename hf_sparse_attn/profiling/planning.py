@@ -21,7 +21,6 @@ from .work import AttentionShape, LayerWork, layer_work
 FEW, MORE = 2, 4  # layers of the two steps that are simulated; all others are like those between
 LONGEST = 1 << 24  # tokens: no longer rows are looked for
 STATES = 2  # of AdamW for each trained weight, beside the weight and its gradient
-CARRIED = 2  # further copies of the routers' gradients: what the KL carries, and the frozen original that PEFT keeps
 SLACK = 512 * 1024**2  # bytes on a CPU that must stay free for the process itself
 
 
@@ -171,7 +170,6 @@ def _static(simulated: Simulated, model: _Model, attention: str, learns: bool) -
 def _peak(simulated: Simulated, model: _Model, work: LayerWork, attention: str, learns: bool, padded: bool, length: int) -> dict[str, int]:
     """The largest phase of a step: what it holds by when that was made, and what sparse attention adds to it."""
     sparse = attention == "sparse"
-    carried = 4 * model.router_weights * CARRIED if learns else 0
     held = {"selections": work.selection_bytes * model.sparse_layers} if sparse else {}
     if padded and attention == "stock":
         held["mask"] = model.shape.batch * length**2
@@ -180,7 +178,7 @@ def _peak(simulated: Simulated, model: _Model, work: LayerWork, attention: str, 
         names = {FORWARD: "kept activations", LOSS: "logits and loss", BACKWARD: "recomputed layer and gradients"}
         needs = {names[label]: int(size) for label, size in labels.items() if size}
         if learns:
-            needs["router gradients"] = carried
+            needs["router gradients"] = 4 * model.router_weights * (2 if phase == BACKWARD else 1)  # carried, then handed over, too
         if phase == FORWARD and attention != "stock":
             needs["KL" if learns else "routing"] = max(work.teaching_bytes if learns else 0, work.routing_bytes if sparse else 0)
         phases.append({**needs, **held})
@@ -219,7 +217,7 @@ def longest_length(device: Device, most: int = LONGEST, **options: Any) -> int:
     while high <= most and fits(plan_training(device=device, length=high, **options), device):
         low, high = high, 2 * high
     step = max(low // 8, 32)
-    while low + step < high and fits(plan_training(device=device, length=low + step, **options), device):
+    while low + step < min(high, most + 1) and fits(plan_training(device=device, length=low + step, **options), device):
         low += step
     return low
 

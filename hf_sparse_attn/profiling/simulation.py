@@ -150,7 +150,7 @@ def meta_model(config: Any, dtype: torch.dtype, lora: AdaptationConfig) -> Any:
     Raises:
         ValueError: it is no causal model, or has no module that LoRA is to go on.
     """
-    with torch.device("meta"), _quiet():
+    with torch.device("meta"), quiet():
         return plain_lora(AutoModelForCausalLM.from_config(config, dtype=dtype), lora)
 
 
@@ -172,7 +172,7 @@ def simulate_step(config: Any, dtype: torch.dtype, lora: AdaptationConfig, batch
     meter = _Meter([*model.parameters(), *model.buffers()])
     ids = torch.empty(batch, length, dtype=torch.long, device="meta")
     try:
-        with _quiet(), meter:
+        with quiet(), meter:
             _run(model, base, meter, ids)
     except (NotImplementedError, RuntimeError) as error:
         raise ValueError(f"{type(base).__name__} cannot be planned, its forward pass depends on values: {error}") from error
@@ -201,7 +201,8 @@ def _run(model: Any, base: Any, meter: _Meter, ids: Tensor) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """No warnings within a ``with`` block."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what Transformers says about checkpointing without data
         yield

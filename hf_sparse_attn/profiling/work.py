@@ -10,6 +10,9 @@ from hf_sparse_attn_kernels import TileGrid
 from ..config import SparseAttentionConfig
 from ..plan import make_plan
 from ..router import QUERY_RUNS
+from ..training.losses import SCORE_BYTES
+
+KEY_COPIES = 4  # of the gathered keys of the KL's stage 2, in its backward pass
 
 
 @dataclass(frozen=True)
@@ -65,16 +68,13 @@ def layer_work(config: SparseAttentionConfig, shape: AttentionShape, length: int
             fine += 2 * samples * index_dim * scored
     taught = -(-open_tiles // tile_share) if tile_share else 0
     teacher = taught * 2 * hg * config.query_tile * d * length // 2
-    kept_per_tile = plan.width
+    scored_at_a_time = 4 * rows * widest * max(1, min(taught, SCORE_BYTES // max(1, 4 * rows * widest * samples)))
     return LayerWork(
         dense_pairs=length * (length + 1) // 2,
         kept_pairs=kept_pairs,
         routing=rows * (coarse + fine),
         teaching=rows * (teacher + (3 * fine * taught // open_tiles if open_tiles else 0)),
-        selection_bytes=rows * len(plan.budgets) * kept_per_tile * 8,  # int32 indices, float32 scores
+        selection_bytes=rows * len(plan.budgets) * plan.width * 8,  # int32 indices, float32 scores
         routing_bytes=rows * (length // config.block_size * router_dim * (4 + dtype_bytes)) + (1 << 23),
-        teaching_bytes=rows * (taught * widest * 4 * (index_dim + SCORE_COPIES * samples) + length * d * 4),
+        teaching_bytes=rows * length * d * 4 + scored_at_a_time * (index_dim * KEY_COPIES + samples),
     )
-
-
-SCORE_COPIES = 4  # of the stage-2 scores of a KL's tiles that exist at a time: scores, softmax and the gradients of both
