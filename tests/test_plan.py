@@ -241,6 +241,18 @@ def test_impossible_plans_are_refused(plan, options, message):
         plan(**options)
 
 
+@pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text", "olmo3", "smollm3", "mistral"])
+def test_layers_with_a_window_are_counted_as_such(plan, model_type):
+    from tiny_models import tiny_config as tiny
+
+    made = {attention: plan(config=tiny(model_type), attention=attention) for attention in ("stock", "sparse")}
+    windowed = "attention in a window" in made["stock"].time
+    assert windowed == (model_type in ("qwen3", "gemma3_text", "olmo3")) and made["sparse"].time["sparse attention"] > 0
+    if windowed:  # 40 of up to 512 keys in one of three layers
+        share = made["stock"].time["attention in a window"] / made["stock"].time["dense attention"]
+        assert share == pytest.approx(40 / (513 / 2) / 2)
+
+
 def test_models_whose_layers_depend_on_values_are_refused_by_name(plan):
     from tiny_models import tiny_config as tiny
 

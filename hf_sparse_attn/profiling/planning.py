@@ -87,6 +87,8 @@ class _Model:
     shape: AttentionShape
     layers: int
     sparse_layers: int
+    window_layers: int  # whose attention reads ``window`` keys at most
+    window: int
     router_weights: int
     sparse: SparseAttentionConfig
 
@@ -123,8 +125,7 @@ def plan_training(
     training = training or AdaptationConfig()
     stock = stock_config(config)
     model = _describe(stock, batch, _settings(config, sparse_attention))
-    few, more = (simulate_step(with_layers(stock, n), dtype, training, batch, length) for n in (FEW, MORE))
-    simulated = more.beyond(few, (model.layers - MORE) / (MORE - FEW))
+    simulated = _simulate(stock, model.layers, dtype, training, batch, length)
     work = layer_work(model.sparse, model.shape, length, training.kl_tile_share if training.kl_weight > 0 else 0, dtype.itemsize)
     learns = attention != "stock" and training.kl_weight > 0
     return TrainingPlan(
@@ -136,11 +137,19 @@ def plan_training(
         {"backbone": simulated.parameters, "lora": simulated.trained, "routers": 0 if attention == "stock" else model.router_weights},
         _static(simulated, model, attention, learns),
         _peak(simulated, model, work, attention, learns, padded, length),
-        _time(simulated, model, work, attention, learns, device, training),
+        _time(simulated, model, work, attention, learns, device, training, length),
         device.fragmentation,
         device.reserved_bytes,
         {"gradient_checkpointing": training.gradient_checkpointing, "chunked_loss": training.chunked_loss, "rank": training.rank},
     )
+
+
+def _simulate(stock: Any, layers: int, dtype: torch.dtype, training: AdaptationConfig, batch: int, length: int) -> Simulated:
+    """The step of all layers; of many from two with few."""
+    if layers <= MORE:
+        return simulate_step(stock, dtype, training, batch, length)
+    few, more = (simulate_step(with_layers(stock, n), dtype, training, batch, length) for n in (FEW, MORE))
+    return more.beyond(few, (layers - MORE) / (MORE - FEW))
 
 
 def _settings(config: Any, given: Any) -> SparseAttentionConfig:
@@ -157,7 +166,9 @@ def _describe(stock: Any, batch: int, sparse: SparseAttentionConfig) -> _Model:
     router = found[0]
     shape = AttentionShape(batch, router.heads, router.groups, router.head_dim)
     weights = sum(p.numel() for r in found for p in r.parameters())
-    return _Model(shape, int(stock.get_text_config().num_hidden_layers), len(found) - len(sparse.dense_layers), weights, sparse)
+    text = stock.get_text_config()
+    layers, window = int(text.num_hidden_layers), int(getattr(text, "sliding_window", None) or 0)
+    return _Model(shape, layers, len(found) - len(sparse.dense_layers), layers - len(found) if window else 0, window, weights, sparse)
 
 
 def _static(simulated: Simulated, model: _Model, attention: str, learns: bool) -> dict[str, int]:
@@ -186,7 +197,14 @@ def _peak(simulated: Simulated, model: _Model, work: LayerWork, attention: str, 
 
 
 def _time(
-    simulated: Simulated, model: _Model, work: LayerWork, attention: str, learns: bool, device: Device, training: AdaptationConfig
+    simulated: Simulated,
+    model: _Model,
+    work: LayerWork,
+    attention: str,
+    learns: bool,
+    device: Device,
+    training: AdaptationConfig,
+    length: int,
 ) -> dict[str, float]:
     """Seconds by part: every operation takes what its products or its bytes take, whichever is longer."""
     slowest = min(device.products.values())
@@ -197,9 +215,12 @@ def _time(
         time["products" if by_products > by_bytes else "element-wise"] += count * max(by_products, by_bytes, device.operation_seconds)
     forwards = 2 if training.gradient_checkpointing else 1
     sparse_layers = model.sparse_layers if attention == "sparse" else 0
+    full_layers = model.layers - sparse_layers - model.window_layers
+    near = min(length * model.window, work.dense_pairs)
     per_pair = 4 * model.shape.batch * model.shape.heads * model.shape.head_dim
     for name, layers, pairs, (forward, backward) in (
-        ("dense attention", model.layers - sparse_layers, work.dense_pairs, device.attention),
+        ("dense attention", full_layers, work.dense_pairs, device.attention),
+        ("attention in a window", model.window_layers, near, device.attention),
         ("sparse attention", sparse_layers, work.kept_pairs, device.sparse_attention),
     ):
         if layers:
