@@ -39,23 +39,25 @@ def training(
     options: dict[str, Any] = {"gradient_checkpointing": gradient_checkpointing, "chunked_loss": chunked_loss, "dense_every": dense_every}
     config = AdaptationConfig(rank=lora_rank, target_modules=names, batch_size=batch, **options)
     lengths, budget = integers(length, "--length"), _budget(keys, density)
-    for n in lengths:
-        if n < 1:
-            raise ValueError(f"--length is {n}: must be >= 1")
+    for option, value in (*(("--length", n) for n in lengths), ("--steps", steps)):
+        if value < 1:
+            raise ValueError(f"{option} is {value}: must be >= 1")
     if plan:
         _plan(folder, lengths, budget, config, gpu, dtype, padded, json_path)
         return
     if text is None:
         raise ValueError("--text is missing: name the texts to train on, or ask for --plan")
-    if steps < 1:
-        raise ValueError(f"--steps is {steps}: must be >= 1")
     rows = _measure(folder, text, lengths, budget, config, steps, dtype, eager, padded)
     emit_rows(rows, json_path)
+    _draw(plot, json_path, rows)
+
+
+def _draw(plot: Path | None, json_path: str | None, rows: list[dict[str, Any]]) -> None:
+    from .profiling.plot import plot_training
+
     if plot is None and json_path not in (None, "-"):
         plot = Path(str(json_path)).with_suffix(".svg")
     if plot is not None:
-        from .profiling.plot import plot_training
-
         plot_training(plot, rows)
 
 

@@ -93,6 +93,23 @@ class _Model:
     sparse: SparseAttentionConfig
 
 
+@dataclass(frozen=True)
+class _Step:
+    """A step that is planned: what it runs, and the work of one of its sparse layers."""
+
+    model: _Model
+    simulated: Simulated
+    work: LayerWork
+    attention: str
+    length: int
+    training: AdaptationConfig
+
+    @property
+    def learns(self) -> bool:
+        """Whether the routers learn in it."""
+        return self.attention != "stock" and self.training.kl_weight > 0
+
+
 def plan_training(
     config: PreTrainedConfig,
     device: Device,
@@ -126,22 +143,12 @@ def plan_training(
     stock = stock_config(config)
     model = _describe(stock, batch, _settings(config, sparse_attention))
     simulated = _simulate(stock, model.layers, dtype, training, batch, length)
-    work = layer_work(model.sparse, model.shape, length, training.kl_tile_share if training.kl_weight > 0 else 0, dtype.itemsize)
-    learns = attention != "stock" and training.kl_weight > 0
-    return TrainingPlan(
-        attention,
-        length,
-        batch,
-        str(dtype).removeprefix("torch."),
-        device.name,
-        {"backbone": simulated.parameters, "lora": simulated.trained, "routers": 0 if attention == "stock" else model.router_weights},
-        _static(simulated, model, attention, learns),
-        _peak(simulated, model, work, attention, learns, padded, length),
-        _time(simulated, model, work, attention, learns, device, training, length),
-        device.fragmentation,
-        device.reserved_bytes,
-        {"gradient_checkpointing": training.gradient_checkpointing, "chunked_loss": training.chunked_loss, "rank": training.rank},
-    )
+    share = training.kl_tile_share if training.kl_weight > 0 else 0
+    step = _Step(model, simulated, layer_work(model.sparse, model.shape, length, share, dtype.itemsize), attention, length, training)
+    sizes = (attention, length, batch, str(dtype).removeprefix("torch."), device.name)
+    needs = (_parameters(step), _static(step), _peak(step, padded), _time(step, device))
+    settings = {"gradient_checkpointing": training.gradient_checkpointing, "chunked_loss": training.chunked_loss, "rank": training.rank}
+    return TrainingPlan(*sizes, *needs, device.fragmentation, device.reserved_bytes, settings)
 
 
 def _simulate(stock: Any, layers: int, dtype: torch.dtype, training: AdaptationConfig, batch: int, length: int) -> Simulated:
@@ -171,63 +178,60 @@ def _describe(stock: Any, batch: int, sparse: SparseAttentionConfig) -> _Model:
     return _Model(shape, layers, len(found) - len(sparse.dense_layers), layers - len(found) if window else 0, window, weights, sparse)
 
 
-def _static(simulated: Simulated, model: _Model, attention: str, learns: bool) -> dict[str, int]:
-    static = {"weights": simulated.weight_bytes, "lora": (1 + STATES) * simulated.trained_bytes}
-    if attention != "stock":  # the frozen original, the adapter's copy, and where it learns its optimiser's states
-        static["routers"] = 4 * model.router_weights * (2 + (STATES if learns else 0))
+def _parameters(step: _Step) -> dict[str, int]:
+    routers = 0 if step.attention == "stock" else step.model.router_weights
+    return {"backbone": step.simulated.parameters, "lora": step.simulated.trained, "routers": routers}
+
+
+def _static(step: _Step) -> dict[str, int]:
+    static = {"weights": step.simulated.weight_bytes, "lora": (1 + STATES) * step.simulated.trained_bytes}
+    if step.attention != "stock":  # the frozen original, the adapter's copy, and where it learns its optimiser's states
+        static["routers"] = 4 * step.model.router_weights * (2 + (STATES if step.learns else 0))
     return static
 
 
-def _peak(simulated: Simulated, model: _Model, work: LayerWork, attention: str, learns: bool, padded: bool, length: int) -> dict[str, int]:
+def _peak(step: _Step, padded: bool) -> dict[str, int]:
     """The largest phase of a step: what it holds by when that was made, and what sparse attention adds to it."""
-    sparse = attention == "sparse"
+    sparse, model, work = step.attention == "sparse", step.model, step.work
     held = {"selections": work.selection_bytes * model.sparse_layers} if sparse else {}
-    if padded and attention == "stock":
-        held["mask"] = model.shape.batch * length**2
+    if padded and step.attention == "stock":
+        held["mask"] = model.shape.batch * step.length**2
+    names = {FORWARD: "kept activations", LOSS: "logits and loss", BACKWARD: "recomputed layer and gradients"}
     phases = []
-    for phase, labels in simulated.peaks.items():
-        names = {FORWARD: "kept activations", LOSS: "logits and loss", BACKWARD: "recomputed layer and gradients"}
+    for phase, labels in step.simulated.peaks.items():
         needs = {names[label]: int(size) for label, size in labels.items() if size}
-        if learns:
+        if step.learns:
             needs["router gradients"] = 4 * model.router_weights * (2 if phase == BACKWARD else 1)  # carried, then handed over, too
-        if phase == FORWARD and attention != "stock":
-            needs["KL" if learns else "routing"] = max(work.teaching_bytes if learns else 0, work.routing_bytes if sparse else 0)
+        if phase == FORWARD and step.attention != "stock":
+            teaching, routing = work.teaching_bytes if step.learns else 0, work.routing_bytes if sparse else 0
+            needs["KL" if step.learns else "routing"] = max(teaching, routing)
         phases.append({**needs, **held})
     return max(phases, key=lambda needs: sum(needs.values()))
 
 
-def _time(
-    simulated: Simulated,
-    model: _Model,
-    work: LayerWork,
-    attention: str,
-    learns: bool,
-    device: Device,
-    training: AdaptationConfig,
-    length: int,
-) -> dict[str, float]:
+def _time(step: _Step, device: Device) -> dict[str, float]:
     """Seconds by part: every operation takes what its products or its bytes take, whichever is longer."""
+    model, work = step.model, step.work
     slowest = min(device.products.values())
     time = {"products": 0.0, "element-wise": 0.0}
-    for op, count in simulated.operations.items():
+    for op, count in step.simulated.operations.items():
         by_products = op.flops / device.products.get(op.dtype, slowest)
         by_bytes = op.bytes / device.bytes_per_s
         time["products" if by_products > by_bytes else "element-wise"] += count * max(by_products, by_bytes, device.operation_seconds)
-    forwards = 2 if training.gradient_checkpointing else 1
-    sparse_layers = model.sparse_layers if attention == "sparse" else 0
-    full_layers = model.layers - sparse_layers - model.window_layers
-    near = min(length * model.window, work.dense_pairs)
-    per_pair = 4 * model.shape.batch * model.shape.heads * model.shape.head_dim
-    for name, layers, pairs, (forward, backward) in (
-        ("dense attention", full_layers, work.dense_pairs, device.attention),
-        ("attention in a window", model.window_layers, near, device.attention),
+    sparse_layers = model.sparse_layers if step.attention == "sparse" else 0
+    layers = (
+        ("dense attention", model.layers - sparse_layers - model.window_layers, work.dense_pairs, device.attention),
+        ("attention in a window", model.window_layers, min(step.length * model.window, work.dense_pairs), device.attention),
         ("sparse attention", sparse_layers, work.kept_pairs, device.sparse_attention),
-    ):
-        if layers:
-            time[name] = layers * per_pair * pairs * (forwards / forward + 2.5 / backward)
+    )
+    forwards = 2 if step.training.gradient_checkpointing else 1
+    per_pair = 4 * model.shape.batch * model.shape.heads * model.shape.head_dim
+    for name, count, pairs, (forward, backward) in layers:
+        if count:
+            time[name] = count * per_pair * pairs * (forwards / forward + 2.5 / backward)
     if sparse_layers:
         time["routing"] = sparse_layers * work.routing / device.routing
-    if learns:
+    if step.learns:
         time["KL"] = model.sparse_layers * work.teaching / device.teaching
     return time
 

@@ -55,32 +55,41 @@ def bench_training(model: PreTrainedModel, windows: Sequence[Tensor], shape: Tra
     shape = shape or TrainingShape()
     if len(windows) < 2:
         raise ValueError(f"{len(windows)} windows are too few: one to warm up and measure memory, one for each round")
-    device = str(model.device)
-    batches = [{"input_ids": ids.to(device), "labels": ids.to(device)} for ids in windows]
-    tokens = windows[0].numel()
-    eager = (EAGER,) if shape.eager and windows[0].shape[1] <= EAGER_LENGTH else ()
     with sparse_attention_as(model, **shape.budget):
-        contenders = make_contenders(model, shape.config, (SPARSE, WITHOUT_KL, DENSE, STOCK, *eager))
-        deviations = verify_training(contenders[SPARSE], contenders[STOCK], batches[0])
-        layouts = make_layouts(windows, device) if shape.padded else {}
-        losses = {name: check_layouts(contenders[name], layouts) for name in (SPARSE, STOCK)} if layouts else {}
-        memory = _peaks(model, contenders, batches[0], layouts, shape)
-        for contender in contenders.values():
-            contender.step(batches[0])
-        rounds = [alternate({n: partial(c.step, batch) for n, c in contenders.items()}, 1, device) for batch in batches[1:]]
-        times = {name: [r[name][0] for r in rounds] for name in contenders}
-        compared = bench_layouts(contenders, layouts, len(rounds), device) if layouts else {}
+        measured = _measure(model, windows, shape)
     return {
         "benchmark": "training",
         "length": windows[0].shape[1],
         "batch": windows[0].shape[0],
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device": device,
+        "device": str(model.device),
         "budget": dict(shape.budget),
         "gradient_checkpointing": shape.config.gradient_checkpointing,
         "chunked_loss": shape.config.chunked_loss,
+        **measured,
+    }
+
+
+def _measure(model: PreTrainedModel, windows: Sequence[Tensor], shape: TrainingShape) -> dict[str, Any]:
+    """Everything of a row that is measured: verified first, then memory, then times."""
+    device = str(model.device)
+    batches = [{"input_ids": ids.to(device), "labels": ids.to(device)} for ids in windows]
+    tokens = windows[0].numel()
+    eager = (EAGER,) if shape.eager and windows[0].shape[1] <= EAGER_LENGTH else ()
+    contenders = make_contenders(model, shape.config, (SPARSE, WITHOUT_KL, DENSE, STOCK, *eager))
+    deviations = verify_training(contenders[SPARSE], contenders[STOCK], batches[0])
+    layouts = make_layouts(windows, device) if shape.padded else {}
+    losses = {name: check_layouts(contenders[name], layouts) for name in (SPARSE, STOCK)} if layouts else {}
+    memory = _peaks(model, contenders, batches[0], layouts, shape)
+    for contender in contenders.values():
+        contender.step(batches[0])
+    rounds = [alternate({n: partial(c.step, batch) for n, c in contenders.items()}, 1, device) for batch in batches[1:]]
+    times = {name: [r[name][0] for r in rounds] for name in contenders}
+    kinds = {name: _kind(c, times[name], memory[name], tokens) for name, c in contenders.items()}
+    compared = bench_layouts(contenders, layouts, len(rounds), device) if layouts else {}
+    return {
         "verified": deviations,
-        "kinds": {name: _kind(c, times[name], memory[name], tokens) for name, c in contenders.items()},
+        "kinds": kinds,
         **_ratios(times, shape.config.dense_every, tokens),
         "memory_over_stock": {name: memory[name] / memory[STOCK] for name in contenders},
         **({"layout_losses": losses, **with_memory(compared, memory)} if layouts else {}),
@@ -100,7 +109,7 @@ def _peaks(
 
 
 def _kind(contender: Contender, times: list[float], peak: int, tokens: int) -> dict[str, Any]:
-    losses = [float(loss) for loss in contender.losses[: 1 + len(times)]]  # not those of other layouts
+    losses = [float(loss) for loss in contender.losses]
     return {
         **spread(times),
         "tokens_per_s": tokens / statistics.median(times),
