@@ -19,7 +19,8 @@ from .simulation import BACKWARD, FORWARD, LOSS, Simulated, simulate_step, stock
 from .work import AttentionShape, LayerWork, layer_work
 
 FEW, MORE = 2, 4  # layers of the two steps that are simulated; all others are like those between
-LONGEST = 1 << 24  # tokens: no longer rows are looked for
+LONGEST = 1 << 21  # tokens: no longer rows are looked for
+GRAIN, TRIES = 256, 12  # tokens of a step, and plans, in the search for the longest rows
 STATES = 2  # of AdamW for each trained weight, beside the weight and its gradient
 SLACK = 512 * 1024**2  # bytes on a CPU that must stay free for the process itself
 
@@ -237,14 +238,30 @@ def _time(step: _Step, device: Device) -> dict[str, float]:
 
 
 def longest_length(device: Device, most: int = LONGEST, **options: Any) -> int:
-    """The longest rows that fit, in steps of an eighth of a power of two; 0 if none does. ``options`` are those of `plan_training`."""
-    low, high = 0, 256
-    while high <= most and fits(plan_training(device=device, length=high, **options), device):
-        low, high = high, 2 * high
-    step = max(low // 8, 32)
-    while low + step < min(high, most + 1) and fits(plan_training(device=device, length=low + step, **options), device):
-        low += step
-    return low
+    """The longest rows that fit, to a thirty-second, in multiples of 256 tokens up to ``most``; 0 if none do.
+
+    Memory is nearly a straight line in the length, or grows with its square: the next length that is planned is where the
+    line through two plans meets what the device has, in turn with the geometric mean of one that fits and one that does not.
+
+    ``options`` are those of `plan_training`.
+    """
+    have = room(device)
+    needs = {n: plan_training(device=device, length=n, **options).total_bytes for n in (GRAIN, 16 * GRAIN)}
+    for attempt in range(TRIES):
+        low, high = (
+            max((n for n, need in needs.items() if need <= have), default=0),
+            min((n for n in needs if needs[n] > have), default=0),
+        )
+        if low >= most or high == GRAIN or (high and high - low <= max(GRAIN, low // 32)):
+            break
+        a, b = (low, high) if high else sorted(needs)[-2:]
+        guess = a + (have - needs[a]) * (b - a) // (needs[b] - needs[a])
+        if high and attempt % 2:
+            guess = int((low * high) ** 0.5)
+        guess = max(guess // GRAIN * GRAIN, low + GRAIN)
+        guess = min(guess, high - GRAIN if high else most)
+        needs[guess] = plan_training(device=device, length=guess, **options).total_bytes
+    return max((min(n, most) for n, need in needs.items() if need <= have), default=0)
 
 
 def room(device: Device) -> int:
