@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,8 +48,13 @@ def training(
         return
     if text is None:
         raise ValueError("--text is missing: name the texts to train on, or ask for --plan")
-    rows = _measure(folder, text, lengths, budget, config, steps, dtype, eager, padded)
-    emit_rows(rows, json_path)
+    rows = []
+    for row in _measure(folder, text, lengths, budget, config, steps, dtype, eager, padded):
+        rows.append(row)
+        if json_path != "-":  # a long row that is interrupted must not cost those before it
+            emit_rows(rows, json_path)
+    if json_path == "-":
+        emit_rows(rows, json_path)
     _draw(plot, json_path, rows)
 
 
@@ -79,7 +85,8 @@ def _measure(
     dtype: str | None,
     eager: bool,
     padded: bool,
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
+    """The row of each length, shown as it is made."""
     import torch
 
     from .profiling import TrainingShape, bench_training
@@ -87,7 +94,6 @@ def _measure(
 
     loaded, tokenizer = load(folder, dtype, "")
     loaded.to("cuda" if torch.cuda.is_available() else "cpu")
-    rows = []
     for n in lengths:
         console.print(f"{n} tokens …", highlight=False)
         found = [w.ids for w in windows_of(text, tokenizer, n, config.batch_size * (steps + 1), loaded)]
@@ -95,9 +101,8 @@ def _measure(
         device = device_here(loaded)
         row = bench_training(loaded, windows, TrainingShape(budget, config, eager, padded))
         row["plan"] = compare_plan(loaded, device, row, config) if device is not None else None
-        rows.append(row)
         _show(row)
-    return rows
+        yield row
 
 
 def _show(row: dict[str, Any]) -> None:
