@@ -90,7 +90,7 @@ def _measure(
     import torch
 
     from .profiling import TrainingShape, bench_training
-    from .profiling.checking import compare_plan, device_here
+    from .profiling.checking import compare_plan, device_here, faster_here
 
     loaded, tokenizer = load(folder, dtype, "")
     loaded.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -98,9 +98,9 @@ def _measure(
         console.print(f"{n} tokens …", highlight=False)
         found = [w.ids for w in windows_of(text, tokenizer, n, config.batch_size * (steps + 1), loaded)]
         windows = [torch.cat(found[at : at + config.batch_size]) for at in range(0, len(found), config.batch_size)]
-        device = device_here(loaded)
+        before = device_here(loaded)
         row = bench_training(loaded, windows, TrainingShape(budget, config, eager, padded))
-        row["plan"] = compare_plan(loaded, device, row, config) if device is not None else None
+        row["plan"] = None if before is None else compare_plan(loaded, faster_here(before, loaded), row, config)
         _show(row)
         yield row
 

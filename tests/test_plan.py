@@ -274,6 +274,15 @@ def test_the_cpu_is_measured(tiny_config):
     assert all(1e6 < rate < 1e15 for rate in rates) and device.memory_bytes > 0 and device.name == "cpu"
 
 
+def test_the_better_rates_of_two_measurements_count():
+    from hf_sparse_attn.profiling.calibration import faster
+
+    rates = {"products": {torch.float32: 5.0}, "attention": (1.0, 9.0), "bytes_per_s": 3.0, "routing": 7.0}
+    slow = replace(H100, **rates)
+    mixed = faster(slow, replace(H100, products={torch.float32: 4.0}, attention=(2.0, 8.0), bytes_per_s=4.0, routing=6.0))
+    assert mixed == replace(slow, attention=(2.0, 9.0), bytes_per_s=4.0)
+
+
 def test_a_plan_from_the_command_line_needs_a_config_only(tiny_config, tmp_path):
     sparsify(LlamaForCausalLM(tiny_config(num_hidden_layers=3)), {}).config.save_pretrained(tmp_path)
     arguments = ["bench", "training", tmp_path, "--plan", "--gpu", "RTX4090-24GB", "--length", "1024,8192", "--density", "0.25"]

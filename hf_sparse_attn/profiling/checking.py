@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..config import SparseAttentionConfig
 from ..sites import routers
 from ..training.adaptation import AdaptationConfig
-from .calibration import measure_cpu
+from .calibration import faster, measure_cpu
 from .contenders import DENSE, SPARSE, STOCK
 from .devices import GPUS, Device, gpu
 from .planning import plan_training
@@ -36,6 +36,11 @@ def device_at(where: torch.device, config: PreTrainedConfig, dtype: torch.dtype)
     size = torch.cuda.get_device_properties(where).total_memory
     found = [name for name in GPUS if name.partition("-")[0] in known and abs(GPUS[name][0] * 1e9 / size - 1) < 0.15]
     return gpu(found[0]) if found else None
+
+
+def faster_here(before: Device, model: PreTrainedModel) -> Device:
+    """The device that ``model`` is on: of a CPU the better rates of ``before`` and of now, so that a busy moment does not count."""
+    return faster(before, measure_cpu(model.config, model.dtype)) if before.name == "cpu" else before
 
 
 def compare_plan(model: PreTrainedModel, device: Device, row: dict[str, Any], training: AdaptationConfig) -> dict[str, Any]:
