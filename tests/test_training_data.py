@@ -195,6 +195,18 @@ def test_what_was_tokenised_is_not_tokenised_again(rows_of, monkeypatch, cache):
     assert len(list((cache / "tokens").iterdir())) == 1
 
 
+def test_what_an_earlier_call_of_the_tokenizer_asked_for_does_not_make_the_cache_another(rows_of, tokenizer, cache):
+    tokenizer.bos_token = None
+    rows_of()
+    for earlier in ({"truncation": True, "max_length": 2}, {"padding": "max_length", "max_length": 500}):
+        tokenizer(["w5 w6 w7", "w8"], **earlier)
+        rows_of()
+        assert len(list((cache / "tokens").iterdir())) == 1
+    tokenizer.split_special_tokens = True  # this decides about tokens
+    rows_of()
+    assert len(list((cache / "tokens").iterdir())) == 2
+
+
 def test_the_cache_is_memory_mapped(rows_of, cache):
     rows = rows_of()
     assert [file["filename"] for file in rows.cache_files] == [str(next((cache / "tokens").iterdir()) / "rows.arrow")]

@@ -73,7 +73,7 @@ class Encoder:
     def digest(self) -> str:
         """Names all that decides about the tokens of a text."""
         tokenizer = self.tokenizer
-        parts = [type(tokenizer).__name__, self.before.tolist(), self.after.tolist(), self.pad_id]
+        parts = [type(tokenizer).__name__, self.before.tolist(), self.after.tolist(), self.pad_id, tokenizer.split_special_tokens]
         if tokenizer.is_fast:
             backend = json.loads(tokenizer.backend_tokenizer.to_str())
             # truncation and padding are what the last call of the tokenizer asked for; ours ask for none
