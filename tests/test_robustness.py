@@ -22,9 +22,8 @@ from transformers import (
     LlamaModel,
 )
 
-from hf_sparse_attn import SparseCall, registration, routers, sparse_class, sparse_config, to_dense
+from hf_sparse_attn import SparseObjective, SparseTrainingConfig, registration, routers, sparse_class, sparse_config, to_dense
 from hf_sparse_attn.made import MadeMixin
-from hf_sparse_attn.training.adaptation import AdaptationConfig, KLCollector
 
 
 @pytest.fixture
@@ -245,11 +244,11 @@ def enable_checkpointing(model, *options):
 
 
 def router_gradients(model, ids):
-    """Gradients of the task and of the routers' KL, collected by an observer of the forward pass."""
+    """Gradients of the task and of the routers' KL."""
     model.zero_grad(set_to_none=True)
-    collector = KLCollector(AdaptationConfig(kl_tile_share=1), torch.Generator().manual_seed(0))
-    task = model(input_ids=ids, labels=ids, use_cache=False, sparse_call=SparseCall(observer=collector)).loss
-    (task + collector.total()).backward()
+    forward = SparseObjective(model, SparseTrainingConfig(kl_tile_share=1, dense_every=0)).forward(0, 1)
+    task = model(input_ids=ids, labels=ids, use_cache=False, sparse_call=forward.call).loss
+    (task + forward.kl_loss()).backward()
     return {name: weight.grad.clone() for name, weight in model.named_parameters()}
 
 
