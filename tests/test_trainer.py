@@ -316,8 +316,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(model, rows, t
     compute = Trainer.compute_loss
 
     def poisoned(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, outputs = compute(self, model, inputs, True, num_items_in_batch)
-        return (loss * float("nan") if self.state.global_step == 2 else loss), outputs
+        loss = compute(self, model, inputs, return_outputs, num_items_in_batch)
+        return loss * float("nan") if self.state.global_step == 2 else loss
 
     monkeypatch.setattr(Trainer, "compute_loss", poisoned)
     trainer = trainer_of(model, rows, tmp_path / "run", max_steps=6)
