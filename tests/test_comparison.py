@@ -19,8 +19,8 @@ from hf_sparse_attn.evaluation.comparison import comparison
 from hf_sparse_attn.evaluation.selectors import oracle, window
 
 
-def row(document, prefill, keys=None, selection="dense", length=64):
-    return {"document": document, "length": length, "keys": keys, "selection": selection, "prefill": prefill}
+def row(document, prefill, keys=None, selection="dense", length=64, decode=None):
+    return {"document": document, "length": length, "keys": keys, "selection": selection, "prefill": prefill, "decode": decode}
 
 
 def test_perplexities_are_paired_with_the_same_window_of_the_reference():
@@ -35,6 +35,14 @@ def test_perplexities_are_paired_with_the_same_window_of_the_reference():
         math.exp(0.1)
     )
     assert sparse["over_reference"]["ratio"] == pytest.approx(math.exp((0.0 + 0.4) / 2)) and "before" not in sparse  # a window is missing
+
+
+def test_decoded_tokens_are_compared_by_themselves():
+    after = [row("a", 2.0, 80, "two stages", decode=1.5), row("b", 3.0, 80, "two stages", decode=1.0)]
+    found = comparison(after, reference=[row("a", 2.0, decode=1.2), row("b", 3.0, decode=1.1)])[0]
+    assert found["over_reference"]["ratio"] == pytest.approx(1.0)
+    assert found["decode_over_reference"]["ratio"] == pytest.approx(math.exp(0.1))  # (0.3 - 0.1) / 2
+    assert "decode_over_reference" not in comparison(after, reference=[row("a", 2.0), row("b", 3.0)])[0]
 
 
 def test_rows_stand_by_length_and_budget():

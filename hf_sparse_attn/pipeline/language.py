@@ -180,11 +180,11 @@ class LanguageRun(Run):
         """The yardstick: LoRA with dense attention on the same rows, read densely on the windows of the quality step."""
         config = replace(self.recipe.adaptation, dense_every=1, kl_weight=0.0, anneal={})
         model, log = self._adapted("reference", config)
-        windows = [(w, entry.length) for entry in self.recipe.quality for w in self._eval_windows(entry.length, entry.windows)]
         results = []
-        for window, length in windows if self.processes.is_main_process else []:
-            loss, *_ = window_losses(model, window.ids, SparseCall(dense=True), 0)
-            results.append(WindowResult(window.document, length, None, "dense", loss, None).to_dict())
+        for entry in self.recipe.quality if self.processes.is_main_process else ():
+            for window in self._eval_windows(entry.length, entry.windows):
+                losses = window_losses(model, window.ids, SparseCall(dense=True), entry.decode_tokens)
+                results.append(WindowResult(window.document, entry.length, None, "dense", *losses).to_dict())
         return {"log": log, "windows": results}
 
     def _before(self) -> dict[str, Any]:
