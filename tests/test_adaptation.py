@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from peft import PeftModel
@@ -31,8 +33,8 @@ def batches(token_ids):
     return [{"input_ids": token_ids(1, 160, seed=seed)[0]} for seed in range(6)]
 
 
-def train(model, rows, folder=None, **changes):
-    return adapt(model, rows, AdaptationConfig(**{**SETTINGS, **changes}), folder=folder, progress=False)
+def train(model, rows, folder=None, *, steps=None, **changes):
+    return adapt(model, rows, AdaptationConfig(**{**SETTINGS, **changes}), steps=steps, folder=folder, progress=False)
 
 
 def trained_weights(peft_model):
@@ -208,10 +210,20 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(model, batches, tmp_path):
 
 
 def test_a_finished_run_is_not_trained_again(model, batches, tmp_path, monkeypatch):
-    peft_model, log = train(model_again(model), batches[:3], tmp_path / "run")
+    peft_model, log = train(model_again(model), batches, tmp_path / "run", steps=3)  # rows are left: Trainer would go on
     monkeypatch.setattr(SparseTrainer, "compute_loss", lambda *_, **__: pytest.fail("trained again"))
-    again, again_log = train(model, batches[:3], tmp_path / "run")
+    again, again_log = train(model, batches, tmp_path / "run", steps=3)
     assert again_log == log and len(log) == 3
+    assert all(torch.equal(w, trained_weights(peft_model)[name]) for name, w in trained_weights(again).items())
+
+
+def test_a_run_killed_after_its_last_checkpoint_trains_no_step_too_many(model, batches, tmp_path):
+    peft_model, log = train(model_again(model), batches, tmp_path / "run", steps=4)
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-4"
+    (tmp_path / "run" / "log.json").unlink()  # it is written last
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    again, again_log = train(model, batches, tmp_path / "run", steps=4)
+    assert without_times(again_log) == without_times(log)
     assert all(torch.equal(w, trained_weights(peft_model)[name]) for name, w in trained_weights(again).items())
 
 

@@ -11,7 +11,6 @@ import json
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel
 from ..adapters import lora_config
 from ..files import write_json
 from .chunked_loss import chunk_loss, whole_loss
+from .processes import rank_and_size
 from .schedule import SparseTrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -101,30 +101,52 @@ def adapt(
         ValueError: no rows, or ``folder`` holds a run of another model, other settings or another number of steps.
         NonFiniteLossError: a loss that is NaN or infinite.
     """
-    from .bar import BarCallback  # Trainer is heavy, and needed in this stage only
-    from .trainer import last_checkpoint
-
     config = config or AdaptationConfig()
     steps = _check_rows(rows, config, steps)
     torch.manual_seed(config.seed)
     peft_model = add_lora(model, config, task_type)
     use_cache = getattr(model.config, "use_cache", None)
-    with tempfile.TemporaryDirectory() if folder is None else nullcontext(str(folder)) as output:
-        if folder is not None:
-            _claim(Path(output), peft_model, config, steps)
-        trainer = make_trainer(peft_model, rows, config, steps, output, saved=folder is not None, progress=progress)
-        checkpoint = None if folder is None else last_checkpoint(output)
-        try:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        finally:
-            trainer.pop_callback(BarCallback).close()
-            whole_loss(peft_model)
-        if folder is not None:
-            trainer.save_model(str(Path(output) / "adapter"))
+    if folder is None:
+        with tempfile.TemporaryDirectory() as output:
+            log = _train(peft_model, rows, config, steps, Path(output), saved=False, progress=progress)
+    else:
+        log = _train_or_load(peft_model, rows, config, steps, Path(folder), progress)
     peft_model.eval()
     if use_cache is not None:
         model.config.use_cache = use_cache  # Trainer turns it off, and it would be saved so
-    return peft_model, [log_row(row, config) for row in trainer.state.log_history if "loss" in row]
+    return peft_model, log
+
+
+def _train_or_load(model: Any, rows: Any, config: AdaptationConfig, steps: int, folder: Path, progress: bool) -> list[dict[str, Any]]:
+    """The log of the training that ``folder`` holds, done as far as it is not; Trainer itself would train one step too many at the end."""
+    _claim(folder, model, config, steps)
+    finished = folder / "log.json"
+    if finished.exists():
+        model.load_adapter(str(folder / "adapter"), "default")
+        return json.loads(finished.read_text())  # type: ignore[no-any-return]
+    log = _train(model, rows, config, steps, folder, saved=True, progress=progress)
+    if rank_and_size()[0] == 0:
+        write_json(finished, log)
+    return log
+
+
+def _train(
+    model: Any, rows: Any, config: AdaptationConfig, steps: int, folder: Path, *, saved: bool, progress: bool
+) -> list[dict[str, Any]]:
+    """Train to the end, from the last complete checkpoint in ``folder`` if there is one; the log's rows of all steps."""
+    from .bar import BarCallback  # Trainer is heavy, and needed in this stage only
+    from .trainer import last_checkpoint
+
+    trainer = make_trainer(model, rows, config, steps, str(folder), saved=saved, progress=progress)
+    checkpoint = last_checkpoint(folder, below=steps)
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        trainer.pop_callback(BarCallback).close()
+        whole_loss(model)
+    if saved:
+        trainer.save_model(str(folder / "adapter"))
+    return [log_row(row, config) for row in trainer.state.log_history if "loss" in row]
 
 
 def _check_rows(rows: Any, config: AdaptationConfig, steps: int | None) -> int:

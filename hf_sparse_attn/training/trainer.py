@@ -164,13 +164,17 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def last_checkpoint(folder: str | Path) -> Path | None:
-    """The newest complete checkpoint of a run's folder: Trainer writes its state last, so one without it was cut off."""
+def last_checkpoint(folder: str | Path, below: int | None = None) -> Path | None:
+    """The newest complete checkpoint of a run's folder, of a step ``below`` that one if given.
+
+    Trainer writes its state last, so a checkpoint without it was cut off.
+    """
     found = []
     for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         try:
             state = json.loads((path / "trainer_state.json").read_text())
         except (OSError, json.JSONDecodeError):
             continue
-        found.append((int(state["global_step"]), path))
+        if below is None or state["global_step"] < below:
+            found.append((int(state["global_step"]), path))
     return max(found)[1] if found else None
