@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
+from .ambient import ambient_call
+from .architectures import SUPPORTED
 from .attending import Attention, SparseCall, attend
 from .cache import SparseCacheLayerMixin, adopt, filled, found
 from .checks import ATTN_IMPLEMENTATION, check_call, check_mask, refuse_without_router
@@ -93,6 +95,8 @@ def sparse_attention_forward(
         return stock_attention_of_documents(module, query, key, value, attention_mask, scaling, dropout, segments, **kwargs)
     if torch.is_autocast_enabled(query.device.type):  # queries and keys were rotated in float32, values were not
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
+    if not SUPPORTED[module.config.model_type].hands_on:  # type: ignore[union-attr, index]
+        sparse_call = ambient_call()
     check_call(router, module, query, key, value, dropout, kwargs)
     check_mask(attention_mask)
     asked = Attention(

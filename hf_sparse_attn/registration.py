@@ -19,7 +19,8 @@ from transformers.models.auto.configuration_auto import (  # type: ignore[attr-d
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .adapters import SparseAdapterMixin, raise_for_marked_adapters
-from .architectures import refuse_unsupported
+from .ambient import taking_call
+from .architectures import SUPPORTED, refuse_unsupported
 from .attention import sparse_attention_forward
 from .cache import adopt
 from .checks import ATTN_IMPLEMENTATION
@@ -168,6 +169,8 @@ def sparse_class(stock: type[PreTrainedModel]) -> type:
     made = make_class(SparseModelMixin, stock, config_class=sparse_config_class(stock.config_class))  # type: ignore[arg-type]
     if issubclass(stock, GenerationMixin):
         made.prepare_inputs_for_generation = _adopting(stock.prepare_inputs_for_generation)  # type: ignore[attr-defined]
+    if not SUPPORTED[made.config_class.model_type].hands_on:  # type: ignore[attr-defined]
+        made.forward = taking_call(stock.forward)  # type: ignore[attr-defined]
     conversion = get_checkpoint_conversion_mapping(stock.__name__)
     if conversion is not None:  # looked up by class name: without this, converted weights would load as random
         register_checkpoint_conversion_mapping(made.__name__, conversion, overwrite=True)

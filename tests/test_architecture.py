@@ -27,7 +27,7 @@ LAYERS = (
     ("cache", "dense", "masks"),
     ("checks",),
     ("attending",),
-    ("opaque",),
+    ("ambient", "opaque"),
     ("attention",),
     ("saving", "sites", "adapters"),
     ("registration",),

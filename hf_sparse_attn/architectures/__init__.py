@@ -17,11 +17,13 @@ class Architecture:
     Attributes:
         interleaved: rotary pairs are dimensions (2i, 2i + 1) instead of (i, i + half).
         rotates: whether an attention module applies the model's rotary embedding.
+        hands_on: whether arguments of the model's forward reach its attention modules; where not, a `SparseCall` takes another way.
         limits: what does not hold for this model type, for the table of architectures; "" for nothing.
     """
 
     interleaved: bool = False
     rotates: Callable[[Any], bool] = lambda site: bool(getattr(site, "use_rope", True))
+    hands_on: bool = True
     limits: str = ""
 
 
@@ -53,8 +55,8 @@ SUPPORTED: dict[str, Architecture] = {
     "gemma3": Architecture(limits=f"the text part; {SLIDING}; images whose tokens see each other both ways are refused"),
     "hrm_text": Architecture(limits="without the two-way attention over instructions (prefix_lm), which is refused"),
     **dict.fromkeys(("modernbert", "ultrabert"), Architecture(limits=f"{TWO_SIDED}; {SLIDING}")),
-    "patchtst": Architecture(limits=f"{TWO_SIDED}; time series, sparse over patches"),
-    "timesfm": Architecture(limits="time series, sparse over patches, no cache"),
+    "patchtst": Architecture(hands_on=False, limits=f"{TWO_SIDED}; time series, sparse over patches"),
+    "timesfm": Architecture(hands_on=False, limits="time series, sparse over patches, no cache"),
 }
 
 

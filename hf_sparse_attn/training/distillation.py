@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import active_routers
+from ..architectures import SUPPORTED
 from ..attending import SparseCall
 from ..conversion import mark_trained
 from ..files import write_atomically
@@ -89,7 +90,8 @@ def distill(
         model: a sparse model; its backbone is not changed, which is checked by hash. Its routers end up trained and
             marked so in the config. Of a PeftModel, the routers of the active adapter are trained.
         batches: mappings with ``input_ids`` [B, N] (and ``attention_mask``, ``position_ids`` if any), N at least
-            ``dense_below``. Must have a length; on resume the batches already done are skipped.
+            ``dense_below``; of a model of time series ``past_values`` [B, steps, channels]. Must have a length; on resume the
+            batches already done are skipped.
         config: settings; the defaults suit models up to a few billion parameters.
         checkpoint: file to save progress in and to resume from if it exists. It is left in place at the end.
         progress: show a progress bar on the terminal.
@@ -191,7 +193,7 @@ def _train_batch(model: nn.Module, batch: Mapping[str, Tensor], distiller: Disti
     if not distiller.losses:
         config = routers(model)[0].config
         raise ValueError(
-            f"a batch of {tuple(batch['input_ids'].shape)} tokens has nothing to select: documents must be longer than dense_below "
+            f"a batch of {tuple(next(iter(batch.values())).shape)} has nothing to select: documents must be longer than dense_below "
             f"({config.dense_below}) and than min_keys ({config.min_keys})"
         )
     distiller.batch += 1
@@ -202,7 +204,9 @@ def _train_batch(model: nn.Module, batch: Mapping[str, Tensor], distiller: Disti
 def _forward(model: nn.Module, batch: Mapping[str, Tensor], observer: Distiller) -> None:
     device = next(model.parameters()).device
     inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
-    backbone = getattr(model, "base_model", model)  # the logits are not needed
+    # the logits are not needed; the class that takes the call for modules it does not reach is the outermost one
+    config: Any = model.config
+    backbone = getattr(model, "base_model", model) if SUPPORTED[config.model_type].hands_on else model
     backbone(**inputs, use_cache=False, sparse_call=SparseCall(dense=True, observer=observer))
 
 
