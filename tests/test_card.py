@@ -170,7 +170,7 @@ def test_the_licence_of_a_hub_model_is_unknown_without_a_hub():
 def test_committed_cards_are_what_their_results_render():
     """A card that somebody typed in, or forgot to render again: hf-sparse-attn card is not needed, the text below is."""
     for path in sorted(RESULTS.glob("*.json")):
-        if "recipe" in json.loads(path.read_text()) and "quality" in json.loads(path.read_text()):
+        if "recipe" in json.loads(path.read_text()):
             committed = RESULTS.parents[1] / "model_cards" / f"{path.stem}.md"
             card = str(model_card(json.loads(path.read_text()), path.stem))
             assert committed.read_text(encoding="utf-8") == card, f"render {committed} again from {path}"

@@ -24,6 +24,7 @@ from hf_sparse_attn import SparseAttentionConfig, routers
 from hf_sparse_attn.data.sources import cache_folder
 from hf_sparse_attn.pipeline import engine
 from hf_sparse_attn.pipeline import language as run_module
+from hf_sparse_attn.pipeline import training as training_module
 from hf_sparse_attn.pipeline.language import LanguageRun as Run
 from hf_sparse_attn.pipeline.recipe import RecipeError, load_recipe
 from hf_sparse_attn.pipeline.run import run_recipe
@@ -81,7 +82,7 @@ def done(write_recipe, tmp_path_factory):
     """A run that was stopped between distillation and LoRA and in the middle of the quality step, then continued."""
     recipe, folder = load_recipe(write_recipe()), tmp_path_factory.mktemp("run") / "tiny"
     distilled, evaluated = [], []
-    distill, losses = run_module.distill, run_module.evaluate_windows
+    distill, losses = training_module.distill, run_module.evaluate_windows
 
     def counted(*args, **options):
         distilled.append(1)
@@ -107,13 +108,13 @@ def done(write_recipe, tmp_path_factory):
         return losses(*args, on_result=note, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "distill", counted)
+        patch.setattr(training_module, "distill", counted)
         patch.setattr(Run, "_lora", stop)
         with pytest.raises(Stopped):
             run_recipe(recipe, folder, quiet())
         after_stop = sorted(p.name for p in (folder / "state").glob("*.json"))
         patch.undo()
-        patch.setattr(run_module, "distill", counted)
+        patch.setattr(training_module, "distill", counted)
         patch.setattr(run_module, "evaluate_windows", stop_in_the_middle)
         with pytest.raises(Stopped):
             run_recipe(recipe, folder, quiet())
@@ -272,7 +273,7 @@ def test_published_recipes_load(path):
 def test_a_recipe_for_more_memory_than_there_is_stops_before_it_trains(write_recipe, tmp_path, monkeypatch):
     device_at = run_module.device_at
     monkeypatch.setattr(run_module, "device_at", lambda *args: replace(device_at(*args), name="H100-80GB", memory_bytes=1 << 20))
-    monkeypatch.setattr(run_module, "distill", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr(training_module, "distill", lambda *_, **__: pytest.fail("trained"))
     with pytest.raises(NotEnoughMemoryError, match=r"a sparse step on 1 × 256 tokens needs .* GB, H100-80GB has 0\.0 GB: .*shorter rows"):
         run_recipe(load_recipe(write_recipe()), tmp_path / "run", quiet())
 

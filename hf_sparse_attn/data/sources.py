@@ -157,9 +157,10 @@ def local_model(source: str) -> tuple[str, str | None]:
     if not source.startswith(("pypi:", "deb:")):
         return source, None
     files = package_files(source)
-    if len(files) != 1 or files[0].suffix != ".gguf":
-        raise SourceError(f"model source {source!r} must match exactly one .gguf file, found {[f.name for f in files[:3]]}")
-    return str(files[0].parent), files[0].name
+    if len(files) != 1 or not (files[0].suffix == ".gguf" or files[0].name == "config.json"):
+        found = [f.name for f in files[:3]]
+        raise SourceError(f"model source {source!r} must match exactly one .gguf file or the config.json of a checkpoint, found {found}")
+    return str(files[0].parent), files[0].name if files[0].suffix == ".gguf" else None
 
 
 def model_licence(source: str) -> str | None:

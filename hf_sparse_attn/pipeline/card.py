@@ -18,6 +18,15 @@ from .rendering import render
 
 TAGS = ("hf-sparse-attn", "sparse-attention")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+PIPELINES = {
+    **dict.fromkeys(("causal_lm", "questions"), "text-generation"),
+    **{"classification": "text-classification", "forecasting": "time-series-forecasting"},
+}
+LOADING = {  # (class to import from transformers, what loads the model)
+    **dict.fromkeys(("causal_lm", "questions"), ("AutoModelForCausalLM", "AutoModelForCausalLM")),
+    "classification": ("AutoModelForSequenceClassification", "AutoModelForSequenceClassification"),
+    "forecasting": ("PatchTSTForPrediction", "hf_sparse_attn.sparse_class(PatchTSTForPrediction)"),
+}
 OWN = ("dense", "two stages")  # selections that are this model; the others are what it is compared with
 
 
@@ -90,19 +99,21 @@ def model_card(results: Mapping[str, Any], name: str) -> ModelCard:
         ValueError: the results lack something that a card must say.
     """
     quality = results.get("quality", results)
-    missing = [key for key, where in (("table", quality), ("windows", quality), ("environment", results)) if key not in where]
+    needed = (("environment", results), *(() if "tables" in results else (("table", quality), ("windows", quality))))
+    missing = [key for key, where in needed if key not in where]
     if missing:
         raise ValueError(f"these results hold no {' and no '.join(missing)}: a card is made from what the verbs run and eval write")
-    base, table = base_of(results), quality["table"]
+    base, table, windows = base_of(results), quality.get("table", []), quality.get("windows", [])
+    task = results.get("recipe", {}).get("task", "causal_lm")
     name = results["recipe"]["name"] if "recipe" in results else name
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=PIPELINES[task],
         license=base.licence,
         base_model=base.hub_id,
         tags=list(TAGS),
         model_name=name,
-        eval_results=eval_results(table, quality["windows"]),
+        eval_results=eval_results(table, windows) or None,
     )
     steps = {name: value for name, value in results.items() if isinstance(value, dict) and "seconds" in value}
     text = render(
@@ -113,8 +124,10 @@ def model_card(results: Mapping[str, Any], name: str) -> ModelCard:
         results=results,
         sparse=results["answer"]["sparse_attention"] if "answer" in results else results["sparse_attention"],
         table=table,
-        texts=_texts(quality["windows"]),
-        longest=max(row["length"] for row in table),
+        tables=results.get("tables", []),
+        loading=LOADING[task],
+        texts=_texts(windows),
+        longest=max((row["length"] for row in table), default=0),
         speed=results.get("speed", {}).get("model"),
         comparison=results.get("comparison"),
         answers=quality.get("answers"),

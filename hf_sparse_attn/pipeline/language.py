@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..adapters import load_adapter
 from ..attending import SparseCall
-from ..conversion import mark_trained
 from ..data.checkpoints import write_checkpoint
 from ..data.sources import local_model, model_licence, read_documents
 from ..data.split import split_texts
@@ -24,18 +20,17 @@ from ..evaluation.comparison import comparison
 from ..evaluation.quality import WindowResult, evaluate_windows, window_losses
 from ..evaluation.selectors import fresh_routers, standard_selectors
 from ..evaluation.shares import quality_table
-from ..files import copied_folder, write_atomically, write_json
+from ..files import write_json
 from ..profiling import LayerShape, bench_attention, bench_model
 from ..profiling.checking import device_at
 from ..profiling.planning import check_memory, plan_training
-from ..training.adaptation import AdaptationConfig, adapt
-from ..training.distillation import distill, load_router_state, router_state
 from .card import write_card
-from .engine import Run, Step
+from .engine import Step
 from .report import write_report
+from .training import TrainingRun
 
 
-class LanguageRun(Run):
+class LanguageRun(TrainingRun):
     """Task ``causal_lm``."""
 
     def steps(self) -> list[Step]:
@@ -106,15 +101,6 @@ class LanguageRun(Run):
         documents = read_documents(self._sources()[0])
         return token_windows(documents, self._tokenizer(), context, count, self.recipe.sparse_attention.block_size)
 
-    def _distill(self) -> dict[str, Any]:
-        settings = self.recipe.distill
-        model = self._base()
-        todo, documents = self._distillation_batches()
-        report = distill(model, todo, self.recipe.distillation, checkpoint=self.state / "distill.pt")
-        if self.processes.is_main_process:
-            write_atomically(self.state / "routers.safetensors", lambda path: save_file(router_state(model), path))
-        return {**report.to_dict(), "context": settings["context"], "documents": documents}
-
     def _distillation_batches(self) -> tuple[list[dict[str, Tensor]], list[str]]:
         """(batches of one row each, names of what they were made of)."""
         settings = self.recipe.distill
@@ -124,11 +110,6 @@ class LanguageRun(Run):
         rows = self._packed_rows(settings["context"], streaming=True)
         found = [{name: row[name][None] for name in ("input_ids", "position_ids")} for row in islice(rows, settings["batches"])]
         return found, [f"packed row {i}" for i in range(len(found))]
-
-    def _distilled(self) -> PreTrainedModel:
-        model = self._base()
-        load_router_state(model, load_file(self.state / "routers.safetensors"))
-        return model
 
     def _rows(self) -> Any:
         """The training rows of the joint stage: windows, one epoch of them all of its steps, or packed documents."""
@@ -151,12 +132,6 @@ class LanguageRun(Run):
                 progress=self.processes.is_main_process,
             )
 
-    def _adapted(self, name: str, config: AdaptationConfig) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
-        """(the distilled model with the trained LoRA merged, the training log); every process trains."""
-        folder = self.state / name
-        _, log = adapt(self._distilled(), self._rows(), config, steps=self.recipe.lora["steps"], folder=folder)
-        return load_adapter(self._distilled(), folder / "adapter").merge_and_unload().eval(), log
-
     def _lora(self) -> dict[str, Any]:
         """LoRA + routers, merged, saved as the run's model; with 0 steps the distilled model is saved as it is."""
         settings = self.recipe.lora
@@ -169,17 +144,15 @@ class LanguageRun(Run):
             result["after"], *_ = window_losses(model, probe.ids, SparseCall(), 0)
             result["probe"] = probe.document
         if self.processes.is_main_process:
-            if settings["steps"]:
-                copied_folder(self.state / "lora" / "adapter", self.folder / "adapter")
-            mark_trained(model)
-            model.save_pretrained(self.folder / "model")
-            self._tokenizer().save_pretrained(self.folder / "model")
+            self._save(model)
         return result
 
+    def _save_companions(self) -> None:
+        self._tokenizer().save_pretrained(self.folder / "model")
+
     def _reference(self) -> dict[str, Any]:
-        """The yardstick: LoRA with dense attention on the same rows, read densely on the windows of the quality step."""
-        config = replace(self.recipe.adaptation, dense_every=1, kl_weight=0.0, anneal={})
-        model, log = self._adapted("reference", config)
+        """Dense LoRA, read densely on the windows of the quality step."""
+        model, log = self._adapted_densely()
         results = []
         for entry in self.recipe.quality if self.processes.is_main_process else ():
             for window in self._eval_windows(entry.length, entry.windows):

@@ -14,7 +14,7 @@ from ..training.adaptation import AdaptationConfig
 from ..training.distiller import DistillationConfig
 
 SELECTIONS = ("oracle", "two stages", "stage 1 alone", "untrained", "mean-pool", "window + sink")
-TASKS = ("causal_lm", "questions")
+TASKS = ("causal_lm", "questions", "classification", "forecasting")
 DTYPES = ("bfloat16", "float32", "float16")
 
 
@@ -55,6 +55,7 @@ class Recipe:
     model: dict[str, Any]
     sparse_attention: SparseAttentionConfig
     data: dict[str, Any]
+    series: dict[str, Any]
     distill: dict[str, Any]
     lora: dict[str, Any]
     compare: dict[str, Any]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from importlib.resources.abc import Traversable
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 
 def render(template: Traversable, **values: Any) -> str:
     """The template (HTML is escaped) with ``values``."""
     env = Environment(
+        loader=PackageLoader("hf_sparse_attn", "templates"),  # of what a template includes
         undefined=StrictUndefined,
         autoescape=template.name.endswith(".html"),
         trim_blocks=True,

@@ -116,4 +116,16 @@ def write_report(path: str | Path, results: dict[str, Any]) -> None:
         "speed": _speed_plot(results["speed"]) if results["speed"].get("model") else None,
     }
     template = files("hf_sparse_attn").joinpath("templates", "report.html")
-    write_text(path, render(template, r=results, table=table, plots=plots, recipe=yaml.safe_dump(results["recipe"], sort_keys=False)))
+    write_text(path, render(template, r=results, table=table, plots=plots, **_origin(results)))
+
+
+def write_task_report(path: str | Path, results: dict[str, Any]) -> None:
+    """Write the HTML report of a task other than language modelling: its ``tables``, the distillation, environment."""
+    template = files("hf_sparse_attn").joinpath("templates", "task.html")
+    write_text(path, render(template, r=results, training=_training_plot(results["distill"]["log"]), **_origin(results)))
+
+
+def _origin(results: dict[str, Any]) -> dict[str, Any]:
+    """What a report says of how it was made: the steps of the run, and the recipe."""
+    steps = {name: step for name, step in results.items() if isinstance(step, dict) and "seconds" in step}
+    return {"steps": steps, "recipe": yaml.safe_dump(results["recipe"], sort_keys=False)}

@@ -7,12 +7,19 @@ from typing import Any
 
 from rich.console import Console
 
+from .classification import ClassificationRun
 from .engine import Run
+from .forecasting import ForecastingRun
 from .language import LanguageRun
 from .questions import QuestionRun
 from .recipe import Recipe
 
-TASKS: dict[str, type[Run]] = {"causal_lm": LanguageRun, "questions": QuestionRun}
+TASKS: dict[str, type[Run]] = {
+    "causal_lm": LanguageRun,
+    "questions": QuestionRun,
+    "classification": ClassificationRun,
+    "forecasting": ForecastingRun,
+}
 
 
 def run_recipe(recipe: Recipe, folder: str | Path, console: Console | None = None) -> dict[str, Any]:

@@ -1,0 +1,123 @@
+"""Documents with a class each: of sources LABEL=SOURCE, or of tables with a column of classes; cut into windows of one length."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .formats import SourceFile, source_files
+from .sources import SourceError, read_documents
+from .tables import open_table
+
+NAMED = re.compile(r"([\w .-]+)=(.+)")
+LEAST_SHARE = 0.25  # of a window: a shorter rest of a document is left out, unless it is all of it
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A text, where it came from, and its class."""
+
+    name: str
+    text: str
+    label: str
+
+
+@dataclass(frozen=True)
+class LabelledWindow:
+    """Tokens [N] of a part of a document, which of them are real, and the document's class."""
+
+    name: str
+    input_ids: Tensor
+    attention_mask: Tensor
+    label: int
+
+    def row(self) -> dict[str, Tensor]:
+        """Inputs of a sequence classifier, without the batch dimension."""
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "labels": torch.tensor(self.label)}
+
+
+def read_labelled(sources: Sequence[str], label: str | None) -> list[Labelled]:
+    """The documents of all sources, in order; ``label`` names the column of classes of tables.
+
+    Raises:
+        SourceError: a source names no class, a table lacks a column, or a row has no class.
+    """
+    if label is None:
+        found = []
+        for source in sources:
+            named = NAMED.fullmatch(source)
+            if named is None:
+                raise SourceError(f"source {source!r} names no class: write LABEL=SOURCE, or set data.label to a column of a table")
+            found += [Labelled(d.name, d.text, named[1]) for d in read_documents([named[2]])]
+        return found
+    return [document for file in source_files(sources) for document in _rows(file, label)]
+
+
+def _rows(file: SourceFile, label: str) -> list[Labelled]:
+    if not file.is_table:
+        raise SourceError(
+            f"{file.path} is no table, so it has no column {label!r}: name TABLE#TEXT_COLUMN, or write LABEL=SOURCE without data.label"
+        )
+    labels, found = replace(file, column=label), []
+    for at, (text, kind) in enumerate(zip(open_table(file), open_table(labels), strict=True)):
+        if kind[label] in (None, "") or not text[file.column]:
+            raise SourceError(f"{file.path}, row {at}: the {'text' if kind[label] else 'class'} is missing")
+        found.append(Labelled(f"{file.path}[{at}]", str(text[file.column]), str(kind[label])))
+    return found
+
+
+def split_labelled(documents: Sequence[Labelled], share: float, seed: int) -> tuple[list[Labelled], list[Labelled]]:
+    """(what trains, what is evaluated): ``share`` of each class's documents, at random, and the others; no document in both.
+
+    Raises:
+        SourceError: a class has fewer than two documents.
+    """
+    generator = np.random.default_rng(seed)
+    train, evaluated = [], []
+    for label in classes_of(documents):
+        own = [d for d in documents if d.label == label]
+        if len(own) < 2:
+            raise SourceError(f"class {label!r} has one document only: it takes two, one that trains and one that is evaluated")
+        order = generator.permutation(len(own))
+        cut = min(max(1, round(share * len(own))), len(own) - 1)
+        train += [own[i] for i in sorted(order[:cut])]
+        evaluated += [own[i] for i in sorted(order[cut:])]
+    return train, evaluated
+
+
+def classes_of(documents: Sequence[Labelled]) -> list[str]:
+    """The classes in alphabetical order. Raises SourceError if there is one only."""
+    found = sorted({d.label for d in documents})
+    if len(found) < 2:
+        raise SourceError(f"all {len(documents)} documents have the class {', '.join(map(repr, found)) or 'none'}: it takes two classes")
+    return found
+
+
+def labelled_windows(
+    documents: Sequence[Labelled], tokenizer: PreTrainedTokenizerBase, length: int, classes: Sequence[str], most: int
+) -> list[LabelledWindow]:
+    """Windows of ``length`` tokens, special ones included, at most ``most`` of a document; a shorter one is padded behind.
+
+    Raises:
+        SourceError: the tokenizer has no padding token, or a class that is not in ``classes``.
+    """
+    if tokenizer.pad_token_id is None:
+        raise SourceError(f"{type(tokenizer).__name__} has no padding token, which rows of different lengths need: set one")
+    windows = []
+    for document in documents:
+        if document.label not in classes:
+            raise SourceError(f"{document.name} has the class {document.label!r}, which no training document has: {', '.join(classes)}")
+        parts = tokenizer(
+            document.text, truncation=True, max_length=length, return_overflowing_tokens=True, padding="max_length", verbose=False
+        )
+        for at, (ids, mask) in enumerate(zip(parts["input_ids"][:most], parts["attention_mask"][:most], strict=True)):
+            if at and sum(mask) < LEAST_SHARE * length:
+                continue
+            windows.append(LabelledWindow(f"{document.name}[{at}]", torch.tensor(ids), torch.tensor(mask), classes.index(document.label)))
+    return windows
