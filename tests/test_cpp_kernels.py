@@ -118,12 +118,14 @@ def test_the_operators_pass_opcheck(layer, make_router, routing_inputs):
     torch.library.opcheck(
         ops.forward.default, (*tensors, selection.indices, torch.zeros(6, requires_grad=True), 64, 16, True, 0.2, 0.0), test_utils=names
     )
-    router, inputs = make_router(), routing_inputs(230)
+    router, inputs = make_router(mass_threshold=0.01), routing_inputs(230)
     plan, tiles = make_plan(router.config, inputs.grid(16, 16)), torch.arange(15)
     with torch.no_grad():
         f = FeatureMaker(router, inputs, plan.grid).features(tiles)
     features = (f.coarse_queries, f.real, f.router_keys, f.queries, f.reps, f.keys, tiles)
-    torch.library.opcheck(ops.select.default, (*features, 230, 16, 16, plan.sink, plan.columns, plan.width), test_utils=names)
+    torch.library.opcheck(ops.select.default, (*features, 230, 16, 16, plan.sink, plan.columns, plan.width, plan.threshold), test_utils=names)
+    with pytest.raises(RuntimeError, match=f"may keep more than the {plan.width - 1} blocks of its list"):
+        ops.select(*features, 230, 16, 16, plan.sink, plan.columns, plan.width - 1, plan.threshold)
     torch.library.opcheck(ops.coarse_scores.default, (f.coarse_queries, f.real, f.router_keys), test_utils=names)
     torch.library.opcheck(ops.block_mass.default, (f.queries, f.reps, f.keys, tiles, None, 230, 16, 16), test_utils=names)
     torch.library.opcheck(ops.pooled_features.default, (k, 16), test_utils=names)

@@ -120,6 +120,29 @@ def test_a_router_keeps_the_same_blocks_up_to_ties_whoever_scores(inputs, device
     assert_same_up_to_ties(selections["triton"], selections["torch"], make_plan(router.config, grid, device))
 
 
+@pytest.mark.parametrize(("q_len", "past", "tile", "size"), [(600, 0, 64, 16), (5, 595, 1, 16)])
+def test_a_threshold_keeps_the_same_blocks_whoever_scores_and_attention_takes_such_lists(
+    inputs, device, monkeypatch, q_len, past, tile, size
+):
+    grid = TileGrid(q_len, past + q_len, tile, size)
+    router = make_router(device, tile, size, min_keys=256)
+    q, k, v = inputs(grid)
+    call = RoutingInputs(q, k, torch.arange(grid.kv_len, device=device)[None], 0.25)
+    monkeypatch.setattr(implementations, "default_choice", lambda device_type: ("torch", ""))
+    router.config = router.config.changed(mass_threshold=1e-37)
+    every = select_blocks(router, call, tile)
+    masses = every.scores[every.indices >= 0].nan_to_num(1.0).sort().values
+    middle = masses[len(masses) // 4 : len(masses) // 2].log()
+    at = int(middle.diff().argmax())  # a threshold that is far from the mass of any block
+    router.config = router.config.changed(mass_threshold=float((middle[at] + middle[at + 1]).div(2).exp()))
+    want = select_blocks(router, call, tile)
+    monkeypatch.setattr(implementations, "default_choice", lambda device_type: ("triton", ""))
+    got = select_blocks(router, call, tile)
+    assert torch.equal(got.indices, want.indices) and len((got.indices >= 0).sum(-1).unique()) > 2
+    outputs = [plain.block_sparse_attention(q, k, v, got, impl=impl)[0] for impl in ("triton", "reference")]
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+
+
 def test_scores_of_triton_are_refused_by_name_where_a_gradient_is_wanted(inputs, device):
     _, k, _ = inputs(TileGrid(64, 64, 64, 16))
     with pytest.raises(ValueError, match="scores have no gradient"):

@@ -8,7 +8,7 @@ recomputes the probabilities. Mask work is done only on a tile's own blocks and 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,15 +21,43 @@ from .selection import BlockSelection, TileGrid
 CHUNK_SCORES = 1 << 21  # scores of one chunk: 4 MB in bf16, 8 MB in float32; of 2^20 to 2^24 the fastest or close to it
 
 
-def tile_chunks(index: Tensor, grid: TileGrid, rows_per_tile: int) -> Iterator[tuple[slice, Tensor]]:
-    """Cut the tiles so that a chunk has about CHUNK_SCORES scores: (tiles, their block lists without the empty columns)."""
+class Chunk(NamedTuple):
+    """Query tiles that are attended together: some rows of (batch, group), some tiles, and their lists ``index`` [rows, tiles, K]."""
+
+    rows: slice
+    tiles: slice | Tensor
+    index: Tensor
+
+
+def tile_chunks(index: Tensor, grid: TileGrid, rows_per_tile: int) -> Iterator[Chunk]:
+    """Cut the lists ``index`` [BG, n, K] so that a chunk has about CHUNK_SCORES scores, without the empty columns.
+
+    Lists that are as long for every row and never shorter than those before are cut along the sequence, all rows together.
+    Others, of budgets that vary, are cut row by row and by length: what fills up the shorter lists of a chunk costs as much as keys.
+    """
+    counts = (index >= 0).sum(-1)
+    if bool((counts != counts[:1]).any() | (counts.diff(dim=1) < 0).any()):
+        yield from _by_length(index, counts.cpu(), rows_per_tile * grid.block_size)
+        return
     per_tile = index.shape[0] * rows_per_tile * index.shape[-1] * grid.block_size
     step = max(1, CHUNK_SCORES // max(per_tile, 1))
     for start in range(0, grid.tiles, step):
         tiles = slice(start, min(start + step, grid.tiles))
         part = index[:, tiles]
-        empty = int((part < 0).sum(-1).min())
-        yield tiles, part[..., min(empty, part.shape[-1] - 1) :]
+        empty = index.shape[-1] - int(counts[:, tiles].max())
+        yield Chunk(slice(None), tiles, part[..., min(empty, part.shape[-1] - 1) :])
+
+
+def _by_length(index: Tensor, counts: Tensor, per_block: int) -> Iterator[Chunk]:
+    """Chunks of one row each, the longest of its lists first; ``counts`` [BG, n], ``per_block`` scores of a block."""
+    for row, lengths in enumerate(counts):
+        ordered, order = lengths.sort(descending=True, stable=True)
+        start = 0
+        while start < len(order):
+            width = max(int(ordered[start]), 1)
+            tiles = order[start : start + max(1, CHUNK_SCORES // (width * per_block))].to(index.device)
+            yield Chunk(slice(row, row + 1), tiles, index[row : row + 1, tiles, -width:])
+            start += len(tiles)
 
 
 def gather_chunk(keys: Tensor, values: Tensor, index: Tensor, grid: TileGrid, scratch: Scratch) -> tuple[Tensor, Tensor]:
@@ -40,7 +68,7 @@ def gather_chunk(keys: Tensor, values: Tensor, index: Tensor, grid: TileGrid, sc
     return gather_blocks(keys, index, size, out_k), gather_blocks(values, index, size, out_v)
 
 
-def chunk_mask(index: Tensor, grid: TileGrid, tiles: slice) -> Tensor:
+def chunk_mask(index: Tensor, grid: TileGrid, tiles: slice | Tensor) -> Tensor:
     """Where scores of a chunk must be hidden: boolean [BG, n, T or 1, K'·S] over the last K' blocks.
 
     Blocks are ascending, so only the last ``own_blocks`` columns can hold keys after a query, and only the last one keys
@@ -127,14 +155,14 @@ class GatheredAttention(torch.autograd.Function):
         row_sinks = _row_sinks(sinks, b, groups)
         # what a cap or a sink changes is rounded once, when it enters the next matmul
         dtype = q.dtype if row_sinks is None and options.softcap is None else accum
-        for tiles, part in tile_chunks(index, grid, q_tiles.shape[2] * grid.query_tile):
-            chunk_k, chunk_v = gather_chunk(keys, values, part, grid, scratch)
+        for rows, tiles, part in tile_chunks(index, grid, q_tiles.shape[2] * grid.query_tile):
+            chunk_k, chunk_v = gather_chunk(keys[rows], values[rows], part, grid, scratch)
             hidden = chunk_mask(part, grid, tiles)
-            scores = chunk_scores(q_tiles[:, tiles], chunk_k, hidden, options, dtype, scratch)
+            scores = chunk_scores(q_tiles[rows, tiles], chunk_k, hidden, options, dtype, scratch)
             if need_lse:
-                lse[:, tiles] = chunk_lse(scores, row_sinks)
-            p = probabilities(scores, hidden, row_sinks).to(q.dtype).flatten(2, 3)
-            out[:, tiles] = weighted_values(p, chunk_v).view_as(out[:, tiles])
+                lse[rows, tiles] = chunk_lse(scores, _of(row_sinks, rows))
+            p = probabilities(scores, hidden, _of(row_sinks, rows)).to(q.dtype).flatten(2, 3)
+            out[rows, tiles] = weighted_values(p, chunk_v).view_as(out[rows, tiles])
         ctx.save_for_backward(q, k, v, sinks, indices)
         ctx.set_materialize_grads(False)
         ctx.grid, ctx.options = grid, options
@@ -156,20 +184,21 @@ class GatheredAttention(torch.autograd.Function):
         dk, dv = (x.new_zeros(b * groups, grid.blocks * grid.block_size, x.shape[-1], dtype=accum) for x in (keys, values))
         row_sinks = _row_sinks(sinks, b, groups)
         dsinks: list[Tensor] = []
-        for tiles, part in tile_chunks(index, grid, q_tiles.shape[2] * grid.query_tile):
-            chunk_k, chunk_v = gather_chunk(keys, values, part, grid, scratch)
+        for rows, tiles, part in tile_chunks(index, grid, q_tiles.shape[2] * grid.query_tile):
+            chunk_k, chunk_v = gather_chunk(keys[rows], values[rows], part, grid, scratch)
             hidden = chunk_mask(part, grid, tiles)
-            scores = chunk_scores(q_tiles[:, tiles], chunk_k, hidden, options, accum, scratch)
-            do = do_tiles[:, tiles].flatten(2, 3)
+            scores = chunk_scores(q_tiles[rows, tiles], chunk_k, hidden, options, accum, scratch)
+            do = do_tiles[rows, tiles].flatten(2, 3)
             dp = (do @ chunk_v.transpose(-1, -2)).to(accum)
-            dlse = None if dlse_tiles is None else dlse_tiles[:, tiles].flatten(2, 3)
-            p, ds, dsink = softmax_backward(scores, hidden, row_sinks, dp, dlse, options)
+            dlse = None if dlse_tiles is None else dlse_tiles[rows, tiles].flatten(2, 3)
+            p, ds, dsink = softmax_backward(scores, hidden, _of(row_sinks, rows), dp, dlse, options)
             if dsink is not None:
-                dsinks.append(dsink)
-            dq[:, tiles] = (ds.to(q.dtype) @ chunk_k).view_as(dq[:, tiles])
+                dsinks.append(dsink.new_zeros(b * groups, dsink.shape[1]))
+                dsinks[-1][rows] = dsink
+            dq[rows, tiles] = (ds.to(q.dtype) @ chunk_k).view_as(dq[rows, tiles])
             # a key's gradient is the sum of many tiles' products: in low precision each would be rounded
-            scatter_blocks(dk, part, ds.transpose(-1, -2) @ q_tiles[:, tiles].flatten(2, 3).to(accum), grid.block_size)
-            scatter_blocks(dv, part, p.transpose(-1, -2) @ do.to(accum), grid.block_size)
+            scatter_blocks(dk[rows], part, ds.transpose(-1, -2) @ q_tiles[rows, tiles].flatten(2, 3).to(accum), grid.block_size)
+            scatter_blocks(dv[rows], part, p.transpose(-1, -2) @ do.to(accum), grid.block_size)
         grads = (x[:, : grid.kv_len].to(like.dtype).view_as(like) for x, like in ((dk, k), (dv, v)))
         sum_sinks = torch.stack(dsinks).sum(0).view(b, -1).sum(0).to(sinks.dtype) if dsinks else None
         return from_tiles(dq, grid, b), *grads, sum_sinks, None, None, None, None
@@ -180,6 +209,10 @@ def _row_sinks(sinks: Tensor | None, batch: int, groups: int) -> Tensor | None:
     return None if sinks is None else sinks.view(groups, 1, -1, 1).repeat(batch, 1, 1, 1)
 
 
+def _of(row_sinks: Tensor | None, rows: slice) -> Tensor | None:
+    return None if row_sinks is None else row_sinks[rows]
+
+
 def block_sparse_attention_torch(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: ScoreOptions, return_lse: bool = False
 ) -> tuple[Tensor, Tensor | None]:
@@ -188,8 +221,9 @@ def block_sparse_attention_torch(
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, options.sinks))
     if grid.q_len == grid.query_tile == 1 and grid.causal and not trained:
         index = selection.indices.flatten(0, 2)
-        if bool(((index[:, 0] >= 0) & (index[:, -1] == grid.blocks - 1)).all()):
-            return _attend_single(q, k, v, index, grid.block_size, options, return_lse)
+        if bool((index[:, -1] == grid.blocks - 1).all()):
+            width = int((index >= 0).sum(-1).max())
+            return _attend_single(q, k, v, index[:, -width:], grid.block_size, options, return_lse)
     out, lse = GatheredAttention.apply(q, k, v, options.sinks, selection.indices, grid, options, return_lse)
     return out, lse if return_lse else None
 
@@ -203,15 +237,19 @@ def hide_after(scores: Tensor, n: int, block_size: int) -> None:
 def _attend_single(
     q: Tensor, k: Tensor, v: Tensor, index: Tensor, block_size: int, options: ScoreOptions, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Forward pass of one query per row whose lists ``index`` [B·G, K] have no empty entry and end with its own block: nothing to mask."""
-    keys, values = (gather_visible(x, index, block_size) for x in (k, v))
+    """Forward pass of one query per row whose lists ``index`` [B·G, K] end with its own block: nothing to mask but empty entries."""
+    empty = index < 0
+    unequal = bool(empty.any())
+    keys, values = (gather_visible(x, index.clamp(min=0), block_size) for x in (k, v))
     scores = torch.bmm((q * options.scale).view(len(index), -1, q.shape[-1]), keys.transpose(1, 2))
     accum = torch.promote_types(q.dtype, torch.float32)
     if options.softcap is not None:
         scores = options.cap(scores.to(accum))
     hide_after(scores, k.shape[2], block_size)
+    if unequal:
+        scores.unflatten(-1, (-1, block_size)).masked_fill_(empty[:, None, :, None], -torch.inf)
     sinks = None if options.sinks is None else options.sinks.view(k.shape[1], -1).repeat(q.shape[0], 1)
     lse = chunk_lse(scores, sinks) if return_lse else None
     p = torch.softmax(scores, -1) if sinks is None else (scores.to(accum) - chunk_lse(scores, sinks)[..., None]).exp()
-    out = torch.bmm(p.to(q.dtype), values).view(q.shape)
+    out = (weighted_values if unequal else torch.bmm)(p.to(q.dtype), values).view(q.shape)
     return out, None if lse is None else lse.view(q.shape[:3])

@@ -33,12 +33,16 @@ class TilePlan:
     """The budgets of the ``n`` query tiles of one call; every tensor is int64 ``[n]`` and counts or indexes blocks.
 
     ``sink`` is the number of blocks that hold sink tokens, of a tile near the start more than it may see.
+
+    With a ``threshold`` (a share of the softmax mass) stage 2 keeps of an open tile's candidates those whose estimated
+    mass is at least as large, however many these are; ``free`` is then what a tile keeps on average.
     """
 
     grid: TileGrid
     sink: int
     budgets: tuple[TileBudget, ...]
     device: torch.device | None = None
+    threshold: float | None = None
 
     @cached_property
     def columns(self) -> Tensor:
@@ -72,9 +76,10 @@ class TilePlan:
 
     @cached_property
     def width(self) -> int:
-        """Most blocks that a tile keeps."""
+        """Most blocks that a tile may keep."""
         seen = (budget.last + 1 if self.grid.causal else self.grid.blocks for budget in self.budgets)
-        return max(blocks - budget.eligible + budget.free for blocks, budget in zip(seen, self.budgets, strict=True))
+        most = (budget.free if self.threshold is None else budget.candidates for budget in self.budgets)
+        return max(blocks - budget.eligible + more for blocks, budget, more in zip(seen, self.budgets, most, strict=True))
 
     @property
     def open(self) -> Tensor:
@@ -120,6 +125,14 @@ class TilePlan:
         width = int(count.max())
         index = ordered_topk(torch.where(scores.isnan(), 0.0, scores).masked_fill(~mask, -torch.inf), width)
         return torch.where(torch.arange(width, device=tiles.device) < count[:, None], index, -1)
+
+    def chosen(self, mass: Tensor, tiles: Tensor) -> Tensor:
+        """Blocks that stage 2 decides for by its ``mass`` [B, G, m, nb] of the candidates, −inf elsewhere; as `best` gives them."""
+        if self.threshold is None:
+            return self.best(mass, tiles, self.free[tiles])
+        found = self.best(mass, tiles, self.candidates[tiles])
+        enough = mass.gather(-1, found.clamp(min=0)) >= self.threshold
+        return torch.where(enough | ~self.open[tiles][:, None], found, -1)
 
     def assemble(self, chosen: Tensor, tiles: Tensor) -> Tensor:
         """Kept blocks: ``chosen`` [B, G, m, C] and the forced ones, int32 [B, G, m, width], ascending, −1 first."""

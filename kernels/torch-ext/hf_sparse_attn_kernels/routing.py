@@ -109,7 +109,7 @@ def _select_tiles(features: TileFeatures, plan: TilePlan, tiles: Tensor, impl: s
         if bool(scored.any()):
             found = stage_two_mass(some, plan, part, stage_one_scores(some, plan, part, impl), scratch, impl)
             mass = torch.where(scored, found, mass)
-        indices = plan.assemble(plan.best(mass, part, plan.free[part]), part)
+        indices = plan.assemble(plan.chosen(mass, part), part)
         kept.append(indices)
         scores.append(mass.gather(-1, indices.clamp(min=0).long()).masked_fill(indices < 0, torch.nan))
     return torch.cat(kept, 2), torch.cat(scores, 2)
@@ -131,10 +131,21 @@ def _select_single(features: TileFeatures, plan: TilePlan) -> tuple[Tensor, Tens
     forced, always = _constants(budget, len(candidates), device)
     blocks = torch.cat([candidates, forced], -1)
     mass = _mass_single(features, blocks, plan.grid.block_size)
+    if plan.threshold is not None:
+        return _above(plan.threshold, blocks, mass, budget.candidates, rows)
     chosen = ordered_topk(mass[:, : budget.candidates], budget.free)
     kept = torch.cat([chosen, always], -1)
     indices, order = blocks.gather(-1, kept).sort(-1)
     scores = mass.gather(-1, kept.gather(-1, order))
+    return indices.int().view(*rows, -1), scores.view(*rows, -1)
+
+
+def _above(threshold: float, blocks: Tensor, mass: Tensor, candidates: int, rows: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Of ``blocks`` [B·G, L] the candidates (the first ones) with at least ``threshold`` of the mass, and all others."""
+    cut = ~(mass >= threshold)  # NaN is not enough
+    cut[:, candidates:] = False
+    indices, order = torch.where(cut, -1, blocks).sort(-1)
+    scores = mass.gather(-1, order).masked_fill(indices < 0, torch.nan)
     return indices.int().view(*rows, -1), scores.view(*rows, -1)
 
 

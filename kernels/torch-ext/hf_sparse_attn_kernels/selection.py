@@ -154,6 +154,17 @@ class BlockSelection:
             why = "starts after its tile's last query: causal attention cannot read it" if self.grid.causal else f"is after the last, {end}"
             raise ValueError(f"BlockSelection.indices holds block {block}, which {why}")
 
+    def kept_keys(self) -> Tensor:
+        """Keys of the blocks that each tile keeps, forced ones included: int64 ``[B, G, n]``. A partial last block counts what it holds."""
+        size, idx = self.grid.block_size, self.indices
+        count = (idx >= 0).sum(-1) * size
+        if idx.shape[-1] == 0:
+            return count
+        length = torch.tensor(self.grid.kv_len, device=idx.device)
+        if self.documents is not None:
+            length = (self.documents[:, 2] - self.documents[:, 1]).to(idx.device)[:, None, None]
+        return torch.where(idx[..., -1] == (length - 1) // size, count - -length % size, count)
+
     def kept(self) -> Tensor:
         """Boolean ``[B, G, n, nb]``: which blocks are kept."""
         shape = (*self.indices.shape[:3], self.grid.blocks + 1)

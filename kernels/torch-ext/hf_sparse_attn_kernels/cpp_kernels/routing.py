@@ -28,7 +28,7 @@ def select_blocks(features: TileFeatures, plan: TilePlan, tiles: Tensor) -> tupl
         unit_stride(features.keys),
         tiles.contiguous(),
         *(grid.q_len, grid.query_tile, grid.block_size, plan.sink),
-        *(plan.columns if len(tiles) == len(plan.budgets) else plan.columns.index_select(1, tiles), plan.width),
+        *(plan.columns if len(tiles) == len(plan.budgets) else plan.columns.index_select(1, tiles), plan.width, plan.threshold),
     )
     return indices, scores
 
@@ -65,7 +65,7 @@ def _mass(queries: Tensor, keys: Tensor, grid: TileGrid, tiles: Tensor, blocks: 
 
 
 def _fake_select(coarse_queries: Tensor, real: Tensor, router_keys: Tensor, queries: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    shape = (*queries.shape[:3], rest[-1])
+    shape = (*queries.shape[:3], rest[-2])
     return queries.new_empty(shape, dtype=torch.int32), queries.new_empty(shape, dtype=torch.float32)
 
 

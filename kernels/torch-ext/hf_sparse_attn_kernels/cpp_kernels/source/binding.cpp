@@ -101,16 +101,22 @@ Sampled<T> sampled_of(const at::Tensor& queries, const at::Tensor& reps, const a
 std::tuple<at::Tensor, at::Tensor> select(const at::Tensor& coarse_queries, const at::Tensor& real, const at::Tensor& router_keys,
                                           const at::Tensor& queries, const at::Tensor& reps, const at::Tensor& keys,
                                           const at::Tensor& tiles, int64_t q_len, int64_t query_tile, int64_t block_size, int64_t sink,
-                                          const at::Tensor& budgets, int64_t width) {
+                                          const at::Tensor& budgets, int64_t width, std::optional<double> threshold) {
   const int64_t m = tiles.numel();
   const std::array<int64_t, 4> shape{keys.size(0), keys.size(1), m, width};
   at::Tensor indices = at::empty(shape, keys.options().dtype(at::kInt)), scores = at::empty(shape, keys.options().dtype(at::kFloat));
   const int64_t* budget = budgets.data_ptr<int64_t>();  // [6, m]: sink, near, last, eligible, free, candidates
+  for (int64_t t = 0; t < m; ++t) {
+    const int64_t near = budget[m + t], last = budget[2 * m + t], eligible = budget[3 * m + t], free = budget[4 * m + t];
+    const int64_t chosen = eligible <= free ? eligible : threshold ? budget[5 * m + t] : free;
+    TORCH_CHECK(std::min(sink, near) + chosen + last - near + 1 <= width, "a tile may keep more than the ", width, " blocks of its list");
+  }
+  const std::optional<float> least = threshold ? std::optional<float>(static_cast<float>(*threshold)) : std::nullopt;
   dispatch(keys.scalar_type(), [&](auto element, auto format) {
     using T = decltype(element);
     select_blocks<T, decltype(format)>(
         {pooled_of<T>(coarse_queries, real, router_keys), sampled_of<T>(queries, reps, keys, tiles, q_len, query_tile, block_size), sink,
-         budget + m, budget + 2 * m, budget + 4 * m, budget + 5 * m, width, indices.data_ptr<int32_t>(), scores.data_ptr<float>()});
+         budget + m, budget + 2 * m, budget + 4 * m, budget + 5 * m, least, width, indices.data_ptr<int32_t>(), scores.data_ptr<float>()});
   });
   return {indices, scores};
 }
@@ -158,7 +164,7 @@ TORCH_LIBRARY(hf_sparse_attn_cpp, m) {
       "int block_size, bool causal, float scale, float softcap) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "select(Tensor coarse_queries, Tensor real, Tensor router_keys, Tensor queries, Tensor reps, Tensor keys, Tensor tiles, int q_len, "
-      "int query_tile, int block_size, int sink, Tensor budgets, int width) -> (Tensor, Tensor)");
+      "int query_tile, int block_size, int sink, Tensor budgets, int width, float? threshold) -> (Tensor, Tensor)");
   m.def("coarse_scores(Tensor queries, Tensor real, Tensor router_keys) -> Tensor");
   m.def(
       "block_mass(Tensor queries, Tensor reps, Tensor keys, Tensor tiles, Tensor? blocks, int q_len, int query_tile, int block_size) -> "

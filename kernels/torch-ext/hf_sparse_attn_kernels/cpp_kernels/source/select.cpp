@@ -63,8 +63,9 @@ class Selector {
     fine_.run(group, t, listed_, listed_mass_);
     ranks_.resize(candidates);
     for (int64_t i = 0; i < candidates; ++i) ranks_[i] = rank_of(listed_mass_[i], i);
-    best_of(ranks_, call_.free[t], found_);
-    for (int32_t i : found_) blocks_.push_back(listed_[i]), mass_.push_back(listed_mass_[i]);
+    best_of(ranks_, call_.threshold ? candidates : call_.free[t], found_);
+    for (int32_t i : found_)
+      if (!call_.threshold || listed_mass_[i] >= *call_.threshold) blocks_.push_back(listed_[i]), mass_.push_back(listed_mass_[i]);
     forced_mass_.assign(listed_mass_.begin() + candidates, listed_mass_.end());
   }
 

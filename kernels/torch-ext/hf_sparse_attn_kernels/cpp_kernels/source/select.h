@@ -1,6 +1,8 @@
 // What the two-stage selection of m tiles is told.
 #pragma once
 
+#include <optional>
+
 #include "coarse.h"
 #include "fine.h"
 
@@ -13,6 +15,8 @@ struct Selecting {
   // of each tile [m], in blocks: [0, sink) and [near, last] are forced, `free` of `candidates` others may be kept
   int64_t sink;
   const int64_t *near, *last, *free, *candidates;
+  // with a threshold, instead of `free` of them all candidates whose mass is at least so much
+  std::optional<float> threshold;
   int64_t width;
   int32_t* indices;  // [B, G, m, width], ascending, -1 = empty first
   float* scores;     // the same: estimated mass, NaN where nothing was scored
