@@ -10,6 +10,7 @@ check_transformers()
 
 from .adapters import load_adapter, lora_config  # noqa: E402  (the version check comes first)
 from .attending import SparseCall, learned_selector  # noqa: E402
+from .budgets import KeptKeys, fit_mass_threshold  # noqa: E402
 from .config import SparseAttentionConfig  # noqa: E402
 from .conversion import set_sparse_attention, sparse_attention_as, sparsify, to_dense  # noqa: E402
 from .registration import register, sparse_class, sparse_config  # noqa: E402
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptationConfig",
     "DistillationConfig",
+    "KeptKeys",
     "SparseAttentionConfig",
     "SparseCall",
     "SparseObjective",
@@ -36,6 +38,7 @@ __all__ = [
     "adapt",
     "chunk_loss",
     "distill",
+    "fit_mass_threshold",
     "learned_selector",
     "load_adapter",
     "lora_config",

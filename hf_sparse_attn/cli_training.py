@@ -71,8 +71,8 @@ def _budget(keys: int | None, density: float | None) -> dict[str, Any]:
     if keys is not None and density is not None:
         raise ValueError("--keys and --density exclude each other: give one of them")
     if keys is not None:
-        return {"min_keys": keys, "max_keys": keys}
-    return {} if density is None else {"density": density, "max_keys": None}
+        return {"min_keys": keys, "max_keys": keys, "mass_threshold": None}
+    return {} if density is None else {"density": density, "max_keys": None, "mass_threshold": None}
 
 
 def _measure(

@@ -10,6 +10,7 @@ from typing import Any
 CONFIG_VERSION = 1
 BLOCK_SIZES = (16, 32, 64, 128)
 QUERY_TILES = (1, 16, 32, 64, 128)
+BUDGET_FIELDS = ("density", "min_keys", "max_keys")  # what a mass_threshold is fitted for
 FIXED_FIELDS = ("block_size", "router_dim", "index_dim")  # the routers' weights depend on these
 
 
@@ -44,6 +45,7 @@ class SparseAttentionConfig:
     density: float = 0.125  # share of the visible keys that a query tile may keep, in (0, 1]
     min_keys: int = 512  # a tile keeps at least this many keys (forced ones included) if that many are visible
     max_keys: int | None = None  # and at most this many; None = no cap
+    mass_threshold: float | None = None  # budgets that vary: keep candidates with at least this share of a tile's softmax mass; see README
     candidate_factor: float = 3.0  # stage 1 passes this many times the budget on to stage 2, >= 1
     sink: int = 64  # the first tokens, always kept
     local: int = 128  # tokens before a tile's first query, always kept
@@ -69,6 +71,8 @@ class SparseAttentionConfig:
             self._refuse("density", "a share in (0, 1]")
         if not (math.isfinite(self.candidate_factor) and self.candidate_factor >= 1):
             self._refuse("candidate_factor", "a finite number >= 1")
+        if self.mass_threshold is not None and not 0 < self.mass_threshold < 1:
+            self._refuse("mass_threshold", "None or a share in (0, 1)")
         for name, least in (("sink", 0), ("local", 0), ("dense_below", 0), ("query_samples", 1), ("min_keys", 1)):
             if getattr(self, name) < least:
                 self._refuse(name, f"an integer >= {least}")
@@ -87,8 +91,8 @@ class SparseAttentionConfig:
         raise ValueError(f"sparse_attention.{name} is {getattr(self, name)!r}: must be {allowed}")
 
     def _check_types(self) -> None:
-        numbers = {"density", "candidate_factor"}
-        optional = {"max_keys", "router_dim", "index_dim"}
+        numbers = {"density", "candidate_factor", "mass_threshold"}
+        optional = {"max_keys", "mass_threshold", "router_dim", "index_dim"}
         for f in fields(self):
             value = getattr(self, f.name)
             if f.name == "bookkeeping":

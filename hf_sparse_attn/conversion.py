@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .adapters import refuse_adapters
-from .config import FIXED_FIELDS, SparseAttentionConfig
+from .config import BUDGET_FIELDS, FIXED_FIELDS, SparseAttentionConfig
 from .dispatch import KEY
 from .registration import SparseModelMixin, become, implementation, is_composite, make_stock, sparse_class, sparse_config_class
 from .sites import attach_routers, routers
@@ -77,7 +77,8 @@ def set_sparse_attention(model: nn.Module, **changes: Any) -> SparseAttentionCon
     """Change fields of a sparse model's config, e.g. ``min_keys=1024, max_keys=1024``; returns the new config.
 
     Raises:
-        ValueError: an unknown field, an impossible value, a field that the routers' weights depend on, or no routers.
+        ValueError: an unknown field, an impossible value, a field that the routers' weights depend on, no routers, or another
+            budget than the model's ``mass_threshold`` was fitted for, without a new one.
     """
     found = routers(model)
     if not found:
@@ -89,6 +90,12 @@ def set_sparse_attention(model: nn.Module, **changes: Any) -> SparseAttentionCon
                 f"sparse_attention.{name} cannot change from {getattr(found[0].config, name)!r} to {getattr(config, name)!r}: "
                 "the routers' weights depend on it. Convert the dense model anew"
             )
+    moved = [name for name in BUDGET_FIELDS if getattr(config, name) != getattr(found[0].config, name)]
+    if moved and found[0].config.mass_threshold is not None and "mass_threshold" not in changes:
+        raise ValueError(
+            f"sparse_attention.{moved[0]} cannot change alone: mass_threshold={config.mass_threshold} was fitted for the budget there is. "
+            "Fit it anew with hf_sparse_attn.fit_mass_threshold(model, batches, keys=…), or pass mass_threshold=None, too"
+        )
     for router in found:
         router.config = config
     _store(model, config)
@@ -97,12 +104,12 @@ def set_sparse_attention(model: nn.Module, **changes: Any) -> SparseAttentionCon
 
 @contextmanager
 def sparse_attention_as(model: nn.Module, **changes: Any) -> Iterator[SparseAttentionConfig]:
-    """Change fields for the length of a ``with`` block."""
+    """Change fields for the length of a ``with`` block; a ``mass_threshold`` that is fitted within ends with it."""
     before = routers(model)[0].config
     try:
         yield set_sparse_attention(model, **changes)
     finally:
-        set_sparse_attention(model, **{name: getattr(before, name) for name in changes})
+        set_sparse_attention(model, **{name: getattr(before, name) for name in (*changes, "mass_threshold")})
 
 
 def mark_trained(model: nn.Module) -> None:

@@ -45,7 +45,7 @@ def make_plan(config: SparseAttentionConfig, grid: TileGrid, device: torch.devic
     positions = zip(grid.first_positions().tolist(), grid.last_positions().tolist(), strict=True)
     bidirectional = None if grid.causal else grid.kv_len
     budgets = tuple(tile_budget(config, first, last, bidirectional) for first, last in positions)
-    return TilePlan(grid, min(-(-config.sink // config.block_size), grid.blocks), budgets, device)
+    return TilePlan(grid, min(-(-config.sink // config.block_size), grid.blocks), budgets, device, config.mass_threshold)
 
 
 def select_by_scores(plan: TilePlan, scores: Tensor) -> BlockSelection:

@@ -32,7 +32,7 @@ LAYERS = (
     ("saving", "sites", "adapters"),
     ("registration",),
     ("conversion",),
-    ("training",),
+    ("budgets", "training"),
     ("data", "profiling"),
     ("evaluation",),
     ("pipeline",),

@@ -88,6 +88,14 @@ def test_other_results_give_another_card(demo):
     assert f"{row['prefill']:.4f}" not in texts[0]
 
 
+def test_a_budget_that_varies_is_said(demo):
+    fixed = model_card(demo, "x").text
+    demo["answer"]["sparse_attention"]["mass_threshold"] = 0.00234
+    varying = model_card(demo, "x").text
+    assert "at least 0.0023 of the softmax mass" in varying and "max_keys=1024, mass_threshold=None)" in varying
+    assert "mass_threshold" not in fixed and "of the softmax mass" not in fixed
+
+
 @pytest.mark.parametrize(
     ("model", "base_model"),
     [

@@ -38,7 +38,7 @@ def evaluate_answers(
     for question in questions:
         add(question, None, "dense", SparseCall(dense=True))
         for keys in budgets:
-            with sparse_attention_as(model, min_keys=keys, max_keys=keys):
+            with sparse_attention_as(model, min_keys=keys, max_keys=keys, mass_threshold=None):
                 for name, selector in selectors.items():
                     add(question, keys, name, SparseCall(selector=selector))
     return rows

@@ -1,6 +1,7 @@
 """Speed and memory of sparse attention against dense attention, in one run, router included, output verified first."""
 
 from .attention import bench_attention, bench_backward, bench_decode, bench_router, crossover
+from .budgets import bench_budgets
 from .layer import LayerShape
 from .meters import BenchmarkError, PeakMemory
 from .model import bench_model
@@ -16,6 +17,7 @@ __all__ = [
     "TrainingShape",
     "bench_attention",
     "bench_backward",
+    "bench_budgets",
     "bench_decode",
     "bench_model",
     "bench_router",

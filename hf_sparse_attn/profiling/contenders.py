@@ -135,7 +135,7 @@ def verify_training(sparse: Contender, stock: Contender, batch: Mapping[str, Ten
     short = {name: x[:, :VERIFY_TOKENS] for name, x in batch.items()}
     base = sparse.model.get_base_model()
     results = []
-    with sparse_attention_as(base, min_keys=max(VERIFY_TOKENS, 1 << 14), max_keys=None, dense_below=0):
+    with sparse_attention_as(base, min_keys=max(VERIFY_TOKENS, 1 << 14), max_keys=None, mass_threshold=None, dense_below=0):
         results.append(_probe(sparse, short))
     results.append(_probe(stock, short))
     (loss, gradient), (want, exact) = results

@@ -30,7 +30,7 @@ def _implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
 @torch.no_grad()
 def verify_model(model: PreTrainedModel, ids: Tensor) -> None:
     """Raise BenchmarkError unless, with every block kept, the sparse path gives the stock logits of ``ids`` to rounding."""
-    with sparse_attention_as(model, min_keys=ids.shape[1], max_keys=None, dense_below=0):
+    with sparse_attention_as(model, min_keys=ids.shape[1], max_keys=None, mass_threshold=None, dense_below=0):
         sparse = model(ids, use_cache=False).logits.float()
     with _implementation(model, "sdpa"):
         dense = model(ids, use_cache=False).logits.float()
@@ -64,7 +64,7 @@ def bench_model(model: PreTrainedModel, ids: Tensor, keys: int, *, decode_tokens
     prefill: dict[str, list[float]] = {"sparse": [], "stock": []}
     memory: dict[str, int] = {}
     caches: dict[str, Any] = {}
-    with sparse_attention_as(model, min_keys=keys, max_keys=keys):
+    with sparse_attention_as(model, min_keys=keys, max_keys=keys, mass_threshold=None):
         for _ in range(repeats):
             for name, implementation in (("sparse", ATTN_IMPLEMENTATION), ("stock", "sdpa")):
                 caches[name] = DynamicCache(config=model.config)

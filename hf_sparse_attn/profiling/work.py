@@ -30,7 +30,7 @@ class LayerWork:
     """One layer of one step: operations of pairs and of the router's products, and bytes beside those of dense attention.
 
     Attributes:
-        dense_pairs, kept_pairs: pairs of a query and a key per head that attention reads.
+        dense_pairs, kept_pairs: pairs of a query and a key per head that attention reads; under a ``mass_threshold`` the latter on average.
         routing: operations of both stages for all tiles, once.
         teaching: operations of the KL on its tiles: the teacher, and stage 2 forward and backward.
         selection_bytes: of the selection, kept until the backward pass.

@@ -25,7 +25,7 @@ class RouterStatistics:
     """Means over layers and documents of one forward pass, on the tiles that the KL was computed on."""
 
     kl: float = 0.0
-    kept_mass: float = 0.0  # softmax mass of the kept links
+    kept_mass: float = 0.0  # softmax mass of the kept links, at a uniform budget
     recovered_share: float = 0.0
     router_entropy: float = 0.0  # of stage 1's distribution over the blocks it may choose, nats
     density: float = 1.0  # kept keys over visible keys, all tiles; 1 in a dense pass

@@ -21,7 +21,7 @@ class TileLoss:
     """Losses of one layer on a few tiles, and what the router would have kept there.
 
     ``coarse`` and ``fine`` are scalar float32 KL divergences with gradient; ``kept``, ``window`` and ``oracle`` are
-    the mean softmax mass of the selections at equal budget.
+    the mean softmax mass of the selections at equal budget (every tile its own, whatever ``mass_threshold`` is).
     """
 
     coarse: Tensor

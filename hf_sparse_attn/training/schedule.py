@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import FIXED_FIELDS, SparseAttentionConfig
+from ..config import BUDGET_FIELDS, FIXED_FIELDS, SparseAttentionConfig
 
 ANNEALED = ("kl_weight", "density", "min_keys", "max_keys", "candidate_factor", "query_samples")
 
@@ -61,10 +61,16 @@ class SparseTrainingConfig:
         """Changes of the model's settings at that step; whole keys where a field counts keys.
 
         Raises:
-            ValueError: an annealed value is impossible for this model.
+            ValueError: an annealed value is impossible for this model, or its ``mass_threshold`` was fitted for another budget.
         """
         values = {name: value for name, value in self.annealed(step, steps).items() if name != "kl_weight"}
         whole = {name: value if name in ("density", "candidate_factor") else round(value) for name, value in values.items()}
         assert not set(whole) & set(FIXED_FIELDS)
+        moved = sorted({*whole} & {*BUDGET_FIELDS})
+        if moved and config.mass_threshold is not None:
+            raise ValueError(
+                f"lora.anneal moves {', '.join(moved)}, but sparse_attention.mass_threshold={config.mass_threshold} was fitted for one "
+                "budget: set mass_threshold to None for the training, and fit it anew with hf_sparse_attn.fit_mass_threshold afterwards"
+            )
         config.changed(**whole)
         return whole
