@@ -77,9 +77,13 @@ def evaluate(
     sparse: Annotated[str, typer.Option(help="Fields of SparseAttentionConfig to change, e.g. 'query_samples: 32'.")] = "",
     json_path: JsonOption = None,
 ) -> None:
-    """Log-loss and kept mass of a model's routers against other selections at equal budget."""
+    """Log-loss and kept mass of a model's routers against other selections at equal budget.
+
+    The selection "two stages by threshold" is the model's own mass_threshold, at the budget that this was fitted for.
+    """
     from .conversion import set_sparse_attention
     from .environment import environment
+    from .evaluation.allocations import fitted_selectors
     from .evaluation.quality import evaluate_windows
     from .evaluation.selectors import fresh_routers, standard_selectors
     from .evaluation.shares import quality_table
@@ -89,7 +93,7 @@ def evaluate(
     checked = Quality(length, windows, tuple(integers(budgets, "--budgets")), decode_tokens, names)
     loaded, tokenizer = load(model, None, "")
     config = set_sparse_attention(loaded, **sparse_options(sparse))
-    known = standard_selectors(fresh_routers(loaded))
+    known = standard_selectors(fresh_routers(loaded)) | fitted_selectors(config, names, checked.budgets)
     found = windows_of(text, tokenizer, length, windows, loaded)
     results = evaluate_windows(loaded, found, checked.budgets, {n: known[n] for n in names}, decode_tokens=decode_tokens, on_result=_show)
     table = quality_table(results)

@@ -118,6 +118,29 @@ def test_eval_writes_the_table(distilled, text, invoke, tmp_path):
     assert losses[0][80, "two stages"] != losses[1][80, "two stages"] and losses[0][80, "oracle"] == losses[1][80, "oracle"]
 
 
+def test_eval_shows_a_models_own_threshold(distilled, text, invoke, tmp_path, capsys):
+    names = "oracle,two stages,two stages by threshold,window + sink"
+    arguments = [
+        "eval",
+        distilled[0],
+        "--text",
+        text,
+        "--length",
+        200,
+        "--windows",
+        1,
+        "--selections",
+        names,
+        "--json",
+        tmp_path / "e.json",
+    ]
+    threshold = "min_keys: 112, max_keys: 112, mass_threshold: 0.05"
+    assert invoke(*arguments, "--budgets", 112, "--sparse", threshold).exit_code == 0
+    kept = {row["selection"]: row.get("kept") for row in json.loads((tmp_path / "e.json").read_text())["table"]}
+    assert kept["two stages"] == 112 != kept["two stages by threshold"]
+    assert "own mass_threshold at the fixed budget" in message_of(capsys, *arguments, "--budgets", "80,112", "--sparse", threshold)
+
+
 def test_card_makes_the_readme_from_the_results_of_eval(distilled, llama_folder, text, invoke, tmp_path):
     folder = shutil.copytree(distilled[0], tmp_path / "model")
     base = shutil.copytree(llama_folder, tmp_path / "base")

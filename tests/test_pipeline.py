@@ -239,13 +239,14 @@ def test_square_brackets_in_a_prompt_are_text(done, prompt):
 
 
 def test_without_lora_and_speed_the_report_leaves_them_out(done, write_recipe, tmp_path):
+    selections = ("oracle", "two stages by threshold", "window + sink")
     recipe = load_recipe(
         write_recipe(
             distill={"context": 256, "batches": 1},
             lora={"steps": 0},
             speed={"length": 0},
             prompt=None,
-            quality=[{"length": 256, "windows": 1, "budgets": [80], "decode_tokens": 0, "selections": ["oracle", "window + sink"]}],
+            quality=[{"length": 256, "windows": 1, "budgets": [80], "decode_tokens": 0, "selections": list(selections), "fit_windows": 1}],
         )
     )
     results = run_recipe(recipe, tmp_path / "run", quiet())
@@ -253,6 +254,10 @@ def test_without_lora_and_speed_the_report_leaves_them_out(done, write_recipe, t
     assert "Speed and memory" not in html and "LoRA:" not in html and "answers" not in html and "## Speed" not in card
     assert "LoRA" not in card and not (tmp_path / "run" / "adapter").exists()
     assert all("decode" not in row for row in results["quality"]["table"])
+    assert [row["selection"] for row in results["quality"]["table"]] == ["dense", *selections]
+    (varying,) = results["quality"]["varying"]
+    assert varying["length"] == 256 and varying["fits"][0]["kept"] == pytest.approx(80, rel=0.03)  # of few tiles
+    assert varying["times"][0]["budget"] == 80 and varying["times"][0]["over_uniform"]["select + attend"]["median"] > 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").config.sparse_attention["bookkeeping"]["trained"] is True
 
 
@@ -267,7 +272,7 @@ def test_published_recipes_load(path):
         recipe = load_recipe(path, smoke=smoke, changes=changes)
         assert recipe.name == path.stem and recipe.smoke_run is smoke
         assert recipe.distillation.seed == recipe.adaptation.seed == recipe.seed
-        assert not set(recipe.data["train"]) & set(recipe.data["eval"])
+        assert not {*recipe.data["train"], *recipe.data["fit"]} & set(recipe.data["eval"])
 
 
 def test_a_recipe_for_more_memory_than_there_is_stops_before_it_trains(write_recipe, tmp_path, monkeypatch):

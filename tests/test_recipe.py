@@ -147,6 +147,7 @@ def test_other_dtypes_are_refused(load, dtype):
     ("fields", "message"),
     [
         ({"selections": ["oracle", "two stages"]}, r"must hold window \+ sink"),
+        ({"fit_windows": 0}, "fit_windows is 0: must be >= 1"),
         ({"selections": ["window + sink"]}, "must hold oracle"),
         ({"selections": []}, r"must hold oracle, window \+ sink"),
         ({"selections": ["oracle", "window + sink", "magic"]}, r"names 'magic'; known: oracle, two stages"),
@@ -159,6 +160,14 @@ def test_other_dtypes_are_refused(load, dtype):
 def test_impossible_quality_entries(load, fields, message):
     with pytest.raises(RecipeError, match=message):
         load({"quality": [{"length": 512, "windows": 1, "budgets": [64], **fields}]})
+
+
+def test_questions_know_no_selections_that_are_fitted(load):
+    names = ["oracle", "two stages by threshold", "window + sink"]
+    entry = {"quality": [{"length": 1024, "windows": 1, "budgets": [64], "selections": names}]}
+    assert load(entry).quality[0].is_fitted
+    with pytest.raises(RecipeError, match=r"task 'questions' must be of oracle, two stages"):
+        load({**entry, "task": "questions"})
 
 
 # -- reduced runs, changes from the command line, split -------------------------------------------------------------

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hf_sparse_attn_kernels import TileGrid, block_mass
+from hf_sparse_attn_kernels import BlockSelection, TileGrid, block_mass
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from ..attending import Selector, SparseCall
+from ..budgets import KeptKeys
 from ..config import SparseAttentionConfig
 from ..conversion import sparse_attention_as
 from ..data.windows import Window
@@ -36,6 +37,10 @@ class WindowResult:
     decode: float | None  # last tokens, fed through the cache in tiles of 1; None if not measured
     prefill_of_decoded: float | None = None  # the same last tokens at prefill: what the look-ahead inside a tile is worth
     mass: dict[int, float] = field(default_factory=dict)  # by layer
+    low_mass: float | None = None  # 5th percentile over tiles, KV heads and layers
+    kept: float | None = None  # mean keys of the tiles of the last half that see more than the budget, None for dense
+    kept_all: float | None = None  # the same over the whole window
+    kept_decode: float | None = None  # the same of the tokens that are fed through the cache
 
     def line(self) -> str:
         """The result in one line, for the terminal."""
@@ -83,6 +88,7 @@ class MassObserver:
     def __init__(self, selectors: Mapping[str, Selector]) -> None:
         self.selectors = selectors
         self.mass: dict[str, dict[int, float]] = {name: {} for name in selectors}
+        self.of_tiles: dict[str, list[Tensor]] = {name: [] for name in selectors}
 
     def __call__(self, router: SparseRouter, inputs: RoutingInputs) -> None:
         config = router.config
@@ -96,7 +102,29 @@ class MassObserver:
         teacher = block_mass(inputs.q, inputs.k, grid, tiles, inputs.scale)
         for name, selector in self.selectors.items():
             kept = selector(router, inputs, config.query_tile).indices[:, :, tiles]
-            self.mass[name][router.layer] = float(kept_mass(teacher, kept).mean())
+            found = kept_mass(teacher, kept)
+            self.mass[name][router.layer] = float(found.mean())
+            self.of_tiles[name].append(found.flatten().cpu())
+
+    def low(self, name: str) -> float | None:
+        """5th percentile of the kept mass of tiles, over KV heads and layers; None if none was measured."""
+        found = self.of_tiles.get(name)
+        return float(torch.cat(found).quantile(0.05)) if found else None
+
+
+class _KeptOfWindow:
+    """Mean keys kept in a window of ``n`` tokens: ``kept``, ``kept_all`` and ``kept_decode`` of its result."""
+
+    def __init__(self, n: int) -> None:
+        self.prefill = {"kept": KeptKeys(n // 2), "kept_all": KeptKeys()}
+        self.decode = {"kept_decode": KeptKeys()}
+
+    def __call__(self, router: SparseRouter, inputs: RoutingInputs, selection: BlockSelection) -> None:
+        for meter in (self.decode if selection.grid.q_len < selection.grid.kv_len else self.prefill).values():
+            meter(router, inputs, selection)
+
+    def means(self) -> dict[str, float | None]:
+        return {name: meter.mean() for name, meter in (self.prefill | self.decode).items()}
 
 
 def evaluate_windows(
@@ -111,8 +139,8 @@ def evaluate_windows(
 ) -> list[WindowResult]:
     """Every window, dense and under every selector at every budget (keys).
 
-    Kept mass is measured at the first budget. Results in ``done`` are not computed again; ``on_result`` is called
-    after each new one.
+    Kept mass is measured at the first budget. A ``mass_threshold`` of the model is set aside: the budgets are those that are given.
+    Results in ``done`` are not computed again; ``on_result`` is called after each new one.
 
     Raises:
         ValueError: a window is so short that the model would run it dense.
@@ -136,7 +164,7 @@ def evaluate_windows(
         n = window.ids.shape[1]
         for keys in budgets:
             todo = [name for name in selectors if (window.document, n, keys, name) not in have]
-            with sparse_attention_as(model, min_keys=keys, max_keys=keys):
+            with sparse_attention_as(model, min_keys=keys, max_keys=keys, mass_threshold=None):
                 observer = MassObserver({name: selectors[name] for name in todo if keys == budgets[0]})
                 first = (window.document, n, None, "dense") not in have
                 if first or (observer.selectors and todo):
@@ -145,6 +173,8 @@ def evaluate_windows(
                         have.add((window.document, n, None, "dense"))
                         add(WindowResult(window.document, n, None, "dense", *dense))
                 for name in todo:
-                    losses = window_losses(model, window.ids, SparseCall(selector=selectors[name]), decode_tokens)
-                    add(WindowResult(window.document, n, keys, name, *losses, mass=observer.mass.get(name, {})))
+                    kept = _KeptOfWindow(n)
+                    losses = window_losses(model, window.ids, SparseCall(selector=selectors[name], on_selection=kept), decode_tokens)
+                    mass = observer.mass.get(name, {})
+                    add(WindowResult(window.document, n, keys, name, *losses, mass, observer.low(name), **kept.means()))
     return results

@@ -31,6 +31,14 @@ def loss_share(window: np.ndarray, loss: np.ndarray, oracle: np.ndarray, seed: i
     return {"share": float(share(np.arange(len(loss)))), "low": float(low), "high": float(high)}
 
 
+def loss_above(loss: np.ndarray, other: np.ndarray, seed: int = 0) -> dict[str, float]:
+    """How much the mean loss lies above the other's (below it if negative), with a 95 % interval over resampled windows, paired."""
+    rng = np.random.default_rng(seed)
+    above = loss - other
+    low, high = np.quantile(above[rng.integers(0, len(loss), (RESAMPLES, len(loss)))].mean(-1), [0.025, 0.975])
+    return {"mean": float(above.mean()), "low": float(low), "high": float(high)}
+
+
 def recovered_share(kept: dict[int, float], window: dict[int, float], oracle: dict[int, float]) -> dict[str, Any]:
     """Σ(kept − window) / Σ(oracle − window) over layers, per layer, and the worst layer with a gap of at least 0.02."""
     gaps = {layer: oracle[layer] - window[layer] for layer in kept}
@@ -84,9 +92,14 @@ def _row(length: int, keys: int | None, selection: str, own: list[WindowResult],
         if bounds is not None:
             window, oracle = (np.array([getattr(r, path) for r in bound]) for bound in bounds)
             row[f"{path}_share"] = loss_share(window, losses, oracle)
+            row[f"{path}_above_oracle"] = loss_above(losses, oracle)
     tails = [r.decode - r.prefill_of_decoded for r in own if r.decode is not None and r.prefill_of_decoded is not None]
     if len(tails) == len(own):
         row["decode_over_prefill"] = float(np.exp(np.mean(tails)))  # perplexity of the same tokens, tiles of 1 over tiles of query_tile
+    for name in ("kept", "kept_all", "kept_decode", "low_mass"):
+        found = [getattr(r, name) for r in own]
+        if all(value is not None for value in found):
+            row[name] = float(np.mean(found))
     if bounds is not None and own[0].mass and bounds[0][0].mass and bounds[1][0].mass:
         mass = _mean_mass(own)
         row["kept_mass"] = {"mean": float(np.mean(list(mass.values()))), "by_layer": {str(k): v for k, v in mass.items()}}

@@ -16,6 +16,7 @@ from ..data.sources import local_model, model_licence, read_documents
 from ..data.split import split_texts
 from ..data.training_data import training_rows
 from ..data.windows import batches, token_windows
+from ..evaluation.allocations import Allocations
 from ..evaluation.comparison import comparison
 from ..evaluation.quality import WindowResult, evaluate_windows, window_losses
 from ..evaluation.selectors import fresh_routers, standard_selectors
@@ -26,6 +27,7 @@ from ..profiling.checking import device_at
 from ..profiling.planning import check_memory, plan_training
 from .card import write_card
 from .engine import Step
+from .recipe import Quality
 from .report import write_report
 from .training import TrainingRun
 
@@ -178,18 +180,33 @@ class LanguageRun(TrainingRun):
         """Every window of the recipe's quality entries under every selection; continues after a stop."""
         partial = self.state / f"{name}.partial.json"
         done = [WindowResult(**r) for r in json.loads(partial.read_text())] if partial.exists() else []
-        selectors = standard_selectors(fresh_routers(model))
+        selectors, varying = standard_selectors(fresh_routers(model)), []
         for entry in self.recipe.quality:
             windows = self._eval_windows(entry.length, entry.windows)
-            chosen = {name: selectors[name] for name in entry.selections}
+            fitted = self._fitted(model, entry) if entry.is_fitted else None
+            if fitted is not None:
+                varying.append({"length": entry.length, "fits": fitted.fits, "times": fitted.times(model, windows[0].ids)})
+                for result in (r for r in done if r.length == entry.length):
+                    fitted.note(result)
+            known = selectors | (fitted.selectors if fitted else {})
 
-            def note(result: WindowResult) -> None:
+            def note(result: WindowResult, fitted: Allocations | None = fitted) -> None:
                 done.append(result)
+                if fitted is not None:
+                    fitted.note(result)
                 write_json(partial, [r.to_dict() for r in done])
                 self.console.print(f"  {result.line()}", markup=False)
 
+            chosen = {name: known[name] for name in entry.selections}
             evaluate_windows(model, windows, entry.budgets, chosen, decode_tokens=entry.decode_tokens, done=list(done), on_result=note)
-        return {"windows": [r.to_dict() for r in done], "table": quality_table(done)}
+        measured = {"windows": [r.to_dict() for r in done], "table": quality_table(done)}
+        return {**measured, "varying": varying} if varying else measured
+
+    def _fitted(self, model: PreTrainedModel, entry: Quality) -> Allocations:
+        """The selections whose average number of keys is fitted, on text that is not measured and where log-loss is read."""
+        documents = read_documents(self.recipe.data["fit"] or self._sources()[0])
+        windows = token_windows(documents, self._tokenizer(), entry.length, entry.fit_windows, self.recipe.sparse_attention.block_size)
+        return Allocations(model, batches(windows), entry.budgets, entry.length // 2)
 
     def _speed(self) -> dict[str, Any]:
         settings = self.recipe.speed

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from ..config import SparseAttentionConfig
+from ..evaluation.allocations import FITTED
 from ..training.adaptation import AdaptationConfig
 from ..training.distiller import DistillationConfig
 
@@ -31,18 +32,27 @@ class Quality:
     budgets: tuple[int, ...]
     decode_tokens: int = 256
     selections: tuple[str, ...] = SELECTIONS
+    fit_windows: int = 4  # of other text, on which the selections whose average is fitted are
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budgets", tuple(self.budgets))
         object.__setattr__(self, "selections", tuple(self.selections))
-        unknown = sorted(set(self.selections) - set(SELECTIONS))
+        known = (*SELECTIONS, *FITTED)
+        unknown = sorted(set(self.selections) - set(known))
         if unknown:
-            raise RecipeError(f"quality.selections names {', '.join(map(repr, unknown))}; known: {', '.join(SELECTIONS)}")
+            raise RecipeError(f"quality.selections names {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
         needed = {"oracle", "window + sink"} - set(self.selections)
         if needed:
             raise RecipeError(f"quality.selections must hold {', '.join(sorted(needed))}: the shares are measured between them")
+        if self.fit_windows < 1:
+            raise RecipeError(f"quality.fit_windows is {self.fit_windows}: must be >= 1")
         if not self.budgets or self.windows < 1 or not 0 <= self.decode_tokens < self.length // 2:
             raise RecipeError("quality needs at least one budget and one window, and decode_tokens below half the length")
+
+    @property
+    def is_fitted(self) -> bool:
+        """Some selection keeps a number of keys on average that is fitted first."""
+        return bool(set(self.selections) & set(FITTED))
 
 
 @dataclass(frozen=True)
@@ -113,6 +123,8 @@ def _checked_recipe(values: dict[str, Any], smoke: bool) -> Recipe:
     sparse = SparseAttentionConfig.from_dict(values["sparse_attention"])
     recipe = Recipe(**{**values, "quality": quality, "sparse_attention": sparse}, smoke_run=smoke, raw=values)
     _ = recipe.distillation, recipe.adaptation
+    if recipe.task == "questions" and any(entry.is_fitted for entry in quality):
+        raise RecipeError(f"quality.selections of the task 'questions' must be of {', '.join(SELECTIONS)}")
     return recipe
 
 

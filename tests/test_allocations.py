@@ -1,0 +1,179 @@
+"""Ways to share out keys: the oracle's candidates, top-p, budgets by head, the running correction, and their fits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hf_sparse_attn_kernels import block_mass
+
+from hf_sparse_attn import SparseAttentionConfig, SparseCall, budgets
+from hf_sparse_attn.budgets import ByThreshold, KeptKeys
+from hf_sparse_attn.conversion import sparse_attention_as
+from hf_sparse_attn.data.windows import Window
+from hf_sparse_attn.evaluation.allocations import (
+    FITTED,
+    THRESHOLD,
+    Allocations,
+    AtThreshold,
+    ByHead,
+    RunningCorrection,
+    fitted_selectors,
+    mass_left,
+    oracle_candidates,
+)
+from hf_sparse_attn.evaluation.quality import evaluate_windows
+from hf_sparse_attn.evaluation.selectors import oracle, window
+from hf_sparse_attn.evaluation.shares import loss_above, quality_table
+from hf_sparse_attn.plan import make_plan
+
+
+@pytest.fixture(scope="module", params=[(250, 250, 16), (250, 40, 16), (250, 5, 1), (250, 1, 1)], ids=str)
+def case(request, routing_inputs):
+    kv_len, q_len, tile = request.param
+    return routing_inputs(kv_len, q_len, batch=2), tile
+
+
+@pytest.fixture(scope="module")
+def router(make_router):
+    return make_router(rotary=True, noise=0.3, min_keys=96, candidate_factor=2.0)
+
+
+def sets(selection):
+    return [{b for b in blocks if b >= 0} for blocks in selection.indices.flatten(0, 2).tolist()]
+
+
+def test_the_threshold_selector_is_the_routers_own_path(router, case):
+    inputs, tile = case
+    config = router.config
+    got, want = AtThreshold(0.02)(router, inputs, tile), ByThreshold(0.02)(router, inputs, tile)
+    assert sets(got) == sets(want) and router.config is config
+    torch.testing.assert_close(got.scores[got.indices >= 0], want.scores[want.indices >= 0], equal_nan=True)
+
+
+def test_the_oracles_candidates_are_all_blocks_with_their_mass(router, case):
+    inputs, tile = case
+    found = oracle_candidates(router, inputs, tile)
+    plan = make_plan(router.config, found.every.grid)
+    tiles = torch.arange(plan.grid.tiles)
+    mass = block_mass(inputs.q, inputs.k, plan.grid, tiles, inputs.scale)
+    assert sets(found.every) == [set(range(int(last) + 1)) for _ in range(4) for last in plan.last]
+    there = found.every.indices >= 0
+    assert torch.equal(found.every.scores[there], mass.gather(-1, found.every.indices.clamp(min=0).long())[there])
+    assert torch.equal(found.free.sum(-1)[0, 0], torch.where(plan.open, plan.eligible, 0))
+    best = found.mass.topk(int(plan.free.max()), -1).values
+    last = best.gather(-1, (plan.free - 1).clamp(min=0)[:, None].expand(2, 2, -1, 1))
+    assert sets(found.keep(found.free & (found.mass >= last))) == sets(oracle(router, inputs, tile))
+
+
+@pytest.mark.parametrize("p", [0.3, 0.6, 0.9])
+def test_top_p_stops_where_the_mass_is_reached(router, case, p):
+    inputs, tile = case
+    found = oracle_candidates(router, inputs, tile)
+    kept = sets(found.keep(mass_left(found) >= 1 - p))
+    rows = zip(*(x.flatten(0, 2).tolist() for x in (found.every.indices, found.every.scores, found.free)), strict=True)
+    for blocks, (indices, scores, free) in zip(kept, rows, strict=True):
+        want = {i for i, f in zip(indices, free, strict=True) if i >= 0 and not f}
+        held = sum(s for i, s, f in zip(indices, scores, free, strict=True) if i >= 0 and not f)
+        for mass, index in sorted(((s, -i) for i, s, f in zip(indices, scores, free, strict=True) if f), reverse=True):
+            if held > p - 1e-6:
+                break
+            want.add(-index)
+            held += mass
+        assert blocks == want
+
+
+def test_budgets_by_head_are_those_of_the_head(router, case):
+    inputs, tile = case
+    selection = ByHead({0: torch.tensor([112.0, 90.0], dtype=torch.float64)})(router, inputs, tile)
+    plan = make_plan(router.config, selection.grid)
+    counts = (selection.indices >= 0).sum(-1)[:, :, plan.open]
+    assert bool((counts[:, 0] == 7).all()) and bool((counts[:, 1] == 6).all())
+
+
+def test_the_running_correction_brings_the_average_back():
+    counted = budgets.Histogram()
+    counted.counts[torch.linspace(0.001, 0.9, 4000).view(torch.int32).long() >> budgets.BITS] += 1
+    counted.tiles, counted.block_size = 40, 16
+    correction = RunningCorrection(counted, 512)
+    assert correction.aims == [512.0]
+    correction.note(640.0)  # a quarter too many: the next window is to keep 384, but at most a fifth less is asked for
+    assert correction.aims[-1] == pytest.approx(512 / 1.25 * 512 / 640)
+    correction.note(409.6)
+    assert correction.aims[-1] == pytest.approx((3 * 512 - 640 - 409.6) * sum(correction.aims[:2]) / 1049.6)
+    assert counted.threshold(correction.aims[1]) > counted.threshold(512)
+
+
+@pytest.fixture(scope="module")
+def fitted(sparse_llama, real_budget, token_ids):
+    """(model, allocations that were fitted on four rows for 96 and 128 keys)"""
+    model = sparse_llama({**real_budget, "candidate_factor": 3.0}, noise=0.2)
+    batches = [{"input_ids": token_ids(1, 320, seed=seed)} for seed in range(4)]
+    before = model.config.sparse_attention
+    made = Allocations(model, batches, [96, 128], 160)
+    assert model.config.sparse_attention == before
+    return model, batches, made
+
+
+@pytest.mark.parametrize("name", FITTED)
+@pytest.mark.parametrize("keys", [96, 128])
+def test_every_allocation_keeps_the_budget_on_average_where_it_was_fitted(fitted, name, keys):
+    model, batches, made = fitted
+    meter = KeptKeys(160)
+    with sparse_attention_as(model, min_keys=keys, max_keys=keys):
+        budgets.run_sparse(model, batches, SparseCall(selector=made.selectors[name], on_selection=meter))
+    # a head's budget is whole blocks: of two layers with two heads each off by at most half a block
+    assert meter.mean() == pytest.approx(keys, abs=8 if name == "two stages by head" else 0.01 * keys)
+
+
+def test_a_fit_says_what_it_found(fitted):
+    *_, made = fitted
+    assert [fit["keys"] for fit in made.fits] == [96, 128]
+    for fit in made.fits:
+        assert fit["asked"] == fit["keys"] and 0 < fit["threshold"] < 1 and 0 < fit["top_p"] < 1 and 0 < fit["oracle_threshold"] < 1
+        for name in ("kept", "top_p_kept", "oracle_kept"):
+            assert fit[name] == pytest.approx(fit["keys"], rel=0.01)
+        assert {layer: len(heads) for layer, heads in fit["kept_by_layer_and_head"].items()} == {0: 2, 1: 2}
+    assert made.fits[0]["threshold"] > made.fits[1]["threshold"]
+
+
+def test_windows_tell_what_they_kept(fitted, token_ids):
+    model, _, made = fitted
+    windows = [Window(f"a[{i}]", token_ids(1, 320, seed=10 + i)) for i in range(2)]
+    chosen = {"oracle": oracle, "window + sink": window, **{name: made.selectors[name] for name in FITTED}}
+    notes = []
+    results = evaluate_windows(model, windows, [96, 128], chosen, decode_tokens=8, on_result=lambda r: notes.append(made.note(r)))
+    assert len(notes) == len(results) == 2 * (1 + 2 * 7)
+    for r in results:
+        if r.keys is None:
+            assert (r.kept, r.kept_all, r.kept_decode) == (None, None, None)
+        elif r.selection in ("oracle", "window + sink"):
+            assert r.kept == r.kept_all == r.keys and r.keys - 16 < r.kept_decode <= r.keys
+        else:
+            assert 64 < r.kept < 200 and r.kept_decode > 0 and (r.kept != r.keys or r.selection == "two stages by head")
+        assert (r.low_mass is None) == (r.keys in (None, 128))
+        assert r.low_mass is None or 0 < r.low_mass < np.mean(list(r.mass.values()))
+    table = {(row["keys"], row["selection"]): row for row in quality_table(results)}
+    assert table[96, "oracle"]["prefill_above_oracle"] == {"mean": 0, "low": 0, "high": 0}
+    for keys in (96, 128):
+        own = [r for r in results if r.keys == keys and r.selection == THRESHOLD]
+        bound = [r for r in results if r.keys == keys and r.selection == "oracle"]
+        row = table[keys, THRESHOLD]
+        assert row["kept"] == pytest.approx(np.mean([r.kept for r in own])) and row["kept_decode"] > 0
+        want = np.mean([a.prefill - b.prefill for a, b in zip(own, bound, strict=True)])
+        assert row["prefill_above_oracle"]["mean"] == pytest.approx(want)
+
+
+def test_the_loss_above_by_hand():
+    assert loss_above(np.array([2.0, 2.5]), np.array([1.0, 2.0])) == {"mean": 0.75, "low": 0.5, "high": 1.0}
+
+
+def test_a_model_shows_its_own_threshold_at_the_budget_it_was_fitted_for():
+    config = SparseAttentionConfig(min_keys=512, max_keys=512, mass_threshold=0.01)
+    assert fitted_selectors(config, ["oracle"], [1024]) == {}
+    assert fitted_selectors(config, ["oracle", THRESHOLD], [512]) == {THRESHOLD: AtThreshold(0.01)}
+    with pytest.raises(ValueError, match="'oracle by threshold' must be fitted first"):
+        fitted_selectors(config, ["oracle by threshold"], [512])
+    for other, asked in ((config, [512, 1024]), (config.changed(mass_threshold=None), [512]), (config.changed(max_keys=None), [512])):
+        with pytest.raises(ValueError, match=r"own mass_threshold at the fixed budget.*fit_mass_threshold"):
+            fitted_selectors(other, [THRESHOLD], asked)
