@@ -210,7 +210,7 @@ def test_lists_of_a_fixed_budget_are_cut_along_the_sequence_all_rows_together(gr
     chunks = list(gathered.tile_chunks(index, grid, 64))
     assert [(chunk.rows, chunk.tiles) for chunk in chunks] == [(slice(None), slice(at, min(at + 3, 10))) for at in (0, 3, 6, 9)]
     for chunk in chunks:
-        assert torch.equal(chunk.index, index[:, chunk.tiles, -int(counts[chunk.tiles].max()) :])
+        assert torch.equal(chunk.lists, index[:, chunk.tiles, -int(counts[chunk.tiles].max()) :])
 
 
 def test_lists_of_unequal_length_are_cut_by_length_and_each_tile_is_in_one_chunk(random_selection, monkeypatch):

@@ -123,7 +123,9 @@ def test_the_operators_pass_opcheck(layer, make_router, routing_inputs):
     with torch.no_grad():
         f = FeatureMaker(router, inputs, plan.grid).features(tiles)
     features = (f.coarse_queries, f.real, f.router_keys, f.queries, f.reps, f.keys, tiles)
-    torch.library.opcheck(ops.select.default, (*features, 230, 16, 16, plan.sink, plan.columns, plan.width, plan.threshold), test_utils=names)
+    torch.library.opcheck(
+        ops.select.default, (*features, 230, 16, 16, plan.sink, plan.columns, plan.width, plan.threshold), test_utils=names
+    )
     with pytest.raises(RuntimeError, match=f"may keep more than the {plan.width - 1} blocks of its list"):
         ops.select(*features, 230, 16, 16, plan.sink, plan.columns, plan.width - 1, plan.threshold)
     torch.library.opcheck(ops.coarse_scores.default, (f.coarse_queries, f.real, f.router_keys), test_utils=names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,7 +113,7 @@ class MassObserver:
 
 
 class _KeptOfWindow:
-    """Mean keys kept in a window of ``n`` tokens: ``kept``, ``kept_all`` and ``kept_decode`` of its result."""
+    """Keys kept in a window of ``n`` tokens."""
 
     def __init__(self, n: int) -> None:
         self.prefill = {"kept": KeptKeys(n // 2), "kept_all": KeptKeys()}
@@ -123,8 +123,9 @@ class _KeptOfWindow:
         for meter in (self.decode if selection.grid.q_len < selection.grid.kv_len else self.prefill).values():
             meter(router, inputs, selection)
 
-    def means(self) -> dict[str, float | None]:
-        return {name: meter.mean() for name, meter in (self.prefill | self.decode).items()}
+    def means(self) -> Iterator[float | None]:
+        """``kept``, ``kept_all`` and ``kept_decode`` of the window's result."""
+        return (meter.mean() for meter in (self.prefill | self.decode).values())
 
 
 def evaluate_windows(
@@ -176,5 +177,5 @@ def evaluate_windows(
                     kept = _KeptOfWindow(n)
                     losses = window_losses(model, window.ids, SparseCall(selector=selectors[name], on_selection=kept), decode_tokens)
                     mass = observer.mass.get(name, {})
-                    add(WindowResult(window.document, n, keys, name, *losses, mass, observer.low(name), **kept.means()))
+                    add(WindowResult(window.document, n, keys, name, *losses, mass, observer.low(name), *kept.means()))
     return results

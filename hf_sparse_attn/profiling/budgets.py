@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -37,7 +38,7 @@ class _LayerTimes:
             "threshold": partial(select_above, router, inputs, tile, self.threshold),
         }
         made = {kind: function() for kind, function in select.items()}
-        calls = {(kind, "select"): function for kind, function in select.items()}
+        calls: dict[tuple[str, str], Callable[[], object]] = {(kind, "select"): function for kind, function in select.items()}
         for kind, selection in made.items():
             calls[kind, "attend"] = partial(_attend, inputs, selection, None)
             calls[kind, "attend in torch"] = partial(_attend, inputs, selection, "torch")

@@ -22,11 +22,11 @@ CHUNK_SCORES = 1 << 21  # scores of one chunk: 4 MB in bf16, 8 MB in float32; of
 
 
 class Chunk(NamedTuple):
-    """Query tiles that are attended together: some rows of (batch, group), some tiles, and their lists ``index`` [rows, tiles, K]."""
+    """Query tiles that are attended together: some rows of (batch, group), some tiles, and their ``lists`` of blocks [rows, tiles, K]."""
 
     rows: slice
     tiles: slice | Tensor
-    index: Tensor
+    lists: Tensor
 
 
 def tile_chunks(index: Tensor, grid: TileGrid, rows_per_tile: int) -> Iterator[Chunk]:
