@@ -17,6 +17,7 @@ DEFAULTS = {
     "density": 0.125,
     "min_keys": 512,
     "max_keys": None,
+    "mass_threshold": None,
     "candidate_factor": 3.0,
     "sink": 64,
     "local": 128,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,19 +113,17 @@ class MassObserver:
 
 
 class _KeptOfWindow:
-    """Keys kept in a window of ``n`` tokens."""
+    """Keys kept in a window of ``n`` tokens: ``kept``, ``kept_all`` and ``kept_decode`` of its result."""
 
     def __init__(self, n: int) -> None:
-        self.prefill = {"kept": KeptKeys(n // 2), "kept_all": KeptKeys()}
-        self.decode = {"kept_decode": KeptKeys()}
+        self.last_half, self.whole, self.decoded = KeptKeys(n // 2), KeptKeys(), KeptKeys()
 
     def __call__(self, router: SparseRouter, inputs: RoutingInputs, selection: BlockSelection) -> None:
-        for meter in (self.decode if selection.grid.q_len < selection.grid.kv_len else self.prefill).values():
+        for meter in (self.decoded,) if selection.grid.q_len < selection.grid.kv_len else (self.last_half, self.whole):
             meter(router, inputs, selection)
 
-    def means(self) -> Iterator[float | None]:
-        """``kept``, ``kept_all`` and ``kept_decode`` of the window's result."""
-        return (meter.mean() for meter in (self.prefill | self.decode).values())
+    def means(self) -> tuple[float | None, float | None, float | None]:
+        return self.last_half.mean(), self.whole.mean(), self.decoded.mean()
 
 
 def evaluate_windows(
@@ -176,6 +174,6 @@ def evaluate_windows(
                 for name in todo:
                     kept = _KeptOfWindow(n)
                     losses = window_losses(model, window.ids, SparseCall(selector=selectors[name], on_selection=kept), decode_tokens)
-                    mass = observer.mass.get(name, {})
-                    add(WindowResult(window.document, n, keys, name, *losses, mass, observer.low(name), *kept.means()))
+                    mass, low = observer.mass.get(name, {}), observer.low(name)
+                    add(WindowResult(window.document, n, keys, name, *losses, mass, low, *kept.means()))
     return results

@@ -185,7 +185,6 @@ class LanguageRun(TrainingRun):
             windows = self._eval_windows(entry.length, entry.windows)
             fitted = self._fitted(model, entry) if entry.is_fitted else None
             if fitted is not None:
-                varying.append({"length": entry.length, "fits": fitted.fits, "times": fitted.times(model, windows[0].ids)})
                 for result in (r for r in done if r.length == entry.length):
                     fitted.note(result)
             known = selectors | (fitted.selectors if fitted else {})
@@ -199,6 +198,8 @@ class LanguageRun(TrainingRun):
 
             chosen = {name: known[name] for name in entry.selections}
             evaluate_windows(model, windows, entry.budgets, chosen, decode_tokens=entry.decode_tokens, done=list(done), on_result=note)
+            if fitted is not None:
+                varying.append({"length": entry.length, "fits": fitted.fits, "times": fitted.times(model, windows[0].ids)})
         measured = {"windows": [r.to_dict() for r in done], "table": quality_table(done)}
         return {**measured, "varying": varying} if varying else measured
 
