@@ -36,7 +36,7 @@ def evaluate_rows(
         for name, row in rows:
             add(name, row, None, "dense", SparseCall(dense=True))
             for keys in budgets:
-                with sparse_attention_as(model, min_keys=keys, max_keys=keys):
+                with sparse_attention_as(model, min_keys=keys, max_keys=keys, mass_threshold=None):
                     for selection, selector in selectors.items():
                         add(name, row, keys, selection, SparseCall(selector=selector))
             shown.advance(task)
