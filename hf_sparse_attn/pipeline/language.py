@@ -36,13 +36,8 @@ class LanguageRun(TrainingRun):
     """Task ``causal_lm``."""
 
     def steps(self) -> list[Step]:
-        compare = self.recipe.compare
         return [
-            Step("convert", self._convert),
-            Step("distill", self._distill, everywhere=True),
-            *([Step("before", self._before)] if compare["before"] else []),
-            *([Step("reference", self._reference, everywhere=True)] if compare["dense_lora"] else []),
-            Step("lora", self._lora, everywhere=True),
+            *self._training_steps(),
             Step("quality", self._quality),
             Step("speed", self._speed),
             Step("answer", self._answer),

@@ -23,18 +23,10 @@ class TaskRun(TrainingRun):
     score: Score
 
     def steps(self) -> list[Step]:
-        compare = self.recipe.compare
         return [
-            Step("convert", self._convert),
-            Step("distill", self._distill, everywhere=True),
-            *([Step("before", lambda: self._evaluate(self._distilled()))] if compare["before"] else []),
-            *([Step("reference", self._reference, everywhere=True)] if compare["dense_lora"] else []),
-            Step("lora", self._lora, everywhere=True),
+            *self._training_steps(),
             Step("evaluation", lambda: self._evaluate(self._model())),
         ]
-
-    def _convert(self) -> dict[str, Any]:
-        raise NotImplementedError
 
     def _evaluation_rows(self) -> list[tuple[str, Row]]:
         raise NotImplementedError
@@ -62,6 +54,9 @@ class TaskRun(TrainingRun):
             chosen = {name: selectors[name] for name in entry.selections}
             scores += evaluate_rows(model, self._evaluation_rows(), type(self).score, entry.budgets, chosen)
         return {"scores": scores}
+
+    def _before(self) -> dict[str, Any]:
+        return self._evaluate(self._distilled())
 
     def _reference(self) -> dict[str, Any]:
         model, log = self._adapted_densely()

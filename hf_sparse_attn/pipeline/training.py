@@ -14,13 +14,40 @@ from ..conversion import mark_trained
 from ..files import copied_folder, write_atomically
 from ..training.adaptation import AdaptationConfig, adapt
 from ..training.distillation import distill, load_router_state, router_state
-from .engine import Run
+from .engine import Run, Step
 
 
 class TrainingRun(Run):
     """A run that trains; a task says which model, which batches and which rows."""
 
     task_type: str | None = "CAUSAL_LM"  # of PEFT
+
+    def _training_steps(self) -> list[Step]:
+        """What comes before a task measures its result."""
+        compare = self.recipe.compare
+        return [
+            Step("convert", self._convert),
+            Step("distill", self._distill, everywhere=True),
+            *([Step("before", self._before)] if compare["before"] else []),
+            *([Step("reference", self._reference, everywhere=True)] if compare["dense_lora"] else []),
+            Step("lora", self._lora, everywhere=True),
+        ]
+
+    def _convert(self) -> dict[str, Any]:
+        """The base model -> an ordinary checkpoint in ``state/base``."""
+        raise NotImplementedError
+
+    def _before(self) -> dict[str, Any]:
+        """What is measured of the distilled model."""
+        raise NotImplementedError
+
+    def _reference(self) -> dict[str, Any]:
+        """What is measured of dense LoRA on the same rows."""
+        raise NotImplementedError
+
+    def _lora(self) -> dict[str, Any]:
+        """The joint stage, and the run's model."""
+        raise NotImplementedError
 
     def _base(self) -> PreTrainedModel:
         """The converted model with untrained routers, in eval mode."""
