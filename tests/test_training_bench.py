@@ -228,7 +228,7 @@ def test_the_command_measures_every_length_and_states_the_error_of_the_plan(save
     rows = json.loads((saved / "t.json").read_text())["rows"]
     assert [(row["benchmark"], row["length"]) for row in rows] == [("training", 200), ("training", 304)] and (saved / "t.svg").exists()
     for row in rows:
-        assert row["budget"] == {"min_keys": 96, "max_keys": 96} and row["plan"].keys() == {SPARSE, DENSE, STOCK}
+        assert row["budget"] == {"min_keys": 96, "max_keys": 96, "mass_threshold": None} and row["plan"].keys() == {SPARSE, DENSE, STOCK}
         for kind, plan in row["plan"].items():
             made = row["kinds"][kind]
             assert plan["time_error"] == pytest.approx(plan["seconds"] / made["median_s"] - 1)

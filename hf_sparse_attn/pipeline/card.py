@@ -99,7 +99,7 @@ def model_card(results: Mapping[str, Any], name: str) -> ModelCard:
         ValueError: the results lack something that a card must say.
     """
     quality = results.get("quality", results)
-    needed = (("environment", results), *(() if "tables" in results else (("table", quality), ("windows", quality))))
+    needed = (*(() if "tables" in results else (("table", quality), ("windows", quality))), ("environment", results))
     missing = [key for key, where in needed if key not in where]
     if missing:
         raise ValueError(f"these results hold no {' and no '.join(missing)}: a card is made from what the verbs run and eval write")
