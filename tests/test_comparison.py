@@ -138,6 +138,15 @@ def test_only_so_much_is_evaluated(tmp_path, monkeypatch):
     assert Path(rest).stat().st_size == 1000
 
 
+def test_a_name_that_holds_train_or_eval_mixes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_SPARSE_ATTN_CACHE", str(tmp_path / "cache"))
+    for name in ("my-train-run.log", "x-eval-y.log"):
+        (tmp_path / name).write_text("".join(f"{name} line {i}\n" for i in range(10)))
+    train, rest = split_texts([str(tmp_path / "*.log")], 0.5, tmp_path / "texts")
+    assert {Path(p).parent.name for p in train} == {"train"} and {Path(p).parent.name for p in rest} == {"eval"}
+    assert sorted(map(str, (tmp_path / "texts/train").iterdir())) == sorted(train)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"), [("a.log", "one line", "no line end behind 50%"), ("a.csv", "text\nx\n", "is csv: only plain")]
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import re
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import zstandard
 
 from hf_sparse_attn.data import sources
 from hf_sparse_attn.data.sources import Document, SourceError, free_bytes, local_model, package_files, read_documents, read_text
@@ -269,3 +271,20 @@ def test_batches_hold_one_row_per_window(documents, word_tokenizer):
     found = token_windows(documents, word_tokenizer, 32, 3, 16)
     assert [list(b) for b in batches(found)] == [["input_ids"]] * 3
     assert all(torch.equal(b["input_ids"], w.ids) for b, w in zip(batches(found), found, strict=True))
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, lambda raw: zstandard.ZstdCompressor().compress(raw)], ids=["gz", "zst"])
+def test_a_packed_text_is_read_as_what_it_holds(tmp_path, pack):
+    name = "log.txt.gz" if pack is gzip.compress else "log.txt.zst"
+    (tmp_path / name).write_bytes(pack("Zürich läuft\n".encode() * 50))
+    [document] = read_documents([str(tmp_path / name)])
+    assert (document.name, document.text) == (name, "Zürich läuft\n" * 50)
+    (tmp_path / name).write_bytes(pack(b"some text\n" * 5000)[:-20])
+    with pytest.raises(SourceError):
+        read_documents([str(tmp_path / name)])
+
+
+def test_a_binary_file_is_no_text(tmp_path):
+    (tmp_path / "model.bin").write_bytes(b"abc\0def")
+    with pytest.raises(SourceError, match=r"model.bin holds zero bytes"):
+        read_documents([str(tmp_path / "model.bin")])

@@ -120,13 +120,26 @@ def local_files(pattern: str) -> list[Path]:
 
 
 def read_text(file: Path) -> str:
-    """Text of a file in UTF-8 or, failing that, Latin-1; HTML without its tags."""
-    raw = file.read_bytes()
+    """Text of a file in UTF-8 or, failing that, Latin-1, unpacked if it is .gz or .zst; HTML without its tags.
+
+    Raises:
+        SourceError: a packed file is not whole, or the file holds zero bytes.
+    """
+    raw = file.read_bytes() if file.suffix not in (".gz", ".zst") else _unpacked(file)
+    if b"\0" in raw:
+        raise SourceError(f"{file} holds zero bytes: it is no text in UTF-8 or Latin-1; convert it, or leave it out")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError:
         text = raw.decode("latin-1")
     return text_of_html(text) if file.suffix in (".html", ".htm") else text
+
+
+def _unpacked(file: Path) -> bytes:
+    from .formats import source_files  # these stand on this module
+    from .survey import chunks
+
+    return b"".join(part for source in source_files([str(file)]) for part in chunks(source))
 
 
 def text_of_html(text: str) -> str:

@@ -31,7 +31,7 @@ def split_texts(sources: Sequence[str], share: float, folder: Path) -> tuple[lis
         name = Path(file.path).name
         for compression in (".gz", ".zst"):
             name = name.removesuffix(compression)
-        first, second = folder / f"{at:03}-train-{name}", folder / f"{at:03}-eval-{name}"
+        first, second = folder / "train" / f"{at:03}-{name}", folder / "eval" / f"{at:03}-{name}"
         _copy(file, share, first, second)
         train.append(str(first))
         rest.append(str(second))

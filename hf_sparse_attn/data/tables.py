@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -90,7 +91,7 @@ def _check_column(file: SourceFile, columns: list[str]) -> None:
 def _load(form: str, path: str, **options: Any) -> IterableDataset:
     from datasets import load_dataset
 
-    return load_dataset(form, data_files=path, split="train", streaming=True, **options)
+    return load_dataset(form, data_files=glob.escape(path), split="train", streaming=True, **options)
 
 
 def _json(file: SourceFile) -> IterableDataset:

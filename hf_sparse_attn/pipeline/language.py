@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from ..attending import SparseCall
 from ..data.checkpoints import write_checkpoint
-from ..data.sources import local_model, model_licence, read_documents
+from ..data.sources import SourceError, local_model, model_licence, read_documents
 from ..data.split import split_texts
 from ..data.training_data import training_rows
 from ..data.windows import batches, token_windows
@@ -92,7 +92,8 @@ class LanguageRun(TrainingRun):
         data, texts = self.recipe.data, self.state / "texts"
         if data["split"] is None:
             return data["train"], data["eval"]
-        return [str(texts / "*-train-*")], [str(texts / "*-eval-*")]
+        train, evaluated = (sorted(str(path) for path in (texts / part).iterdir()) for part in ("train", "eval"))
+        return train, evaluated
 
     def _train_windows(self, context: int, count: int) -> Any:
         documents = read_documents(self._sources()[0])
@@ -106,6 +107,11 @@ class LanguageRun(TrainingRun):
             return batches(windows), [w.document for w in windows]
         rows = self._packed_rows(settings["context"], streaming=True)
         found = [{name: row[name][None] for name in ("input_ids", "position_ids")} for row in islice(rows, settings["batches"])]
+        if len(found) < settings["batches"]:
+            raise SourceError(
+                f"the texts hold {len(found)} packed rows of {settings['context']} tokens, distill.batches asks for {settings['batches']}: "
+                "add texts or ask for fewer"
+            )
         return found, [f"packed row {i}" for i in range(len(found))]
 
     def _rows(self) -> Any:
