@@ -98,9 +98,9 @@ def _measure(
         console.print(f"{n} tokens …", highlight=False)
         found = [w.ids for w in windows_of(text, tokenizer, n, config.batch_size * (steps + 1), loaded)]
         windows = [torch.cat(found[at : at + config.batch_size]) for at in range(0, len(found), config.batch_size)]
-        before = device_here(loaded)
+        before = device_here(loaded, config)
         row = bench_training(loaded, windows, TrainingShape(budget, config, eager, padded))
-        row["plan"] = None if before is None else compare_plan(loaded, faster_here(before, loaded), row, config)
+        row["plan"] = None if before is None else compare_plan(loaded, faster_here(before, loaded, config), row, config)
         _show(row)
         yield row
 
@@ -141,7 +141,7 @@ def _plan(
     model = AutoConfig.from_pretrained(folder)
     kind = dtype_of(dtype) if dtype is not None else getattr(model, "dtype", None) or dtype_of("bfloat16")
     sparse = SparseAttentionConfig.coerce(getattr(model, "sparse_attention", None) or {}).changed(**budget)
-    device = named_device(gpu, model, kind)
+    device = named_device(gpu, model, kind, config)
     options = {"config": model, "batch": config.batch_size, "dtype": kind, "sparse_attention": sparse, "training": config, "padded": padded}
     table = bench_table(
         "tokens", "kind", "weights", "LoRA, routers, states", "step", "GB", "fits", "s a step", "tokens/s", title=device.name

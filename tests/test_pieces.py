@@ -350,3 +350,12 @@ def test_a_package_of_pypi_is_known_by_version_and_size(tmp_path):
         os.utime(file.path, (1, 1))
     after = [identity(file) for file in files]
     assert before[0] == after[0] and before[1] != after[1]
+
+
+@pytest.mark.parametrize(
+    "text", ["id,text\n1,hello\n2,hello, world\n", "id,text\n1,hello, world\n", "text\nabc, def\n", "id,text\n1,a\n2\n"]
+)
+def test_a_row_with_other_fields_than_the_header_is_refused(tmp_path, text):
+    (tmp_path / "rows.csv").write_text(text)
+    with pytest.raises(SourceError, match=r"rows.csv, line \d: \d fields where the header has \d: quote the texts"):
+        list(tables.TableRows(source_files([f"{tmp_path}/rows.csv#text"])[0]))

@@ -274,6 +274,18 @@ def test_the_cpu_is_measured(tiny_config):
     assert all(1e6 < rate < 1e15 for rate in rates) and device.memory_bytes > 0 and device.name == "cpu"
 
 
+def test_the_cpu_is_measured_with_the_modules_that_are_trained():
+    from transformers import GPTNeoXConfig
+
+    from hf_sparse_attn.profiling.calibration import measure_cpu
+
+    config = GPTNeoXConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=97)
+    lora = AdaptationConfig(target_modules=["query_key_value"], chunked_loss=False)
+    assert measure_cpu(config, torch.float32, lora).bytes_per_s > 0
+    with pytest.raises(ValueError, match="not found"):
+        measure_cpu(config, torch.float32)
+
+
 def test_the_better_rates_of_two_measurements_count():
     from hf_sparse_attn.profiling.calibration import faster
 

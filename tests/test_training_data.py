@@ -331,6 +331,16 @@ def test_a_state_of_other_data_or_settings_is_refused(rows_of, texts, tokenizer)
             next(iter(other))
 
 
+@pytest.mark.parametrize("change", [{"seed": 2}, {"shuffle_window": 5}])
+def test_a_state_of_another_order_is_refused(rows_of, change):
+    options = {"streaming": True, "seed": 1, "shuffle_window": 8}
+    stream, other = rows_of(**options), rows_of(**{**options, **change})
+    next(iter(stream))
+    other.load_state_dict(stream.state_dict())
+    with pytest.raises(SourceError, match="the saved state of the data"):
+        next(iter(other))
+
+
 # -- shuffling ------------------------------------------------------------------------------------------------------
 
 

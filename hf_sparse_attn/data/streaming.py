@@ -115,12 +115,18 @@ class ShuffledRows(_Wrapper):
         self.ex_iterable, self.window, self.seed = rows, window, seed
 
     def _init_state_dict(self) -> dict[str, Any]:
-        self._state_dict = {"start": None, "number": 0, "given": 0, "report": None, "type": type(self).__name__}
+        order = {"window": self.window, "seed": self.seed}
+        self._state_dict = {"start": None, "number": 0, "given": 0, "report": None, "order": order, "type": type(self).__name__}
         return self._state_dict
 
     def __iter__(self) -> Examples:
         inner = self.ex_iterable
         state: dict[str, Any] = self._state_dict or self._init_state_dict()
+        if state.get("order") != {"window": self.window, "seed": self.seed}:
+            raise SourceError(
+                f"the saved state of the data is of rows in another order ({state.get('order')}) than that of window {self.window} and "
+                f"seed {self.seed}: restore those, or start from the first row without the state"
+            )
         inner._init_state_dict()
         if state["start"] is not None:
             inner.load_state_dict(state["start"])

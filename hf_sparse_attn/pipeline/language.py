@@ -65,7 +65,7 @@ class LanguageRun(TrainingRun):
         if not settings["steps"] or self.processes.num_processes > 1:  # what several processes shard is not planned
             return {}
         config = AutoConfig.from_pretrained(self.state / "base")
-        device = device_at(torch.device("cuda" if torch.cuda.is_available() else "cpu"), config, self.dtype)
+        device = device_at(torch.device("cuda" if torch.cuda.is_available() else "cpu"), config, self.dtype, adaptation)
         if device is None:
             return {}
         plan = plan_training(

@@ -39,8 +39,8 @@ def heads_of(config: Any) -> tuple[int, int, int]:
     return heads, groups, int(getattr(text, "head_dim", None) or text.hidden_size // heads)
 
 
-def measure_cpu(config: Any, dtype: torch.dtype) -> Device:
-    """This CPU, by a measurement of two to four seconds on the sizes of a model, from its ``config`` (stock or sparse)."""
+def measure_cpu(config: Any, dtype: torch.dtype, lora: AdaptationConfig | None = None) -> Device:
+    """This CPU, by a measurement of two to four seconds on the sizes of a model (``config``, stock or sparse) trained with ``lora``."""
     config = stock_config(config)
     heads, groups, head_dim = heads_of(config)
     name = str(dtype).removeprefix("torch.")
@@ -63,7 +63,7 @@ def measure_cpu(config: Any, dtype: torch.dtype) -> Device:
         "cpu",
         available_memory(),
         products,
-        _bandwidth(config, dtype, products, dense),
+        _bandwidth(config, dtype, products, dense, lora or AdaptationConfig()),
         dense,
         _attention_rates(sparse_attention, leaves, shape.flops),
         work.routing / _seconds(layer.select),
@@ -113,7 +113,9 @@ def _product_rate(dtype: torch.dtype, hidden: int) -> float:
     return 12 * PRODUCT_TOKENS * hidden * hidden / _seconds(both)
 
 
-def _bandwidth(config: Any, dtype: torch.dtype, products: dict[torch.dtype, float], attention: tuple[float, float]) -> float:
+def _bandwidth(
+    config: Any, dtype: torch.dtype, products: dict[torch.dtype, float], attention: tuple[float, float], lora: AdaptationConfig
+) -> float:
     """Bytes per second of what is neither product nor attention, from steps of the model's first layer with few words.
 
     Element-wise operations, conversions, new memory and Python together: no single operation stands for the mixture.
@@ -121,13 +123,14 @@ def _bandwidth(config: Any, dtype: torch.dtype, products: dict[torch.dtype, floa
     few = with_layers(config, 1)
     few.get_text_config().vocab_size = WORDS
     few.pad_token_id = few.get_text_config().pad_token_id = None
-    lora = AdaptationConfig()
     simulated = simulate_step(few, dtype, lora, 1, LAYER_TOKENS)
     with quiet():
         model = plain_lora(AutoModelForCausalLM.from_config(few, dtype=dtype, attn_implementation="sdpa"), lora)
         if model.get_base_model().supports_gradient_checkpointing:
             checkpoint_activations(model)
-    chunk_loss(model).train()
+    if lora.chunked_loss:
+        chunk_loss(model)
+    model.train()
     ids = torch.randint(WORDS, (1, LAYER_TOKENS), generator=torch.Generator().manual_seed(0))
     weights = [p for p in model.parameters() if p.requires_grad]
 

@@ -18,29 +18,29 @@ from .planning import plan_training
 PLANNED = {SPARSE: "sparse", DENSE: "dense", STOCK: "stock"}  # kinds of the benchmark -> attention of a plan
 
 
-def named_device(name: str, config: Any, dtype: torch.dtype) -> Device:
+def named_device(name: str, config: Any, dtype: torch.dtype, lora: AdaptationConfig | None = None) -> Device:
     """The GPU of that name, or "cpu", measured here on sizes of the model that ``config`` is of. Raises ValueError for others."""
-    return measure_cpu(config, dtype) if name == "cpu" else gpu(name)
+    return measure_cpu(config, dtype, lora) if name == "cpu" else gpu(name)
 
 
-def device_here(model: PreTrainedModel) -> Device | None:
+def device_here(model: PreTrainedModel, lora: AdaptationConfig | None = None) -> Device | None:
     """The device that ``model`` is on, None for a GPU that is not in the table of devices."""
-    return device_at(model.device, model.config, model.dtype)
+    return device_at(model.device, model.config, model.dtype, lora)
 
 
-def device_at(where: torch.device, config: PreTrainedConfig, dtype: torch.dtype) -> Device | None:
+def device_at(where: torch.device, config: PreTrainedConfig, dtype: torch.dtype, lora: AdaptationConfig | None = None) -> Device | None:
     """The device at ``where`` (a CPU is measured on sizes like those of ``config``), None for a GPU that is not in the table."""
     if where.type == "cpu":
-        return named_device("cpu", config, dtype)
+        return named_device("cpu", config, dtype, lora)
     known = torch.cuda.get_device_name(where).replace(" ", "")
     size = torch.cuda.get_device_properties(where).total_memory
     found = [name for name in GPUS if name.partition("-")[0] in known and abs(GPUS[name][0] * 1e9 / size - 1) < 0.15]
     return gpu(found[0]) if found else None
 
 
-def faster_here(before: Device, model: PreTrainedModel) -> Device:
+def faster_here(before: Device, model: PreTrainedModel, lora: AdaptationConfig | None = None) -> Device:
     """The device that ``model`` is on: of a CPU the better rates of ``before`` and of now, so that a busy moment does not count."""
-    return faster(before, measure_cpu(model.config, model.dtype)) if before.name == "cpu" else before
+    return faster(before, measure_cpu(model.config, model.dtype, lora)) if before.name == "cpu" else before
 
 
 def compare_plan(model: PreTrainedModel, device: Device, row: dict[str, Any], training: AdaptationConfig) -> dict[str, Any]:
