@@ -13,14 +13,14 @@ from hf_sparse_attn_kernels import block_mass
 
 from hf_sparse_attn import SparseCall, routers
 from hf_sparse_attn.data.windows import Window
-from hf_sparse_attn.evaluation import quality
+from hf_sparse_attn.evaluation import predictions, quality
 from hf_sparse_attn.evaluation.quality import MassObserver, WindowResult, evaluate_windows, window_losses
 from hf_sparse_attn.evaluation.selectors import ByOtherRouters, fresh_routers, oracle, stage_one, standard_selectors, window
 from hf_sparse_attn.evaluation.shares import loss_share, quality_table, recovered_share
 from hf_sparse_attn.plan import make_plan
 from hf_sparse_attn.training.losses import kept_mass
 
-NAMES = ("oracle", "two stages", "stage 1 alone", "untrained", "mean-pool", "window + sink")
+NAMES = ("oracle", "two stages", "stage 1 alone", "untrained", "mean-pool", "min-max", "window + sink", "random")
 N = 250  # the last tile and the last block are partial
 
 
@@ -189,7 +189,7 @@ def test_losses_of_a_selection_equal_uncached_passes(selector, sparse_llama, rea
 def test_losses_with_more_positions_than_are_held_at_a_time(sparse_llama, real_budget, token_ids, monkeypatch):
     model, ids = sparse_llama(real_budget), token_ids(1, 209)
     whole = window_losses(model, ids, SparseCall(), 16)
-    monkeypatch.setattr(quality, "LOGIT_POSITIONS", 10)
+    monkeypatch.setattr(predictions, "LOGIT_POSITIONS", 10)
     assert window_losses(model, ids, SparseCall(), 16) == pytest.approx(whole, abs=1e-6)
 
 
@@ -263,20 +263,21 @@ def test_an_interrupted_evaluation_continues_without_computing_again(evaluated, 
     model, windows, budgets, chosen, results = evaluated
     calls, new = Counter(), []
 
-    def counted(model, ids, call, decode_tokens):
-        calls["dense" if call.dense and decode_tokens else "mass" if call.dense else "sparse"] += 1
-        return window_losses(model, ids, call, decode_tokens)
+    def counted(model, ids, call, decode_tokens, on_hidden):
+        calls["dense" if call.dense and decode_tokens else "again" if call.dense else "sparse"] += 1
+        return window_losses(model, ids, call, decode_tokens, on_hidden)
 
     monkeypatch.setattr(quality, "window_losses", counted)
     again = evaluate_windows(model, windows, budgets, chosen, decode_tokens=8, done=results[:kept], on_result=new.append)
     assert len(new) == 14 - kept and again[:kept] == results[:kept] and again[kept:] == new
     assert calls["sparse"] == sum(r.keys is not None for r in new) and calls["dense"] == sum(r.keys is None for r in new)
-    assert calls["mass"] == (kept in (1, 3, 9))  # the kept mass of what is missing needs one more dense pass
+    assert calls["again"] == (kept in (1, 3, 5, 9))  # what is missing is compared with a dense pass, which is done once more
     found, want = by_key(again), by_key(results)
     assert found.keys() == want.keys()
     for key in want:
         assert (found[key]["prefill"], found[key]["decode"]) == pytest.approx((want[key]["prefill"], want[key]["decode"]), abs=1e-6)
-        assert found[key]["mass"] == pytest.approx(want[key]["mass"], abs=1e-6)
+        for name in ("mass", "kl", "output_error", "by_position"):
+            assert found[key][name] == pytest.approx(want[key][name], abs=1e-6), name
 
 
 def test_results_survive_json(evaluated):

@@ -157,7 +157,7 @@ def test_the_quality_table_is_complete_and_ordered(done):
     table = done.results["quality"]["table"]
     assert [(r["keys"], r["n"]) for r in table] == [(None, 2), *[(80, 2)] * 6, (None, 2), *[(128, 2)] * 6]
     by_name = {r["selection"]: r for r in table if r["keys"] == 80}
-    assert list(by_name) == ["oracle", "two stages", "stage 1 alone", "untrained", "mean-pool", "window + sink"]
+    assert list(by_name) == ["oracle", "two stages", "stage 1 alone", "untrained", "mean-pool", "min-max", "window + sink", "random"]
     assert by_name["oracle"]["recovered_share"]["share"] == pytest.approx(1) and by_name["window + sink"]["recovered_share"]["share"] == 0
     assert all(by_name["oracle"]["kept_mass"]["mean"] >= r["kept_mass"]["mean"] - 1e-6 for r in by_name.values())
     assert all("kept_mass" not in r for r in table if r["keys"] != 80) and all("decode" in r for r in table)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from hf_sparse_attn_kernels import BlockSelection, TileGrid, block_mass
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -17,11 +16,12 @@ from ..budgets import KeptKeys
 from ..config import SparseAttentionConfig
 from ..conversion import sparse_attention_as
 from ..data.windows import Window
+from ..plan import make_plan
 from ..router import RoutingInputs, SparseRouter
 from ..sites import routers
 from ..training.losses import kept_mass
+from .predictions import predictions, token_losses
 
-LOGIT_POSITIONS = 512  # positions whose logits are held at a time
 MASS_TILE_STRIDE = 4  # kept mass is measured on every fourth tile
 
 
@@ -38,6 +38,11 @@ class WindowResult:
     prefill_of_decoded: float | None = None  # the same last tokens at prefill: what the look-ahead inside a tile is worth
     mass: dict[int, float] = field(default_factory=dict)  # by layer
     low_mass: float | None = None  # 5th percentile over tiles, KV heads and layers
+    head_mass: dict[int, list[float]] = field(default_factory=dict)  # kept mass of every KV head, by layer
+    recall: dict[int, list[float]] = field(default_factory=dict)  # share of the oracle's chosen blocks that are kept, likewise
+    kl: float | None = None  # see `Predictions`, for these three
+    output_error: float | None = None
+    by_position: list[float] = field(default_factory=list)
     kept: float | None = None  # mean keys of the tiles of the last half that see more than the budget, None for dense
     kept_all: float | None = None  # the same over the whole window
     kept_decode: float | None = None  # the same of the tokens that are fed through the cache
@@ -48,27 +53,25 @@ class WindowResult:
         return f"{self.document} {self.length} tokens{keys}, {self.selection}: {self.prefill:.4f}"
 
     def to_dict(self) -> dict[str, Any]:
-        return {**self.__dict__, "mass": {str(layer): value for layer, value in self.mass.items()}}
+        by_layer = ("mass", "head_mass", "recall")
+        return {**self.__dict__, **{name: {str(layer): value for layer, value in getattr(self, name).items()} for name in by_layer}}
 
 
 @torch.no_grad()
-def token_losses(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood in nats of ``targets`` [1, n] from ``hidden`` [1, n, d], float32 [n]; logits a part at a time."""
-    head = model.get_output_embeddings()
-    parts = zip(hidden[0].split(LOGIT_POSITIONS), targets[0].split(LOGIT_POSITIONS), strict=True)
-    return torch.cat([F.cross_entropy(head(h).float(), t, reduction="none") for h, t in parts])
-
-
-@torch.no_grad()
-def window_losses(model: PreTrainedModel, ids: Tensor, call: SparseCall, decode_tokens: int) -> tuple[float, float | None, float | None]:
+def window_losses(
+    model: PreTrainedModel, ids: Tensor, call: SparseCall, decode_tokens: int, on_hidden: Callable[[Tensor], None] | None = None
+) -> tuple[float, float | None, float | None]:
     """Log-losses of ``ids`` [1, N]: of the last half at prefill, of the last ``decode_tokens`` fed through the cache, of these at prefill.
 
     The cache of the prefill pass is cropped and continued with fewer tokens than a query tile at a time, so that every
-    query is routed singly, as in generation. Without ``decode_tokens`` the second and third are None.
+    query is routed singly, as in generation. Without ``decode_tokens`` the second and third are None. ``on_hidden`` is given the last
+    hidden states [1, N, d] of the prefill.
     """
     n = ids.shape[1]
     cache = DynamicCache(config=model.config) if decode_tokens else None
     hidden = model.base_model(ids, past_key_values=cache, use_cache=cache is not None, sparse_call=call).last_hidden_state
+    if on_hidden is not None:
+        on_hidden(hidden)
     prefill = token_losses(model, hidden[:, n // 2 - 1 : -1], ids[:, n // 2 :])
     if cache is None:
         return float(prefill.mean()), None, None
@@ -83,11 +86,13 @@ def window_losses(model: PreTrainedModel, ids: Tensor, call: SparseCall, decode_
 
 
 class MassObserver:
-    """Kept mass of several selections on a dense pass, per layer: the mean over every fourth open tile."""
+    """Kept mass and recall of several selections on a dense pass, per layer and KV head: means over every fourth open tile."""
 
     def __init__(self, selectors: Mapping[str, Selector]) -> None:
         self.selectors = selectors
         self.mass: dict[str, dict[int, float]] = {name: {} for name in selectors}
+        self.by_head: dict[str, dict[int, list[float]]] = {name: {} for name in selectors}
+        self.recall: dict[str, dict[int, list[float]]] = {name: {} for name in selectors}
         self.of_tiles: dict[str, list[Tensor]] = {name: [] for name in selectors}
 
     def __call__(self, router: SparseRouter, inputs: RoutingInputs) -> None:
@@ -100,16 +105,30 @@ class MassObserver:
         if not len(tiles):
             return
         teacher = block_mass(inputs.q, inputs.k, grid, tiles, inputs.scale)
+        plan = make_plan(config, grid, inputs.q.device)
+        wanted = plan.best(teacher, tiles, plan.free[tiles])
         for name, selector in self.selectors.items():
             kept = selector(router, inputs, config.query_tile).indices[:, :, tiles]
             found = kept_mass(teacher, kept)
             self.mass[name][router.layer] = float(found.mean())
+            self.by_head[name][router.layer] = found.mean((0, 2)).tolist()
+            if wanted.shape[-1]:
+                self.recall[name][router.layer] = recall(kept, wanted).tolist()
             self.of_tiles[name].append(found.flatten().cpu())
 
     def low(self, name: str) -> float | None:
         """5th percentile of the kept mass of tiles, over KV heads and layers; None if none was measured."""
         found = self.of_tiles.get(name)
         return float(torch.cat(found).quantile(0.05)) if found else None
+
+
+def recall(kept: Tensor, wanted: Tensor) -> Tensor:
+    """Share of the blocks ``wanted`` [B, G, m, C] that are among those ``kept`` [B, G, m, K] (−1 = empty in both), float32 [G]."""
+    blocks = int(torch.maximum(kept.max(), wanted.max())) + 2  # the first column stands for the empty entries
+    member = torch.zeros(*kept.shape[:-1], blocks, dtype=torch.bool, device=kept.device).scatter_(-1, kept.long() + 1, True)
+    named = wanted >= 0
+    hits = member.gather(-1, wanted + 1) & named
+    return hits.sum((0, 2, 3)) / named.sum((0, 2, 3)).clamp(min=1)
 
 
 class _KeptOfWindow:
@@ -160,20 +179,54 @@ def evaluate_windows(
             on_result(result)
 
     for window in windows:
+        reader = _Reader(model, window, decode_tokens)
         n = window.ids.shape[1]
         for keys in budgets:
             todo = [name for name in selectors if (window.document, n, keys, name) not in have]
             with sparse_attention_as(model, min_keys=keys, max_keys=keys, mass_threshold=None):
                 observer = MassObserver({name: selectors[name] for name in todo if keys == budgets[0]})
                 first = (window.document, n, None, "dense") not in have
-                if first or (observer.selectors and todo):
-                    dense = window_losses(model, window.ids, SparseCall(dense=True, observer=observer), decode_tokens if first else 0)
+                if first or (todo and (observer.selectors or reader.dense is None)):
+                    dense = reader.read_dense(observer, first)
                     if first:
                         have.add((window.document, n, None, "dense"))
-                        add(WindowResult(window.document, n, None, "dense", *dense))
+                        add(dense)
                 for name in todo:
-                    kept = _KeptOfWindow(n)
-                    losses = window_losses(model, window.ids, SparseCall(selector=selectors[name], on_selection=kept), decode_tokens)
-                    mass, low = observer.mass.get(name, {}), observer.low(name)
-                    add(WindowResult(window.document, n, keys, name, *losses, mass, low, *kept.means()))
+                    add(reader.read(name, keys, selectors[name], observer))
     return results
+
+
+class _Reader:
+    """Reads one window, dense first."""
+
+    def __init__(self, model: PreTrainedModel, window: Window, decode_tokens: int) -> None:
+        self.model, self.window, self.decode_tokens = model, window, decode_tokens
+        self.dense: Tensor | None = None  # last hidden states
+        self.hidden: Tensor | None = None  # of the pass just done
+
+    def read_dense(self, observer: MassObserver, decoded: bool) -> WindowResult:
+        """The dense row; it is not ``decoded`` where it is known already."""
+        call = SparseCall(dense=True, observer=observer)
+        losses = window_losses(self.model, self.window.ids, call, self.decode_tokens if decoded else 0, self._take)
+        self.dense = self.hidden
+        return self._result(None, "dense", losses)
+
+    def read(self, name: str, keys: int, selector: Selector, observer: MassObserver) -> WindowResult:
+        kept = _KeptOfWindow(self.window.ids.shape[1])
+        call = SparseCall(selector=selector, on_selection=kept)
+        result = self._result(keys, name, window_losses(self.model, self.window.ids, call, self.decode_tokens, self._take))
+        result.mass, result.low_mass = observer.mass.get(name, {}), observer.low(name)
+        result.head_mass, result.recall = observer.by_head.get(name, {}), observer.recall.get(name, {})
+        result.kept, result.kept_all, result.kept_decode = kept.means()
+        return result
+
+    def _take(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+    def _result(self, keys: int | None, name: str, losses: tuple[float, float | None, float | None]) -> WindowResult:
+        ids = self.window.ids
+        assert self.hidden is not None and self.dense is not None
+        found = predictions(self.model, ids, self.hidden, self.dense)
+        result = WindowResult(self.window.document, ids.shape[1], keys, name, *losses)
+        result.kl, result.output_error, result.by_position = found.kl, found.output_error, found.by_position
+        return result

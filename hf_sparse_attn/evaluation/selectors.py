@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from hf_sparse_attn_kernels import BlockSelection, TilePlan, block_mass, stage_one_scores
-from torch import nn
+from hf_sparse_attn_kernels import BlockSelection, TilePlan, block_mass, stage_one_scores, to_tiles
+from torch import Tensor, nn
 
 from ..attending import Selector, learned_selector
 from ..plan import make_plan, select_by_scores
@@ -16,6 +16,8 @@ from ..selecting import FeatureMaker, select_blocks
 from ..sites import routers
 
 ORACLE_TILES = 64  # tiles whose dense mass is computed at a time
+BOUND_SCORES = 1 << 22  # of min-max that exist at a time, 16 MB
+LAYER_STRIDE = 1_000_003  # a prime: seeds of (layer, position) stay apart
 
 
 def _plan(router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> TilePlan:
@@ -54,6 +56,47 @@ def stage_one(router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> B
     return select_by_scores(plan, scores)
 
 
+@torch.no_grad()
+def min_max(router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection:
+    """The blocks with the largest upper bound of q·k by their keys' elementwise minimum and maximum, without any weights.
+
+    The bound of Quest (Tang et al. 2024, arXiv:2406.10774), which scores single queries; here the log-sum-exp over a tile's queries
+    and the heads of a KV group, as in stage 1.
+    """
+    plan = _plan(router, inputs, query_tile)
+    size, whole = plan.grid.block_size, plan.grid.kv_len // plan.grid.block_size
+    if not whole:
+        return window(router, inputs, query_tile)
+    blocks = inputs.k[:, :, : whole * size].float().unflatten(2, (whole, size))
+    most, least = blocks.amax(3).flatten(0, 1).mT, blocks.amin(3).flatten(0, 1).mT  # [B·G, D, blocks]
+    rows = to_tiles(inputs.q, plan.grid, router.groups)  # [B·G, n, Hg, T, D]
+    real = _real_tokens(plan)
+    step = max(1, BOUND_SCORES // (len(rows) * rows.shape[2] * rows.shape[3] * whole))
+    parts = []
+    for tiles in _all_tiles(plan).split(step):
+        q = rows[:, tiles].float() * inputs.scale
+        flat = q.flatten(1, 3)
+        bound = (flat.clamp(min=0) @ most + flat.clamp(max=0) @ least).unflatten(1, q.shape[1:4])
+        parts.append(bound.masked_fill(~real[tiles][:, None, :, None], -torch.inf).logsumexp((2, 3)))
+    scores = torch.cat(parts, 1).unflatten(0, inputs.k.shape[:2])
+    return select_by_scores(plan, torch.nn.functional.pad(scores, (0, plan.grid.blocks - whole), value=-torch.inf))
+
+
+def _real_tokens(plan: TilePlan) -> Tensor:
+    """Which tokens of each tile are queries of the call: boolean [n, T]."""
+    content = plan.grid.first_positions(plan.device)[:, None] + torch.arange(plan.grid.query_tile, device=plan.device)
+    return (content >= plan.grid.q_offset) & (content < plan.grid.kv_len)
+
+
+@torch.no_grad()
+def random_blocks(router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection:
+    """The forced links and random others, the same ones for the same layer and position."""
+    plan = _plan(router, inputs, query_tile)
+    generator = torch.Generator().manual_seed(router.layer * LAYER_STRIDE + plan.grid.q_offset)
+    scores = torch.rand(*inputs.k.shape[:2], plan.grid.tiles, plan.grid.blocks, generator=generator)
+    return select_by_scores(plan, scores.to(inputs.q.device))
+
+
 class ByOtherRouters:
     """``selector`` with other routers in place of the model's own, by layer: the untrained start."""
 
@@ -85,5 +128,7 @@ def standard_selectors(untrained: Mapping[int, SparseRouter]) -> dict[str, Selec
         "stage 1 alone": stage_one,
         "untrained": ByOtherRouters(untrained, learned_selector),
         "mean-pool": ByOtherRouters(untrained, stage_one),
+        "min-max": min_max,
         "window + sink": window,
+        "random": random_blocks,
     }

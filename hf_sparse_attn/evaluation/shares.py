@@ -52,6 +52,27 @@ def recovered_share(kept: dict[int, float], window: dict[int, float], oracle: di
     }
 
 
+ByHead = dict[int, np.ndarray]  # one figure for every KV head, by layer
+
+
+def _mean_by_head(found: Sequence[dict[int, list[float]]]) -> ByHead:
+    """Means over windows; layers that some window lacks are left out."""
+    layers = sorted(set.intersection(*({int(layer) for layer in one} for one in found)))
+    by_layer = [{int(layer): values for layer, values in one.items()} for one in found]
+    return {layer: np.mean([one[layer] for one in by_layer], 0) for layer in layers}
+
+
+def worst_head(kept: ByHead, window: ByHead, oracle: ByHead) -> dict[str, Any] | None:
+    """The KV head with the least recovered share among those with a gap of at least 0.02, None if no head has one."""
+    shares = [
+        (float((kept[layer][head] - window[layer][head]) / gap), layer, head)
+        for layer in kept
+        for head, gap in enumerate(oracle[layer] - window[layer])
+        if gap >= LEAST_GAP
+    ]
+    return dict(zip(("share", "layer", "head"), min(shares), strict=True)) if shares else None
+
+
 def _mean_mass(results: Sequence[WindowResult]) -> dict[int, float]:
     by_layer: dict[int, list[float]] = defaultdict(list)
     for result in results:
@@ -96,12 +117,21 @@ def _row(length: int, keys: int | None, selection: str, own: list[WindowResult],
     tails = [r.decode - r.prefill_of_decoded for r in own if r.decode is not None and r.prefill_of_decoded is not None]
     if len(tails) == len(own):
         row["decode_over_prefill"] = float(np.exp(np.mean(tails)))  # perplexity of the same tokens, tiles of 1 over tiles of query_tile
-    for name in ("kept", "kept_all", "kept_decode", "low_mass"):
+    for name in ("kept", "kept_all", "kept_decode", "low_mass", "kl", "output_error"):
         found = [getattr(r, name) for r in own]
         if all(value is not None for value in found):
             row[name] = float(np.mean(found))
+    if all(r.by_position for r in own):
+        row["by_position"] = np.mean([r.by_position for r in own], 0).tolist()
+    recalls = _mean_by_head([r.recall for r in own])
+    if recalls:
+        row["recall"] = float(np.mean(list(recalls.values())))
     if bounds is not None and own[0].mass and bounds[0][0].mass and bounds[1][0].mass:
         mass = _mean_mass(own)
         row["kept_mass"] = {"mean": float(np.mean(list(mass.values()))), "by_layer": {str(k): v for k, v in mass.items()}}
         row["recovered_share"] = recovered_share(mass, _mean_mass(bounds[0]), _mean_mass(bounds[1]))
+        heads, lower, upper = (_mean_by_head([r.head_mass for r in found]) for found in (own, *bounds))
+        if heads and lower and upper:
+            row["head_mass"] = {str(layer): values.tolist() for layer, values in heads.items()}
+            row["worst_head"] = worst_head(heads, lower, upper)
     return row

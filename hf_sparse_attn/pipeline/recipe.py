@@ -14,7 +14,7 @@ from ..evaluation.allocations import FITTED
 from ..training.adaptation import AdaptationConfig
 from ..training.distiller import DistillationConfig
 
-SELECTIONS = ("oracle", "two stages", "stage 1 alone", "untrained", "mean-pool", "window + sink")
+SELECTIONS = ("oracle", "two stages", "stage 1 alone", "untrained", "mean-pool", "min-max", "window + sink", "random")
 TASKS = ("causal_lm", "questions", "classification", "forecasting")
 DTYPES = ("bfloat16", "float32", "float16")
 

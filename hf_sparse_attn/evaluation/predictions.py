@@ -1,0 +1,56 @@
+"""How far a selection moves the model's predictions from those of dense attention on the same window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+LOGIT_POSITIONS = 512  # positions whose logits are held at a time
+PARTS = 8  # of a window, of which log-loss is told apart
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What one pass over a window predicts.
+
+    ``kl`` (nats a token, KL(dense ‖ selection) of the next token) and ``output_error`` (‖h − h_dense‖ / ‖h_dense‖ of the last
+    hidden states) are means over the last half; ``by_position`` are the log-losses (nats a token) of eight equal parts of the window.
+    """
+
+    kl: float
+    output_error: float
+    by_position: list[float]
+
+
+@torch.no_grad()
+def token_losses(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood in nats of ``targets`` [1, n] from ``hidden`` [1, n, d], float32 [n]; logits a part at a time."""
+    head = model.get_output_embeddings()
+    parts = zip(hidden[0].split(LOGIT_POSITIONS), targets[0].split(LOGIT_POSITIONS), strict=True)
+    return torch.cat([F.cross_entropy(head(h).float(), t, reduction="none") for h, t in parts])
+
+
+@torch.no_grad()
+def predictions(model: PreTrainedModel, ids: Tensor, hidden: Tensor, dense: Tensor) -> Predictions:
+    """Compare the last hidden states ``hidden`` [1, N, d] of the tokens ``ids`` [1, N] with those of dense attention, ``dense``."""
+    n = ids.shape[1]
+    losses = token_losses(model, hidden[:, :-1], ids[:, 1:])
+    own, other = hidden[0, n // 2 :], dense[0, n // 2 :]
+    return Predictions(
+        kl=_divergence(model, own, other),
+        output_error=float(((own - other).float().norm(dim=-1) / other.float().norm(dim=-1)).mean()),
+        by_position=[float(part.mean()) for part in losses.tensor_split(PARTS)],
+    )
+
+
+def _divergence(model: PreTrainedModel, own: Tensor, dense: Tensor) -> float:
+    """Mean KL of the next token's distribution, from that of ``dense`` [n, d] to that of ``own``."""
+    head, total = model.get_output_embeddings(), 0.0
+    for h, reference in zip(own.split(LOGIT_POSITIONS), dense.split(LOGIT_POSITIONS), strict=True):
+        log_q, log_p = (head(states).float().log_softmax(-1) for states in (h, reference))
+        total += float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
+    return total / len(own)
