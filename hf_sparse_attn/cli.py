@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -11,15 +10,16 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from .cli_bench import bench
-from .cli_options import JsonOption, TextOption, console, emit, integers, load, sparse_options, windows_of
+from .cli_evaluation import evaluate
+from .cli_options import JsonOption, TextOption, console, emit, load, windows_of
 from .cli_training import training
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Learnable two-stage sparse attention for pretrained models.")
 bench.command()(training)
 app.add_typer(bench, name="bench")
+app.command(name="eval")(evaluate)
 
 
 @app.command()
@@ -65,43 +65,6 @@ def distill(
     emit(report.to_dict(), json_path)
 
 
-@app.command(name="eval")
-def evaluate(
-    model: Annotated[str, typer.Argument(help="Hub id or local folder of a sparse model.")],
-    text: TextOption,
-    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 4096,
-    windows: Annotated[int, typer.Option(help="Number of windows.")] = 4,
-    budgets: Annotated[str, typer.Option(help="Comma-separated budgets in keys.")] = "512,1024",
-    selections: Annotated[str, typer.Option(help="Comma-separated selections.")] = "oracle,two stages,stage 1 alone,window + sink",
-    decode_tokens: Annotated[int, typer.Option(help="Tokens fed through the cache one query a tile; 0 = none.")] = 0,
-    sparse: Annotated[str, typer.Option(help="Fields of SparseAttentionConfig to change, e.g. 'query_samples: 32'.")] = "",
-    json_path: JsonOption = None,
-) -> None:
-    """Log-loss and kept mass of a model's routers against other selections at equal budget.
-
-    The selection "two stages by threshold" is the model's own mass_threshold, at the budget that this was fitted for.
-    """
-    from .conversion import set_sparse_attention
-    from .environment import environment
-    from .evaluation.allocations import fitted_selectors
-    from .evaluation.quality import evaluate_windows
-    from .evaluation.selectors import fresh_routers, standard_selectors
-    from .evaluation.shares import quality_table
-    from .pipeline.recipe import Quality
-
-    names = tuple(name.strip() for name in selections.split(","))
-    checked = Quality(length, windows, tuple(integers(budgets, "--budgets")), decode_tokens, names)
-    loaded, tokenizer = load(model, None, "")
-    config = set_sparse_attention(loaded, **sparse_options(sparse))
-    known = standard_selectors(fresh_routers(loaded)) | fitted_selectors(config, names, checked.budgets)
-    found = windows_of(text, tokenizer, length, windows, loaded)
-    results = evaluate_windows(loaded, found, checked.budgets, {n: known[n] for n in names}, decode_tokens=decode_tokens, on_result=_show)
-    table = quality_table(results)
-    _print_quality(table)
-    made = {"environment": environment(), "sparse_attention": config.to_dict()}
-    emit({**made, "table": table, "windows": [r.to_dict() for r in results]}, json_path)
-
-
 @app.command()
 def card(
     folder: Annotated[Path, typer.Argument(help="Folder of a saved sparse model; the card becomes its README.md.")],
@@ -111,11 +74,12 @@ def card(
 ) -> None:
     """Write the model card of a saved model, rendered from its results."""
     from .data.sources import model_licence
+    from .files import read_json
     from .pipeline.card import write_card
 
-    if "sparse_attention" not in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+    if "sparse_attention" not in read_json(folder / "config.json"):
         raise ValueError(f"{folder} holds no sparse model: its config.json has no sparse_attention")
-    values = json.loads(results.read_text(encoding="utf-8"))
+    values = read_json(results)
     if base is not None:
         values = {"base": {"source": base, "license": model_licence(base)}, **values}
     emit(write_card(folder / "README.md", values).data.to_dict(), json_path)
@@ -167,21 +131,6 @@ def doctor(json_path: JsonOption = None) -> None:
     for key, value in result.items():
         console.print(f"[bold]{key}[/]: {value}", highlight=False)
     emit(result, json_path)
-
-
-def _show(result: Any) -> None:
-    console.print(result.line(), markup=False)
-
-
-def _print_quality(rows: list[dict[str, Any]]) -> None:
-    table = Table("tokens", "keys", "selection", "n", "log-loss", "share", "recovered share")
-    for row in rows:
-        share = f"{row['prefill_share']['share']:.2f}" if "prefill_share" in row else ""
-        recovered = f"{row['recovered_share']['share']:.2f}" if "recovered_share" in row else ""
-        table.add_row(
-            str(row["length"]), str(row["keys"] or "all"), row["selection"], str(row["n"]), f"{row['prefill']:.4f}", share, recovered
-        )
-    console.print(table)
 
 
 def guarded(command: Callable[[], Any]) -> int:

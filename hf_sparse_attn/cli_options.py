@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -25,6 +27,11 @@ def emit(result: dict[str, Any], target: str | None) -> None:
         from .files import write_json
 
         write_json(target, result)
+
+
+def command_line() -> str:
+    """The command that this process was called with, as one would type it."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def integers(text: str, option: str) -> list[int]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+import resource
 import subprocess
+import time
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -45,6 +47,20 @@ def energy_joules(powercap: Path = Path("/sys/class/powercap")) -> float | None:
         return sum(int(counter.read_text()) for counter in counters) / 1e6 if counters else None
     except (OSError, ValueError):
         return None
+
+
+class Cost:
+    """What a ``with`` block took: ``figures`` are seconds, the process's peak memory so far, and energy where it can be read."""
+
+    def __enter__(self) -> Cost:
+        self._start, self._before = time.monotonic(), energy_joules()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        after, before = energy_joules(), self._before
+        energy = None if before is None or after is None or after < before else after - before  # counters wrap around
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.figures = {"seconds": time.monotonic() - self._start, "peak_process_bytes": peak, "cpu_energy_joules": energy}
 
 
 def _commit() -> str | None:

@@ -40,6 +40,14 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def read_json(path: str | Path) -> Any:
+    """What a JSON file holds. Raises ValueError if it is cut off or no JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ValueError(f"{path} is not a whole JSON file ({error}): it was cut off or changed; write it anew") from error
+
+
 @contextmanager
 def replaced_folder(target: str | Path) -> Iterator[Path]:
     """A temporary folder whose files move into ``target`` when the block ends well; if it fails ``target`` stays as it was.

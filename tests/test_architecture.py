@@ -37,7 +37,7 @@ LAYERS = (
     ("evaluation",),
     ("pipeline",),
     ("cli_options",),
-    ("cli_bench",),
+    ("cli_bench", "cli_evaluation"),
     ("cli_training",),
     ("cli", "__main__"),
 )

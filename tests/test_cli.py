@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from hf_sparse_attn.cli import app, guarded
+from hf_sparse_attn.pipeline.recipe import SELECTIONS
 
 SMALL = "block_size: 16, query_tile: 16, sink: 16, local: 16, dense_below: 0, min_keys: 80, density: 0.05, query_samples: 8"
 
@@ -108,14 +111,27 @@ def test_eval_writes_the_table(distilled, text, invoke, tmp_path):
     done = invoke("eval", distilled[0], *arguments)
     written = json.loads((tmp_path / "e.json").read_text())
     assert done.exit_code == 0 and done.stdout == ""
-    names = ["dense", "oracle", "two stages", "stage 1 alone", "window + sink"]
+    names = ["dense", *SELECTIONS]
     assert [(r["keys"], r["selection"]) for r in written["table"]] == [(None if n == "dense" else k, n) for k in (80, 112) for n in names]
-    assert len(written["windows"]) == 2 * 9 and all("decode" in row for row in written["table"])
+    assert len(written["windows"]) == 2 * (1 + 2 * len(SELECTIONS)) and all("decode" in row for row in written["table"])
     changed = invoke("eval", distilled[0], *arguments, "--sparse", "query_samples: 1, candidate_factor: 1.0")
     rows = json.loads((tmp_path / "e.json").read_text())
     assert changed.exit_code == 0 and rows["sparse_attention"]["query_samples"] == 1
     losses = [{(r["keys"], r["selection"]): r["prefill"] for r in result["table"]} for result in (written, rows)]
     assert losses[0][80, "two stages"] != losses[1][80, "two stages"] and losses[0][80, "oracle"] == losses[1][80, "oracle"]
+
+
+def test_the_report_of_eval_is_one_page_with_every_figure_and_the_command(distilled, text, invoke, tmp_path, monkeypatch):
+    arguments = ["eval", str(distilled[0]), "--text", str(text), "--length", "192", "--windows", "1", "--budgets", "80", "--report"]
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/hf-sparse-attn", *arguments, "a b.html"])
+    done = invoke(*arguments, tmp_path / "r.html", "--json", "-")
+    html, rows = (tmp_path / "r.html").read_text(), json.loads(done.stdout)["table"]
+    assert not re.search(r"""(?:src|href)\s*=\s*["']?\s*(?:https?:)?//""", html) and "built-in method" not in html
+    assert html.count('src="data:image/svg+xml;base64,') == 4 and html.count("<head>") == html.count("</head>") == 1
+    for row in rows:
+        for figure in (f"{row['prefill']:.4f}", f"{row['kl']:.4f}", f"{row['output_error']:.3f}", f"{np.exp(row['prefill']):.3f}"):
+            assert f"<td>{figure}</td>" in html
+    assert "hf-sparse-attn eval" in html and "--report &#39;a b.html&#39;" in html and "/usr/bin" not in html
 
 
 def test_eval_shows_a_models_own_threshold(distilled, text, invoke, tmp_path, capsys):
@@ -157,6 +173,8 @@ def test_a_card_of_a_dense_model_or_of_other_results_is_refused(distilled, llama
     (tmp_path / "r.json").write_text("{}")
     assert "holds no sparse model" in message_of(capsys, "card", llama_folder, "--results", tmp_path / "r.json")
     assert "these results hold no table" in message_of(capsys, "card", distilled[0], "--results", tmp_path / "r.json")
+    (tmp_path / "r.json").write_text('{"table": [')
+    assert "r.json is not a whole JSON file" in message_of(capsys, "card", distilled[0], "--results", tmp_path / "r.json")
     assert not (distilled[0] / "README.md").exists()
 
 

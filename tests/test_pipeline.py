@@ -128,9 +128,9 @@ def done(write_recipe, tmp_path_factory):
 def test_an_interrupted_run_continues_where_it_stopped(done):
     assert done.after_stop == ["convert.json", "distill.json", "recipe.json"]
     assert done.distilled == 1
-    # dense and 2 budgets x 6 selections for 2 windows; the one that was being noted at the kill was kept
-    assert len(done.evaluated) == len(set(done.evaluated)) == 26 - 1
-    assert len(done.results["quality"]["windows"]) == 26
+    # dense and 2 budgets x 8 selections for 2 windows; the one that was being noted at the kill was kept
+    assert len(done.evaluated) == len(set(done.evaluated)) == 34 - 1
+    assert len(done.results["quality"]["windows"]) == 34
 
 
 def test_results_json_holds_every_step(done):
@@ -155,7 +155,7 @@ def test_training_and_evaluation_texts_are_apart(done):
 
 def test_the_quality_table_is_complete_and_ordered(done):
     table = done.results["quality"]["table"]
-    assert [(r["keys"], r["n"]) for r in table] == [(None, 2), *[(80, 2)] * 6, (None, 2), *[(128, 2)] * 6]
+    assert [(r["keys"], r["n"]) for r in table] == [(None, 2), *[(80, 2)] * 8, (None, 2), *[(128, 2)] * 8]
     by_name = {r["selection"]: r for r in table if r["keys"] == 80}
     assert list(by_name) == ["oracle", "two stages", "stage 1 alone", "untrained", "mean-pool", "min-max", "window + sink", "random"]
     assert by_name["oracle"]["recovered_share"]["share"] == pytest.approx(1) and by_name["window + sink"]["recovered_share"]["share"] == 0
@@ -166,7 +166,8 @@ def test_the_quality_table_is_complete_and_ordered(done):
 def test_the_report_is_self_contained_and_holds_the_figures(done):
     html = (done.folder / "report.html").read_text()
     assert not re.search(r"""(?:src|href)\s*=\s*["']?\s*(?:https?:)?//""", html) and "@import" not in html and "url(" not in html
-    assert html.count('<img alt="') == html.count('src="data:image/svg+xml;base64,') == 4
+    assert html.count('<img alt="') == html.count('src="data:image/svg+xml;base64,') == 6
+    assert html.count("<head>") == html.count("</head>") == 1
     for row in done.results["quality"]["table"]:
         assert f"<td>{row['prefill']:.4f}</td>" in html and f"<td>{row['decode']:.4f}</td>" in html
         assert (f"<td>{row['selection']}, {row['keys']} keys</td>" if row["keys"] else "<td>dense</td>") in html

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import json
-import resource
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -21,7 +20,7 @@ from accelerate import PartialState
 from rich.console import Console
 
 from ..data.sources import free_bytes
-from ..environment import energy_joules, environment
+from ..environment import Cost, environment
 from ..files import write_json
 from .recipe import Recipe, RecipeError
 
@@ -94,14 +93,10 @@ class Run:
         if main:
             self.console.print(f"[bold cyan]{step.name}[/]")
         if main or step.everywhere:
-            start, before = time.monotonic(), energy_joules()
-            result = step.run()
-            after = energy_joules()
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            with Cost() as cost:
+                result = step.run()
             if main:
-                energy = None if before is None or after is None or after < before else after - before  # counters wrap around
-                known = {"seconds": time.monotonic() - start, "peak_process_bytes": peak, "cpu_energy_joules": energy}
-                write_json(done, {**known, **result})
+                write_json(done, {**cost.figures, **result})
         self.processes.wait_for_everyone()
         gc.collect()
 

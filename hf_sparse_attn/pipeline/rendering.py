@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib.resources.abc import Traversable
 from typing import Any
 
@@ -18,5 +19,6 @@ def render(template: Traversable, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    env.filters["exp"] = math.exp
     env.filters["mb"] = lambda value: f"{value / 2**20:.0f} MB"
     return env.from_string(template.read_text(encoding="utf-8")).render(**values)

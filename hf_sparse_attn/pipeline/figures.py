@@ -1,0 +1,163 @@
+"""Plots of results as inline SVG, which a page without a network shows."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("agg")  # no display is needed
+
+Rows = Sequence[dict[str, Any]]  # of `quality_table`
+
+OTHER = "#888888"
+COLOURS = {
+    "oracle": "#444444",
+    "two stages": "#0b6e4f",
+    "stage 1 alone": "#2f9fd0",
+    "untrained": "#e0a030",
+    "mean-pool": "#c06030",
+    "min-max": "#7a5aa8",
+    "window + sink": "#b03060",
+    "random": "#b5b5b5",
+}
+MAPPED = ("window + sink", "two stages", "oracle")  # selections whose kept mass is drawn by layer and head
+
+
+def figure(draw: Callable[..., None], width: float = 7.5, height: float = 3.2, columns: int = 1) -> str:
+    """What ``draw`` puts on its axes, ``columns`` of them side by side, as an inline SVG data URI."""
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(width, height), layout="constrained")
+    axes = made.subplots(1, columns, squeeze=False)[0]
+    draw(*axes)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    made.savefig(buffer, format="svg")
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def loss_plot(table: Rows) -> str:
+    """Log-loss above dense, a group of bars for every length and budget."""
+    cells = sorted({(r["length"], r["keys"]) for r in table if r["keys"] is not None})
+
+    def draw(axis: Any) -> None:
+        for i, cell in enumerate(cells):
+            rows = [r for r in table if (r["length"], r["keys"]) == cell]
+            dense = next(r["prefill"] for r in table if r["length"] == cell[0] and r["keys"] is None)
+            width = 0.8 / len(rows)
+            for j, row in enumerate(rows):
+                label = row["selection"] if i == 0 else None
+                at = i + (j - (len(rows) - 1) / 2) * width
+                axis.bar(at, row["prefill"] - dense, 0.92 * width, color=COLOURS.get(row["selection"], OTHER), label=label)
+        axis.set_xticks(range(len(cells)), [f"{keys} of {length} keys" for length, keys in cells])
+        axis.set_ylabel("log-loss above dense (nats)")
+        axis.legend(frameon=False, fontsize=8)
+
+    return figure(draw)
+
+
+def _first_cell(table: Rows, name: str) -> Rows:
+    """The rows of the first length and budget that have a figure ``name``."""
+    found = [row for row in table if row["keys"] is not None and row.get(name)]
+    return [row for row in found if (row["length"], row["keys"]) == (found[0]["length"], found[0]["keys"])]
+
+
+def _lines(rows: Rows, values: Callable[[dict[str, Any]], tuple[Sequence[float], Sequence[float]]], x: str, y: str) -> str:
+    def draw(axis: Any) -> None:
+        for row in rows:
+            axis.plot(*values(row), label=row["selection"], color=COLOURS.get(row["selection"], OTHER), lw=1.6)
+        axis.set_xlabel(x)
+        axis.set_ylabel(y)
+        axis.set_title(f"{rows[0]['keys']} of {rows[0]['length']} keys", fontsize=9)
+        axis.legend(frameon=False, fontsize=8)
+
+    return figure(draw)
+
+
+def mass_plot(table: Rows) -> str | None:
+    """Kept mass by layer, None if it was not measured."""
+    rows = _first_cell(table, "kept_mass")
+
+    def by_layer(row: dict[str, Any]) -> tuple[list[float], list[float]]:
+        layers = {int(k): v for k, v in row["kept_mass"]["by_layer"].items()}
+        return list(layers), list(layers.values())
+
+    return _lines(rows, by_layer, "layer", "kept softmax mass") if rows else None
+
+
+def position_plot(table: Rows) -> str | None:
+    """Log-loss above dense along the window, None if it was not measured."""
+    rows = _first_cell(table, "by_position")
+    if not rows:
+        return None
+    length = rows[0]["length"]
+    dense = np.array(next(r["by_position"] for r in table if r["keys"] is None and r["length"] == length))
+
+    def above(row: dict[str, Any]) -> tuple[list[float], list[float]]:
+        parts = len(dense)
+        return [(i + 0.5) * length / parts for i in range(parts)], (np.array(row["by_position"]) - dense).tolist()
+
+    return _lines(rows, above, "position (tokens)", "log-loss above dense (nats)")
+
+
+def head_plot(table: Rows) -> str | None:
+    """Kept mass by layer and KV head of window + sink, this model and the oracle; None if it was not measured."""
+    rows = {row["selection"]: row for row in _first_cell(table, "head_mass")}
+    shown = [rows[name] for name in MAPPED if name in rows]
+    if not shown:
+        return None
+
+    def draw(*axes: Any) -> None:
+        for axis, row in zip(axes, shown, strict=True):
+            layers = [int(layer) for layer in row["head_mass"]]
+            image = axis.imshow(np.array(list(row["head_mass"].values())).T, vmin=0, vmax=1, aspect="auto", cmap="viridis")
+            axis.set_title(f"{row['selection']}, {row['keys']} of {row['length']} keys", fontsize=9)
+            ticks = range(0, len(layers), max(1, len(layers) // 6))
+            axis.set_xticks(list(ticks), [str(layers[at]) for at in ticks])
+            axis.set_yticks(range(len(next(iter(row["head_mass"].values())))))
+            axis.set_xlabel("layer")
+        axes[0].set_ylabel("KV head")
+        axes[-1].figure.colorbar(image, ax=axes[-1], label="kept mass")
+
+    return figure(draw, height=2.4, columns=len(shown))
+
+
+def training_plot(log: Sequence[dict[str, Any]]) -> str:
+    """What distillation logged, by batch."""
+
+    def draw(axis: Any) -> None:
+        x = [row["batch"] for row in log]
+        axis.plot(x, [row["kl_coarse"] for row in log], label="KL stage 1", color="#2f9fd0")
+        axis.plot(x, [row["kl_fine"] for row in log], label="KL stage 2", color="#0b6e4f")
+        axis.plot(x, [row["recovered_share"] for row in log], label="recovered share", color="#b03060", ls="--")
+        axis.set_xlabel("batch")
+        axis.legend(frameon=False, fontsize=8)
+
+    return figure(draw, height=2.6)
+
+
+def speed_plot(speed: dict[str, Any]) -> str:
+    """Tokens a second of prefill and decode, against stock attention."""
+    model = speed["model"]
+    names = [("prefill", "stock"), ("prefill", "sparse"), ("decode", "stock"), ("decode", "best_dense"), ("decode", "sparse")]
+
+    def draw(axis: Any) -> None:
+        for i, (kind, name) in enumerate(names):
+            value = model[kind][name]["tokens_per_s"] / model[kind]["stock"]["tokens_per_s"]
+            axis.bar(i, value, color="#0b6e4f" if name == "sparse" else "#999999")
+            axis.text(i, value, f"{value:.2f}×", ha="center", va="bottom", fontsize=8)
+        axis.set_xticks(range(len(names)), [f"{kind}\n{name.replace('_', ' ')}" for kind, name in names], fontsize=8)
+        axis.set_ylabel("tokens/s against stock")
+
+    return figure(draw, height=2.8)
+
+
+def quality_plots(table: Rows) -> dict[str, str | None]:
+    """The plots of a quality table that its template shows."""
+    return {"loss": loss_plot(table), "mass": mass_plot(table), "position": position_plot(table), "heads": head_plot(table)}
