@@ -11,6 +11,7 @@ check_transformers()
 from .adapters import load_adapter, lora_config  # noqa: E402  (the version check comes first)
 from .attending import SparseCall, learned_selector  # noqa: E402
 from .budgets import KeptKeys, fit_mass_threshold  # noqa: E402
+from .calibration import remove_calibration, use_calibration  # noqa: E402
 from .config import SparseAttentionConfig  # noqa: E402
 from .conversion import set_sparse_attention, sparse_attention_as, sparsify, to_dense  # noqa: E402
 from .registration import register, sparse_class, sparse_config  # noqa: E402
@@ -43,6 +44,7 @@ __all__ = [
     "load_adapter",
     "lora_config",
     "register",
+    "remove_calibration",
     "routers",
     "set_sparse_attention",
     "sparse_attention_as",
@@ -50,6 +52,7 @@ __all__ = [
     "sparse_config",
     "sparsify",
     "to_dense",
+    "use_calibration",
 ]
 
 

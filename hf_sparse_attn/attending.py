@@ -183,7 +183,7 @@ def _attend(layer: _Layer, inputs: RoutingInputs, value: Tensor) -> Tensor:
     detached = replace(inputs, q=inputs.q.detach(), k=inputs.k.detach())
     if call.observer is not None:
         call.observer(router, detached)
-    if call.dense or router.layer in router.config.dense_layers:
+    if call.dense or router.layer in router.config.dense_layers or (router.budgets is not None and router.budgets.is_dense):
         return dense_attention(inputs.q, inputs.k, value, layer.asked.scale, layer.asked.causal, layer.asked.softcap, layer.asked.sinks)
     outputs = []
     for start, stop, query_tile in query_spans(router, inputs, call.decode_from):

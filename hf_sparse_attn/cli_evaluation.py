@@ -1,4 +1,4 @@
-"""Verbs that measure a model: eval."""
+"""Verbs that measure a model: eval, calibrate."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .cli_options import JsonOption, TextOption, command_line, console, emit, integers, load, sparse_options, windows_of
+from .cli_options import JsonOption, TextOption, command_line, console, emit, integers, load, load_uncalibrated, sparse_options, windows_of
+
+QUESTIONS = 4  # with a planted link, of each window that a calibration is checked on
 
 
 def evaluate(
@@ -52,6 +54,59 @@ def evaluate(
     if report is not None:
         write_evaluation_report(report, measured)
     emit(measured, json_path)
+
+
+def calibrate(
+    folder: Annotated[Path, typer.Argument(help="Folder of a saved sparse model; the calibration is written into it.")],
+    text: TextOption,
+    held_out: Annotated[str, typer.Option(help="Sources of other texts, on which the budgets are checked; as --text.")],
+    preset: Annotated[
+        str, typer.Option(help="fast, balanced or safe: 95 % of the tiles keep 0.95, 0.98 or 0.99 of their mass.")
+    ] = "balanced",
+    mass: Annotated[float | None, typer.Option(help="That share itself, in (0, 1], in place of a preset; 1 = dense.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a window: the longest input that the budgets are found for.")] = 8192,
+    windows: Annotated[int, typer.Option(help="Windows on which the budgets are found.")] = 10,
+    checked: Annotated[int, typer.Option(help="Windows on which they are checked.")] = 4,
+    report: Annotated[Path | None, typer.Option(help="Write the result as one HTML page to this path.")] = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Find the smallest safe budget of every layer, KV head and length, check it, and store it beside the model's config.
+
+    Nothing is written into the folder if a check fails.
+    """
+    from .calibration import CalibrationError, write_calibration
+    from .data.questions import ask
+    from .environment import Cost, environment
+    from .evaluation.calibrating import PRESETS, failures
+    from .evaluation.calibrating import calibrate as find
+    from .pipeline.report import write_calibration_report
+
+    if preset not in PRESETS:
+        raise ValueError(f"--preset is {preset!r}: must be {', '.join(PRESETS)}")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no folder of a saved model: save the sparse model first, e.g. with hf-sparse-attn distill")
+    with Cost() as cost:
+        loaded, tokenizer = load_uncalibrated(folder)
+        found = windows_of(text, tokenizer, length, windows, loaded)
+        others = windows_of(held_out, tokenizer, length, checked, loaded)
+        share, name = (PRESETS[preset], preset) if mass is None else (mass, None)
+        questions = [question for seed in range(QUESTIONS) for question in ask(others, tokenizer, seed)]
+        made = find(loaded, found, others, questions, mass=share, preset=name, on_step=console.print)
+    missed = failures(made)
+    result: dict[str, Any] = {"model": folder.absolute().name, "command": command_line(), "environment": environment(), **cost.figures}
+    result |= {"calibration": made.to_dict(), "failures": missed}
+    if report is not None:
+        write_calibration_report(report, result)
+    emit(result, json_path)
+    if missed:
+        raise CalibrationError(f"{folder} was not calibrated: {'; '.join(missed)}")
+    write_calibration(folder, made)
+    verified = made.verified
+    line = (
+        f"{verified['density']:.1%} of the keys are kept, {verified['heads_within']:.1%} of the heads within {made.mass} − 0.01, "
+        f"log-loss {verified['added_loss']:+.2%}: {folder}"
+    )
+    console.print(line, highlight=False, markup=False)
 
 
 def _show(result: Any) -> None:

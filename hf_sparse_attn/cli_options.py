@@ -77,6 +77,23 @@ def load(model: str, dtype: str | None, sparse: str) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(model, **options).eval(), AutoTokenizer.from_pretrained(model)
 
 
+def load_uncalibrated(folder: Path) -> tuple[Any, Any]:
+    """(sparse model of a folder in eval mode, without a calibration that it may have, tokenizer)."""
+    from dataclasses import replace
+
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from .config import SparseAttentionConfig
+
+    values = getattr(AutoConfig.from_pretrained(folder), "sparse_attention", None)
+    if values is None:
+        raise ValueError(f"{folder} holds no sparse model: its config.json has no sparse_attention")
+    config = SparseAttentionConfig.coerce(values)
+    config = replace(config, bookkeeping=replace(config.bookkeeping, calibration=None))
+    loaded = AutoModelForCausalLM.from_pretrained(folder, sparse_attention=config)
+    return loaded.eval(), AutoTokenizer.from_pretrained(folder)
+
+
 def windows_of(text: str, tokenizer: Any, length: int, count: int, model: Any) -> Any:
     """``count`` windows of ``length`` tokens of the sources ``text``, whole blocks of ``model``."""
     from .config import SparseAttentionConfig

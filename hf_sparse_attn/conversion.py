@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -77,8 +78,8 @@ def set_sparse_attention(model: nn.Module, **changes: Any) -> SparseAttentionCon
     """Change fields of a sparse model's config, e.g. ``min_keys=1024, max_keys=1024``; returns the new config.
 
     Raises:
-        ValueError: an unknown field, an impossible value, a field that the routers' weights depend on, no routers, or another
-            budget than the model's ``mass_threshold`` was fitted for, without a new one.
+        ValueError: an unknown field, an impossible value, a field that the routers' weights depend on, no routers, another
+            budget than the model's ``mass_threshold`` was fitted for, without a new one, or the model has a calibration.
     """
     found = routers(model)
     if not found:
@@ -96,6 +97,11 @@ def set_sparse_attention(model: nn.Module, **changes: Any) -> SparseAttentionCon
             f"sparse_attention.{moved[0]} cannot change alone: mass_threshold={config.mass_threshold} was fitted for the budget there is. "
             "Fit it anew with hf_sparse_attn.fit_mass_threshold(model, batches, keys=…), or pass mass_threshold=None, too"
         )
+    if found[0].budgets is not None and replace(config, bookkeeping=found[0].config.bookkeeping) != found[0].config:
+        raise ValueError(
+            f"sparse_attention cannot change ({', '.join(changes)}): the model was calibrated for the settings there are. "
+            "Call hf_sparse_attn.remove_calibration(model) first, and calibrate it anew afterwards"
+        )
     for router in found:
         router.config = config
     _store(model, config)
@@ -104,12 +110,20 @@ def set_sparse_attention(model: nn.Module, **changes: Any) -> SparseAttentionCon
 
 @contextmanager
 def sparse_attention_as(model: nn.Module, **changes: Any) -> Iterator[SparseAttentionConfig]:
-    """Change fields for the length of a ``with`` block; a ``mass_threshold`` that is fitted within ends with it."""
-    before = routers(model)[0].config
+    """Change fields for the length of a ``with`` block; a ``mass_threshold`` that is fitted within ends with it.
+
+    A calibration of the model is set aside for as long.
+    """
+    found = routers(model)
+    before, budgets = found[0].config, [router.budgets for router in found]
     try:
+        for router in found:
+            router.budgets = None
         yield set_sparse_attention(model, **changes)
     finally:
         set_sparse_attention(model, **{name: getattr(before, name) for name in (*changes, "mass_threshold")})
+        for router, own in zip(found, budgets, strict=True):
+            router.budgets = own
 
 
 def mark_trained(model: nn.Module) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .config import SparseAttentionConfig
+from .head_budgets import HeadBudgets
 from .rotary import Rotary
 
 QUERY_RUNS = 8  # stage 1 scores the means of this many runs of a tile's tokens
@@ -56,6 +57,7 @@ class SparseRouter(nn.Module):
         self.heads, self.groups, self.head_dim, self.layer = heads, groups, head_dim, layer
         self.rotary = rotary
         self.fresh = True  # no weights were loaded into it
+        self.budgets: HeadBudgets | None = None  # of a calibration, in place of the config's budget
         router_dim, index_dim = config.resolved_router_dim(head_dim), config.resolved_index_dim(head_dim)
         self.wq = nn.Parameter(torch.empty(groups, router_dim, heads // groups * head_dim, dtype=torch.float32))
         self.wk = nn.Parameter(torch.empty(groups, router_dim, 3 * head_dim, dtype=torch.float32))

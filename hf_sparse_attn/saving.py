@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from .calibration import FILE as CALIBRATION
+from .calibration import load_calibration, save_calibration
 from .config import FIXED_FIELDS, SparseAttentionConfig
 from .files import replaced_folder
 from .router import SparseRouter
@@ -25,6 +27,7 @@ class SparseSavingMixin:
         Raises:
             ValueError: the config says that the routers were trained but weights are missing, or asks for other routers than
                 the checkpoint holds.
+            CalibrationError: the checkpoint refers to a calibration that is missing, or was made with something else.
         """
         if "config" in kwargs and not kwargs.get("gguf_file"):
             _refuse_other_routers(pretrained_model_name_or_path, kwargs)
@@ -37,6 +40,8 @@ class SparseSavingMixin:
                 "probably saved again without hf_sparse_attn. Load the original one, or pass sparse_attention={...} without bookkeeping "
                 "to start with untrained routers"
             )
+        options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        load_calibration(model, str(pretrained_model_name_or_path), options)
         return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
@@ -44,11 +49,18 @@ class SparseSavingMixin:
         if not kwargs.get("is_main_process", True):
             return
         with replaced_folder(Path(save_directory)) as temporary:
+            save_calibration(self, temporary)
             super().save_pretrained(temporary, *args, **kwargs)  # type: ignore[misc]
         if push_to_hub:  # saved again for that: a push that fails must not cost the files
             kwargs.setdefault("repo_id", Path(save_directory).name)
             with replaced_folder(Path(save_directory)) as temporary:
+                save_calibration(self, temporary)
                 super().save_pretrained(temporary, *args, push_to_hub=True, **kwargs)  # type: ignore[misc]
+
+    def _get_files_timestamps(self, working_dir: str | os.PathLike[str]) -> dict[str, float]:
+        """Of the files that were there before a push, which leaves them out: the calibration is written first, but belongs to it."""
+        found: dict[str, float] = super()._get_files_timestamps(working_dir)  # type: ignore[misc]
+        return {name: time for name, time in found.items() if name != CALIBRATION}
 
 
 def _refuse_other_routers(checkpoint: Any, options: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import torch
 from hf_sparse_attn_kernels import BlockSelection, TileFeatures, TileGrid, TilePlan, to_tiles
 from torch import Tensor
 
+from .head_budgets import HeadBudgets, allowed_blocks
 from .plan import make_plan
 from .router import RoutingInputs, SparseRouter
 from .single import single_features
@@ -21,9 +22,15 @@ def select_blocks(router: SparseRouter, inputs: RoutingInputs, query_tile: int |
     ``impl`` names an implementation of `hf_sparse_attn_kernels.select_blocks`; None for the default.
     """
     grid = inputs.grid(query_tile or router.config.query_tile, router.config.block_size)
-    plan = make_plan(router.config, grid, inputs.q.device)
+    plan = make_plan(router.config, grid, inputs.q.device, router.budgets)
     if not plan.any_open:
         return everything(plan, inputs)
+    selection = _select(router, inputs, plan, impl)
+    return selection if router.budgets is None else within_budgets(selection, plan, router.budgets)
+
+
+def _select(router: SparseRouter, inputs: RoutingInputs, plan: TilePlan, impl: str | None) -> BlockSelection:
+    grid = plan.grid
     tiles = torch.arange(grid.tiles, device=plan.device)
     if grid.query_tile == grid.q_len == 1:
         indices, scores = kernels.select_blocks(single_features(router, inputs), plan, tiles, impl=impl)
@@ -34,13 +41,46 @@ def select_blocks(router: SparseRouter, inputs: RoutingInputs, query_tile: int |
     return BlockSelection(indices, grid, scores)
 
 
-def everything(plan: TilePlan, inputs: RoutingInputs) -> BlockSelection:
-    """Every block that a tile sees, where no tile has more of them than its budget."""
+def visible_blocks(plan: TilePlan) -> Tensor:
+    """The blocks that each tile sees, −1 before them: int32 [n, nb]."""
     block = torch.arange(plan.grid.blocks, device=plan.device, dtype=torch.int32)
     seen = plan.last[:, None] if plan.grid.causal else plan.grid.blocks - 1
-    kept = torch.where(block <= seen, block, -1).expand(plan.grid.tiles, -1).sort(-1).values
-    indices = kept.expand(*inputs.k.shape[:2], -1, -1).contiguous()
+    return torch.where(block <= seen, block, -1).expand(plan.grid.tiles, -1).sort(-1).values
+
+
+def everything(plan: TilePlan, inputs: RoutingInputs) -> BlockSelection:
+    """Every block that a tile sees, where no tile has more of them than its budget."""
+    indices = visible_blocks(plan).expand(*inputs.k.shape[:2], -1, -1).contiguous()
     return BlockSelection(indices, plan.grid, torch.full(indices.shape, torch.nan, device=plan.device))
+
+
+def within_budgets(selection: BlockSelection, plan: TilePlan, budgets: HeadBudgets) -> BlockSelection:
+    """Of a selection at the largest budget what each KV head's own budget allows, best estimated mass first; all of it for dense heads."""
+    visible = plan.grid.last_positions() + 1 if plan.grid.causal else torch.full((plan.grid.tiles,), plan.grid.kv_len)
+    allowed = allowed_blocks(budgets, tuple(visible.tolist()), plan.grid.block_size, plan.device)
+    indices, scores = selection.indices, selection.scores
+    assert scores is not None
+    eligible = plan.eligible_mask(torch.arange(plan.grid.tiles, device=indices.device)).expand(*indices.shape[:2], -1, -1)
+    free = (indices >= 0) & eligible.gather(-1, indices.clamp(min=0).long())
+    forced = ((indices >= 0) & ~free).sum(-1, keepdim=True)
+    order = scores.masked_fill(~free, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    place = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
+    kept = ~free | (place < allowed.blocks[..., None] - forced)
+    indices, order = torch.where(kept, indices, -1).sort(dim=-1, stable=True)
+    scores = scores.gather(-1, order).masked_fill(indices < 0, torch.nan)
+    if allowed.dense is not None:
+        indices, scores = _with_dense_heads(indices, scores, plan, allowed.dense)
+    return BlockSelection(indices.contiguous(), plan.grid, scores)
+
+
+def _with_dense_heads(indices: Tensor, scores: Tensor, plan: TilePlan, dense: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices and scores [B, G, n, K], with every block that a tile sees where ``dense`` [G, n] says so."""
+    seen = visible_blocks(plan).expand(*indices.shape[:3], -1)
+    width = max(seen.shape[-1], indices.shape[-1])
+    pad = torch.nn.functional.pad
+    indices, seen = (pad(x, (width - x.shape[-1], 0), value=-1) for x in (indices, seen))
+    scores = pad(scores, (width - scores.shape[-1], 0), value=torch.nan)
+    return torch.where(dense[..., None], seen, indices), scores.masked_fill(dense[..., None], torch.nan)
 
 
 class FeatureMaker:

@@ -16,7 +16,7 @@ PACKAGE, KERNELS = ROOT / "hf_sparse_attn", ROOT / "kernels/torch-ext/hf_sparse_
 
 # each layer may import from those above it only; modules of one line are independent of each other
 LAYERS = (
-    ("config", "versions", "files", "environment", "architectures", "made", "numbered", "gradients", "progress"),
+    ("config", "versions", "files", "environment", "architectures", "made", "numbered", "gradients", "progress", "head_budgets"),
     ("rotary", "dispatch"),
     ("plan",),
     ("router",),
@@ -29,7 +29,9 @@ LAYERS = (
     ("attending",),
     ("ambient", "opaque"),
     ("attention",),
-    ("saving", "sites", "adapters"),
+    ("sites", "adapters"),
+    ("calibration",),
+    ("saving",),
     ("registration",),
     ("conversion",),
     ("budgets", "training"),

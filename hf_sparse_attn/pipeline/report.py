@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from ..files import write_text
-from .figures import quality_plots, speed_plot, training_plot
+from .figures import budget_plot, quality_plots, speed_plot, training_plot
 from .rendering import render
 
 
@@ -37,6 +37,12 @@ def write_evaluation_report(path: str | Path, results: dict[str, Any]) -> None:
     """Write the HTML report of what the verb ``eval`` measured: the table of the gaps, plots, limits, the command that gives it again."""
     documents = dict.fromkeys(window["document"] for window in results["windows"])
     _write(path, "evaluation.html", r=results, table=results["table"], plots=quality_plots(results["table"]), documents=documents)
+
+
+def write_calibration_report(path: str | Path, results: dict[str, Any]) -> None:
+    """Write the HTML report of what the verb ``calibrate`` found: figures, budgets by layer and head, limits, the command."""
+    found = results["calibration"]
+    _write(path, "calibration.html", r=results, c=found, v=found["verified"], budgets=budget_plot(found))
 
 
 def _origin(results: dict[str, Any]) -> dict[str, Any]:

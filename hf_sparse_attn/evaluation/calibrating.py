@@ -1,0 +1,253 @@
+"""Calibrating a model: the smallest budgets at which its heads keep a share of their softmax mass, checked on other windows.
+
+A tile's kept mass grows with its budget, so its 5th percentile over tiles reaches a share τ where the budget is the 95th percentile
+of what the tiles need for τ: one pass finds the smallest budgets, without trying any.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from hf_sparse_attn_kernels import TileGrid
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..attending import SparseCall
+from ..budgets import run_sparse
+from ..calibration import Calibration, CalibrationError, made_with, remove_calibration, use_calibration
+from ..config import SparseAttentionConfig
+from ..conversion import sparse_attention_as
+from ..data.questions import ANSWERED, Question
+from ..data.windows import Window, batches
+from ..plan import make_plan
+from ..sites import routers
+from .needs import FIRST_END, KeptObserver, NeedObserver, PlantedObserver, TileFigures, length_buckets, visible_keys
+from .predictions import predictions
+from .quality import window_losses
+from .shares import loss_above
+
+PRESETS = {"fast": 0.95, "balanced": 0.98, "safe": 0.99}  # share of the softmax mass that 95 % of the tiles keep
+LOW = 0.05  # of the tiles may keep less
+MOST_SHARE = 0.6  # a head that needs more is dense
+LEAST_TILES = 20  # of a bucket: fewer have no 5th percentile
+LEAST_WINDOWS = 0.2  # windows times 1 - τ: the rarer what may be lost, the more text it takes to see it
+TOLERANCE, LEAST_WITHIN = 0.01, 0.95  # on other windows this share of heads keeps τ less the tolerance
+MOST_LOSS = 0.01  # of the dense log-loss that may be added
+LEAST_RECALL = 0.9  # of planted links, by the heads that use them
+STEPS = 20  # of the search for a uniform budget of the same cost
+DIGITS = 4  # of the shares in the file
+
+
+def calibrate(
+    model: PreTrainedModel,
+    windows: Sequence[Window],
+    held_out: Sequence[Window],
+    questions: Sequence[Question],
+    *,
+    mass: float,
+    preset: str | None = None,
+    on_step: Callable[[str], None] = lambda _: None,
+) -> Calibration:
+    """Find budgets by layer, KV head and length bucket at which 95 % of the tiles keep ``mass``, use them, and measure what they do.
+
+    Args:
+        model: a sparse model without adapters, whose routers should be trained.
+        windows: texts of one length on which the budgets are found.
+        held_out: windows of other texts, of the same length, on which they are checked.
+        questions: windows of that length with a planted link (see `ask`), of other texts than ``windows``.
+        mass: τ in (0, 1]; at 1 every head is dense.
+        preset: the name under which the result is known, if ``mass`` is that of one of `PRESETS`.
+
+    Returns:
+        The calibration, which the model then uses. `failures` says which checks it did not pass.
+
+    Raises:
+        CalibrationError: τ is impossible, there are too few windows for it, or they are too short to have something to select.
+    """
+    _check(model, windows, held_out, mass)
+    remove_calibration(model)
+    length = windows[0].ids.shape[1]
+    ends = length_buckets(length)
+    on_step(f"reading {len(windows)} windows")
+    needs = _needs(model, windows, mass, ends)
+    shares = _shares(needs, _config(model), mass, len(ends))
+    fit = {"windows": [w.document for w in windows], "tokens": length, "tiles": _by_bucket(needs)}
+    found = Calibration(preset, mass, ends, shares, made_with(model), fit, {})
+    use_calibration(model, found)
+    try:
+        fit["density"] = _kept(model, windows[:1], ends).density
+        on_step(f"checking on {len(held_out)} other windows")
+        verified = _verify(model, found, held_out, questions)
+    except BaseException:
+        remove_calibration(model)
+        raise
+    done = Calibration(preset, mass, ends, shares, found.made_with, fit, verified)
+    use_calibration(model, done)
+    return done
+
+
+def failures(calibration: Calibration) -> list[str]:
+    """What the figures of a calibration fail in, one sentence each; empty if it passed all checks."""
+    found, verified = [], calibration.verified
+    if verified["heads_within"] < LEAST_WITHIN:
+        found.append(
+            f"only {verified['heads_within']:.1%} of the heads keep {calibration.mass} − {TOLERANCE} of their mass on other windows "
+            f"({LEAST_WITHIN:.0%} must): calibrate on more windows, of the kind of text that the model is meant for"
+        )
+    if verified["added_loss"] > MOST_LOSS:
+        found.append(f"the log-loss is {verified['added_loss']:.2%} above dense (at most {MOST_LOSS:.0%}): take a larger mass")
+    recall = verified["planted"]["recall"]
+    if recall is not None and recall < LEAST_RECALL:
+        found.append(
+            f"only {recall:.1%} of the planted links are kept by the heads that use them ({LEAST_RECALL:.0%} must be): take a larger mass"
+        )
+    return found
+
+
+def _config(model: PreTrainedModel) -> SparseAttentionConfig:
+    return routers(model)[0].config
+
+
+def _check(model: PreTrainedModel, windows: Sequence[Window], held_out: Sequence[Window], mass: float) -> None:
+    if not 0 < mass <= 1:
+        raise CalibrationError(f"the mass to keep is {mass!r}: must be in (0, 1], or one of the presets {', '.join(PRESETS)}")
+    lengths = {w.ids.shape[1] for w in (*windows, *held_out)}
+    if len(lengths) != 1:
+        raise CalibrationError(f"the windows have lengths {sorted(lengths)}: all must have the same, and there must be some of both kinds")
+    length, config = lengths.pop(), _config(model)
+    least = max(config.dense_below, config.forced_keys + config.block_size, FIRST_END)
+    if length < least:
+        raise CalibrationError(
+            f"the windows have {length} tokens, but nothing is cut of fewer than {least} (dense_below, forced keys, the first length "
+            "bucket): give longer ones"
+        )
+    needed = math.ceil(round(LEAST_WINDOWS / (1 - mass), 6)) if mass < 1 else 1
+    if len(windows) < needed:
+        raise CalibrationError(f"{len(windows)} windows are too few for a mass of {mass}: give at least {needed}")
+    if {w.document for w in windows} & {w.document for w in held_out}:
+        raise CalibrationError("a window is in both sets: budgets are checked on other windows than they are found on")
+
+
+def _needs(model: PreTrainedModel, windows: Sequence[Window], mass: float, ends: tuple[int, ...]) -> TileFigures:
+    observer, forced = NeedObserver(mass, ends), _config(model).forced_keys
+    every = {"density": MOST_SHARE, "min_keys": forced, "max_keys": None, "mass_threshold": None, "candidate_factor": 1 / MOST_SHARE}
+    with sparse_attention_as(model, **every):
+        run_sparse(model, batches(windows), SparseCall(dense=True, observer=observer))
+    few = {bucket: count for (_, bucket), count in observer.needs.counts().items() if count < LEAST_TILES}
+    if few and mass < 1:
+        bucket, count = next(iter(sorted(few.items())))
+        raise CalibrationError(
+            f"only {count} tiles up to {ends[bucket]} keys were read, at least {LEAST_TILES} are needed for a 5th percentile: "
+            "give more windows"
+        )
+    return observer.needs
+
+
+def _shares(needs: TileFigures, config: SparseAttentionConfig, mass: float, buckets: int) -> dict[int, tuple[tuple[float, ...], ...]]:
+    found = needs.quantile(1 - LOW, "higher")
+    rows: dict[int, list[tuple[float, ...]]] = {}
+    for layer, bucket in sorted(found):
+        dense = mass == 1 or layer in config.dense_layers
+        values = [_rounded_up(share) for share in found[layer, bucket].tolist()]
+        rows.setdefault(layer, []).append(tuple(1.0 if dense or share > MOST_SHARE else share for share in values))
+    assert all(len(own) == buckets for own in rows.values())
+    return {layer: tuple(own) for layer, own in rows.items()}
+
+
+def _rounded_up(share: float) -> float:
+    return float(math.ceil(share * 10**DIGITS - 1e-6) / 10**DIGITS)
+
+
+def _by_bucket(figures: TileFigures) -> list[int]:
+    """Tiles of one head in each bucket."""
+    return [count for (layer, _), count in sorted(figures.counts().items()) if layer == min(key[0] for key in figures.found)]
+
+
+def _kept(model: PreTrainedModel, windows: Sequence[Window], ends: tuple[int, ...]) -> KeptObserver:
+    observer = KeptObserver(ends)
+    run_sparse(model, batches(windows), SparseCall(dense=True, observer=observer))
+    return observer
+
+
+def _verify(model: PreTrainedModel, calibration: Calibration, held_out: Sequence[Window], questions: Sequence[Question]) -> dict[str, Any]:
+    kept = _kept(model, held_out, calibration.ends)
+    low = kept.mass.quantile(LOW, "lower")
+    values = torch.cat(list(low.values()))
+    layer, bucket = min(low, key=lambda key: float(low[key].min()))
+    every = [share for rows in calibration.shares.values() for row in rows for share in row]
+    assert kept.grid is not None
+    results = _losses(model, held_out, uniform_density(_config(model), kept.grid, kept.density))
+    return {
+        "windows": [w.document for w in held_out],
+        "heads_within": float((values >= calibration.mass - TOLERANCE).float().mean()),
+        "worst": {"layer": layer, "head": int(low[layer, bucket].argmin()), "keys": calibration.ends[bucket], "mass": float(values.min())},
+        "density": kept.density,
+        "dense_heads": sum(share == 1 for share in every) / len(every),
+        "planted": _planted(model, questions),
+        **results,
+    }
+
+
+def uniform_density(config: SparseAttentionConfig, grid: TileGrid, density: float) -> float:
+    """The ``density`` of a uniform budget under which a call keeps the share ``density`` of all visible keys, forced ones included."""
+    low, high = 0.0, 1.0
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        plan = make_plan(config.changed(**_uniform(config, middle)), grid)
+        visible = plan.last + 1 if grid.causal else torch.full_like(plan.last, grid.blocks)
+        kept = grid.block_size * int((visible - plan.eligible + plan.free).sum())
+        low, high = (middle, high) if kept < density * visible_keys(grid) else (low, middle)
+    return high
+
+
+def _uniform(config: SparseAttentionConfig, density: float) -> dict[str, Any]:
+    return {"density": density, "min_keys": config.forced_keys, "max_keys": None, "mass_threshold": None}
+
+
+def _losses(model: PreTrainedModel, windows: Sequence[Window], density: float) -> dict[str, Any]:
+    """Log-loss and KL against dense of the calibrated budgets and of a uniform one, over windows, and how the two differ."""
+    found: dict[str, list[tuple[float, float]]] = {"dense": [], "calibrated": [], "uniform": []}
+    for window in windows:
+        reader = _Passes(model, window)
+        found["dense"].append(reader.read(SparseCall(dense=True)))
+        found["calibrated"].append(reader.read(SparseCall()))
+        with sparse_attention_as(model, **_uniform(_config(model), density)):
+            found["uniform"].append(reader.read(SparseCall()))
+    losses = {name: np.array([loss for loss, _ in rows]) for name, rows in found.items()}
+    kl = {name: np.array([kl for _, kl in rows]) for name, rows in found.items()}
+    return {
+        "losses": {name: {"loss": float(losses[name].mean()), "kl": float(kl[name].mean()), "n": len(windows)} for name in found},
+        "added_loss": float(losses["calibrated"].mean() / losses["dense"].mean() - 1),
+        "uniform_density": density,
+        "below_uniform": {"loss": loss_above(losses["uniform"], losses["calibrated"]), "kl": loss_above(kl["uniform"], kl["calibrated"])},
+    }
+
+
+class _Passes:
+    """Passes over one window, the dense one first."""
+
+    def __init__(self, model: PreTrainedModel, window: Window) -> None:
+        self.model, self.ids = model, window.ids
+        self.states: list[Tensor] = []
+
+    def read(self, call: SparseCall) -> tuple[float, float]:
+        """(log-loss of the last half in nats a token, KL against the first pass)."""
+        loss, _, _ = window_losses(self.model, self.ids, call, 0, self.states.append)
+        return loss, predictions(self.model, self.ids, self.states[-1], self.states[0]).kl
+
+
+def _planted(model: PreTrainedModel, questions: Sequence[Question]) -> dict[str, Any]:
+    used = kept = 0
+    chance = 0.0
+    for question in questions:
+        answer = len(question.input_ids) - ANSWERED  # its tokens are predicted from the one before them on
+        source = range(answer - question.distance, answer - question.distance + ANSWERED)
+        observer = PlantedObserver(source, answer - 1)
+        run_sparse(model, [{"input_ids": question.input_ids[None]}], SparseCall(dense=True, observer=observer))
+        used, kept, chance = used + observer.used, kept + observer.kept, chance + observer.chance
+    found = {"questions": len(questions), "n": used}
+    return {**found, "recall": kept / used if used else None, "chance": chance / used if used else None}

@@ -1,0 +1,55 @@
+"""Budgets of one layer that differ by KV head and length, as a calibration finds them."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class HeadBudgets:
+    """Shares of the visible keys that the KV heads of a layer may keep, forced keys included.
+
+    ``ends`` are the visible keys up to which each length bucket reaches; longer inputs belong to the last one. ``shares`` holds one
+    row of G shares in (0, 1] for every bucket; at 1 the head is dense there.
+    """
+
+    ends: tuple[int, ...]
+    shares: tuple[tuple[float, ...], ...]
+
+    def bucket(self, visible: int) -> int:
+        """Index of the bucket of a tile that sees ``visible`` keys."""
+        return min(bisect_left(self.ends, visible), len(self.ends) - 1)
+
+    def most_blocks(self, visible: int, block_size: int) -> int:
+        """Blocks of the largest budget of a head that is not dense, 0 if all are."""
+        sparse = [share for share in self.shares[self.bucket(visible)] if share < 1]
+        return math.ceil(max(sparse, default=0) * visible / block_size)
+
+    @property
+    def is_dense(self) -> bool:
+        """All heads are dense at every length."""
+        return all(share == 1 for row in self.shares for share in row)
+
+
+@dataclass(frozen=True)
+class AllowedBlocks:
+    """What the heads may keep in the n tiles of a call: ``blocks`` int64 [G, n]; ``dense`` boolean [G, n] or None if no head is."""
+
+    blocks: Tensor
+    dense: Tensor | None
+
+
+@lru_cache(maxsize=256)  # of every layer's decode step
+def allowed_blocks(budgets: HeadBudgets, visible: tuple[int, ...], block_size: int, device: torch.device | None) -> AllowedBlocks:
+    """Budgets of tiles that see ``visible`` keys; a dense head may keep all blocks."""
+    rows = [budgets.shares[budgets.bucket(keys)] for keys in visible]
+    blocks = [[math.ceil(share * keys / block_size) for share in row] for keys, row in zip(visible, rows, strict=True)]
+    dense = [[share == 1 for share in row] for row in rows]
+    some = torch.tensor(dense, device=device).T.contiguous() if any(map(any, dense)) else None
+    return AllowedBlocks(torch.tensor(blocks, device=device).T.contiguous(), some)
