@@ -10,17 +10,31 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+MOST_SHARE = 0.6  # of the visible keys: a head that needs more is dense
+
 
 @dataclass(frozen=True)
 class HeadBudgets:
     """Shares of the visible keys that the KV heads of a layer may keep, forced keys included.
 
     ``ends`` are the visible keys up to which each length bucket reaches; longer inputs belong to the last one. ``shares`` holds one
-    row of G shares in (0, 1] for every bucket; at 1 the head is dense there.
+    row of G shares for every bucket: up to 0.6, or 1 where the head is dense.
+
+    Raises:
+        ValueError: the ends do not rise, there is not a row of as many shares for each, or a share is another.
     """
 
     ends: tuple[int, ...]
     shares: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        if not self.ends or sorted(set(self.ends)) != list(self.ends) or self.ends[0] < 1:
+            raise ValueError(f"the ends of length buckets are {self.ends}: must be rising numbers of keys")
+        if len(self.shares) != len(self.ends) or len({len(row) for row in self.shares}) != 1:
+            raise ValueError(f"{len(self.ends)} length buckets need as many rows of a share for every KV head, got {self.shares}")
+        for share in (share for row in self.shares for share in row):
+            if not (0 < share <= MOST_SHARE or share == 1):
+                raise ValueError(f"a head's share of the keys is {share}: must be in (0, {MOST_SHARE}], or 1 where it is dense")
 
     def bucket(self, visible: int) -> int:
         """Index of the bucket of a tile that sees ``visible`` keys."""

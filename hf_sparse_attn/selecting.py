@@ -65,7 +65,7 @@ def within_budgets(selection: BlockSelection, plan: TilePlan, budgets: HeadBudge
     forced = ((indices >= 0) & ~free).sum(-1, keepdim=True)
     order = scores.masked_fill(~free, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     place = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
-    kept = ~free | (place < allowed.blocks[..., None] - forced)
+    kept = ~(free & plan.open[:, None]) | (place < allowed.blocks[..., None] - forced)  # tiles of a block or two are not scored
     indices, order = torch.where(kept, indices, -1).sort(dim=-1, stable=True)
     scores = scores.gather(-1, order).masked_fill(indices < 0, torch.nan)
     if allowed.dense is not None:

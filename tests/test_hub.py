@@ -49,6 +49,7 @@ def finish(name):
 PUSH = """
 import hf_sparse_attn
 from huggingface_hub import HfApi, ModelCard
+from hf_sparse_attn.calibration import Calibration, made_with
 from hf_sparse_attn.training.adaptation import AdaptationConfig, add_lora
 
 def refused(push):
@@ -82,6 +83,11 @@ said["wrong token"] = refused(lambda: model.push_to_hub("me/wrong-token", token=
 said["not mine"] = refused(lambda: model.push_to_hub("other/sparse"))
 model.save_pretrained(work / "saved-and-pushed", push_to_hub=True, repo_id="me/saved-and-pushed", commit_message="both at once")
 
+shares = {0: ((0.5, 1.0),), 1: ((0.25, 0.5),)}
+hf_sparse_attn.use_calibration(model, Calibration(None, 0.9, (64,), shares, made_with(model), {}, {}))
+model.push_to_hub("me/calibrated")
+hf_sparse_attn.remove_calibration(model)
+
 dense = hf_sparse_attn.to_dense(model)
 dense.save_pretrained(work / "dense")
 dense.push_to_hub("me/dense")
@@ -94,6 +100,8 @@ from hf_sparse_attn.data.sources import model_licence
 from peft import AutoPeftModelForCausalLM
 
 model, info = AutoModelForCausalLM.from_pretrained("me/sparse", output_loading_info=True)
+calibrated = AutoModelForCausalLM.from_pretrained("me/calibrated")
+said["budgets"] = [router.budgets.shares for router in hf_sparse_attn.routers(calibrated)]
 said["class"], said["sparse_attention"] = type(model).__name__, model.config.sparse_attention
 said["info"] = {key: sorted(map(str, value)) for key, value in info.items() if value}
 said["tokens"] = AutoTokenizer.from_pretrained("me/sparse")("w5 w6 w7")["input_ids"]
@@ -274,6 +282,11 @@ def test_a_pushed_adapter_loads_with_its_base_model(hub, pushed, loaded, expecte
     assert names(hub, "me/adapter") == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert torch.equal(loaded.tensors["adapter"], pushed.tensors["adapter"])
     assert not torch.equal(loaded.tensors["adapter"], expected["sparse"])
+
+
+def test_a_calibration_is_pushed_with_its_model(hub, pushed, loaded):
+    assert "sparse_calibration.json" in hub.files("me/calibrated") and "sparse_calibration.json" not in hub.files("me/sparse")
+    assert loaded.said["budgets"] == [[[0.5, 1.0]], [[0.25, 0.5]]]
 
 
 def test_the_licence_of_a_base_model_is_read_from_its_card(loaded):

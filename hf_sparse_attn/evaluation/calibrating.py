@@ -23,6 +23,7 @@ from ..config import SparseAttentionConfig
 from ..conversion import sparse_attention_as
 from ..data.questions import ANSWERED, Question
 from ..data.windows import Window, batches
+from ..head_budgets import MOST_SHARE
 from ..plan import make_plan
 from ..sites import routers
 from .needs import FIRST_END, KeptObserver, NeedObserver, PlantedObserver, TileFigures, length_buckets, visible_keys
@@ -32,7 +33,6 @@ from .shares import loss_above
 
 PRESETS = {"fast": 0.95, "balanced": 0.98, "safe": 0.99}  # share of the softmax mass that 95 % of the tiles keep
 LOW = 0.05  # of the tiles may keep less
-MOST_SHARE = 0.6  # a head that needs more is dense
 LEAST_TILES = 20  # of a bucket: fewer have no 5th percentile
 LEAST_WINDOWS = 0.2  # windows times 1 - τ: the rarer what may be lost, the more text it takes to see it
 TOLERANCE, LEAST_WITHIN = 0.01, 0.95  # on other windows this share of heads keeps τ less the tolerance
