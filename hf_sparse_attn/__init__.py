@@ -4,7 +4,7 @@ Importing this package registers it with Transformers: ``from_pretrained(..., sp
 sparse model; without that argument, and for stock checkpoints, everything stays stock.
 """
 
-from .versions import check_transformers
+from .versions import VERSION, check_transformers
 
 check_transformers()
 
@@ -25,7 +25,7 @@ from .training.schedule import SparseTrainingConfig  # noqa: E402
 
 register()
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = [
     "AdaptationConfig",
     "DistillationConfig",

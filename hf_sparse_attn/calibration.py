@@ -22,6 +22,7 @@ from .dispatch import KEY
 from .files import read_json, write_json
 from .head_budgets import HeadBudgets
 from .sites import routers
+from .versions import VERSION
 
 logger = logging.getLogger(__name__)
 
@@ -92,14 +93,12 @@ def made_with(model: Any) -> dict[str, Any]:
     Raises:
         CalibrationError: a weight is not in memory.
     """
-    from . import __version__
-
     found = routers(model)
     values = found[0].config.to_dict()
     backbone = {name: weight for name, weight in getattr(model, "base_model", model).named_parameters() if ".router." not in name}
     own = {f"{router.layer}.{name}": weight for router in found for name, weight in router.named_parameters()}
     return {
-        "version": __version__,
+        "version": VERSION,
         "backbone": _fingerprint(backbone, SAMPLES),
         "routers": _fingerprint(own, None),
         "settings": {name: value for name, value in values.items() if name not in UNUSED},

@@ -1,10 +1,11 @@
-"""The range of Transformers versions that this package supports."""
+"""The version of this package, and the range of Transformers versions that it supports."""
 
 from __future__ import annotations
 
 import transformers
 from packaging.version import Version
 
+VERSION = "0.1.0"  # of this package
 SUPPORTED_TRANSFORMERS = (Version("5.17"), Version("5.24"))  # from, up to but not including
 
 
