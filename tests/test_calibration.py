@@ -33,7 +33,7 @@ from hf_sparse_attn.data.questions import ask
 from hf_sparse_attn.data.windows import Window
 from hf_sparse_attn.evaluation import calibrating, needs
 from hf_sparse_attn.evaluation.calibrating import calibrate, failures, uniform_density
-from hf_sparse_attn.evaluation.needs import KeptObserver, PlantedObserver, length_buckets, needed_share, visible_keys
+from hf_sparse_attn.evaluation.needs import KeptObserver, PlantedObserver, length_buckets, needed_share, tile_figures, visible_keys
 from hf_sparse_attn.head_budgets import HeadBudgets
 from hf_sparse_attn.plan import make_plan
 from hf_sparse_attn.selecting import select_blocks
@@ -141,6 +141,18 @@ def test_the_needed_share_by_hand():
     assert need(0.6) == 0.5 and need(0.8) == 1.0
 
 
+def test_the_bound_of_a_quantile_knows_that_windows_differ():
+    alike, apart = tile_figures((N,)), tile_figures((N,))
+    generator = torch.Generator().manual_seed(0)
+    for at in range(6):
+        values = torch.rand(1, 2, 100, generator=generator)
+        alike.add(0, torch.full((100,), N), values)
+        apart.add(0, torch.full((100,), N), values * (0.5 if at else 1.0))  # one window needs twice as much
+    for figures, least, most in ((alike, 0.0, 0.02), (apart, 0.05, 0.5)):
+        above = figures.bound(0.95, 0.9)[0, 0] - figures.quantile(0.95, "higher")[0, 0]
+        assert above.shape == (2,) and bool((above >= least).all()) and bool((above <= most).all())
+
+
 def test_length_buckets_double():
     assert length_buckets(1024) == (256, 512, 1024) and length_buckets(1100) == (256, 512, 1024, 1100)
     assert length_buckets(256) == (256,) and length_buckets(300) == (256, 300)
@@ -208,7 +220,7 @@ def test_budgets_are_the_smallest_that_keep_the_mass(calibrated, texts):
     for layer, bucket, head in sparse:
         assert low_mass(model, texts[:5], layer, bucket, head) >= MASS - 1e-4
         rows = [list(row) for row in found.shares[layer]]
-        rows[bucket][head] -= 2 * 16 / found.ends[bucket]  # two blocks fewer
+        rows[bucket][head] -= 3 * 16 / found.ends[bucket]  # three blocks fewer: the bound over windows lies above the quantile
         routers(copied)[layer].budgets = HeadBudgets(found.ends, tuple(map(tuple, rows)))
         assert low_mass(copied, texts[:5], layer, bucket, head) < MASS
         routers(copied)[layer].budgets = found.budgets(layer)

@@ -1,7 +1,8 @@
 """Calibrating a model: the smallest budgets at which its heads keep a share of their softmax mass, checked on other windows.
 
 A tile's kept mass grows with its budget, so its 5th percentile over tiles reaches a share τ where the budget is the 95th percentile
-of what the tiles need for τ: one pass finds the smallest budgets, without trying any.
+of what the tiles need for τ: one pass finds the smallest budgets, without trying any. Few windows say little of that percentile:
+its upper bound over resampled windows is taken.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from .shares import loss_above
 
 PRESETS = {"fast": 0.95, "balanced": 0.98, "safe": 0.99}  # share of the softmax mass that 95 % of the tiles keep
 LOW = 0.05  # of the tiles may keep less
+CONFIDENCE = 0.9  # that other windows of the kind need no more
 LEAST_TILES = 20  # of a bucket: fewer have no 5th percentile
 LEAST_WINDOWS = 0.2  # windows times 1 - τ: the rarer what may be lost, the more text it takes to see it
 TOLERANCE, LEAST_WITHIN = 0.01, 0.95  # on other windows this share of heads keeps τ less the tolerance
@@ -148,7 +150,7 @@ def _needs(model: PreTrainedModel, windows: Sequence[Window], mass: float, ends:
 
 
 def _shares(needs: TileFigures, config: SparseAttentionConfig, mass: float, buckets: int) -> dict[int, tuple[tuple[float, ...], ...]]:
-    found = needs.quantile(1 - LOW, "higher")
+    found = needs.bound(1 - LOW, CONFIDENCE)
     rows: dict[int, list[tuple[float, ...]]] = {}
     for layer, bucket in sorted(found):
         dense = mass == 1 or layer in config.dense_layers

@@ -17,6 +17,7 @@ from ..training.losses import kept_mass
 
 STRIDE = 2  # every second tile is read
 FIRST_END = 1024  # keys, of the first length bucket; each other one is twice as long
+RESAMPLES = 100
 USED = 0.05  # mass of a tile on a link that uses it
 Key = tuple[int, int]  # layer, bucket
 
@@ -44,6 +45,19 @@ class TileFigures:
         """Quantile over the tiles of every KV head, float32 [G]."""
         joined = {key: torch.cat(parts, 1) for key, parts in sorted(self.found.items())}
         return {key: values.quantile(share, dim=1, interpolation=method) for key, values in joined.items()}
+
+    def bound(self, share: float, confidence: float) -> dict[Key, Tensor]:
+        """What the `quantile` stays below with ``confidence`` if other windows of the same kind are read, float32 [G].
+
+        A bootstrap over calls, each of which is one window: tiles of a window are no independent ones. Never below the quantile itself.
+        """
+        found = self.quantile(share, "higher")
+        calls = len(next(iter(self.found.values())))
+        picks = torch.randint(calls, (RESAMPLES, calls), generator=torch.Generator().manual_seed(0)).tolist()
+        for key, parts in self.found.items():
+            drawn = [torch.cat([parts[at] for at in pick], 1).quantile(share, dim=1, interpolation="higher") for pick in picks]
+            found[key] = torch.maximum(found[key], torch.stack(drawn).quantile(confidence, dim=0, interpolation="higher"))
+        return found
 
     def counts(self) -> dict[Key, int]:
         return {key: sum(part.shape[1] for part in parts) for key, parts in self.found.items()}

@@ -1,0 +1,35 @@
+"""What a reader that knows how the sequences are made gets right, and what guessing gets, in closed form."""
+
+from __future__ import annotations
+
+from .families import LongLinkConfig
+
+CAUSES = {"two_hops": 2, "conjunction": 2}  # tokens that must be there, for the families where it is not one
+VALUES = {"conjunction": 2}  # causes that carry a value, likewise
+
+
+def chance(config: LongLinkConfig) -> float:
+    """Accuracy of guessing among the values, which are uniform."""
+    return 1 / config.values
+
+
+def ceiling(config: LongLinkConfig) -> float:
+    """Accuracy of the best reader.
+
+    What it reads and the answer agree where the link holds, no cause's value was replaced and no cause is missing; else one of the two is
+    uniform and independent of the other, so that they agree by chance.
+    """
+    if config.family == "null":
+        return chance(config)
+    whole = (1 - config.corruption) ** VALUES.get(config.family, 1) * (1 - config.missing) ** CAUSES.get(config.family, 1)
+    right = config.strength * whole
+    return right + (1 - right) * chance(config)
+
+
+def normalised(accuracy: float, config: LongLinkConfig) -> float:
+    """Accuracy between guessing (0) and the ceiling (1).
+
+    Raises:
+        ZeroDivisionError: there is nothing to find: the null family, or no strength.
+    """
+    return (accuracy - chance(config)) / (ceiling(config) - chance(config))
