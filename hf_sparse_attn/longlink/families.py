@@ -40,6 +40,7 @@ class LongLinkConfig:
     background: int = 32  # kinds of tokens that mean nothing
     min_distance: int = 64  # from the first cause to the question; log-uniform up to max_distance
     max_distance: int | None = None  # None = as far as the length allows
+    first: int = 64  # slots at the start without causes: where sink tokens are, which every selection keeps
     unseen: tuple[int, int] | None = None  # distances that are left out, [from, to)
     only_unseen: bool = False  # nothing but these
     strength: float = 1.0  # probability that the answer is the planted one; else it is uniform
@@ -64,8 +65,9 @@ class LongLinkConfig:
         for name in ("strength", "corruption", "missing"):
             if not 0 <= getattr(self, name) <= 1:
                 self._refuse(name, "a share in [0, 1]")
-        if not 2 <= self.min_distance <= self.longest <= self.length - 2:
-            self._refuse("min_distance", f">= 2 and, with max_distance, up to length − 2 = {self.length - 2}")
+        room = self.length - 2 - self.first
+        if not 2 <= self.min_distance <= self.longest <= room:
+            self._refuse("min_distance", f">= 2 and, with max_distance ({self.longest}), up to length − 2 − first = {room}")
         if self.keys < self.needed_keys:
             self._refuse("keys", f">= {self.needed_keys}: every link and distractor of a sequence has its own")
         if self.family == "count" and (self.corruption or self.missing):
@@ -83,7 +85,7 @@ class LongLinkConfig:
     @property
     def longest(self) -> int:
         """The longest distance."""
-        return self.length - 2 if self.max_distance is None else self.max_distance
+        return self.length - 2 - self.first if self.max_distance is None else self.max_distance
 
     @property
     def needed_keys(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +17,7 @@ from ..training.distiller import DistillationConfig
 from .families import LongLinkConfig
 from .planting import plant
 
+STEP_TOKENS = 4096
 WARM_UP = 0.1  # of the steps
 EVALUATED = 1 << 20  # seeds of training sets lie below, those of others above
 
@@ -38,9 +40,16 @@ class LearningConfig:
     heads: int = 4
     groups: int = 2
     lr: float = 3e-3
-    stages: tuple[Stage, ...] = (Stage(128, 32, 250), Stage(512, 8, 80), Stage(1024, 4, 60))
-    distilled: int = 24  # batches
+    stages: tuple[Stage, ...] = (Stage(128, 32, 250), Stage(512, 8, 100), Stage(1024, 4, 100), Stage(2048, 2, 200))
+    distilled: int = 100  # batches
     seed: int = 0
+
+    @classmethod
+    def up_to(cls, length: int, seed: int = 0) -> LearningConfig:
+        """Stages for sequences of ``length`` tokens: 128, 512, 1024 and on in doublings, of 4096 tokens a step or one sequence."""
+        lengths = [512 << i for i in range(1, max(1, math.ceil(math.log2(length / 512))))]
+        stages = [*(Stage(size, max(1, STEP_TOKENS // size), 100) for size in lengths), Stage(length, max(1, STEP_TOKENS // length), 200)]
+        return cls(stages=(Stage(128, 32, 250), Stage(512, 8, 100), *stages), seed=seed)
 
 
 def learn(config: LongLinkConfig, learning: LearningConfig, *, progress: bool = True) -> PreTrainedModel:
@@ -79,9 +88,11 @@ def learn(config: LongLinkConfig, learning: LearningConfig, *, progress: bool = 
 
 
 def _batch(config: LongLinkConfig, stage: Stage, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    first = min(config.first, stage.length // 4)
     short = min(config.min_distance, max(2, stage.length // 16))
-    far = min(config.longest, stage.length - 2)
-    planted = plant(replace(config, length=stage.length, sequences=stage.batch, min_distance=short, max_distance=far), seed)
+    far = min(config.longest, stage.length - 2 - first)
+    settings = {"length": stage.length, "sequences": stage.batch, "min_distance": short, "max_distance": far, "first": first}
+    planted = plant(replace(config, **settings), seed)
     return torch.from_numpy(planted.input_ids), torch.from_numpy(planted.labels)
 
 

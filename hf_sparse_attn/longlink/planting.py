@@ -60,7 +60,7 @@ class _Sequence:
         self.ids = self.rng.integers(FIRST, FIRST + config.background, config.length)
         self.lost = self.rng.random(config.length) < config.missing
         self.labels = np.full(config.length, IGNORED, dtype=np.int64)
-        self.free = np.ones(config.length, dtype=bool)
+        self.free = np.arange(config.length) >= config.first
         self.links: list[Link] = []
         keys = self.rng.permutation(config.keys).tolist()
         lag = self._distance()
@@ -109,8 +109,8 @@ class _Sequence:
         config, rng = self.config, self.rng
         for _ in range(TRIES):
             wanted = lag + int(rng.integers(-config.jitter, config.jitter + 1)) if config.family == "lag" else self._distance()
-            distance = min(max(wanted, 1), config.length - 2)
-            effect = int(rng.integers(distance, config.length - 1))
+            distance = min(max(wanted, 1), config.length - 2 - config.first)
+            effect = int(rng.integers(config.first + distance, config.length - 1))
             gaps = [distance, *rng.choice(np.arange(1, distance), count - 1, replace=False).tolist()] if count <= distance else []
             slots = sorted(effect - gap for gap in gaps)
             if len(slots) == count and self.free[[*slots, effect, effect + 1]].all():

@@ -15,14 +15,13 @@ from transformers import PreTrainedModel
 
 from ..attending import Selector, SparseCall
 from ..budgets import candidates
-from ..conversion import sparse_attention_as
 from ..plan import make_plan
 from ..router import RoutingInputs, SparseRouter
 from .answers import predicted, right
 from .metrics import adjust, average_precision
 from .planting import Link, Planted
 
-USES = 0.1  # of a question's softmax mass on the blocks of its causes, on average over links: such a head uses them
+USES = 0.5  # of a question's softmax mass on the blocks of its causes, on average over links: such a head uses them
 Head = tuple[int, int]  # layer, KV head
 
 
@@ -48,7 +47,7 @@ def _passes(model: PreTrainedModel, planted: Planted, rows: ByRow, observer: Any
 
 
 def using_heads(model: PreTrainedModel, planted: Planted, sequences: int = 8) -> dict[Head, float]:
-    """Mean dense mass of questions on the blocks of their causes, of the heads where it is at least 0.1: found without any router."""
+    """Mean dense mass of questions on the blocks of their causes, of the heads where it is at least half: found without any router."""
     rows, found = ByRow(planted), defaultdict(list)
 
     def observe(router: SparseRouter, inputs: RoutingInputs) -> None:
@@ -134,13 +133,12 @@ def _estimates(every: BlockSelection) -> Tensor:
 
 
 def link_scores(
-    model: PreTrainedModel, planted: Planted, selectors: Mapping[str, Selector], keys: int, heads: Mapping[Head, float], sequences: int = 8
+    model: PreTrainedModel, planted: Planted, selectors: Mapping[str, Selector], heads: Mapping[Head, float], sequences: int = 8
 ) -> dict[str, Any]:
-    """Recall of every selection at a budget of ``keys``, and the router's average precision, over ``heads`` (of `using_heads`)."""
+    """Recall of every selection at the model's budget, and the router's average precision, over ``heads`` (of `using_heads`)."""
     rows = ByRow(planted)
     observer = LinkObserver(rows, selectors, heads)
-    with sparse_attention_as(model, min_keys=keys, max_keys=keys, mass_threshold=None):
-        _passes(model, planted, rows, observer, sequences)
+    _passes(model, planted, rows, observer, sequences)
     precision = float(np.mean(observer.precision)) if observer.precision else None
     return {"average_precision": precision, "n": len(observer.precision), "recall": {n: s.summary() for n, s in observer.scores.items()}}
 
@@ -174,19 +172,17 @@ class Without:
         kept[others[order[: int(is_cause.sum())]]] = -1
 
 
-def necessity(model: PreTrainedModel, planted: Planted, selector: Selector, keys: int, sequences: int = 8) -> dict[str, float]:
+def necessity(model: PreTrainedModel, planted: Planted, selector: Selector, sequences: int = 8) -> dict[str, float]:
     """Accuracy with the selection, without the blocks of the causes, and without as many others: only the first cut costs needed links."""
     found = {}
-    with sparse_attention_as(model, min_keys=keys, max_keys=keys, mass_threshold=None):
-        for name, cut in (("whole", None), ("without causes", True), ("without others", False)):
-            rows = ByRow(planted)
-            chosen = selector if cut is None else Without(selector, rows, cut)
-            hits = []
-            for start in range(0, planted.config.sequences, sequences):
-                rows.start = start
-                part = _part(planted, start, sequences)
-                hits.append(right(part, predicted(model, part, SparseCall(selector=chosen), sequences)))
-            found[name] = float(np.concatenate(hits).mean())
+    for name, cut in (("whole", None), ("without causes", True), ("without others", False)):
+        rows = ByRow(planted)
+        chosen = selector if cut is None else Without(selector, rows, cut)
+        hits = []
+        for rows.start in range(0, planted.config.sequences, sequences):
+            part = _part(planted, rows.start, sequences)
+            hits.append(right(part, predicted(model, part, SparseCall(selector=chosen), sequences)))
+        found[name] = float(np.concatenate(hits).mean())
     return found
 
 

@@ -1,0 +1,104 @@
+"""A LongLink study of a model: answers and routing under every selection, by distance, under noise, on null and counterfactual sets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..attending import Selector, SparseCall
+from ..evaluation.needs import visible_keys
+from ..evaluation.selectors import fresh_routers, standard_selectors
+from ..router import RoutingInputs, SparseRouter
+from .answers import accuracy, by_distance, pairs_told_apart, predicted, reach, right
+from .ceilings import ceiling, chance
+from .families import LongLinkConfig
+from .planting import Planted, plant
+from .routing import Head, link_scores, necessity, using_heads
+
+NOISE: Sequence[tuple[str, tuple[float, ...]]] = (
+    ("corruption", (0.0, 0.2, 0.4)),
+    ("missing", (0.0, 0.2, 0.4)),
+    ("strength", (1.0, 0.8, 0.6)),
+)
+LOOKALIKES = (0, 4, 8)  # distractors of a sequence
+OWN = "two stages"
+
+
+def study(model: PreTrainedModel, config: LongLinkConfig, seed: int) -> dict[str, Any]:
+    """Figures of a sparse ``model`` that learned the links of ``config``, at its present budget, on the sets of ``seed``."""
+    planted = plant(config, seed)
+    selectors = standard_selectors(fresh_routers(model))
+    heads = using_heads(model, planted)
+    rows = [_answers(model, planted, "dense", SparseCall(dense=True))]
+    rows += [_answers(model, planted, name, SparseCall(selector=selector)) for name, selector in selectors.items()]
+    return {
+        "config": asdict(config),
+        "seed": seed,
+        "chance": chance(config),
+        "ceiling": ceiling(config),
+        "density": density(model, planted),
+        "heads": [{"layer": layer, "head": head, "mass": mass} for (layer, head), mass in heads.items()],
+        "answers": rows,
+        "routing": link_scores(model, planted, selectors, heads),
+        "necessity": necessity(model, planted, selectors[OWN]),
+        "null": _null(model, config, seed, selectors, heads),
+        "counterfactual": _counterfactual(model, config, seed) if config.family == "delayed" else None,
+        "noise": _noise(model, config, seed, {OWN: selectors[OWN]}, heads),
+    }
+
+
+def density(model: PreTrainedModel, planted: Planted) -> float:
+    """Kept over visible keys of the router's selection, over all tiles, heads and layers, of the first sequences."""
+    counted = {"kept": 0, "seen": 0}
+
+    def count(router: SparseRouter, inputs: RoutingInputs, selection: Any) -> None:
+        keys = selection.kept_keys()
+        counted["kept"] += int(keys.sum())
+        counted["seen"] += keys.shape[0] * keys.shape[1] * visible_keys(selection.grid)
+
+    few = replace(planted, input_ids=planted.input_ids[:2], links=tuple(link for link in planted.links if link.sequence < 2))
+    predicted(model, few, SparseCall(on_selection=count))
+    return counted["kept"] / counted["seen"]
+
+
+def _answers(model: PreTrainedModel, planted: Planted, name: str, call: SparseCall) -> dict[str, Any]:
+    hits = right(planted, predicted(model, planted, call))
+    octaves = by_distance(planted, hits)
+    found = {"selection": name, **asdict(accuracy(planted, hits)), "by_distance": octaves}
+    return {**found, "d50": reach(octaves, 0.5), "d90": reach(octaves, 0.9)}
+
+
+def _null(
+    model: PreTrainedModel, config: LongLinkConfig, seed: int, selectors: Mapping[str, Selector], heads: Mapping[Head, float]
+) -> dict[str, Any]:
+    links = (config.keys - config.distractors) // 2
+    planted = plant(replace(config, family="null", links=min(config.links, links)), seed)
+    hits = {"dense": SparseCall(dense=True), OWN: SparseCall()}
+    found = {name: asdict(accuracy(planted, right(planted, predicted(model, planted, call)))) for name, call in hits.items()}
+    return {"answers": found, "routing": link_scores(model, planted, selectors, heads)}
+
+
+def _counterfactual(model: PreTrainedModel, config: LongLinkConfig, seed: int) -> dict[str, Any]:
+    planted = plant(replace(config, family="counterfactual", sequences=config.sequences // 2 * 2), seed)
+    calls = {"dense": SparseCall(dense=True), OWN: SparseCall()}
+    return {name: pairs_told_apart(planted, right(planted, predicted(model, planted, call))) for name, call in calls.items()}
+
+
+def _noise(
+    model: PreTrainedModel, config: LongLinkConfig, seed: int, selectors: Mapping[str, Selector], heads: Mapping[Head, float]
+) -> list[dict[str, Any]]:
+    """Accuracy and recall along each kind of noise, and with more look-alikes; all else as in ``config``."""
+    levels = [(name, level) for name, values in NOISE for level in values]
+    levels += [("distractors", level) for level in LOOKALIKES if config.links + level <= config.keys]
+    rows = []
+    for name, level in levels:
+        changed: dict[str, Any] = {name: level}
+        planted = plant(replace(config, **changed), seed)
+        hits = {"dense": SparseCall(dense=True), OWN: SparseCall()}
+        found = {key: asdict(accuracy(planted, right(planted, predicted(model, planted, call)))) for key, call in hits.items()}
+        recall = link_scores(model, planted, selectors, heads)["recall"][OWN]
+        rows.append({"noise": name, "level": level, "ceiling": ceiling(planted.config), "answers": found, "routing": recall})
+    return rows
