@@ -1,4 +1,4 @@
-"""Command line ``hf-sparse-attn``: run, distill, eval, calibrate, card, bench, architectures, doctor."""
+"""Command line ``hf-sparse-attn``: run, distill, eval, calibrate, synth, card, bench, architectures, doctor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 
 from .cli_bench import bench
-from .cli_evaluation import calibrate, evaluate
+from .cli_evaluation import calibrate, evaluate, synth
 from .cli_options import JsonOption, TextOption, console, emit, load, windows_of
 from .cli_training import training
 
@@ -21,6 +21,7 @@ bench.command()(training)
 app.add_typer(bench, name="bench")
 app.command(name="eval")(evaluate)
 app.command()(calibrate)
+app.command()(synth)
 
 
 @app.command()

@@ -1,15 +1,29 @@
-"""Verbs that measure a model: eval, calibrate."""
+"""Verbs that measure a model: eval, calibrate, synth."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from .cli_options import JsonOption, TextOption, command_line, console, emit, integers, load, load_uncalibrated, sparse_options, windows_of
+from .cli_options import (
+    JsonOption,
+    TextOption,
+    command_line,
+    console,
+    emit,
+    integers,
+    load,
+    load_uncalibrated,
+    sparse_options,
+    windows_of,
+    yaml_fields,
+)
 
+SMALL_SPARSE = "block_size: 16, query_tile: 16, sink: 16, local: 16, dense_below: 0, min_keys: 160, max_keys: 160"
 QUESTIONS = 4  # with a planted link, of each window that a calibration is checked on
 
 
@@ -109,6 +123,46 @@ def calibrate(
     console.print(line, highlight=False, markup=False)
 
 
+def synth(
+    out: Annotated[Path, typer.Argument(help="Folder to write the set into.")],
+    settings: Annotated[str, typer.Option("--set", help="Fields of LongLinkConfig, e.g. 'family: two_hops, length: 4096'.")] = "",
+    seed: Annotated[int, typer.Option(help="The same seed and settings give the same set.")] = 0,
+    learn: Annotated[bool, typer.Option("--learn", help="Train a small model on such sets, distil its routers, and measure them.")] = False,
+    sparse: Annotated[str, typer.Option(help="Fields of SparseAttentionConfig for --learn.")] = SMALL_SPARSE,
+    json_path: JsonOption = None,
+) -> None:
+    """Make a LongLink set: sequences with planted long-range links, as datasets, with a table of the links.
+
+    With --learn also shows what a small model and its routers make of such sets, dense and under every selection.
+    """
+    from .config import SparseAttentionConfig
+    from .environment import Cost, environment
+    from .longlink.export import save
+    from .longlink.families import LongLinkConfig
+    from .longlink.learning import EVALUATED, LearningConfig, with_routers
+    from .longlink.learning import learn as train
+    from .longlink.planting import plant
+    from .longlink.study import study
+
+    try:
+        config = LongLinkConfig(**yaml_fields(settings, "--set"))
+    except TypeError as error:
+        raise ValueError(f"--set {settings!r}: {error}") from error
+    save(plant(config, seed), out)
+    console.print(f"{config.sequences} sequences of {config.length} tokens, {config.links} links each: {out}", markup=False)
+    if not learn:
+        emit({"config": asdict(config), "seed": seed, "folder": str(out)}, json_path)
+        return
+    learning = LearningConfig.up_to(config.length, seed)
+    with Cost() as cost:
+        model = train(config, learning)
+        with_routers(model, SparseAttentionConfig.from_dict(sparse_options(sparse)), config, learning)
+        found = study(model, config, EVALUATED * (seed + 7))
+    made = {"command": command_line(), "environment": environment(), "sparse_attention": model.config.sparse_attention, **cost.figures}
+    _print_links(found)
+    emit({**made, **found}, json_path)
+
+
 def _show(result: Any) -> None:
     console.print(result.line(), markup=False)
 
@@ -121,4 +175,13 @@ def _print_quality(rows: list[dict[str, Any]]) -> None:
         table.add_row(
             str(row["length"]), str(row["keys"] or "all"), row["selection"], str(row["n"]), f"{row['prefill']:.4f}", share, recovered
         )
+    console.print(table)
+
+
+def _print_links(found: dict[str, Any]) -> None:
+    table = Table("selection", "accuracy", "normalised", "D50", "D90", "recall above chance")
+    for row in found["answers"]:
+        recall = found["routing"]["recall"].get(row["selection"], {}).get("chance_adjusted_recall")
+        figures = (f"{row['accuracy']:.3f} ± {row['error']:.3f}", "" if row["normalised"] is None else f"{row['normalised']:.3f}")
+        table.add_row(row["selection"], *figures, str(row["d50"]), str(row["d90"]), "" if recall is None else f"{recall:.3f}")
     console.print(table)

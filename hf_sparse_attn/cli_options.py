@@ -46,13 +46,18 @@ def integers(text: str, option: str) -> list[int]:
 
 
 def sparse_options(text: str) -> dict[str, Any]:
+    """Fields of a `SparseAttentionConfig`, as ``--sparse`` gives them."""
+    return yaml_fields(text, "--sparse")
+
+
+def yaml_fields(text: str, option: str) -> dict[str, Any]:
     """Fields of a configuration, as written inside the braces of a YAML mapping."""
     import yaml
 
     try:
         loaded: dict[str, Any] = yaml.safe_load("{" + text + "}")
     except yaml.YAMLError as error:
-        raise ValueError(f"--sparse is {text!r}: must be fields like 'min_keys: 1024, max_keys: 1024'") from error
+        raise ValueError(f"{option} is {text!r}: must be fields like 'min_keys: 1024, max_keys: 1024'") from error
     return loaded
 
 

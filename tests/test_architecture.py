@@ -37,6 +37,7 @@ LAYERS = (
     ("budgets", "training"),
     ("data", "profiling"),
     ("evaluation",),
+    ("longlink",),
     ("pipeline",),
     ("cli_options",),
     ("cli_bench", "cli_evaluation"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from ..training.distiller import DistillationConfig
 from .families import LongLinkConfig
 from .planting import plant
 
+DISTILLATION: dict[str, Any] = {"lr": 1e-2, "index_lr": 2e-3, "tiles_per_step": 32}  # a small model bears, and needs, large steps
 STEP_TOKENS = 4096
 WARM_UP = 0.1  # of the steps
 EVALUATED = 1 << 20  # seeds of training sets lie below, those of others above
@@ -41,7 +43,7 @@ class LearningConfig:
     groups: int = 2
     lr: float = 3e-3
     stages: tuple[Stage, ...] = (Stage(128, 32, 250), Stage(512, 8, 100), Stage(1024, 4, 100), Stage(2048, 2, 200))
-    distilled: int = 100  # batches
+    distilled: int = 200  # batches
     seed: int = 0
 
     @classmethod
@@ -91,7 +93,13 @@ def _batch(config: LongLinkConfig, stage: Stage, seed: int) -> tuple[torch.Tenso
     first = min(config.first, stage.length // 4)
     short = min(config.min_distance, max(2, stage.length // 16))
     far = min(config.longest, stage.length - 2 - first)
-    settings = {"length": stage.length, "sequences": stage.batch, "min_distance": short, "max_distance": far, "first": first}
+    settings: dict[str, Any] = {
+        "length": stage.length,
+        "sequences": stage.batch,
+        "min_distance": short,
+        "max_distance": far,
+        "first": first,
+    }
     planted = plant(replace(config, **settings), seed)
     return torch.from_numpy(planted.input_ids), torch.from_numpy(planted.labels)
 
@@ -115,5 +123,5 @@ def with_routers(
     sparsify(model, sparse)
     stage = learning.stages[-1]
     sets = [_batch(config, stage, learning.seed * EVALUATED + EVALUATED // 2 + at)[0] for at in range(learning.distilled)]
-    distill(model, [{"input_ids": ids} for ids in sets], DistillationConfig(seed=learning.seed), progress=progress)
+    distill(model, [{"input_ids": ids} for ids in sets], DistillationConfig(seed=learning.seed, **DISTILLATION), progress=progress)
     return model

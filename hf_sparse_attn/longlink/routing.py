@@ -91,6 +91,7 @@ class LinkObserver:
         self.rows, self.selectors, self.heads = rows, selectors, heads
         self.scores = {name: LinkScores() for name in selectors}
         self.precision: list[float] = []
+        self.best: list[float] = []  # of the dense mass itself as a ranking
 
     def __call__(self, router: SparseRouter, inputs: RoutingInputs) -> None:
         heads = [head for layer, head in self.heads if layer == router.layer]
@@ -100,6 +101,7 @@ class LinkObserver:
         plan = make_plan(router.config, inputs.grid(tile, size), inputs.q.device)
         eligible = plan.eligible_mask(torch.arange(plan.grid.tiles, device=inputs.q.device)) & plan.open[:, None]
         ranked = _estimates(candidates(router, inputs, tile).every)
+        teacher = block_mass(inputs.q, inputs.k, plan.grid, torch.arange(plan.grid.tiles, device=inputs.q.device), inputs.scale)
         kept = {name: selector(router, inputs, tile).kept() for name, selector in self.selectors.items()}
         for row, links in enumerate(self.rows.rows(inputs)):
             wanted = _wanted(links, tile, size)
@@ -109,7 +111,8 @@ class LinkObserver:
                 if not bool(hit.any()):
                     continue
                 for head in heads:
-                    self.precision.append(average_precision(ranked[row, head, t, free].numpy(), hit.int().numpy()))
+                    for found, ranking in ((self.precision, ranked), (self.best, teacher)):
+                        found.append(average_precision(ranking[row, head, t, free].cpu().numpy(), hit.int().cpu().numpy()))
                     for name, chosen in kept.items():
                         mine = chosen[row, head, t, free].float()
                         self.scores[name].kept += mine[hit].tolist()
@@ -139,8 +142,9 @@ def link_scores(
     rows = ByRow(planted)
     observer = LinkObserver(rows, selectors, heads)
     _passes(model, planted, rows, observer, sequences)
-    precision = float(np.mean(observer.precision)) if observer.precision else None
-    return {"average_precision": precision, "n": len(observer.precision), "recall": {n: s.summary() for n, s in observer.scores.items()}}
+    precision, best = (float(np.mean(found)) if found else None for found in (observer.precision, observer.best))
+    ranking = {"average_precision": precision, "oracle_average_precision": best, "n": len(observer.precision)}
+    return {**ranking, "recall": {n: s.summary() for n, s in observer.scores.items()}}
 
 
 class Without:

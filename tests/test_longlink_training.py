@@ -1,0 +1,70 @@
+"""A small model learns LongLink from scratch: what its routers find, and that nothing is found where nothing is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hf_sparse_attn import SparseAttentionConfig
+from hf_sparse_attn.longlink.families import LongLinkConfig
+from hf_sparse_attn.longlink.learning import EVALUATED, LearningConfig, learn, with_routers
+from hf_sparse_attn.longlink.study import study
+
+KEYS = 160  # of 2048: 15 % of what all tiles see
+SPARSE = {"block_size": 16, "query_tile": 16, "sink": 16, "local": 16, "dense_below": 0, "min_keys": KEYS, "max_keys": KEYS}
+
+
+@pytest.fixture(scope="module")
+def found():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    config, learning = LongLinkConfig(length=2048), LearningConfig()
+    model = learn(config, learning, progress=False)
+    with_routers(model, SparseAttentionConfig(**SPARSE), config, learning, progress=False)
+    # beyond what two layers of window + sink can pass on
+    yield study(model, replace(config, min_distance=2 * KEYS + 16), EVALUATED * 7)
+    torch.set_num_threads(threads)
+
+
+def answers(found, name):
+    return next(row for row in found["answers"] if row["selection"] == name)
+
+
+def test_dense_attention_learns_the_links_and_the_routers_keep_them(found):
+    dense, learned = answers(found, "dense"), answers(found, "two stages")
+    assert dense["normalised"] >= 0.95 and learned["normalised"] >= 0.95 * dense["normalised"]
+    assert found["density"] <= 0.15 and learned["n"] == 512 and learned["d50"] == 2048
+    assert learned["normalised"] > answers(found, "untrained")["normalised"] + 0.1
+
+
+def test_local_attention_alone_and_a_null_set_are_at_chance(found):
+    local = answers(found, "window + sink")
+    assert abs(local["accuracy"] - found["chance"]) <= 2 * local["error"]
+    for null in found["null"]["answers"].values():
+        assert abs(null["accuracy"] - found["chance"]) <= 2 * null["error"] and null["normalised"] is None
+
+
+def test_recall_is_high_and_does_not_rise_with_noise(found):
+    recall = found["routing"]["recall"]
+    assert recall["two stages"]["chance_adjusted_recall"] >= 0.9 and recall["oracle"]["recall"] >= 0.99
+    # the ratio of kept to eligible blocks, give or take two standard errors of as many draws
+    chance, n = recall["random"]["chance"], recall["random"]["n"]
+    assert abs(recall["random"]["recall"] - chance) <= 2.5 * (chance * (1 - chance) / n) ** 0.5
+    for noise in ("corruption", "missing", "strength"):
+        rows = [row["routing"] for row in found["noise"] if row["noise"] == noise]
+        assert all(row["chance_adjusted_recall"] <= rows[0]["chance_adjusted_recall"] + 0.02 for row in rows)
+    missing = [row["routing"]["recall"] for row in found["noise"] if row["noise"] == "missing"]
+    assert missing[0] > missing[1] + 0.1 > missing[2] + 0.2  # what is not there is not found
+
+
+def test_links_that_are_kept_are_needed(found):
+    needed = found["necessity"]
+    assert needed["whole"] - needed["without causes"] > 0.5 and abs(needed["whole"] - needed["without others"]) < 0.05
+    assert found["counterfactual"]["two stages"] >= 0.8
+
+
+def test_the_ranking_comes_near_that_of_the_dense_mass(found):
+    routing = found["routing"]
+    assert routing["average_precision"] >= 0.6 and routing["average_precision"] <= routing["oracle_average_precision"] + 0.05
