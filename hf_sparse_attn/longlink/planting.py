@@ -63,21 +63,23 @@ class _Sequence:
         self.free = np.arange(config.length) >= config.first
         self.links: list[Link] = []
         keys = self.rng.permutation(config.keys).tolist()
-        lag = self._distance()
+        lag = self._distance(half=True)
         for at in range(config.links):
             self._plant(keys, at, lag)
         for key in keys[config.needed_keys - config.distractors : config.needed_keys]:
             self._distract(key)
         self.ids[self.lost & (self.labels == IGNORED) & ~np.isin(np.arange(config.length), [link.effect for link in self.links])] = MISSING
 
-    def _distance(self) -> int:
+    def _distance(self, half: bool = False) -> int:
+        """A distance; at most ``half`` of the longest where all links of a sequence must find room at the same one."""
         config = self.config
+        longest = max(config.longest // 2, config.min_distance) if half else config.longest
         for _ in range(TRIES):
-            low, high = math.log(config.min_distance), math.log(config.longest + 1)
+            low, high = math.log(config.min_distance), math.log(longest + 1)
             distance = int(math.exp(self.rng.uniform(low, high)))
             unseen = config.unseen is not None and config.unseen[0] <= distance < config.unseen[1]
             if unseen == config.only_unseen:
-                return min(distance, config.longest)
+                return min(distance, longest)
         raise LongLinkError(
             f"LongLink's unseen distances {config.unseen} leave hardly one between {config.min_distance} and {config.longest}"
         )

@@ -24,6 +24,7 @@ NOISE: Sequence[tuple[str, tuple[float, ...]]] = (
     ("strength", (1.0, 0.8, 0.6)),
 )
 LOOKALIKES = (0, 4, 8)  # distractors of a sequence
+NULL_SEQUENCES = 4  # times those of the other sets: chance is met closely
 OWN = "two stages"
 
 
@@ -75,7 +76,8 @@ def _null(
     model: PreTrainedModel, config: LongLinkConfig, seed: int, selectors: Mapping[str, Selector], heads: Mapping[Head, float]
 ) -> dict[str, Any]:
     links = (config.keys - config.distractors) // 2
-    planted = plant(replace(config, family="null", links=min(config.links, links)), seed)
+    many = NULL_SEQUENCES * config.sequences
+    planted = plant(replace(config, family="null", links=min(config.links, links), sequences=many), seed)
     hits = {"dense": SparseCall(dense=True), OWN: SparseCall()}
     found = {name: asdict(accuracy(planted, right(planted, predicted(model, planted, call)))) for name, call in hits.items()}
     return {"answers": found, "routing": link_scores(model, planted, selectors, heads)}
