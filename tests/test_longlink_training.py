@@ -12,6 +12,7 @@ from hf_sparse_attn.longlink.families import LongLinkConfig
 from hf_sparse_attn.longlink.learning import EVALUATED, LearningConfig, learn, with_routers
 from hf_sparse_attn.longlink.study import study
 
+pytestmark = pytest.mark.timeout(900)  # one model is trained: a minute on two cores of its own
 KEYS = 160  # of 2048: 15 % of what all tiles see
 SPARSE = {"block_size": 16, "query_tile": 16, "sink": 16, "local": 16, "dense_below": 0, "min_keys": KEYS, "max_keys": KEYS}
 
