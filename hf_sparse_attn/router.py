@@ -66,11 +66,14 @@ class SparseRouter(nn.Module):
         self.requires_grad_(False)  # routers learn where something teaches them: in distillation and the joint stage
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseRouter:
-        if not memo and self.rotary is not None:  # copied by itself, as PEFT does: the copy reads the model's embedding, too
+        alone = not memo  # as PEFT copies it: the copy reads the model's embedding, too, and will be trained
+        if alone and self.rotary is not None:
             memo[id(self.rotary.module)] = self.rotary.module
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(self.__dict__, memo))
+        if alone:
+            twin.budgets = None  # a calibration is of the weights that it was made with
         return twin
 
     @property

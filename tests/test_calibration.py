@@ -12,6 +12,7 @@ import shutil
 import pytest
 import torch
 from hf_sparse_attn_kernels import BlockSelection, TileGrid
+from peft import get_peft_model
 from transformers import AutoModel, AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -26,6 +27,7 @@ from hf_sparse_attn import (
     sparsify,
     use_calibration,
 )
+from hf_sparse_attn.adapters import active_routers
 from hf_sparse_attn.budgets import Candidates
 from hf_sparse_attn.calibration import FILE, CalibrationError, read_calibration, write_calibration
 from hf_sparse_attn.cli import app
@@ -37,6 +39,8 @@ from hf_sparse_attn.evaluation.needs import KeptObserver, PlantedObserver, lengt
 from hf_sparse_attn.head_budgets import HeadBudgets
 from hf_sparse_attn.plan import make_plan
 from hf_sparse_attn.selecting import select_blocks
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 N = 250
 LENGTH = 512
@@ -414,6 +418,15 @@ def test_settings_of_a_calibrated_model_change_only_for_a_while(calibrated):
     remove_calibration(model)
     set_sparse_attention(model, min_keys=96)
     assert model.config.sparse_attention["bookkeeping"]["calibration"] is None
+
+
+def test_the_routers_of_an_adapter_have_no_calibration(calibrated, texts):
+    model = copy.deepcopy(calibrated[0])
+    adapted = get_peft_model(model, hf_sparse_attn.lora_config(model, r=2))
+    found = active_routers(adapted)
+    assert len(found) == 2 and all(router.budgets is None for router in found)
+    with pytest.raises(CalibrationError, match="cannot change a model with adapters"):
+        use_calibration(adapted, calibrated[1])
 
 
 def test_generation_of_a_calibrated_model_follows_its_budgets(calibrated, texts):

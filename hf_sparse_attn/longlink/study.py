@@ -84,7 +84,7 @@ def _null(
 
 
 def _counterfactual(model: PreTrainedModel, config: LongLinkConfig, seed: int) -> dict[str, Any]:
-    planted = plant(replace(config, family="counterfactual", sequences=config.sequences // 2 * 2), seed)
+    planted = plant(replace(config, family="counterfactual", sequences=max(2, config.sequences // 2 * 2)), seed)
     calls = {"dense": SparseCall(dense=True), OWN: SparseCall()}
     return {name: pairs_told_apart(planted, right(planted, predicted(model, planted, call))) for name, call in calls.items()}
 
