@@ -54,6 +54,13 @@ def everything(plan: TilePlan, inputs: RoutingInputs) -> BlockSelection:
     return BlockSelection(indices, plan.grid, torch.full(indices.shape, torch.nan, device=plan.device))
 
 
+def ranks(values: Tensor) -> Tensor:
+    """Place of each value in its row [..., K] from the largest (0) on, ties to the first."""
+    order = values.argsort(dim=-1, descending=True, stable=True)
+    place = torch.arange(values.shape[-1], device=values.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, place)
+
+
 def within_budgets(selection: BlockSelection, plan: TilePlan, budgets: HeadBudgets) -> BlockSelection:
     """Of a selection at the largest budget what each KV head's own budget allows, best estimated mass first; all of it for dense heads."""
     visible = plan.grid.last_positions() + 1 if plan.grid.causal else torch.full((plan.grid.tiles,), plan.grid.kv_len)
@@ -63,8 +70,7 @@ def within_budgets(selection: BlockSelection, plan: TilePlan, budgets: HeadBudge
     eligible = plan.eligible_mask(torch.arange(plan.grid.tiles, device=indices.device)).expand(*indices.shape[:2], -1, -1)
     free = (indices >= 0) & eligible.gather(-1, indices.clamp(min=0).long())
     forced = ((indices >= 0) & ~free).sum(-1, keepdim=True)
-    order = scores.masked_fill(~free, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    place = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
+    place = ranks(scores.masked_fill(~free, -torch.inf))
     kept = ~(free & plan.open[:, None]) | (place < allowed.blocks[..., None] - forced)  # tiles of a block or two are not scored
     indices, order = torch.where(kept, indices, -1).sort(dim=-1, stable=True)
     scores = scores.gather(-1, order).masked_fill(indices < 0, torch.nan)

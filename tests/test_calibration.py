@@ -276,7 +276,7 @@ def test_a_planted_link_is_looked_for_in_the_questions(make_model, word_tokenize
     windows = [Window(f"w[{i}]", torch.randint(3, 97, (1, LENGTH), generator=torch.Generator().manual_seed(i))) for i in range(4)]
     questions = ask(windows[3:], word_tokenizer, seed=0)
     found = calibrate(make_model(), windows[:3], windows[3:], questions, mass=0.9)
-    assert found.verified["planted"]["questions"] == 1 and found.verified["planted"]["n"] >= 0
+    assert found.verified["planted"]["questions"] == 1 and found.verified["planted"]["n"] > 0
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from hf_sparse_attn.longlink.export import load, save
 from hf_sparse_attn.longlink.families import FAMILIES, MISSING, LongLinkConfig, LongLinkError
 from hf_sparse_attn.longlink.metrics import AveragePrecision, ChanceAdjustedRecall, NormalisedAccuracy, adjust, average_precision
 from hf_sparse_attn.longlink.planting import plant
+from hf_sparse_attn.longlink.study import study
 
 SMALL = {"length": 600, "sequences": 6, "links": 5, "distractors": 3, "keys": 16}
 
@@ -169,6 +170,19 @@ def test_the_verb_writes_a_set(tmp_path):
     assert load(tmp_path / "s").input_ids.shape == (2, 512)
     with pytest.raises(ValueError, match="unexpected keyword"):
         CliRunner().invoke(app, ["synth", str(tmp_path / "t"), "--set", "colour: 1"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_study_is_made_of_every_family(family, sparse_llama, real_budget):
+    config = config_of(family, sequences=2, links=3)
+    model = sparse_llama(real_budget, vocab_size=config.tokens.count)
+    found = study(model, config, seed=1)
+    assert {row["n"] for row in found["answers"]} == {6} and len(found["answers"]) == 9
+    kinds = {row["noise"] for row in found["noise"]}
+    assert kinds == ({"strength", "distractors"} if family == "count" else {"corruption", "missing", "strength", "distractors"})
+    own = next(row for row in found["answers"] if row["selection"] == "two stages")
+    plain = next(row for row in found["noise"] if (row["noise"], row["level"]) == ("strength", 1.0))
+    assert plain["answers"]["two stages"]["accuracy"] == own["accuracy"]
 
 
 # -- scores ---------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from ..conversion import sparse_attention_as
 from ..plan import make_plan
 from ..profiling import bench_budgets
 from ..router import RoutingInputs, SparseRouter
+from ..selecting import ranks
 from .quality import WindowResult
 from .selectors import ORACLE_TILES
 
@@ -39,13 +40,6 @@ def oracle_candidates(router: SparseRouter, inputs: RoutingInputs, query_tile: i
     every = BlockSelection(indices.contiguous(), plan.grid, mass.gather(-1, order).masked_fill(indices < 0, torch.nan))
     free = (indices >= 0) & (plan.eligible_mask(tiles) & plan.open[:, None]).expand(mass.shape).gather(-1, order)
     return Candidates(every, free, plan.open, plan.free)
-
-
-def ranks(values: Tensor) -> Tensor:
-    """Place of each value in its row [..., K] from the largest (0) on, ties to the first."""
-    order = values.argsort(dim=-1, descending=True, stable=True)
-    place = torch.arange(values.shape[-1], device=values.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, place)
 
 
 def mass_left(found: Candidates) -> Tensor:

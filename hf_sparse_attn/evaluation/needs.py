@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
-from hf_sparse_attn_kernels import BlockSelection, TileGrid, block_mass
+from hf_sparse_attn_kernels import TileGrid, block_mass
 from torch import Tensor
 
 from ..budgets import Candidates, candidates
@@ -112,7 +112,7 @@ class KeptObserver:
         self.grid: TileGrid | None = None
 
     def __call__(self, router: SparseRouter, inputs: RoutingInputs) -> None:
-        selection = selection_of(router, inputs)
+        selection = select_blocks(router, inputs)
         self.grid = selection.grid
         tiles, visible = _read_tiles(self.grid, inputs.q.device)
         teacher = block_mass(inputs.q, inputs.k, self.grid, tiles, inputs.scale)
@@ -132,11 +132,6 @@ def visible_keys(grid: TileGrid) -> int:
     return int((grid.last_positions() + 1).sum()) if grid.causal else grid.tiles * grid.kv_len
 
 
-def selection_of(router: SparseRouter, inputs: RoutingInputs) -> BlockSelection:
-    """What a layer keeps of a whole input."""
-    return select_blocks(router, inputs, router.config.query_tile)
-
-
 class PlantedObserver:
     """Whether a planted link is kept by the heads that use it: those with 5 % of a tile's mass on its blocks.
 
@@ -149,7 +144,7 @@ class PlantedObserver:
         self.chance = 0.0
 
     def __call__(self, router: SparseRouter, inputs: RoutingInputs) -> None:
-        selection = selection_of(router, inputs)
+        selection = select_blocks(router, inputs)
         grid, size = selection.grid, selection.grid.block_size
         tiles = torch.arange(self.tiles_from // grid.query_tile, grid.tiles, device=inputs.q.device)
         blocks = torch.arange(self.source.start // size, (self.source.stop - 1) // size + 1, device=tiles.device)

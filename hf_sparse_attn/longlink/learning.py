@@ -21,7 +21,7 @@ from .planting import plant
 DISTILLATION: dict[str, Any] = {"lr": 1e-2, "index_lr": 2e-3, "tiles_per_step": 32}  # a small model bears, and needs, large steps
 STEP_TOKENS = 4096
 WARM_UP = 0.1  # of the steps
-EVALUATED = 1 << 20  # seeds of training sets lie below, those of others above
+EVALUATED = 1 << 20  # seeds of sets for each seed of a training, which uses those from its own multiple on
 
 
 @dataclass(frozen=True)

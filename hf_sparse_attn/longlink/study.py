@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedModel
 
 from ..attending import Selector, SparseCall
@@ -72,35 +73,43 @@ def _answers(model: PreTrainedModel, planted: Planted, name: str, call: SparseCa
     return {**found, "d50": reach(octaves, 0.5), "d90": reach(octaves, 0.9)}
 
 
+def _both(model: PreTrainedModel, planted: Planted) -> dict[str, np.ndarray]:
+    """Which links the model answers right, densely and with its own selection."""
+    calls = {"dense": SparseCall(dense=True), OWN: SparseCall()}
+    return {name: right(planted, predicted(model, planted, call)) for name, call in calls.items()}
+
+
 def _null(
     model: PreTrainedModel, config: LongLinkConfig, seed: int, selectors: Mapping[str, Selector], heads: Mapping[Head, float]
 ) -> dict[str, Any]:
     links = (config.keys - config.distractors) // 2
     many = NULL_SEQUENCES * config.sequences
     planted = plant(replace(config, family="null", links=min(config.links, links), sequences=many), seed)
-    hits = {"dense": SparseCall(dense=True), OWN: SparseCall()}
-    found = {name: asdict(accuracy(planted, right(planted, predicted(model, planted, call)))) for name, call in hits.items()}
+    found = {name: asdict(accuracy(planted, hits)) for name, hits in _both(model, planted).items()}
     return {"answers": found, "routing": link_scores(model, planted, selectors, heads)}
 
 
 def _counterfactual(model: PreTrainedModel, config: LongLinkConfig, seed: int) -> dict[str, Any]:
     planted = plant(replace(config, family="counterfactual", sequences=max(2, config.sequences // 2 * 2)), seed)
-    calls = {"dense": SparseCall(dense=True), OWN: SparseCall()}
-    return {name: pairs_told_apart(planted, right(planted, predicted(model, planted, call))) for name, call in calls.items()}
+    return {name: pairs_told_apart(planted, hits) for name, hits in _both(model, planted).items()}
 
 
 def _noise(
     model: PreTrainedModel, config: LongLinkConfig, seed: int, selectors: Mapping[str, Selector], heads: Mapping[Head, float]
 ) -> list[dict[str, Any]]:
     """Accuracy and recall along each kind of noise, and with more look-alikes; all else as in ``config``."""
-    levels = [(name, level) for name, values in NOISE for level in values]
-    levels += [("distractors", level) for level in LOOKALIKES if config.links + level <= config.keys]
+    kinds = [(name, values) for name, values in NOISE if config.family != "count" or name == "strength"]  # others have no ceiling there
+    levels = [(name, level) for name, values in kinds for level in values]
+    levels += [("distractors", level) for level in LOOKALIKES if config.needed_keys - config.distractors + level <= config.keys]
+    done: dict[LongLinkConfig, dict[str, Any]] = {}
     rows = []
     for name, level in levels:
         changed: dict[str, Any] = {name: level}
-        planted = plant(replace(config, **changed), seed)
-        hits = {"dense": SparseCall(dense=True), OWN: SparseCall()}
-        found = {key: asdict(accuracy(planted, right(planted, predicted(model, planted, call)))) for key, call in hits.items()}
-        recall = link_scores(model, planted, selectors, heads)["recall"][OWN]
-        rows.append({"noise": name, "level": level, "ceiling": ceiling(planted.config), "answers": found, "routing": recall})
+        other = replace(config, **changed)
+        if other not in done:
+            planted = plant(other, seed)
+            found = {key: asdict(accuracy(planted, hits)) for key, hits in _both(model, planted).items()}
+            recall = link_scores(model, planted, selectors, heads)["recall"][OWN]
+            done[other] = {"ceiling": ceiling(other), "answers": found, "routing": recall}
+        rows.append({"noise": name, "level": level, **done[other]})
     return rows
