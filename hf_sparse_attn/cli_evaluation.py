@@ -125,7 +125,7 @@ def calibrate(
 
 def synth(
     out: Annotated[Path, typer.Argument(help="Folder to write the set into.")],
-    settings: Annotated[str, typer.Option("--set", help="Fields of LongLinkConfig, e.g. 'family: two_hops, length: 4096'.")] = "",
+    settings: Annotated[str, typer.Option("--set", help="Fields of LongLinkConfig, e.g. 'family: two_hops, keys: 20'.")] = "",
     seed: Annotated[int, typer.Option(help="The same seed and settings give the same set.")] = 0,
     learn: Annotated[bool, typer.Option("--learn", help="Train a small model on such sets, distil its routers, and measure them.")] = False,
     sparse: Annotated[str, typer.Option(help="Fields of SparseAttentionConfig for --learn.")] = SMALL_SPARSE,
