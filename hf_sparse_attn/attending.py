@@ -43,6 +43,8 @@ class SparseCall:
         on_layer: called as ``on_layer(router)`` first thing in every sparse layer, also where it runs the stock attention;
             a tensor that it returns is attached to the layer's output, see `attach`.
         decode_from: content position from which queries are routed singly (tiles of 1), as cached decoding does.
+        attention: computes the output [b, H, Q, D] of the queries as ``attention(router, inputs, selection)`` in place of the
+            attention over the kept keys; its inputs are detached.
     """
 
     dense: bool = False
@@ -51,6 +53,7 @@ class SparseCall:
     on_selection: Callable[[SparseRouter, RoutingInputs, BlockSelection], None] | None = None
     on_layer: Callable[[SparseRouter], Tensor | None] | None = None
     decode_from: int | None = None
+    attention: Callable[[SparseRouter, RoutingInputs, BlockSelection], Tensor] | None = None
     attend: Callable[..., Tensor] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -180,7 +183,7 @@ def _inputs(layer: _Layer, segment: Segment, query: Tensor, key: Tensor, positio
 def _attend(layer: _Layer, inputs: RoutingInputs, value: Tensor) -> Tensor:
     """Attention of one document: [b, H, Q, D]."""
     router, call = layer.router, layer.call
-    detached = replace(inputs, q=inputs.q.detach(), k=inputs.k.detach())
+    detached = replace(inputs, q=inputs.q.detach(), k=inputs.k.detach(), v=value.detach())
     if call.observer is not None:
         call.observer(router, detached)
     if call.dense or router.layer in router.config.dense_layers or (router.budgets is not None and router.budgets.is_dense):
@@ -191,6 +194,9 @@ def _attend(layer: _Layer, inputs: RoutingInputs, value: Tensor) -> Tensor:
         selection = call.selector(router, span, query_tile)
         if call.on_selection is not None:
             call.on_selection(router, span, selection)
+        if call.attention is not None:
+            outputs.append(call.attention(router, span, selection))
+            continue
         kv_len = span.k.shape[2]
         outputs.append(_attend_selection(layer, inputs.q[:, :, start:stop], inputs.k[:, :, :kv_len], value[:, :, :kv_len], selection))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)

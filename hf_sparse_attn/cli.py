@@ -1,4 +1,4 @@
-"""Command line ``hf-sparse-attn``: run, distill, eval, calibrate, synth, card, bench, architectures, doctor."""
+"""Command line ``hf-sparse-attn``: run, ablate, distill, eval, calibrate, synth, card, bench, architectures, doctor."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ from .cli_evaluation import calibrate, evaluate, synth
 from .cli_options import JsonOption, TextOption, console, emit, load, windows_of
 from .cli_training import training
 
+OutOption = Annotated[Path | None, typer.Option(help="Folder of the run; default runs/<recipe name>, with -smoke for --smoke.")]
+SmokeOption = Annotated[bool, typer.Option("--smoke", help="At reduced size, on two cores in minutes, as the recipe says.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="Change a key: 'data.train=[my.log]'. Can be repeated.")]
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Learnable two-stage sparse attention for pretrained models.")
 bench.command()(training)
 app.add_typer(bench, name="bench")
@@ -27,19 +31,40 @@ app.command()(synth)
 @app.command()
 def run(
     recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")],
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; default runs/<recipe name>, with -smoke for --smoke.")] = None,
-    smoke: Annotated[bool, typer.Option("--smoke", help="At reduced size, on two cores in minutes, as the recipe says.")] = False,
-    changes: Annotated[list[str] | None, typer.Option("--set", help="Change a key: 'data.train=[my.log]'. Can be repeated.")] = None,
+    out: OutOption = None,
+    smoke: SmokeOption = False,
+    changes: SetOption = None,
     json_path: JsonOption = None,
 ) -> None:
     """Run a recipe: convert, distil, fine-tune, evaluate, measure, save, reload. Continues an interrupted run.
 
     Runs distributed by ``accelerate launch -m hf_sparse_attn.cli run RECIPE``.
     """
-    from .pipeline.recipe import load_recipe
+    _run(recipe, out, smoke, changes, json_path)
+
+
+@app.command()
+def ablate(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML) of task ablation, e.g. recipes/ablation.yaml.")],
+    out: OutOption = None,
+    smoke: SmokeOption = False,
+    changes: SetOption = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Change one factor of the sparse attention at a time and say what that does to quality, time and memory.
+
+    A model and text of one's own: --set model.source=FOLDER --set 'data.train=[a.txt]' --set 'data.eval=[b.txt]'.
+    """
+    _run(recipe, out, smoke, changes, json_path, task="ablation")
+
+
+def _run(recipe: Path, out: Path | None, smoke: bool, changes: list[str] | None, json_path: str | None, task: str | None = None) -> None:
+    from .pipeline.recipe import RecipeError, load_recipe
     from .pipeline.run import run_recipe
 
     loaded = load_recipe(recipe, smoke=smoke, changes=changes or ())
+    if task not in (None, loaded.task):
+        raise RecipeError(f"{recipe} is of task {loaded.task}, this verb runs those of task {task}: use hf-sparse-attn run {recipe}")
     emit(run_recipe(loaded, out or Path("runs") / (loaded.name + "-smoke" * smoke), console), json_path)
 
 

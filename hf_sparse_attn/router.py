@@ -29,7 +29,8 @@ class RoutingInputs:
 
     ``q`` [B, H, Q, D] holds the queries of the last Q of the N tokens of ``k`` [B, G, N, D], both after RoPE, at the
     rotary ``positions`` [1 or B, N]. ``scale`` multiplies q·k. ``router_keys`` [B, G, >= N // S, R] are cached stage-1
-    keys, or None. Without ``causal`` every query sees every key.
+    keys, or None. Without ``causal`` every query sees every key. ``v`` [B, G, N, D] are the values, where the layer gives them:
+    routers never read them, some teachers do.
     """
 
     q: Tensor
@@ -38,6 +39,7 @@ class RoutingInputs:
     scale: float
     router_keys: Tensor | None = None
     causal: bool = True
+    v: Tensor | None = None
 
     def grid(self, query_tile: int, block_size: int) -> TileGrid:
         return TileGrid(self.q.shape[2], self.k.shape[2], query_tile, block_size, self.causal)
@@ -45,7 +47,8 @@ class RoutingInputs:
     def span(self, start: int, stop: int) -> RoutingInputs:
         """The queries ``[start, stop)`` of this call with the keys up to the last of them."""
         kv_len = self.k.shape[2] - self.q.shape[2] + stop
-        return replace(self, q=self.q[:, :, start:stop], k=self.k[:, :, :kv_len], positions=self.positions[:, :kv_len])
+        v = None if self.v is None else self.v[:, :, :kv_len]
+        return replace(self, q=self.q[:, :, start:stop], k=self.k[:, :, :kv_len], positions=self.positions[:, :kv_len], v=v)
 
 
 class SparseRouter(nn.Module):

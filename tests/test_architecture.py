@@ -37,7 +37,7 @@ LAYERS = (
     ("budgets", "training"),
     ("data", "profiling"),
     ("evaluation",),
-    ("longlink",),
+    ("longlink", "ablation"),
     ("pipeline",),
     ("cli_options",),
     ("cli_bench", "cli_evaluation"),

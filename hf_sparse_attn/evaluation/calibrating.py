@@ -28,8 +28,7 @@ from ..head_budgets import MOST_SHARE
 from ..plan import make_plan
 from ..sites import routers
 from .needs import FIRST_END, KeptObserver, NeedObserver, PlantedObserver, TileFigures, length_buckets, visible_keys
-from .predictions import predictions
-from .quality import window_losses
+from .predictions import last_hidden, predictions
 from .shares import loss_above
 
 PRESETS = {"fast": 0.95, "balanced": 0.98, "safe": 0.99}  # share of the softmax mass that 95 % of the tiles keep
@@ -238,8 +237,9 @@ class _Passes:
 
     def read(self, call: SparseCall) -> tuple[float, float]:
         """(log-loss of the last half in nats a token, KL against the first pass)."""
-        loss, _, _ = window_losses(self.model, self.ids, call, 0, self.states.append)
-        return loss, predictions(self.model, self.ids, self.states[-1], self.states[0]).kl
+        self.states.append(last_hidden(self.model, self.ids, call))
+        found = predictions(self.model, self.ids, self.states[-1], self.states[0])
+        return found.loss, found.kl
 
 
 def _planted(model: PreTrainedModel, questions: Sequence[Question]) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..attending import SparseCall
+
 LOGIT_POSITIONS = 512  # positions whose logits are held at a time
 PARTS = 8  # of a window, of which log-loss is told apart
 
@@ -18,12 +20,21 @@ class Predictions:
     """What one pass over a window predicts.
 
     ``kl`` (nats a token, KL(dense ‖ selection) of the next token) and ``output_error`` (‖h − h_dense‖ / ‖h_dense‖ of the last
-    hidden states) are means over the last half; ``by_position`` are the log-losses (nats a token) of eight equal parts of the window.
+    hidden states) are means over the last half; so is ``loss``, the log-loss (nats a token), and ``by_position`` those of eight equal
+    parts of the window.
     """
 
+    loss: float
     kl: float
     output_error: float
     by_position: list[float]
+
+
+@torch.no_grad()
+def last_hidden(model: PreTrainedModel, ids: Tensor, call: SparseCall) -> Tensor:
+    """Last hidden states [1, N, d] of ``ids`` [1, N]."""
+    hidden: Tensor = model.base_model(ids, use_cache=False, sparse_call=call).last_hidden_state
+    return hidden
 
 
 @torch.no_grad()
@@ -41,6 +52,7 @@ def predictions(model: PreTrainedModel, ids: Tensor, hidden: Tensor, dense: Tens
     losses = token_losses(model, hidden[:, :-1], ids[:, 1:])
     own, other = hidden[0, n // 2 :], dense[0, n // 2 :]
     return Predictions(
+        loss=float(losses[n // 2 - 1 :].mean()),
         kl=_divergence(model, own, other),
         output_error=float(((own - other).float().norm(dim=-1) / other.float().norm(dim=-1)).mean()),
         by_position=[float(part.mean()) for part in losses.tensor_split(PARTS)],

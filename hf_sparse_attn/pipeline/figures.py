@@ -163,6 +163,31 @@ def quality_plots(table: Rows) -> dict[str, str | None]:
     return {"loss": loss_plot(table), "mass": mass_plot(table), "position": position_plot(table), "heads": head_plot(table)}
 
 
+def ablation_plot(table: Rows) -> str:
+    """What every level changes: KL from dense above the default's with its interval, and time over the default's."""
+    rows = [row for row in table if not row["default"]]
+    place = [len(rows) - 1 - at for at in range(len(rows))]
+    colours = {"better": "#0b6e4f", "worse": "#b03060", "no difference shown": OTHER}
+
+    def draw(quality: Any, time: Any) -> None:
+        for at, row in zip(place, rows, strict=True):
+            above = row["kl_above"]
+            quality.plot([above["low"], above["high"]], [at, at], color=colours[row["verdict"]], lw=2)
+            quality.plot(above["mean"], at, "o", ms=4, color=colours[row["verdict"]])
+            if "over_default" in row:
+                time.plot([row["over_default"]["min"], row["over_default"]["max"]], [at, at], color=OTHER, lw=2)
+                time.plot(row["over_default"]["median"], at, "o", ms=4, color="#444444")
+        for axis, zero, label in ((quality, 0, "KL from dense, above the default's (nats a token)"), (time, 1, "time, over the default's")):
+            axis.axvline(zero, color="#444444", lw=0.8)
+            axis.set_xlabel(label)
+        quality.set_xscale("symlog", linthresh=0.01)
+        time.set_xscale("log")
+        quality.set_yticks(place, [f"{row['factor']}: {row['level']}" for row in rows], fontsize=8)
+        time.set_yticks(place, [])
+
+    return figure(draw, width=11, height=1 + 0.24 * len(rows), columns=2)
+
+
 def budget_plot(calibration: dict[str, Any]) -> str:
     """Shares of the keys that a calibration lets every layer and KV head keep, one panel for each length bucket."""
     ends = calibration["ends"]

@@ -206,9 +206,11 @@ class LanguageRun(TrainingRun):
 
     def _fitted(self, model: PreTrainedModel, entry: Quality) -> Allocations:
         """The selections whose average number of keys is fitted, on text that is not measured and where log-loss is read."""
+        return Allocations(model, batches(self._fit_windows(entry)), entry.budgets, entry.length // 2)
+
+    def _fit_windows(self, entry: Quality) -> Any:
         documents = read_documents(self.recipe.data["fit"] or self._sources()[0])
-        windows = token_windows(documents, self._tokenizer(), entry.length, entry.fit_windows, self.recipe.sparse_attention.block_size)
-        return Allocations(model, batches(windows), entry.budgets, entry.length // 2)
+        return token_windows(documents, self._tokenizer(), entry.length, entry.fit_windows, self.recipe.sparse_attention.block_size)
 
     def _speed(self) -> dict[str, Any]:
         settings = self.recipe.speed

@@ -15,7 +15,7 @@ from ..training.adaptation import AdaptationConfig
 from ..training.distiller import DistillationConfig
 
 SELECTIONS = ("oracle", "two stages", "stage 1 alone", "untrained", "mean-pool", "min-max", "window + sink", "random")
-TASKS = ("causal_lm", "questions", "classification", "forecasting")
+TASKS = ("causal_lm", "questions", "classification", "forecasting", "ablation")
 DTYPES = ("bfloat16", "float32", "float16")
 
 
@@ -69,6 +69,7 @@ class Recipe:
     distill: dict[str, Any]
     lora: dict[str, Any]
     compare: dict[str, Any]
+    ablate: dict[str, Any]
     quality: tuple[Quality, ...]
     speed: dict[str, Any]
     prompt: str | None

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from ..files import write_text
-from .figures import budget_plot, quality_plots, speed_plot, training_plot
+from .figures import ablation_plot, budget_plot, quality_plots, speed_plot, training_plot
 from .rendering import render
 
 
@@ -43,6 +43,15 @@ def write_calibration_report(path: str | Path, results: dict[str, Any]) -> None:
     """Write the HTML report of what the verb ``calibrate`` found: figures, budgets by layer and head, limits, the command."""
     found = results["calibration"]
     _write(path, "calibration.html", r=results, c=found, v=found["verified"], budgets=budget_plot(found))
+
+
+def write_ablation_report(path: str | Path, results: dict[str, Any]) -> None:
+    """Write the HTML report of an ablation: the table by factor, the plot of quality against time, limits, environment."""
+    table = results["table"]
+    factors = {factor: [row for row in table if row["factor"] == factor] for factor in dict.fromkeys(row["factor"] for row in table)}
+    documents = dict.fromkeys(reading["document"] for reading in results["default-default"]["readings"])
+    plots = {"table": ablation_plot(table)}
+    _write(path, "ablation.html", r=results, factors=factors, documents=documents, plots=plots, **_origin(results))
 
 
 def _origin(results: dict[str, Any]) -> dict[str, Any]:

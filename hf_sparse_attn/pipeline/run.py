@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from .ablation import AblationRun
 from .classification import ClassificationRun
 from .engine import Run
 from .forecasting import ForecastingRun
@@ -19,6 +20,7 @@ TASKS: dict[str, type[Run]] = {
     "questions": QuestionRun,
     "classification": ClassificationRun,
     "forecasting": ForecastingRun,
+    "ablation": AblationRun,
 }
 
 

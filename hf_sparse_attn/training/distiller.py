@@ -12,6 +12,7 @@ from ..router import RoutingInputs, SparseRouter
 from .losses import TileLoss, tile_loss
 from .processes import average_gradients, mean_over_processes
 from .svd import start_index
+from .targets import TARGETS
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class DistillationConfig:
     steps_per_batch: int = 4  # optimiser steps on each forward pass
     tiles_per_step: int = 4  # query tiles of each row in a step on tiles
     queries_per_step: int = 48  # single queries of each row in a step on tiles of 1
+    target: str = "mass"  # what of the dense attention the routers learn: mass, max or output, see `block_target`
     seed: int = 0
     save_every: int = 4  # batches between checkpoints, if a checkpoint path is given
 
@@ -35,6 +37,8 @@ class DistillationConfig:
         for name in ("steps_per_batch", "tiles_per_step", "queries_per_step", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"distillation.{name} is {getattr(self, name)!r}: must be >= 1")
+        if self.target not in TARGETS:
+            raise ValueError(f"distillation.target is {self.target!r}: must be {', '.join(TARGETS)}")
         if not (self.lr > 0 and self.index_lr > 0 and self.warmup_steps >= 0):
             values = f"lr {self.lr!r}, index_lr {self.index_lr!r}, warmup_steps {self.warmup_steps!r}"
             raise ValueError(f"distillation has {values}: learning rates must be > 0, warmup_steps >= 0")
@@ -74,7 +78,7 @@ class Distiller:
             single = i % 2 == 1
             tile, count = (1, self.config.queries_per_step) if single else (router.config.query_tile, self.config.tiles_per_step)
             with torch.enable_grad():
-                loss = tile_loss(router, inputs, tile, count, self.generator)
+                loss = tile_loss(router, inputs, tile, count, self.generator, self.config.target)
                 if loss is not None:
                     (loss.coarse + loss.fine).backward()
             if not average_gradients(router.weights, loss is not None and self.counts):

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..plan import make_plan
 from ..router import RoutingInputs, SparseRouter
 from .carrying import Carried, carry
+from .targets import block_target
 
 SCORE_BYTES = 1 << 22  # of the stage-2 scores that exist at a time
 
@@ -39,35 +40,37 @@ def sample_tiles(plan: TilePlan, count: int, generator: torch.Generator) -> Tens
     return open_tiles[picked].sort().values.to(plan.near.device)
 
 
-def tile_loss(router: SparseRouter, inputs: RoutingInputs, query_tile: int, count: int, generator: torch.Generator) -> TileLoss | None:
+def tile_loss(
+    router: SparseRouter, inputs: RoutingInputs, query_tile: int, count: int, generator: torch.Generator, target: str = "mass"
+) -> TileLoss | None:
     """KL(teacher ‖ router) of both stages on ``count`` random tiles; None if no tile has anything to select.
 
-    Gradient flows to the router's weights only. The teacher is the dense softmax mass per block over all visible keys,
-    averaged over a tile's tokens and the group's heads, without the forced blocks and renormalised. Stage 1 is trained
-    over all eligible blocks, stage 2 over its candidates and the oracle's blocks; its softmax includes the forced keys.
+    Gradient flows to the router's weights only. The teacher is the dense softmax mass per block over all visible keys (or another
+    ``target``, see `block_target`), averaged over a tile's tokens and the group's heads, without the forced blocks and renormalised.
+    Stage 1 is trained over all eligible blocks, stage 2 over its candidates and the teacher's best; its softmax includes the forced keys.
     """
     plan = make_plan(router.config, inputs.grid(query_tile, router.config.block_size), inputs.q.device)
     tiles = sample_tiles(plan, count, generator)
     if not len(tiles):
         return None
     mass = block_mass(inputs.q, inputs.k, plan.grid, tiles, inputs.scale)
+    teacher = mass if target == "mass" else block_target(inputs, plan.grid, tiles, target)
     eligible = plan.eligible_mask(tiles)
     q_tiles = to_tiles(inputs.q, plan.grid, router.groups)[:, tiles]
 
     queries, real = router.query_features(q_tiles, inputs.positions, plan.grid, tiles)
     scores = coarse_scores(queries, real, router.router_keys(inputs.k, inputs.positions), inputs.scale)
     whole = scores.shape[-1]  # an eligible block is never partial
-    coarse = masked_kl(mass[..., :whole], scores, eligible[:, :whole])
+    coarse = masked_kl(teacher[..., :whole], scores, eligible[:, :whole])
 
     candidates = plan.best(scores.detach(), tiles, plan.candidates[tiles])
-    target = plan.best(mass, tiles, plan.free[tiles])
-    chosen = _union(candidates, target, plan.grid.blocks)
-    fine, estimate = _fine_loss(router, inputs, plan, tiles, q_tiles, chosen, mass)
+    chosen = _union(candidates, plan.best(teacher, tiles, plan.free[tiles]), plan.grid.blocks)
+    fine, estimate = _fine_loss(router, inputs, plan, tiles, q_tiles, chosen, teacher)
 
     seen = _by_block(estimate, chosen, plan.grid.blocks)
     passed = _members(candidates, plan.grid.blocks)  # inference sees the candidates only
     kept = _mean_kept(mass, plan.assemble(plan.best(seen.masked_fill(~passed, -torch.inf), tiles, plan.free[tiles]), tiles))
-    oracle = _mean_kept(mass, plan.assemble(target, tiles))
+    oracle = _mean_kept(mass, plan.assemble(plan.best(mass, tiles, plan.free[tiles]), tiles))
     entropy = _entropy(scores.detach().masked_fill(~eligible[:, :whole], -torch.inf))
     return TileLoss(coarse, fine, kept, _mean_kept(mass, window_blocks(plan, tiles, mass)), oracle, entropy)
 
@@ -130,7 +133,7 @@ def _union(a: Tensor, b: Tensor, blocks: int) -> Tensor:
 
 
 def _fine_loss(
-    router: SparseRouter, inputs: RoutingInputs, plan: TilePlan, tiles: Tensor, q_tiles: Tensor, chosen: Tensor, mass: Tensor
+    router: SparseRouter, inputs: RoutingInputs, plan: TilePlan, tiles: Tensor, q_tiles: Tensor, chosen: Tensor, wanted: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(stage 2's KL over the blocks ``chosen`` [B, G, m, L], its estimate of their mass, of the same shape).
 
@@ -143,7 +146,7 @@ def _fine_loss(
     heads = torch.arange(reps.shape[0], device=tiles.device)[:, None]
     queries = router.index_queries(q_tiles[:, :, heads, reps], fold=True) * inputs.scale
     keys = inputs.k.float().flatten(0, 1).contiguous()
-    teacher, valid = mass.gather(-1, chosen.clamp(min=0)), chosen >= 0
+    teacher, valid = wanted.gather(-1, chosen.clamp(min=0)), chosen >= 0
     rows = _taught(teacher, valid).sum((0, 1, 3))  # of each tile
     step = max(1, SCORE_BYTES // (4 * blocks[:, :, 0].numel() * size * reps.numel()))
     learns = torch.is_grad_enabled() and queries.requires_grad
