@@ -17,6 +17,7 @@ from .packing import IGNORED
 from .sources import SourceError
 from .windows import Window
 
+QUOTED_TASK = "quoted"  # the name of this task
 QUOTED, ANSWERED = 16, 16  # tokens
 FARTHEST = 0.75  # passages are taken from this first part of the window
 TRIES = 200
@@ -30,7 +31,8 @@ class Question:
     document: str
     input_ids: Tensor
     labels: Tensor
-    distance: int  # tokens from the passage's answer to its repetition
+    distance: int  # tokens from the passage's answer to its repetition, or from the first token that an answer needs
+    task: str = QUOTED_TASK
 
 
 def ask(windows: Sequence[Window], tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Question]:

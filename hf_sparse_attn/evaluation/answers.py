@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from ..attending import Selector, SparseCall
 from ..conversion import sparse_attention_as
 from ..data.questions import Question
+from .shares import loss_above
 
 
 @torch.no_grad()
@@ -32,8 +34,8 @@ def evaluate_answers(
 
     def add(question: Question, keys: int | None, name: str, call: SparseCall) -> None:
         loss, right = answer_losses(model, question, call)
-        known = {"document": question.document, "length": len(question.input_ids), "distance": question.distance}
-        rows.append({**known, "keys": keys, "selection": name, "loss": loss, "accuracy": right})
+        known = {"task": question.task, "document": question.document, "length": len(question.input_ids), "distance": question.distance}
+        rows.append({**known, "keys": keys, "selection": name, "loss": loss, "accuracy": right, "exact": float(right == 1)})
 
     for question in questions:
         add(question, None, "dense", SparseCall(dense=True))
@@ -45,14 +47,20 @@ def evaluate_answers(
 
 
 def answer_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Means over questions by length, budget and selection, with their number and the standard error of the accuracy."""
-    cells: dict[tuple[int, int | None, str], list[Mapping[str, Any]]] = {}
+    """Means over questions by task, length, budget and selection, with their number and the standard error of the accuracy.
+
+    ``accuracy`` is the share of right tokens, ``exact`` that of answers whose tokens are all right, which is what greedy decoding
+    would give; ``below_dense`` how much less of them than dense attention, with a 95 % interval over resampled questions, paired.
+    """
+    cells: dict[tuple[str, int, int | None, str], list[Mapping[str, Any]]] = {}
     for row in rows:
-        cells.setdefault((row["length"], row["keys"], row["selection"]), []).append(row)
+        cells.setdefault((row["task"], row["length"], row["keys"], row["selection"]), []).append(row)
     table = []
-    for (length, keys, selection), found in cells.items():
-        loss, accuracy = (torch.tensor([row[name] for row in found], dtype=torch.float64) for name in ("loss", "accuracy"))
-        error = float(accuracy.std() / len(found) ** 0.5) if len(found) > 1 else None
-        own = {"length": length, "keys": keys, "selection": selection, "n": len(found)}
-        table.append({**own, "loss": float(loss.mean()), "accuracy": float(accuracy.mean()), "accuracy_error": error})
+    for (task, length, keys, selection), found in cells.items():
+        loss, accuracy, exact = (np.array([row[name] for row in found]) for name in ("loss", "accuracy", "exact"))
+        error = float(accuracy.std(ddof=1) / len(found) ** 0.5) if len(found) > 1 else None
+        dense = np.array([row["exact"] for row in cells[task, length, None, "dense"]])
+        own = {"task": task, "length": length, "keys": keys, "selection": selection, "n": len(found)}
+        own |= {"loss": float(loss.mean()), "accuracy": float(accuracy.mean()), "accuracy_error": error}
+        table.append({**own, "exact": float(exact.mean()), "below_dense": loss_above(dense, exact)})
     return table

@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 
 from ..config import SparseAttentionConfig
+from ..data.questions import QUOTED_TASK
+from ..data.ruler import RULER
 from ..evaluation.allocations import FITTED
 from ..training.adaptation import AdaptationConfig
 from ..training.distiller import DistillationConfig
@@ -121,6 +123,10 @@ def _checked_recipe(values: dict[str, Any], smoke: bool) -> Recipe:
     quality = tuple(Quality(**_checked(entry, names, f"quality[{i}]")) for i, entry in enumerate(values["quality"]))
     _checked(values["distill"]["settings"], {f.name for f in fields(DistillationConfig)}, "distill.settings")
     _checked(values["lora"]["settings"], {f.name for f in fields(AdaptationConfig)}, "lora.settings")
+    unknown = sorted(set(values["data"]["questions"]) - {QUOTED_TASK, *RULER})
+    if unknown or not values["data"]["questions"]:
+        named = ", ".join(map(repr, unknown)) or "none"
+        raise RecipeError(f"data.questions names {named}: must be of {', '.join((QUOTED_TASK, *RULER))}")
     sparse = SparseAttentionConfig.from_dict(values["sparse_attention"])
     recipe = Recipe(**{**values, "quality": quality, "sparse_attention": sparse}, smoke_run=smoke, raw=values)
     _ = recipe.distillation, recipe.adaptation
