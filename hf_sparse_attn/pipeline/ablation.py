@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..ablation.costs import Contender, capture, measure
-from ..ablation.factors import ALLOCATIONS, BASELINE, BY_LAYER, FACTORS, JOINT_KL, SELECTIONS_OF_STAGES, Level, default_of, levels
+from ..ablation.factors import ALLOCATIONS, BASELINE, BY_LAYER, JOINT_KL, SELECTIONS_OF_STAGES, Level, default_of, levels
 from ..ablation.readings import read
 from ..ablation.residual import attend_with_residual
 from ..ablation.table import ablation_table
@@ -59,7 +59,7 @@ class AblationRun(LanguageRun):
     def finish(self, results: dict[str, Any]) -> None:
         read = [*(results[level.slug]["readings"] for level in (DEFAULT, *self.levels)), results.get("joint", {}).get("readings", [])]
         head_dim = results["cost"]["head_dim"]
-        defaults = {factor: default_of(factor, self._config(DEFAULT), head_dim) for factor in FACTORS if factor != JOINT_KL}
+        defaults = {factor: default_of(factor, self._config(DEFAULT), head_dim) for factor in {level.factor for level in self.levels}}
         defaults[JOINT_KL] = f"weight {self.recipe.adaptation.kl_weight}"
         results["table"] = ablation_table([r for found in read for r in found], results["cost"]["levels"], defaults)
         write_ablation_report(self.folder / "report.html", results)
