@@ -129,6 +129,7 @@ def synth(
     seed: Annotated[int, typer.Option(help="The same seed and settings give the same set.")] = 0,
     learn: Annotated[bool, typer.Option("--learn", help="Train a small model on such sets, distil its routers, and measure them.")] = False,
     sparse: Annotated[str, typer.Option(help="Fields of SparseAttentionConfig for --learn.")] = SMALL_SPARSE,
+    report: Annotated[Path | None, typer.Option(help="Write what --learn found as one HTML page to this path.")] = None,
     json_path: JsonOption = None,
 ) -> None:
     """Make a LongLink set: sequences with planted long-range links, as datasets, with a table of the links.
@@ -143,7 +144,10 @@ def synth(
     from .longlink.learning import learn as train
     from .longlink.planting import plant
     from .longlink.study import study
+    from .pipeline.report import write_longlink_report
 
+    if report is not None and not learn:
+        raise ValueError("--report shows what --learn found: give both")
     try:
         config = LongLinkConfig(**yaml_fields(settings, "--set"))
     except TypeError as error:
@@ -160,6 +164,8 @@ def synth(
         found = study(model, config, EVALUATED * (seed + 7))
     made = {"command": command_line(), "environment": environment(), "sparse_attention": model.config.sparse_attention, **cost.figures}
     _print_links(found)
+    if report is not None:
+        write_longlink_report(report, {**made, **found})
     emit({**made, **found}, json_path)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from ..attending import Selector, SparseCall
+from ..conversion import sparse_attention_as
 from ..evaluation.needs import visible_keys
 from ..evaluation.selectors import fresh_routers, standard_selectors
 from ..router import RoutingInputs, SparseRouter
@@ -45,6 +46,8 @@ def study(model: PreTrainedModel, config: LongLinkConfig, seed: int) -> dict[str
         "heads": [{"layer": layer, "head": head, "mass": mass} for (layer, head), mass in heads.items()],
         "answers": rows,
         "routing": link_scores(model, planted, selectors, heads),
+        "routing_of_single_queries": _single_queries(model, planted, {name: selectors[name] for name in (OWN, "oracle")}, heads),
+        "unseen": _unseen(model, config, seed),
         "necessity": necessity(model, planted, selectors[OWN]),
         "null": _null(model, config, seed, selectors, heads),
         "counterfactual": _counterfactual(model, config, seed) if config.family == "delayed" else None,
@@ -77,6 +80,22 @@ def _both(model: PreTrainedModel, planted: Planted) -> dict[str, np.ndarray]:
     """Which links the model answers right, densely and with its own selection."""
     calls = {"dense": SparseCall(dense=True), OWN: SparseCall()}
     return {name: right(planted, predicted(model, planted, call)) for name, call in calls.items()}
+
+
+def _single_queries(
+    model: PreTrainedModel, planted: Planted, selectors: Mapping[str, Selector], heads: Mapping[Head, float]
+) -> dict[str, Any]:
+    """The same of tiles of 1, as decoding has them: no other query of a tile asks for blocks of its own."""
+    with sparse_attention_as(model, query_tile=1):
+        return link_scores(model, planted, selectors, heads)
+
+
+def _unseen(model: PreTrainedModel, config: LongLinkConfig, seed: int) -> dict[str, Any] | None:
+    """Accuracy on the distances that the training left out, None if it left out none."""
+    if config.unseen is None:
+        return None
+    planted = plant(replace(config, only_unseen=True), seed)
+    return {name: asdict(accuracy(planted, hits)) for name, hits in _both(model, planted).items()}
 
 
 def _null(

@@ -188,6 +188,65 @@ def ablation_plot(table: Rows) -> str:
     return figure(draw, width=11, height=1 + 0.24 * len(rows), columns=2)
 
 
+def distance_plot(answers: Rows) -> str:
+    """Normalised accuracy of a LongLink study against the distance of the links, by selection."""
+
+    def draw(axis: Any) -> None:
+        for row in answers:
+            octaves = [octave for octave in row["by_distance"] if octave["normalised"] is not None]
+            x = [(octave["from"] * octave["to"]) ** 0.5 for octave in octaves]
+            own = {"color": "#111111", "ls": "--"} if row["selection"] == "dense" else {"color": COLOURS.get(row["selection"], OTHER)}
+            axis.plot(x, [octave["normalised"] for octave in octaves], marker="o", ms=3, label=row["selection"], **own)
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("distance (tokens)")
+        axis.set_ylabel("accuracy, 0 = chance, 1 = ceiling")
+        axis.legend(frameon=False, fontsize=8)
+
+    return figure(draw)
+
+
+def noise_plot(noise: Rows) -> str:
+    """Accuracy of a LongLink study along each kind of noise, dense and sparse, under its ceiling."""
+    kinds = list(dict.fromkeys(row["noise"] for row in noise))
+
+    def draw(*axes: Any) -> None:
+        for axis, kind in zip(axes, kinds, strict=True):
+            rows = [row for row in noise if row["noise"] == kind]
+            levels = [row["level"] for row in rows]
+            axis.plot(levels, [row["ceiling"] for row in rows], color=OTHER, ls=":", label="ceiling")
+            for name, style in (("dense", {"color": "#111111", "ls": "--"}), ("two stages", {"color": COLOURS["two stages"]})):
+                axis.plot(levels, [row["answers"][name]["accuracy"] for row in rows], marker="o", ms=3, label=name, **style)
+            axis.plot(levels, [row["routing"]["recall"] for row in rows], color="#b03060", marker="x", ms=4, label="recall")
+            axis.set_xlabel(kind)
+            axis.set_ylim(0, 1.05)
+        axes[0].legend(frameon=False, fontsize=8)
+
+    return figure(draw, width=2.6 * len(kinds) + 1, columns=len(kinds))
+
+
+def share_plot(rows: Rows) -> str:
+    """How far the KL comes from window + sink to the oracle, against the length, by selection."""
+    names = [name for name in dict.fromkeys(row["selection"] for row in rows) if name not in ("oracle", "window + sink")]
+
+    def draw(axis: Any) -> None:
+        for name in names:
+            own = sorted((row for row in rows if row["selection"] == name), key=lambda row: row["length"])
+            x, mean = [row["length"] for row in own], [row["share"]["share"] for row in own]
+            spread = [
+                [m - row["share"]["low"] for m, row in zip(mean, own, strict=True)],
+                [row["share"]["high"] - row["share"]["share"] for row in own],
+            ]
+            axis.errorbar(x, mean, np.maximum(spread, 0), marker="o", ms=3, capsize=2, label=name, color=COLOURS.get(name))
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sorted({row["length"] for row in rows}), [str(length) for length in sorted({row["length"] for row in rows})])
+        axis.axhline(1, color=OTHER, lw=0.8)
+        axis.set_xlabel("tokens")
+        axis.set_ylabel("share of the KL, 1 = oracle")
+        axis.legend(frameon=False, fontsize=8)
+
+    return figure(draw)
+
+
 def budget_plot(calibration: dict[str, Any]) -> str:
     """Shares of the keys that a calibration lets every layer and KV head keep, one panel for each length bucket."""
     ends = calibration["ends"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -17,7 +18,7 @@ from ..training.adaptation import AdaptationConfig
 from ..training.distiller import DistillationConfig
 
 SELECTIONS = ("oracle", "two stages", "stage 1 alone", "untrained", "mean-pool", "min-max", "window + sink", "random")
-TASKS = ("causal_lm", "questions", "classification", "forecasting", "ablation")
+TASKS = ("causal_lm", "questions", "classification", "forecasting", "ablation", "robustness")
 DTYPES = ("bfloat16", "float32", "float16")
 
 
@@ -72,6 +73,7 @@ class Recipe:
     lora: dict[str, Any]
     compare: dict[str, Any]
     ablate: dict[str, Any]
+    robustness: dict[str, Any]
     quality: tuple[Quality, ...]
     speed: dict[str, Any]
     prompt: str | None
@@ -104,11 +106,7 @@ def load_recipe(path: str | Path, *, smoke: bool = False, changes: Sequence[str]
         values = _merge(values, delta, {name: value for name, value in defaults.items() if name != "smoke"})
     if not values["model"]["source"]:
         raise RecipeError(f"{path}: model.source is missing")
-    if not values["data"]["train"]:
-        raise RecipeError(f"{path}: data.train names no text; give one with --set 'data.train=[FILE]'")
-    split = values["data"]["split"]
-    if bool(values["data"]["eval"]) == (split is not None) or (split is not None and not 0 < split < 1):
-        raise RecipeError(f"{path}: data.eval names no text: name some, or set data.split to a share of each training text, but not both")
+    _check_texts(path, values)
     for key, value, known in (("model.dtype", values["model"]["dtype"], DTYPES), ("task", values["task"], TASKS)):
         if value not in known:
             raise RecipeError(f"{path}: {key} is {value!r}; supported: {', '.join(known)}")
@@ -116,6 +114,22 @@ def load_recipe(path: str | Path, *, smoke: bool = False, changes: Sequence[str]
         return _checked_recipe(values, smoke)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"{path}: {error}") from error
+
+
+def _check_texts(path: Path, values: dict[str, Any]) -> None:
+    """Raise RecipeError unless the recipe names the texts that its task reads."""
+    domains, data = values["robustness"]["domains"], values["data"]
+    if values["task"] == "robustness":
+        if not domains or not all(isinstance(texts, list) and texts and re.fullmatch(r"[\w-]+", name) for name, texts in domains.items()):
+            raise RecipeError(
+                f"{path}: robustness.domains is {domains!r}: must map names (of letters, digits, _ and -) to lists of sources"
+            )
+        return
+    if not data["train"]:
+        raise RecipeError(f"{path}: data.train names no text; give one with --set 'data.train=[FILE]'")
+    split = data["split"]
+    if bool(data["eval"]) == (split is not None) or (split is not None and not 0 < split < 1):
+        raise RecipeError(f"{path}: data.eval names no text: name some, or set data.split to a share of each training text, but not both")
 
 
 def _checked_recipe(values: dict[str, Any], smoke: bool) -> Recipe:

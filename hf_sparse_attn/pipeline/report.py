@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from ..files import write_text
-from .figures import ablation_plot, budget_plot, quality_plots, speed_plot, training_plot
+from .figures import ablation_plot, budget_plot, distance_plot, noise_plot, quality_plots, share_plot, speed_plot, training_plot
 from .rendering import render
 
 
@@ -45,6 +45,12 @@ def write_calibration_report(path: str | Path, results: dict[str, Any]) -> None:
     _write(path, "calibration.html", r=results, c=found, v=found["verified"], budgets=budget_plot(found))
 
 
+def write_longlink_report(path: str | Path, results: dict[str, Any]) -> None:
+    """Write the HTML report of a LongLink study: answers, routing, distances, noise, limits, the command."""
+    plots = {"distance": distance_plot(results["answers"]), "noise": noise_plot(results["noise"])}
+    _write(path, "longlink.html", r=results, plots=plots)
+
+
 def write_ablation_report(path: str | Path, results: dict[str, Any]) -> None:
     """Write the HTML report of an ablation: the table by factor, the plot of quality against time, limits, environment."""
     table = results["table"]
@@ -52,6 +58,12 @@ def write_ablation_report(path: str | Path, results: dict[str, Any]) -> None:
     documents = dict.fromkeys(reading["document"] for reading in results["default-default"]["readings"])
     plots = {"table": ablation_plot(table)}
     _write(path, "ablation.html", r=results, factors=factors, documents=documents, plots=plots, **_origin(results))
+
+
+def write_robustness_report(path: str | Path, results: dict[str, Any]) -> None:
+    """Write the HTML report of a robustness run: shares by kind of text and by length, limits, environment."""
+    plots = {"lengths": share_plot(results["lengths"])}
+    _write(path, "robustness.html", r=results, plots=plots, **_origin(results))
 
 
 def _origin(results: dict[str, Any]) -> dict[str, Any]:

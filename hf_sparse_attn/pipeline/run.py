@@ -14,6 +14,7 @@ from .forecasting import ForecastingRun
 from .language import LanguageRun
 from .questions import QuestionRun
 from .recipe import Recipe
+from .robustness import RobustnessRun
 
 TASKS: dict[str, type[Run]] = {
     "causal_lm": LanguageRun,
@@ -21,6 +22,7 @@ TASKS: dict[str, type[Run]] = {
     "classification": ClassificationRun,
     "forecasting": ForecastingRun,
     "ablation": AblationRun,
+    "robustness": RobustnessRun,
 }
 
 
