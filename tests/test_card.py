@@ -139,6 +139,17 @@ def test_results_of_the_verb_eval_make_a_card_too(demo):
     assert named.data.base_model == "some/model" and named.data.license == "mit" and "# my-model: some/model with" in named.text
 
 
+def test_the_gaps_to_dense_attention_are_shown_where_they_were_measured(demo):
+    gaps = json.loads((RESULTS / "gaps.json").read_text())
+    text = str(model_card(gaps, "mine"))
+    for row in gaps["table"]:
+        keys = row["keys"] or "all"
+        assert f"| {row['length']} | {keys} | {row['selection']} | {row['kl']:.4f} | {row['output_error']:.3f} |" in text
+    own = next(row for row in gaps["table"] if row["selection"] == "two stages")
+    assert f"{own['recall']:.3f} | {own['low_mass']:.3f} | {own['worst_head']['share']:.2f} (layer {own['worst_head']['layer']}" in text
+    assert "from dense attention" not in str(model_card(demo, "mine"))
+
+
 @pytest.mark.parametrize("missing", ["table", "windows", "environment"])
 def test_results_without_what_a_card_must_say_are_refused(demo, missing, tmp_path):
     values = evaluation(demo)
