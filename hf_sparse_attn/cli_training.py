@@ -44,8 +44,13 @@ def training(
         if value < 1:
             raise ValueError(f"{option} is {value}: must be >= 1")
     if plan:
+        ignored = {"--text": text is not None, "--eager": eager, "--plot": plot is not None}
+        if any(ignored.values()):
+            raise ValueError(f"{', '.join(name for name, given in ignored.items() if given)}: --plan measures nothing; leave these out")
         _plan(folder, lengths, budget, config, gpu, dtype, padded, json_path)
         return
+    if gpu != "cpu":
+        raise ValueError(f"--gpu {gpu} is the device of --plan: ask for --plan, or leave it out to measure here")
     if text is None:
         raise ValueError("--text is missing: name the texts to train on, or ask for --plan")
     rows = []
@@ -100,7 +105,12 @@ def _measure(
         windows = [torch.cat(found[at : at + config.batch_size]) for at in range(0, len(found), config.batch_size)]
         before = device_here(loaded, config)
         row = bench_training(loaded, windows, TrainingShape(budget, config, eager, padded))
-        row["plan"] = None if before is None else compare_plan(loaded, faster_here(before, loaded, config), row, config)
+        row["plan"] = None
+        if before is not None:
+            try:
+                row["plan"] = compare_plan(loaded, faster_here(before, loaded, config), row, config)
+            except ValueError as error:  # the times that were measured stand without it
+                console.print(f"no plan to compare with: {error}", markup=False, highlight=False)
         _show(row)
         yield row
 

@@ -16,7 +16,9 @@ import torch
 import zstandard
 
 from hf_sparse_attn.data import sources
+from hf_sparse_attn.data.formats import source_files
 from hf_sparse_attn.data.sources import Document, SourceError, free_bytes, local_model, package_files, read_documents, read_text
+from hf_sparse_attn.data.survey import survey
 from hf_sparse_attn.data.windows import batches, token_windows
 
 
@@ -106,6 +108,23 @@ def test_text_that_is_not_utf_8_is_read_as_latin_1(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "utf.txt").write_bytes("café".encode())
     assert read_text(tmp_path / "latin.txt") == read_text(tmp_path / "utf.txt") == "café"
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".csv", ".txt.gz"])
+def test_damaged_utf_8_is_refused_and_not_read_as_latin_1(suffix, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_sparse_attn.data.survey.CHUNK", 5)  # characters lie across parts
+    raw = b"text\n" + "温度が高い".encode() + b"\xff" + "圧力".encode() + "\ufffd".encode() + b"\n"
+    file = tmp_path / f"a{suffix}"
+    file.write_bytes(gzip.compress(raw) if suffix.endswith(".gz") else raw)
+    message = r"is UTF-8 but for 1 damaged characters, the first at byte 20: repair it, or drop them with `iconv -c"
+    with pytest.raises(SourceError, match=message):
+        survey(source_files([str(file)])[0])
+    if suffix != ".csv":
+        with pytest.raises(SourceError, match=message):
+            read_text(file)
+    whole = raw.replace(b"\xff", b"")
+    file.write_bytes(gzip.compress(whole) if suffix.endswith(".gz") else whole)
+    assert survey(source_files([str(file)])[0]).encoding == "utf-8"  # a replacement character of its own is no damage
 
 
 def test_two_documents_of_one_name_are_refused(tmp_path):

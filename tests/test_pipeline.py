@@ -284,6 +284,16 @@ def test_a_recipe_for_more_memory_than_there_is_stops_before_it_trains(write_rec
         run_recipe(load_recipe(write_recipe()), tmp_path / "run", quiet())
 
 
+def test_a_model_that_cannot_be_planned_runs_without_a_plan(done, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("cannot be planned, its forward pass depends on values")
+
+    monkeypatch.setattr(run_module, "plan_training", refuse)
+    console = quiet()
+    assert Run(done.recipe, done.folder, console)._plan() == {"unplanned": "cannot be planned, its forward pass depends on values"}
+    assert "no plan of the memory: cannot be planned" in console.file.getvalue()
+
+
 def test_a_run_killed_in_training_has_the_loss_curve_of_one_that_was_not(write_recipe, recipe_values, tmp_path):
     changes = {
         "data": {**recipe_values["data"], "end_of_text": False},  # the test's tokenizer has no such token

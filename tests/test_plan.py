@@ -14,7 +14,7 @@ from hf_sparse_attn import SparseAttentionConfig, routers, sparsify
 from hf_sparse_attn.cli import app
 from hf_sparse_attn.profiling import NotEnoughMemoryError, check_memory, plan_training
 from hf_sparse_attn.profiling.contenders import DENSE, SPARSE, STOCK, make_contenders
-from hf_sparse_attn.profiling.devices import GPUS, gpu
+from hf_sparse_attn.profiling.devices import GPUS, available_memory, gpu
 from hf_sparse_attn.profiling.layer import LayerShape
 from hf_sparse_attn.profiling.planning import fits, longest_length
 from hf_sparse_attn.profiling.simulation import LOSS, simulate_step, stock_config, with_layers
@@ -260,6 +260,18 @@ def test_models_whose_layers_depend_on_values_are_refused_by_name(plan):
         plan(config=tiny("mixtral"))
 
 
+def test_the_memory_of_a_container_is_what_its_limit_leaves(tmp_path):
+    assert available_memory(tmp_path) == 2**63 - 1
+    for folder in ("proc", "sys/fs/cgroup"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 4 kB\n")
+    assert available_memory(tmp_path) == 4096
+    for limit, left in (("max", 4096), ("3000", 2200), ("500", 0), ("9000", 4096)):
+        for name, text in {"current": "1000", "stat": "file 900\ninactive_file 200\n", "max": limit}.items():
+            (tmp_path / f"sys/fs/cgroup/memory.{name}").write_text(text)
+        assert available_memory(tmp_path) == left
+
+
 def test_devices_are_known_by_name():
     assert all(gpu(name).memory_bytes == memory * 10**9 for name, (memory, *_) in GPUS.items()) and H100.note.startswith("assumed")
     with pytest.raises(ValueError, match=r"--gpu is 'H1000'; known: B200-180GB, .*, cpu"):
@@ -308,3 +320,16 @@ def test_a_plan_from_the_command_line_needs_a_config_only(tiny_config, tmp_path)
     sparse = SparseAttentionConfig(density=0.25)
     want = plan_training(stock_config(config), gpu("RTX4090-24GB"), 8192, sparse_attention=sparse)
     assert written["rows"][3]["step"] == want.step and written["longest"]["sparse"] > 8192
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--plan", "--eager"], "--eager: --plan measures nothing; leave these out"),
+        (["--plan", "--text", "a.txt", "--plot", "a.svg"], "--text, --plot: --plan measures nothing"),
+        (["--gpu", "H100-80GB"], "--gpu H100-80GB is the device of --plan"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        CliRunner().invoke(app, ["bench", "training", str(tmp_path), *arguments], catch_exceptions=False)

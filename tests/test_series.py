@@ -85,6 +85,32 @@ def test_a_member_of_a_zip_is_read(write, tmp_path):
     assert [s.machine for s in found.series] == ["a", "b"]
 
 
+def test_the_files_of_one_machine_are_one_series(write):
+    frame = table()
+    want = read_series([write(frame, "whole.csv")], 0.75, "t", "m", [])
+    halves = [write(frame[frame.index % 2 == part], f"{part}.csv") for part in (1, 0)]
+    found = read_series(halves, 0.75, "t", "m", [])
+    assert sorted(s.machine for s in found.series) == ["a", "b"] and [s.trained for s in found.series] == [1200, 1200]
+    for own in want.series:
+        other = next(s for s in found.series if s.machine == own.machine)
+        torch.testing.assert_close(other.values, own.values, atol=1e-5, rtol=1e-5)
+
+
+def test_files_without_a_column_of_machines_are_machines(write, tmp_path):
+    (tmp_path / "x").mkdir()
+    one = table(machines=("a",)).drop(columns="m")
+    paths = [write(one, "s.csv"), write(one, "x/s.csv")]
+    found = read_series(paths, 0.5, "t", None, [])
+    assert [(s.machine, len(s.values)) for s in found.series] == [("s", 1600), ("s", 1600)]
+
+
+def test_a_row_without_its_machine_is_refused(write):
+    frame = table()
+    frame.loc[5:6, "m"] = None
+    with pytest.raises(SourceError, match="2 rows name no machine in column 'm'"):
+        read_series([write(frame)], 0.5, "t", "m", [])
+
+
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [

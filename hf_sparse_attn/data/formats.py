@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .sources import FORMS, SourceError, cache_folder, local_files, package_files
@@ -49,7 +49,7 @@ def source_files(sources: Sequence[str]) -> list[SourceFile]:
     if not sources:
         raise SourceError(f"no source of texts is given; forms: {FORMS}, or a table such as rows.jsonl#COLUMN")
     files = [file for source in sources for file in _files(source)]
-    counts = Counter(files)
+    counts = Counter(file if file.format == "hub" else replace(file, path=str(Path(file.path).resolve())) for file in files)
     if twice := [file.path for file, count in counts.items() if count > 1]:
         raise SourceError(f"{', '.join(twice[:3])} would be read twice; narrow the globs")
     return files

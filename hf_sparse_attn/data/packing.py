@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..training.chunked_loss import IGNORED
 from .sources import SourceError
 
-IGNORED = -100  # label of a token that is not learned
 Row = dict[str, NDArray[np.int64]]
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .packing import IGNORED
+from ..training.chunked_loss import IGNORED
 from .questions import Question
 from .sources import SourceError
 from .windows import Window

@@ -58,7 +58,7 @@ def read_series(sources: Sequence[str], split: float, time: str | None, machine:
     Raises:
         SourceError: a file cannot be read, lacks a column, holds no numbers, too few of them, or the same number throughout.
     """
-    parts = [part for source in sources for part in _machines(source, time, machine)]
+    parts = _machines(sources, time, machine)
     names = list(channels) or [name for name in parts[0][1].columns if name not in (time, machine)]
     arrays, missing = [], np.zeros(len(names))
     for name, table in parts:
@@ -86,25 +86,32 @@ def read_series(sources: Sequence[str], split: float, time: str | None, machine:
     return SeriesTable(series, names, mean.tolist(), deviation.tolist(), (missing / total).tolist())
 
 
-def _machines(source: str, time: str | None, machine: str | None) -> list[tuple[str, Any]]:
-    """(name, table in the order of time) of each machine of a source."""
+def _machines(sources: Sequence[str], time: str | None, machine: str | None) -> list[tuple[str, Any]]:
+    """(name, table in the order of time) of each machine; without a column that names it, of each file."""
     import pandas as pd  # heavy, and needed for series only
 
-    found = []
-    for path, table in _tables(source):
+    parts: dict[tuple[int, str], list[Any]] = {}
+    for at, (path, table) in enumerate(found for source in sources for found in _tables(source)):
         for column in (time, machine):
             if column is not None and column not in table.columns:
                 raise SourceError(f"{path} has no column {column!r}; columns: {', '.join(map(str, table.columns))}")
-        groups = [(path.stem, table)] if machine is None else [(str(name), part) for name, part in table.groupby(machine)]
-        for name, part in groups:
-            if time is not None:
-                stamps = pd.to_datetime(part[time], utc=True, errors="coerce")
-                if stamps.isna().any():
-                    wrong = part[time][stamps.isna()].iloc[0]
-                    raise SourceError(f"{path}: column {time!r} holds {wrong!r}, which is no time stamp")
-                part = part.assign(**{time: stamps}).sort_values(time, kind="stable").drop_duplicates(time)
-            found.append((name, part))
-    return found
+        if time is not None:
+            stamps = pd.to_datetime(table[time], utc=True, errors="coerce")
+            if stamps.isna().any():
+                wrong = table[time][stamps.isna()].iloc[0]
+                raise SourceError(f"{path}: column {time!r} holds {wrong!r}, which is no time stamp")
+            table = table.assign(**{time: stamps})
+        if machine is None:
+            parts[at, path.stem] = [table]
+            continue
+        if lacking := int(table[machine].isna().sum()):
+            raise SourceError(f"{path}: {lacking} rows name no machine in column {machine!r}: fill it, or leave them out")
+        for name, part in table.groupby(machine):
+            parts.setdefault((0, str(name)), []).append(part)
+    whole = [(name, pd.concat(tables, ignore_index=True)) for (_, name), tables in parts.items()]
+    if time is None:
+        return whole
+    return [(name, table.sort_values(time, kind="stable").drop_duplicates(time)) for name, table in whole]
 
 
 def _tables(source: str) -> list[tuple[Path, Any]]:

@@ -123,15 +123,16 @@ def read_text(file: Path) -> str:
     """Text of a file in UTF-8 or, failing that, Latin-1, unpacked if it is .gz or .zst; HTML without its tags.
 
     Raises:
-        SourceError: a packed file is not whole, or the file holds zero bytes.
+        SourceError: a packed file is not whole, or the file holds zero bytes or UTF-8 with bad bytes.
     """
     raw = file.read_bytes() if file.suffix not in (".gz", ".zst") else _unpacked(file)
     if b"\0" in raw:
         raise SourceError(f"{file} holds zero bytes: it is no text in UTF-8 or Latin-1; convert it, or leave it out")
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError:
-        text = raw.decode("latin-1")
+    from .encodings import EncodingCheck  # stands on this module
+
+    seen = EncodingCheck(str(file))
+    seen.add(raw)
+    text = raw.decode(seen.encoding())
     return text_of_html(text) if file.suffix in (".html", ".htm") else text
 
 

@@ -53,10 +53,14 @@ def _copy(file: SourceFile, share: float, first: Path, second: Path) -> None:
                     if end < 0:
                         continue
                     cut, part = end, part[end + 1 :]
-                after.write(part[: EVALUATED_BYTES - taken])
-                taken += len(part)
-                if taken >= EVALUATED_BYTES:
+                if taken + len(part) >= EVALUATED_BYTES:
+                    part = part[: EVALUATED_BYTES - taken]
+                    whole = part.rfind(b"\n") + 1  # no line, and no character, in two
+                    after.write(part[: whole or len(part)])
+                    taken += len(part)
                     return
+                after.write(part)
+                taken += len(part)
 
     write_atomically(first, lambda train: write_atomically(second, lambda rest: write(train, rest)))
     if cut < 0 or not taken:

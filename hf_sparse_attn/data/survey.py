@@ -6,7 +6,6 @@ Whether 50 GB are UTF-8, or a compressed file is whole, is known only at their e
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import gzip
 import hashlib
@@ -18,10 +17,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..files import write_json
+from .encodings import EncodingCheck
 from .formats import FORMATS, SourceFile, identity
 from .sources import SourceError, cache_folder
 
 CHUNK = 1 << 20  # bytes
+RULES = 2  # what a pass finds, counted up when that changes
 LARGEST_WHOLE = 256 << 20  # bytes of a file that can only be read as a whole
 HOW_TO_TEST = {"gzip": "gzip -t", "zstd": "zstd -t"}
 
@@ -102,10 +103,11 @@ def survey(file: SourceFile) -> Survey:
     """Read the file to its end, unless that was done before and it is unchanged.
 
     Raises:
-        SourceError: the file is unreadable, damaged, truncated, not text, or too large for a format that must be read as a whole.
+        SourceError: the file is unreadable, damaged, truncated, not text, UTF-8 with bad bytes, or too large for a format that must be
+            read as a whole.
     """
     try:
-        key = hashlib.sha256(json.dumps(identity(file)).encode()).hexdigest()[:32]
+        key = hashlib.sha256(json.dumps([RULES, *identity(file)]).encode()).hexdigest()[:32]
     except OSError as error:
         raise SourceError(f"cannot read {file.path}: {error.strerror or error}; check the path and its permissions") from error
     kept = cache_folder() / "surveys" / f"{key}.json"
@@ -118,19 +120,14 @@ def survey(file: SourceFile) -> Survey:
 
 
 def _survey(file: SourceFile) -> Survey:
-    decoder, encoding, size, start, end = codecs.getincrementaldecoder("utf-8")(), "utf-8", 0, b"", b""
+    size, start, end, bytes_seen = 0, b"", b"", EncodingCheck(file.path)
     for part in chunks(file):
         if not size:
             start = part[:CHUNK]
             _check_start(file, start)
         size, end = size + len(part), (end + part)[-CHUNK:]
-        if encoding == "utf-8":
-            try:
-                decoder.decode(part)
-            except UnicodeDecodeError:
-                encoding = "latin-1"
-    if encoding == "utf-8" and decoder.getstate()[0]:
-        encoding = "latin-1"
+        bytes_seen.add(part)
+    encoding = bytes_seen.encoding()
     if file.format == "json":
         _check_json(file, start, end, size)
     if file.format == "html":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..data.packing import IGNORED
+from ..training.chunked_loss import IGNORED
 from .families import FIRST, MISSING, LongLinkConfig, LongLinkError
 
 TRIES = 200  # of placing a link

@@ -68,15 +68,12 @@ class LanguageRun(TrainingRun):
         device = device_at(torch.device("cuda" if torch.cuda.is_available() else "cpu"), config, self.dtype, adaptation)
         if device is None:
             return {}
-        plan = plan_training(
-            config,
-            device,
-            settings["context"],
-            batch=adaptation.batch_size,
-            dtype=self.dtype,
-            sparse_attention=self.recipe.sparse_attention,
-            training=adaptation,
-        )
+        options: dict[str, Any] = {"batch": adaptation.batch_size, "dtype": self.dtype, "sparse_attention": self.recipe.sparse_attention}
+        try:
+            plan = plan_training(config, device, settings["context"], training=adaptation, **options)
+        except ValueError as error:
+            self.console.print(f"  no plan of the memory: {error}", markup=False, highlight=False)
+            return {"unplanned": str(error)}
         check_memory(plan, device)
         return {"plan": plan.to_dict()}
 

@@ -18,7 +18,7 @@ from ..training.adaptation import AdaptationConfig
 from ..training.distiller import DistillationConfig
 
 SELECTIONS = ("oracle", "two stages", "stage 1 alone", "untrained", "mean-pool", "min-max", "window + sink", "random")
-TASKS = ("causal_lm", "questions", "classification", "forecasting", "ablation", "robustness")
+TASKS = ("causal_lm", "questions", "classification", "forecasting", "ablation", "robustness", "longlink")
 DTYPES = ("bfloat16", "float32", "float16")
 
 
@@ -74,6 +74,7 @@ class Recipe:
     compare: dict[str, Any]
     ablate: dict[str, Any]
     robustness: dict[str, Any]
+    longlink: dict[str, Any]
     quality: tuple[Quality, ...]
     speed: dict[str, Any]
     prompt: str | None
@@ -104,9 +105,8 @@ def load_recipe(path: str | Path, *, smoke: bool = False, changes: Sequence[str]
     reduced = values.pop("smoke")
     for delta in (*((reduced,) if smoke else ()), *map(_change, changes)):
         values = _merge(values, delta, {name: value for name, value in defaults.items() if name != "smoke"})
-    if not values["model"]["source"]:
-        raise RecipeError(f"{path}: model.source is missing")
-    _check_texts(path, values)
+    if values["task"] != "longlink":  # which makes its model and data itself
+        _check_sources(path, values)
     for key, value, known in (("model.dtype", values["model"]["dtype"], DTYPES), ("task", values["task"], TASKS)):
         if value not in known:
             raise RecipeError(f"{path}: {key} is {value!r}; supported: {', '.join(known)}")
@@ -116,8 +116,10 @@ def load_recipe(path: str | Path, *, smoke: bool = False, changes: Sequence[str]
         raise RecipeError(f"{path}: {error}") from error
 
 
-def _check_texts(path: Path, values: dict[str, Any]) -> None:
-    """Raise RecipeError unless the recipe names the texts that its task reads."""
+def _check_sources(path: Path, values: dict[str, Any]) -> None:
+    """Raise RecipeError unless the recipe names a model and the texts that its task reads."""
+    if not values["model"]["source"]:
+        raise RecipeError(f"{path}: model.source is missing")
     domains, data = values["robustness"]["domains"], values["data"]
     if values["task"] == "robustness":
         if not domains or not all(isinstance(texts, list) and texts and re.fullmatch(r"[\w-]+", name) for name, texts in domains.items()):

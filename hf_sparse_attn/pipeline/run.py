@@ -12,6 +12,7 @@ from .classification import ClassificationRun
 from .engine import Run
 from .forecasting import ForecastingRun
 from .language import LanguageRun
+from .planted_links import LongLinkRun
 from .questions import QuestionRun
 from .recipe import Recipe
 from .robustness import RobustnessRun
@@ -23,6 +24,7 @@ TASKS: dict[str, type[Run]] = {
     "forecasting": ForecastingRun,
     "ablation": AblationRun,
     "robustness": RobustnessRun,
+    "longlink": LongLinkRun,
 }
 
 

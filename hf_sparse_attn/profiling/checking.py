@@ -44,7 +44,11 @@ def faster_here(before: Device, model: PreTrainedModel, lora: AdaptationConfig |
 
 
 def compare_plan(model: PreTrainedModel, device: Device, row: dict[str, Any], training: AdaptationConfig) -> dict[str, Any]:
-    """For each kind of a `bench_training` row what was predicted and its relative error: memory at the peak of a step, time."""
+    """For each kind of a `bench_training` row what was predicted and its relative error: memory at the peak of a step, time.
+
+    Raises:
+        ValueError: the model's step cannot be planned.
+    """
     sparse = SparseAttentionConfig.coerce(routers(model)[0].config).changed(**row["budget"])
     compared = {}
     for kind, attention in PLANNED.items():

@@ -79,10 +79,26 @@ def gpu(name: str) -> Device:
     )
 
 
-def available_memory() -> int:
-    """Bytes that this machine can give without swapping (Linux; elsewhere a 64-bit maximum)."""
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes that this machine can give without swapping, within the limit of a container (Linux; elsewhere a 64-bit maximum)."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = (root / "proc/meminfo").read_text().splitlines()
     except FileNotFoundError:
         return 2**63 - 1
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    groups = root / "sys/fs/cgroup"
+    limits = (
+        _within(groups, "memory.max", "memory.current", "inactive_file"),
+        _within(groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),  # of cgroup v1
+    )
+    return min(free, *limits)
+
+
+def _within(group: Path, limit: str, used: str, reclaimable: str) -> int:
+    """Bytes that a control group has left, of which it gives file caches back; a 64-bit maximum where it sets no limit."""
+    try:
+        most = int((group / limit).read_text())
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return max(0, most - int((group / used).read_text()) + int(statistics.get(reclaimable, 0)))
+    except (OSError, ValueError):  # no such group, or "max"
+        return 2**63 - 1

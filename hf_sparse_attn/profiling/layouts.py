@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..training.chunked_loss import IGNORED
 from .contenders import SPARSE, STOCK, Contender
 from .meters import BenchmarkError, alternate, ratio, spread
 
 LOSS_EPSILONS = 0.25  # the mean loss of thousands of tokens may differ by so much of the epsilon of the model's dtype
-IGNORED = -100  # label of a token that has no loss
 
 Batch = Mapping[str, Tensor]
 

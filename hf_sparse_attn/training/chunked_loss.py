@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .carrying import Carried, carry
 
+IGNORED = -100  # label of a token that has no loss
 LOGITS_BYTES = 1 << 28  # float32 logits that may exist at a time
 CHECK_TOKENS = 16
 UNDO = "_chunked_loss"  # attribute of a model that holds what was there before
@@ -126,7 +127,7 @@ def _deferred_loss(head: _Head, own: Callable[..., Tensor]) -> Callable[..., Ten
         labels: Tensor | None,
         vocab_size: int | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        ignore_index: int = -100,
+        ignore_index: int = IGNORED,
         shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .chunked_loss import IGNORED
 from .collecting import RouterStatistics, TrainingForward, mean_statistics
 from .objective import SparseObjective, split_parameters
 from .processes import mean_over_processes
@@ -91,7 +92,7 @@ class SparseTrainerMixin:
         else:
             labels = inputs["labels"][..., 1:] if self._loss_shifts_labels else inputs["labels"]  # type: ignore[attr-defined]
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return processes * labels.ne(-100).sum() / num_items
+        return processes * labels.ne(IGNORED).sum() / num_items
 
     def _scaled(self, num_items: Any) -> bool:
         return num_items is not None and self.model_accepts_loss_kwargs  # type: ignore[attr-defined]
