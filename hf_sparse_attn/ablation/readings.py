@@ -40,7 +40,7 @@ def read(
     """Every window under ``call``; ``dense`` holds the last hidden states of dense attention for each."""
     found = []
     for window, reference in zip(windows, dense, strict=True):
-        made = predictions(model, window.ids, last_hidden(model, window.ids, call), reference)
+        made = predictions(model, window.ids, last_hidden(model, window.ids, call), reference, whole=False)
         found.append(Reading(level.factor, level.name, seed, window.document, made.loss, made.kl))
     return found
 

@@ -238,7 +238,7 @@ class _Passes:
     def read(self, call: SparseCall) -> tuple[float, float]:
         """(log-loss of the last half in nats a token, KL against the first pass)."""
         self.states.append(last_hidden(self.model, self.ids, call))
-        found = predictions(self.model, self.ids, self.states[-1], self.states[0])
+        found = predictions(self.model, self.ids, self.states[-1], self.states[0], whole=False)
         return found.loss, found.kl
 
 

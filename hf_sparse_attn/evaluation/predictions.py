@@ -46,23 +46,30 @@ def token_losses(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Ten
 
 
 @torch.no_grad()
-def predictions(model: PreTrainedModel, ids: Tensor, hidden: Tensor, dense: Tensor) -> Predictions:
-    """Compare the last hidden states ``hidden`` [1, N, d] of the tokens ``ids`` [1, N] with those of dense attention, ``dense``."""
-    n = ids.shape[1]
-    losses = token_losses(model, hidden[:, :-1], ids[:, 1:])
-    own, other = hidden[0, n // 2 :], dense[0, n // 2 :]
+def predictions(model: PreTrainedModel, ids: Tensor, hidden: Tensor, dense: Tensor, *, whole: bool = True) -> Predictions:
+    """Compare the last hidden states ``hidden`` [1, N, d] of the tokens ``ids`` [1, N] with those of dense attention, ``dense``.
+
+    Without ``whole`` only the last half is looked at, and ``by_position`` is empty.
+    """
+    half = ids.shape[1] // 2
+    own, other = hidden[0, half - 1 :], dense[0, half - 1 :]  # the last one predicts nothing that is known
+    late, kl = _compare(model, own, other, ids[0, half:])
+    early = [token_losses(model, hidden[:, : half - 1], ids[:, 1:half])] if whole else []
     return Predictions(
-        loss=float(losses[n // 2 - 1 :].mean()),
-        kl=_divergence(model, own, other),
-        output_error=float(((own - other).float().norm(dim=-1) / other.float().norm(dim=-1)).mean()),
-        by_position=[float(part.mean()) for part in losses.tensor_split(PARTS)],
+        loss=float(late.mean()),
+        kl=float(kl[1:].mean()),
+        output_error=float(((own - other).float().norm(dim=-1) / other.float().norm(dim=-1))[1:].mean()),
+        by_position=[float(part.mean()) for part in torch.cat([*early, late]).tensor_split(PARTS)] if whole else [],
     )
 
 
-def _divergence(model: PreTrainedModel, own: Tensor, dense: Tensor) -> float:
-    """Mean KL of the next token's distribution, from that of ``dense`` [n, d] to that of ``own``."""
-    head, total = model.get_output_embeddings(), 0.0
+def _compare(model: PreTrainedModel, own: Tensor, dense: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(log-losses of ``targets`` [n − 1], KL of the next token's distribution from that of ``dense`` [n]) of the states ``own`` [n, d]."""
+    head, losses, divergences, at = model.get_output_embeddings(), [], [], 0
     for h, reference in zip(own.split(LOGIT_POSITIONS), dense.split(LOGIT_POSITIONS), strict=True):
         log_q, log_p = (head(states).float().log_softmax(-1) for states in (h, reference))
-        total += float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
-    return total / len(own)
+        known = targets[at : at + len(h)]
+        losses.append(-log_q[: len(known)].gather(1, known[:, None])[:, 0])
+        divergences.append(F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1))
+        at += len(h)
+    return torch.cat(losses), torch.cat(divergences)

@@ -83,7 +83,8 @@ class RobustnessRun(LanguageRun):
 
         def read(name: str, selector: Selector) -> None:
             for window, reference in zip(windows, dense, strict=True):
-                found = predictions(model, window.ids, last_hidden(model, window.ids, SparseCall(selector=selector)), reference)
+                hidden = last_hidden(model, window.ids, SparseCall(selector=selector))
+                found = predictions(model, window.ids, hidden, reference, whole=False)
                 known = {"domain": domain, "length": entry.length, "keys": keys, "selection": name, "document": window.document}
                 readings.append({**known, "kl": found.kl, "loss": found.loss})
             self.console.print(f"  {domain}, {entry.length} tokens, {name}: KL {readings[-1]['kl']:.4f}", markup=False, highlight=False)
