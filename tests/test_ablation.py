@@ -42,7 +42,7 @@ def test_every_level_changes_something_and_has_a_name_of_its_own():
     default = SparseAttentionConfig()
     for level in LEVELS:
         changed = default.changed(**level.sparse)  # a field that exists, at a value that is allowed
-        touched = level.distillation or level.training != 1 or level.variant or level.selection or level.residual
+        touched = level.distillation or level.training != 1 or level.keys != 1 or level.variant or level.selection or level.residual
         assert changed != default or touched
         assert default_of(level.factor, default, 64) != level.name
     assert len({level.slug for level in LEVELS}) == len(LEVELS)
@@ -242,7 +242,7 @@ def test_the_table_has_every_level_beside_its_default():
 
 # -- a run ----------------------------------------------------------------------------------------------------------
 
-SEPARATE = ["stages", "block size", "budget", "cut blocks", "dense layers", "target of the distillation", JOINT_KL]
+SEPARATE = ["keys kept", "stages", "block size", "budget", "cut blocks", "dense layers", "target of the distillation", JOINT_KL]
 
 
 @pytest.fixture(scope="module")

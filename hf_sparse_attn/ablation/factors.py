@@ -22,7 +22,7 @@ class Level:
     """One value of a factor: what it changes of the default settings, routers, training or selection.
 
     ``sparse`` holds fields of `SparseAttentionConfig`, ``distillation`` of `DistillationConfig`; ``training`` multiplies the batches
-    of the distillation; ``variant`` names one of `VARIANTS`; ``selection`` is a selection in place of the router's own; with
+    of the distillation, ``keys`` the budget; ``variant`` names one of `VARIANTS`; ``selection`` is a selection in place of the router's own; with
     ``residual`` every cut block is replaced by a pooled key and value. ``full``: of the full grid only.
     """
 
@@ -31,6 +31,7 @@ class Level:
     sparse: Mapping[str, Any] = field(default_factory=dict)
     distillation: Mapping[str, Any] = field(default_factory=dict)
     training: float = 1.0
+    keys: float = 1.0
     variant: str | None = None
     selection: str | None = None
     residual: bool = False
@@ -53,6 +54,8 @@ def _values(factor: str, name: str, values: Sequence[Any], full: Sequence[Any] =
 
 
 LEVELS = (
+    Level("keys kept", "an eighth more", keys=1.125),  # what time buys there is what other factors must beat
+    Level("keys kept", "a quarter more", keys=1.25),
     Level("stages", "stage 1 alone", selection="stage 1 alone"),
     Level("stages", "stage 2 alone", {"candidate_factor": ALL_CANDIDATES}),
     Level("stages", "untrained", selection="untrained"),
@@ -82,7 +85,7 @@ LEVELS = (
 FACTORS = (*dict.fromkeys(level.factor for level in LEVELS), JOINT_KL)
 SELECTIONS_OF_STAGES = ("stage 1 alone", "untrained")
 _DEFAULTS = {
-    **{"stages": "both, trained", "pooling of stage 1": "max, min and mean", "keys that are pooled": "un-rotated"},
+    **{"keys kept": "as given", "stages": "both, trained", "pooling of stage 1": "max, min and mean", "keys that are pooled": "un-rotated"},
     **{"distillation batches": "whole", "budget": "uniform", "cut blocks": "left out", "dense layers": "none"},
     **{"target of the distillation": "mass"},
 }

@@ -64,12 +64,9 @@ class AblationRun(LanguageRun):
         results["table"] = ablation_table([r for found in read for r in found], results["cost"]["levels"], defaults)
         write_ablation_report(self.folder / "report.html", results)
 
-    @property
-    def _keys(self) -> int:
-        return self.recipe.quality[0].budgets[0]
-
     def _config(self, level: Level) -> SparseAttentionConfig:
-        return self.recipe.sparse_attention.changed(**{"min_keys": self._keys, "max_keys": self._keys, **level.sparse})
+        keys = round(level.keys * self.recipe.quality[0].budgets[0])
+        return self.recipe.sparse_attention.changed(**{"min_keys": keys, "max_keys": keys, **level.sparse})
 
     def _untrained(self, level: Level) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(self.state / "base", sparse_attention=self._config(level), dtype=self.dtype).eval()
@@ -145,7 +142,7 @@ class AblationRun(LanguageRun):
     def _fit(self) -> dict[str, Any]:
         """What the budgets that vary are fitted to, with the routers of the first seed on text that is not measured."""
         entry = self.recipe.quality[0]
-        return Allocations(self._distilled(), batches(self._fit_windows(entry)), [self._keys], entry.length // 2).fits[0]
+        return Allocations(self._distilled(), batches(self._fit_windows(entry)), entry.budgets, entry.length // 2).fits[0]
 
     def _joint(self) -> dict[str, Any]:
         """The joint stage with the routers' KL and without it, each against its own dense reading."""
