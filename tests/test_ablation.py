@@ -53,7 +53,7 @@ def test_levels_are_chosen_by_factor_and_grid():
     short, full = levels(), levels(full=True)
     assert full == list(LEVELS) and short == [level for level in LEVELS if not level.full] != full
     assert {level.factor for level in levels(["block size"])} == {"block size"}
-    with pytest.raises(ValueError, match=r"names 'blocks'; known: stages, "):
+    with pytest.raises(ValueError, match=r"names 'blocks'; known: keys kept, stages, "):
         levels(["blocks"])
 
 

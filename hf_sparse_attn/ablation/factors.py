@@ -22,8 +22,8 @@ class Level:
     """One value of a factor: what it changes of the default settings, routers, training or selection.
 
     ``sparse`` holds fields of `SparseAttentionConfig`, ``distillation`` of `DistillationConfig`; ``training`` multiplies the batches
-    of the distillation, ``keys`` the budget; ``variant`` names one of `VARIANTS`; ``selection`` is a selection in place of the router's own; with
-    ``residual`` every cut block is replaced by a pooled key and value. ``full``: of the full grid only.
+    of the distillation, ``keys`` the budget; ``variant`` names one of `VARIANTS`; ``selection`` is a selection in place of the
+    router's own; with ``residual`` every cut block is replaced by a pooled key and value. ``full``: of the full grid only.
     """
 
     factor: str
