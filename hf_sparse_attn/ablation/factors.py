@@ -65,6 +65,9 @@ LEVELS = (
     *_values("features of stage 1", "router_dim", (64,), full=(256,)),
     *_values("block size", "block_size", (32, 64), full=(128,)),
     *_values("query tile", "query_tile", (16, 32, 128)),
+    # as many scores of stage 2 for every token
+    Level("query tile with sampled queries", "32 with 16", {"query_tile": 32, "query_samples": 16}),
+    Level("query tile with sampled queries", "16 with 8", {"query_tile": 16, "query_samples": 8}),
     Level("pooling of stage 1", "mean only", variant="mean only"),
     Level("keys that are pooled", "after RoPE", variant="after RoPE"),
     Level("distillation batches", "a quarter", training=0.25),
@@ -85,7 +88,13 @@ LEVELS = (
 FACTORS = (*dict.fromkeys(level.factor for level in LEVELS), JOINT_KL)
 SELECTIONS_OF_STAGES = ("stage 1 alone", "untrained")
 _DEFAULTS = {
-    **{"keys kept": "as given", "stages": "both, trained", "pooling of stage 1": "max, min and mean", "keys that are pooled": "un-rotated"},
+    **{
+        "query tile with sampled queries": "64 with 32",
+        "keys kept": "as given",
+        "stages": "both, trained",
+        "pooling of stage 1": "max, min and mean",
+        "keys that are pooled": "un-rotated",
+    },
     **{"distillation batches": "whole", "budget": "uniform", "cut blocks": "left out", "dense layers": "none"},
     **{"target of the distillation": "mass"},
 }
