@@ -45,7 +45,7 @@ class Calibration:
     """
 
     preset: str | None
-    mass: float  # share of the softmax mass that 95 % of the tiles keep
+    mass: float | None  # share of the softmax mass that 95 % of the tiles keep; None if an average number of keys was shared out
     ends: tuple[int, ...]
     shares: Mapping[int, tuple[tuple[float, ...], ...]]
     made_with: Mapping[str, Any]

@@ -78,6 +78,7 @@ def calibrate(
         str, typer.Option(help="fast, balanced or safe: 95 % of the tiles keep 0.95, 0.98 or 0.99 of their mass.")
     ] = "balanced",
     mass: Annotated[float | None, typer.Option(help="That share itself, in (0, 1], in place of a preset; 1 = dense.")] = None,
+    keys: Annotated[int | None, typer.Option(help="In place of both: an average budget, shared out over layers and KV heads.")] = None,
     length: Annotated[int, typer.Option(help="Tokens of a window: the longest input that the budgets are found for.")] = 8192,
     windows: Annotated[int, typer.Option(help="Windows on which the budgets are found.")] = 10,
     checked: Annotated[int, typer.Option(help="Windows on which they are checked.")] = 4,
@@ -103,9 +104,9 @@ def calibrate(
         loaded, tokenizer = load_uncalibrated(folder)
         found = windows_of(text, tokenizer, length, windows, loaded)
         others = windows_of(held_out, tokenizer, length, checked, loaded)
-        share, name = (PRESETS[preset], preset) if mass is None else (mass, None)
+        share, name = (PRESETS[preset], preset) if mass is None and keys is None else (mass, None)
         questions = [question for seed in range(QUESTIONS) for question in ask(others, tokenizer, seed)]
-        made = find(loaded, found, others, questions, mass=share, preset=name, on_step=console.print)
+        made = find(loaded, found, others, questions, mass=share, keys=keys, preset=name, on_step=console.print)
     missed = failures(made)
     result: dict[str, Any] = {"model": folder.absolute().name, "command": command_line(), "environment": environment(), **cost.figures}
     result |= {"calibration": made.to_dict(), "failures": missed}
@@ -115,12 +116,7 @@ def calibrate(
     if missed:
         raise CalibrationError(f"{folder} was not calibrated: {'; '.join(missed)}")
     write_calibration(folder, made)
-    verified = made.verified
-    line = (
-        f"{verified['density']:.1%} of the keys are kept, {verified['heads_within']:.1%} of the heads within {made.mass} − 0.01, "
-        f"log-loss {verified['added_loss']:+.2%}: {folder}"
-    )
-    console.print(line, highlight=False, markup=False)
+    console.print(f"{_summary(made)}: {folder}", highlight=False, markup=False)
 
 
 def synth(
@@ -167,6 +163,12 @@ def synth(
     if report is not None:
         write_longlink_report(report, {**made, **found})
     emit({**made, **found}, json_path)
+
+
+def _summary(calibration: Any) -> str:
+    verified = calibration.verified
+    within = "" if calibration.mass is None else f"{verified['heads_within']:.1%} of the heads within {calibration.mass} − 0.01, "
+    return f"{verified['density']:.1%} of the keys are kept, {within}log-loss {verified['added_loss']:+.2%}"
 
 
 def _show(result: Any) -> None:

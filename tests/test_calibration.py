@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import shutil
+from collections import defaultdict
 
 import pytest
 import torch
@@ -28,13 +29,14 @@ from hf_sparse_attn import (
     use_calibration,
 )
 from hf_sparse_attn.adapters import active_routers
-from hf_sparse_attn.budgets import Candidates
+from hf_sparse_attn.budgets import Candidates, fit_threshold
 from hf_sparse_attn.calibration import FILE, CalibrationError, read_calibration, write_calibration
 from hf_sparse_attn.cli import app
 from hf_sparse_attn.data.questions import ask
-from hf_sparse_attn.data.windows import Window
+from hf_sparse_attn.data.windows import Window, batches
 from hf_sparse_attn.evaluation import calibrating, needs
-from hf_sparse_attn.evaluation.calibrating import calibrate, failures, uniform_density
+from hf_sparse_attn.evaluation.allocations import AtThreshold
+from hf_sparse_attn.evaluation.calibrating import calibrate, failures, uniform_budget, uniform_keys, uniform_share
 from hf_sparse_attn.evaluation.needs import KeptObserver, PlantedObserver, length_buckets, needed_share, tile_figures, visible_keys
 from hf_sparse_attn.head_budgets import HeadBudgets
 from hf_sparse_attn.plan import make_plan
@@ -250,12 +252,43 @@ def test_what_was_verified_is_what_the_model_does(calibrated, texts):
     assert verified["planted"] == {"questions": 0, "n": 0, "recall": None, "chance": None}
 
 
-def test_a_uniform_budget_of_the_same_cost_is_found(make_router):
+@pytest.mark.parametrize("uniform", [uniform_share, uniform_keys])
+def test_a_uniform_budget_of_the_same_cost_is_found(uniform, make_router):
     config, grid = make_router().config, TileGrid(2048, 2048, 16, 16)
     for density in (0.1, 0.37, 0.9):
-        uniform = config.changed(density=uniform_density(config, grid, density), min_keys=config.forced_keys)
-        plan = make_plan(uniform, grid)
+        plan = make_plan(config.changed(**uniform_budget(config, grid, density, uniform)), grid)
         assert 16 * int((plan.last + 1 - plan.eligible + plan.free).sum()) / visible_keys(grid) == pytest.approx(density, abs=0.01)
+
+
+def test_an_average_budget_is_shared_out_over_heads(make_model, texts, tmp_path):
+    model, keys = make_model(), 112
+    found = calibrate(model, texts[:5], texts[5:], [], keys=keys)
+    assert found.mass is None and found.fit["keys"] == keys and found.verified["heads_within"] is None
+    # literally: one threshold, and what it keeps on average of every head
+    with sparse_attention_as(model, min_keys=keys, max_keys=keys):
+        threshold, _ = fit_threshold(model, batches(texts[:5]))
+        kept = defaultdict(list)
+
+        def note(router, inputs, selection):
+            visible = selection.grid.last_positions() + 1
+            for bucket, tiles in enumerate((visible <= 256, visible > 256)):
+                kept[router.layer, bucket].append((selection.kept_keys()[0] / visible)[:, tiles])
+
+        for window in texts[:5]:
+            with torch.no_grad():
+                model(window.ids, sparse_call=SparseCall(selector=AtThreshold(threshold), on_selection=note))
+    for (layer, bucket), parts in kept.items():
+        for own, mean in zip(found.shares[layer][bucket], torch.cat(parts, 1).mean(1).tolist(), strict=True):
+            assert own == (1.0 if mean > 0.6 else pytest.approx(mean, abs=2e-4))
+    every = [share for rows in found.shares.values() for share in rows[1]]
+    assert min(every) < max(every) and min(every) <= 0.6
+    uniform = found.verified["uniform"]
+    assert uniform["min_keys"] == uniform["max_keys"] and found.verified["losses"]["uniform"]["n"] == 3
+    model.save_pretrained(tmp_path)
+    assert routers(AutoModelForCausalLM.from_pretrained(tmp_path))[1].budgets == found.budgets(1)
+    assert not [text for text in failures(found) if "of the heads keep" in text]
+    with pytest.raises(ValueError, match="min_keys is 16: must be >="):
+        calibrate(make_model(), texts[:5], texts[5:], [], keys=16)
 
 
 def test_at_a_mass_of_one_the_logits_are_dense(make_model, stock_llama, texts):
@@ -283,6 +316,8 @@ def test_a_planted_link_is_looked_for_in_the_questions(make_model, word_tokenize
     ("changes", "message"),
     [
         ({"mass": 1.5}, "the mass to keep is 1.5: must be in"),
+        ({"mass": None}, "mass is None and keys is None: give"),
+        ({"keys": 128}, f"mass is {MASS} and keys is 128: give"),
         ({"mass": 0.99}, "5 windows are too few for a mass of 0.99: give at least 20"),
         ({"held_out": slice(4, 6)}, "a window is in both sets"),
         ({"windows": slice(0, 1), "mass": 0.5}, "only 8 tiles up to 256 keys were read, at least 20"),
@@ -292,7 +327,7 @@ def test_what_cannot_be_calibrated_is_refused(changes, message, make_model, text
     asked = {"windows": slice(0, 5), "held_out": slice(5, 8), "mass": MASS, **changes}
     model = make_model()
     with pytest.raises(CalibrationError, match=message):
-        calibrate(model, texts[asked["windows"]], texts[asked["held_out"]], [], mass=asked["mass"])
+        calibrate(model, texts[asked["windows"]], texts[asked["held_out"]], [], mass=asked["mass"], keys=asked.get("keys"))
     assert routers(model)[0].budgets is None and model.config.sparse_attention["bookkeeping"]["calibration"] is None
 
 
@@ -469,6 +504,10 @@ def test_the_verb_stores_the_calibration_and_writes_a_report(make_model, word_to
         patch.setattr(calibrating, "LEAST_WITHIN", 1.1)
         CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert (folder / FILE).read_bytes() == before
+    at = arguments.index("--mass")
+    shared = CliRunner().invoke(app, [*arguments[:at], "--keys", "448", *arguments[at + 2 :]], catch_exceptions=False)
+    assert shared.exit_code == 0 and json.loads((folder / FILE).read_text())["fit"]["keys"] == 448
+    assert "An average of <b>448</b> keys" in (tmp_path / "c.html").read_text() and "within" not in shared.stderr
     shutil.rmtree(folder)
     with pytest.raises(ValueError, match="no folder of a saved model"):
         CliRunner().invoke(app, arguments, catch_exceptions=False)

@@ -3,12 +3,15 @@
 A tile's kept mass grows with its budget, so its 5th percentile over tiles reaches a share τ where the budget is the 95th percentile
 of what the tiles need for τ: one pass finds the smallest budgets, without trying any. Few windows say little of that percentile:
 its upper bound over resampled windows is taken.
+
+With an average number of keys in place of τ the heads get what one threshold on the estimated mass keeps of each, see `sharing`: no
+guarantee, but more of the dense predictions than a uniform budget at the same cost.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,9 +30,10 @@ from ..data.windows import Window, batches
 from ..head_budgets import MOST_SHARE
 from ..plan import make_plan
 from ..sites import routers
-from .needs import FIRST_END, KeptObserver, NeedObserver, PlantedObserver, TileFigures, length_buckets, visible_keys
+from .needs import FIRST_END, KeptObserver, Key, NeedObserver, PlantedObserver, TileFigures, length_buckets, visible_keys
 from .predictions import last_hidden, predictions
 from .shares import loss_above
+from .sharing import shared_out
 
 PRESETS = {"fast": 0.95, "balanced": 0.98, "safe": 0.99}  # share of the softmax mass that 95 % of the tiles keep
 LOW = 0.05  # of the tiles may keep less
@@ -49,11 +53,14 @@ def calibrate(
     held_out: Sequence[Window],
     questions: Sequence[Question],
     *,
-    mass: float,
+    mass: float | None = None,
+    keys: int | None = None,
     preset: str | None = None,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Calibration:
-    """Find budgets by layer, KV head and length bucket at which 95 % of the tiles keep ``mass``, use them, and measure what they do.
+    """Find budgets by layer, KV head and length bucket, use them, and measure what they do.
+
+    Either such at which 95 % of the tiles keep ``mass``, or such that keep ``keys`` on average.
 
     Args:
         model: a sparse model without adapters, whose routers should be trained.
@@ -61,22 +68,32 @@ def calibrate(
         held_out: windows of other texts, of the same length, on which they are checked.
         questions: windows of that length with a planted link (see `ask`), of other texts than ``windows``.
         mass: τ in (0, 1]; at 1 every head is dense.
+        keys: the average budget, forced keys included.
         preset: the name under which the result is known, if ``mass`` is that of one of `PRESETS`.
 
     Returns:
         The calibration, which the model then uses. `failures` says which checks it did not pass.
 
     Raises:
-        CalibrationError: τ is impossible, there are too few windows for it, or they are too short to have something to select.
+        CalibrationError: both or none of ``mass`` and ``keys`` is given, τ is impossible, there are too few windows for it, or they are
+            too short to have something to select.
+        ValueError: ``keys`` is no possible budget.
     """
+    if (mass is None) == (keys is None):
+        raise CalibrationError(f"mass is {mass} and keys is {keys}: give the share of the mass to keep, or the average number of keys")
     _check(model, windows, held_out, mass)
     remove_calibration(model)
     length = windows[0].ids.shape[1]
     ends = length_buckets(length)
     on_step(f"reading {len(windows)} windows")
-    needs = _needs(model, windows, mass, ends)
-    shares = _shares(needs, _config(model), mass, len(ends))
-    fit = {"windows": [w.document for w in windows], "tokens": length, "tiles": _by_bucket(needs)}
+    if keys is None:
+        assert mass is not None
+        needs = _needs(model, windows, mass, ends)
+        shares = _shares(needs.bound(1 - LOW, CONFIDENCE), _config(model), mass == 1)
+    else:
+        needs = shared_out(model, windows, keys, ends)
+        shares = _shares(needs.mean(), _config(model), False)
+    fit = {"windows": [w.document for w in windows], "tokens": length, "tiles": _by_bucket(needs), "keys": keys}
     found = Calibration(preset, mass, ends, shares, made_with(model), fit, {})
     use_calibration(model, found)
     try:
@@ -94,7 +111,7 @@ def calibrate(
 def failures(calibration: Calibration) -> list[str]:
     """What the figures of a calibration fail in, one sentence each; empty if it passed all checks."""
     found, verified = [], calibration.verified
-    if verified["heads_within"] < LEAST_WITHIN:
+    if verified["heads_within"] is not None and verified["heads_within"] < LEAST_WITHIN:
         found.append(
             f"only {verified['heads_within']:.1%} of the heads keep {calibration.mass} − {TOLERANCE} of their mass on other windows "
             f"({LEAST_WITHIN:.0%} must): calibrate on more windows, of the kind of text that the model is meant for"
@@ -113,8 +130,8 @@ def _config(model: PreTrainedModel) -> SparseAttentionConfig:
     return routers(model)[0].config
 
 
-def _check(model: PreTrainedModel, windows: Sequence[Window], held_out: Sequence[Window], mass: float) -> None:
-    if not 0 < mass <= 1:
+def _check(model: PreTrainedModel, windows: Sequence[Window], held_out: Sequence[Window], mass: float | None) -> None:
+    if mass is not None and not 0 < mass <= 1:
         raise CalibrationError(f"the mass to keep is {mass!r}: must be in (0, 1], or one of the presets {', '.join(PRESETS)}")
     lengths = {w.ids.shape[1] for w in (*windows, *held_out)}
     if len(lengths) != 1:
@@ -126,7 +143,7 @@ def _check(model: PreTrainedModel, windows: Sequence[Window], held_out: Sequence
             f"the windows have {length} tokens, but nothing is cut of fewer than {least} (dense_below, forced keys, the first length "
             "bucket): give longer ones"
         )
-    needed = math.ceil(round(LEAST_WINDOWS / (1 - mass), 6)) if mass < 1 else 1
+    needed = math.ceil(round(LEAST_WINDOWS / (1 - mass), 6)) if mass is not None and mass < 1 else 1
     if len(windows) < needed:
         raise CalibrationError(f"{len(windows)} windows are too few for a mass of {mass}: give at least {needed}")
     if {w.document for w in windows} & {w.document for w in held_out}:
@@ -148,14 +165,14 @@ def _needs(model: PreTrainedModel, windows: Sequence[Window], mass: float, ends:
     return observer.needs
 
 
-def _shares(needs: TileFigures, config: SparseAttentionConfig, mass: float, buckets: int) -> dict[int, tuple[tuple[float, ...], ...]]:
-    found = needs.bound(1 - LOW, CONFIDENCE)
+def _shares(found: Mapping[Key, Tensor], config: SparseAttentionConfig, all_dense: bool) -> dict[int, tuple[tuple[float, ...], ...]]:
+    """Shares by layer: a row for each bucket, in it one share for every KV head; 1 where a head is dense."""
     rows: dict[int, list[tuple[float, ...]]] = {}
     for layer, bucket in sorted(found):
-        dense = mass == 1 or layer in config.dense_layers
+        dense = all_dense or layer in config.dense_layers
         values = [_rounded_up(share) for share in found[layer, bucket].tolist()]
         rows.setdefault(layer, []).append(tuple(1.0 if dense or share > MOST_SHARE else share for share in values))
-    assert all(len(own) == buckets for own in rows.values())
+    assert len({len(own) for own in rows.values()}) == 1
     return {layer: tuple(own) for layer, own in rows.items()}
 
 
@@ -181,10 +198,12 @@ def _verify(model: PreTrainedModel, calibration: Calibration, held_out: Sequence
     layer, bucket = min(low, key=lambda key: float(low[key].min()))
     every = [share for rows in calibration.shares.values() for row in rows for share in row]
     assert kept.grid is not None
-    results = _losses(model, held_out, uniform_density(_config(model), kept.grid, kept.density))
+    uniform = uniform_share if calibration.mass is not None else uniform_keys
+    results = _losses(model, held_out, uniform_budget(_config(model), kept.grid, kept.density, uniform))
+    within = None if calibration.mass is None else float((values >= calibration.mass - TOLERANCE).float().mean())
     return {
         "windows": [w.document for w in held_out],
-        "heads_within": float((values >= calibration.mass - TOLERANCE).float().mean()),
+        "heads_within": within,
         "worst": {"layer": layer, "head": int(low[layer, bucket].argmin()), "keys": calibration.ends[bucket], "mass": float(values.min())},
         "density": kept.density,
         "dense_heads": sum(share == 1 for share in every) / len(every),
@@ -193,37 +212,47 @@ def _verify(model: PreTrainedModel, calibration: Calibration, held_out: Sequence
     }
 
 
-def uniform_density(config: SparseAttentionConfig, grid: TileGrid, density: float) -> float:
-    """The ``density`` of a uniform budget under which a call keeps the share ``density`` of all visible keys, forced ones included."""
+Uniform = Callable[[SparseAttentionConfig, float, int], dict[str, Any]]  # (config, share, keys of a call) -> settings
+
+
+def uniform_budget(config: SparseAttentionConfig, grid: TileGrid, density: float, uniform: Uniform) -> dict[str, Any]:
+    """Settings of a uniform budget under which a call keeps the share ``density`` of all visible keys, forced ones included."""
     low, high = 0.0, 1.0
     for _ in range(STEPS):
         middle = (low + high) / 2
-        plan = make_plan(config.changed(**_uniform(config, middle)), grid)
+        plan = make_plan(config.changed(**uniform(config, middle, grid.kv_len)), grid)
         visible = plan.last + 1 if grid.causal else torch.full_like(plan.last, grid.blocks)
         kept = grid.block_size * int((visible - plan.eligible + plan.free).sum())
         low, high = (middle, high) if kept < density * visible_keys(grid) else (low, middle)
-    return high
+    return uniform(config, high, grid.kv_len)
 
 
-def _uniform(config: SparseAttentionConfig, density: float) -> dict[str, Any]:
-    return {"density": density, "min_keys": config.forced_keys, "max_keys": None, "mass_threshold": None}
+def uniform_share(config: SparseAttentionConfig, share: float, keys: int) -> dict[str, Any]:
+    """Every tile may keep the same share of what it sees."""
+    return {"density": share, "min_keys": config.forced_keys, "max_keys": None, "mass_threshold": None}
 
 
-def _losses(model: PreTrainedModel, windows: Sequence[Window], density: float) -> dict[str, Any]:
+def uniform_keys(config: SparseAttentionConfig, share: float, keys: int) -> dict[str, Any]:
+    """Every tile may keep as many keys."""
+    most = max(config.forced_keys, math.ceil(share * keys))
+    return {"min_keys": most, "max_keys": most, "mass_threshold": None}
+
+
+def _losses(model: PreTrainedModel, windows: Sequence[Window], uniform: Mapping[str, Any]) -> dict[str, Any]:
     """Log-loss and KL against dense of the calibrated budgets and of a uniform one, over windows, and how the two differ."""
     found: dict[str, list[tuple[float, float]]] = {"dense": [], "calibrated": [], "uniform": []}
     for window in windows:
         reader = _Passes(model, window)
         found["dense"].append(reader.read(SparseCall(dense=True)))
         found["calibrated"].append(reader.read(SparseCall()))
-        with sparse_attention_as(model, **_uniform(_config(model), density)):
+        with sparse_attention_as(model, **uniform):
             found["uniform"].append(reader.read(SparseCall()))
     losses = {name: np.array([loss for loss, _ in rows]) for name, rows in found.items()}
     kl = {name: np.array([kl for _, kl in rows]) for name, rows in found.items()}
     return {
         "losses": {name: {"loss": float(losses[name].mean()), "kl": float(kl[name].mean()), "n": len(windows)} for name in found},
         "added_loss": float(losses["calibrated"].mean() / losses["dense"].mean() - 1),
-        "uniform_density": density,
+        "uniform": dict(uniform),
         "below_uniform": {"loss": loss_above(losses["uniform"], losses["calibrated"]), "kl": loss_above(kl["uniform"], kl["calibrated"])},
     }
 
