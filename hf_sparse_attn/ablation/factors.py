@@ -83,11 +83,13 @@ LEVELS = (
     Level("dense layers", "the first", {"dense_layers": (0,)}),
     Level("dense layers", "the first three", {"dense_layers": (0, 1, 2)}),
     *_values("sink", "sink", (0, 16, 256)),
+    Level("sink with local", "16 with 64", {"sink": 16, "local": 64}),
     *_values("local", "local", (64, 256), full=(0, 384)),
 )
 FACTORS = (*dict.fromkeys(level.factor for level in LEVELS), JOINT_KL)
 SELECTIONS_OF_STAGES = ("stage 1 alone", "untrained")
 _DEFAULTS = {
+    "sink with local": "64 with 128",
     **{
         "query tile with sampled queries": "64 with 32",
         "keys kept": "as given",
