@@ -89,16 +89,17 @@ LEVELS = (
 FACTORS = (*dict.fromkeys(level.factor for level in LEVELS), JOINT_KL)
 SELECTIONS_OF_STAGES = ("stage 1 alone", "untrained")
 _DEFAULTS = {
+    "keys kept": "as given",
+    "stages": "both, trained",
+    "query tile with sampled queries": "64 with 32",
+    "pooling of stage 1": "max, min and mean",
+    "keys that are pooled": "un-rotated",
+    "distillation batches": "whole",
+    "target of the distillation": "mass",
+    "budget": "uniform",
+    "cut blocks": "left out",
+    "dense layers": "none",
     "sink with local": "64 with 128",
-    **{
-        "query tile with sampled queries": "64 with 32",
-        "keys kept": "as given",
-        "stages": "both, trained",
-        "pooling of stage 1": "max, min and mean",
-        "keys that are pooled": "un-rotated",
-    },
-    **{"distillation batches": "whole", "budget": "uniform", "cut blocks": "left out", "dense layers": "none"},
-    **{"target of the distillation": "mass"},
 }
 
 
