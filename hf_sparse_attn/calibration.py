@@ -40,8 +40,8 @@ class CalibrationError(ValueError):
 class Calibration:
     """Budgets of a model, what they were made with, and what was found with them on other windows.
 
-    ``shares`` maps the layer to rows of shares of the visible keys, see `HeadBudgets`; ``made_with`` holds the fingerprints of
-    backbone and routers, the settings and the version; ``fit`` and ``verified`` are figures.
+    ``shares`` maps the layer to rows of shares of the visible keys, or of keys where ``mass`` is None, see `HeadBudgets`;
+    ``made_with`` holds the fingerprints of backbone and routers, the settings and the version; ``fit`` and ``verified`` are figures.
     """
 
     preset: str | None
@@ -53,7 +53,7 @@ class Calibration:
     verified: Mapping[str, Any]
 
     def budgets(self, layer: int) -> HeadBudgets:
-        return HeadBudgets(self.ends, self.shares[layer])
+        return HeadBudgets(self.ends, self.shares[layer], in_keys=self.mass is None)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dict, with the hash of all it holds."""

@@ -15,7 +15,7 @@ MOST_SHARE = 0.6  # of the visible keys: a head that needs more is dense
 
 @dataclass(frozen=True)
 class HeadBudgets:
-    """Shares of the visible keys that the KV heads of a layer may keep, forced keys included.
+    """Shares of the visible keys that the KV heads of a layer may keep, forced keys included; with ``in_keys`` numbers of keys.
 
     ``ends`` are the visible keys up to which each length bucket reaches; longer inputs belong to the last one. ``shares`` holds one
     row of G shares for every bucket: up to 0.6, or 1 where the head is dense.
@@ -26,6 +26,7 @@ class HeadBudgets:
 
     ends: tuple[int, ...]
     shares: tuple[tuple[float, ...], ...]
+    in_keys: bool = False
 
     def __post_init__(self) -> None:
         if not self.ends or sorted(set(self.ends)) != list(self.ends) or self.ends[0] < 1:
@@ -33,7 +34,10 @@ class HeadBudgets:
         if len(self.shares) != len(self.ends) or len({len(row) for row in self.shares}) != 1:
             raise ValueError(f"{len(self.ends)} length buckets need as many rows of a share for every KV head, got {self.shares}")
         for share in (share for row in self.shares for share in row):
-            if not (0 < share <= MOST_SHARE or share == 1):
+            if self.in_keys:
+                if share < 1:
+                    raise ValueError(f"a head's budget is {share} keys: must be at least 1")
+            elif not (0 < share <= MOST_SHARE or share == 1):
                 raise ValueError(f"a head's share of the keys is {share}: must be in (0, {MOST_SHARE}], or 1 where it is dense")
 
     def bucket(self, visible: int) -> int:
@@ -42,13 +46,15 @@ class HeadBudgets:
 
     def most_blocks(self, visible: int, block_size: int) -> int:
         """Blocks of the largest budget of a head that is not dense, 0 if all are."""
+        if self.in_keys:
+            return math.ceil(max(self.shares[self.bucket(visible)]) / block_size)
         sparse = [share for share in self.shares[self.bucket(visible)] if share < 1]
         return math.ceil(max(sparse, default=0) * visible / block_size)
 
     @property
     def is_dense(self) -> bool:
         """All heads are dense at every length."""
-        return all(share == 1 for row in self.shares for share in row)
+        return not self.in_keys and all(share == 1 for row in self.shares for share in row)
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,10 @@ class AllowedBlocks:
 def allowed_blocks(budgets: HeadBudgets, visible: tuple[int, ...], block_size: int, device: torch.device | None) -> AllowedBlocks:
     """Budgets of tiles that see ``visible`` keys; a dense head may keep all blocks."""
     rows = [budgets.shares[budgets.bucket(keys)] for keys in visible]
-    blocks = [[math.ceil(share * keys / block_size) for share in row] for keys, row in zip(visible, rows, strict=True)]
+    of = [1 if budgets.in_keys else keys for keys in visible]
+    blocks = [[math.ceil(share * keys / block_size) for share in row] for keys, row in zip(of, rows, strict=True)]
+    if budgets.in_keys:
+        return AllowedBlocks(torch.tensor(blocks, device=device).T.contiguous(), None)
     dense = [[share == 1 for share in row] for row in rows]
     some = torch.tensor(dense, device=device).T.contiguous() if any(map(any, dense)) else None
     return AllowedBlocks(torch.tensor(blocks, device=device).T.contiguous(), some)

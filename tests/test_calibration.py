@@ -72,11 +72,14 @@ def test_the_bucket_and_the_largest_budget_by_hand():
         ((128, 256), ((0.5,),), "2 length buckets need"),
         ((128,), ((0.7, 1.0),), "share of the keys is 0.7"),
         ((128,), ((0.0, 1.0),), "share of the keys is 0.0"),
+        ((128,), ((0.5, 64.0),), "share of the keys is 64.0"),
     ],
 )
 def test_impossible_budgets_are_refused(ends, shares, message):
     with pytest.raises(ValueError, match=message):
         HeadBudgets(ends, shares)
+    with pytest.raises(ValueError, match=r"budget is 0\.5 keys"):
+        HeadBudgets((128,), ((0.5, 64.0),), in_keys=True)
 
 
 @pytest.mark.parametrize(("q_len", "tile"), [(N, 16), (40, 16), (5, 1), (1, 1)])
@@ -99,6 +102,17 @@ def test_every_head_keeps_what_its_own_budget_alone_would(q_len, tile, impl, mak
             plan = make_plan(config, inputs.grid(tile, 16))
             blocks = torch.maximum(torch.ceil(share * visible / 16), (plan.last + 1 - plan.eligible).float())
             assert torch.equal(found[:, head, tiles].sum(-1)[0].float(), torch.minimum(blocks, plan.last + 1.0)[tiles])
+
+
+@pytest.mark.parametrize(("q_len", "tile"), [(N, 16), (5, 1), (1, 1)])
+def test_budgets_in_keys_are_those_that_each_head_alone_would_keep(q_len, tile, make_router, routing_inputs):
+    router, inputs = make_router(rotary=True, noise=0.3, **EVERY_CANDIDATE), routing_inputs(N, q_len, batch=2)
+    router.budgets = HeadBudgets((N,), ((80.0, 160.0),), in_keys=True)
+    found = select_blocks(router, inputs, tile).kept()
+    router.budgets, config = None, router.config
+    for head, keys in enumerate((80, 160)):
+        router.config = config.changed(min_keys=keys, max_keys=keys)
+        assert torch.equal(found[:, head], select_blocks(router, inputs, tile).kept()[:, head])
 
 
 def test_a_dense_head_sees_everything_and_leaves_the_others_alone(make_router, routing_inputs):
@@ -264,24 +278,32 @@ def test_an_average_budget_is_shared_out_over_heads(make_model, texts, tmp_path)
     model, keys = make_model(), 112
     found = calibrate(model, texts[:5], texts[5:], [], keys=keys)
     assert found.mass is None and found.fit["keys"] == keys and found.verified["heads_within"] is None
-    # literally: one threshold, and what it keeps on average of every head
+    # literally: one threshold, and what it keeps on average of every head in the last half of the windows
     with sparse_attention_as(model, min_keys=keys, max_keys=keys):
-        threshold, _ = fit_threshold(model, batches(texts[:5]))
+        threshold, _ = fit_threshold(model, batches(texts[:5]), LENGTH // 2)
         kept = defaultdict(list)
 
         def note(router, inputs, selection):
-            visible = selection.grid.last_positions() + 1
-            for bucket, tiles in enumerate((visible <= 256, visible > 256)):
-                kept[router.layer, bucket].append((selection.kept_keys()[0] / visible)[:, tiles])
+            kept[router.layer].append(selection.kept_keys()[0][:, selection.grid.first_positions() >= LENGTH // 2].float())
 
         for window in texts[:5]:
             with torch.no_grad():
                 model(window.ids, sparse_call=SparseCall(selector=AtThreshold(threshold), on_selection=note))
-    for (layer, bucket), parts in kept.items():
-        for own, mean in zip(found.shares[layer][bucket], torch.cat(parts, 1).mean(1).tolist(), strict=True):
-            assert own == (1.0 if mean > 0.6 else pytest.approx(mean, abs=2e-4))
-    every = [share for rows in found.shares.values() for share in rows[1]]
-    assert min(every) < max(every) and min(every) <= 0.6
+    every = []
+    for layer, parts in kept.items():
+        means = torch.cat(parts, 1).mean(1)
+        assert found.shares[layer] == (tuple(16 * round(mean / 16) for mean in means.tolist()),)
+        every += means.tolist()
+    assert sum(every) / len(every) == pytest.approx(keys, rel=0.05) and max(every) > min(every)
+    # each head keeps as many keys as its budget, wherever it sees more
+    for router in routers(model):
+        assert router.budgets == HeadBudgets((LENGTH,), found.shares[router.layer], in_keys=True) == found.budgets(router.layer)
+    seen = {}
+    with torch.no_grad():
+        model(texts[6].ids, sparse_call=SparseCall(on_selection=lambda router, inputs, selection: seen.update({router.layer: selection})))
+    for layer, selection in seen.items():
+        for head, own in enumerate(found.shares[layer][0]):
+            assert (selection.kept_keys()[0, head, -8:] == max(own, 48)).all()  # 48 are forced
     uniform = found.verified["uniform"]
     assert uniform["min_keys"] == uniform["max_keys"] and found.verified["losses"]["uniform"]["n"] == 3
     model.save_pretrained(tmp_path)

@@ -84,16 +84,17 @@ def calibrate(
     _check(model, windows, held_out, mass)
     remove_calibration(model)
     length = windows[0].ids.shape[1]
-    ends = length_buckets(length)
+    ends = length_buckets(length) if keys is None else (length,)
     on_step(f"reading {len(windows)} windows")
     if keys is None:
         assert mass is not None
         needs = _needs(model, windows, mass, ends)
-        shares = _shares(needs.bound(1 - LOW, CONFIDENCE), _config(model), mass == 1)
+        shares, tiles = _shares(needs.bound(1 - LOW, CONFIDENCE), _config(model), mass == 1), _by_bucket(needs)
     else:
-        needs = shared_out(model, windows, keys, ends)
-        shares = _shares(needs.mean(), _config(model), False)
-    fit = {"windows": [w.document for w in windows], "tokens": length, "tiles": _by_bucket(needs), "keys": keys}
+        size, tiles = _config(model).block_size, []
+        found_keys = shared_out(model, windows, keys)
+        shares = {layer: (tuple(float(size * round(own / size)) for own in heads.tolist()),) for layer, heads in found_keys.items()}
+    fit = {"windows": [w.document for w in windows], "tokens": length, "tiles": tiles, "keys": keys}
     found = Calibration(preset, mass, ends, shares, made_with(model), fit, {})
     use_calibration(model, found)
     try:
@@ -117,11 +118,12 @@ def failures(calibration: Calibration) -> list[str]:
             f"({LEAST_WITHIN:.0%} must): calibrate on more windows, of the kind of text that the model is meant for"
         )
     if verified["added_loss"] > MOST_LOSS:
-        found.append(f"the log-loss is {verified['added_loss']:.2%} above dense (at most {MOST_LOSS:.0%}): take a larger mass")
+        found.append(f"the log-loss is {verified['added_loss']:.2%} above dense (at most {MOST_LOSS:.0%}): take a larger mass or more keys")
     recall = verified["planted"]["recall"]
     if recall is not None and recall < LEAST_RECALL:
         found.append(
-            f"only {recall:.1%} of the planted links are kept by the heads that use them ({LEAST_RECALL:.0%} must be): take a larger mass"
+            f"only {recall:.1%} of the planted links are kept by the heads that use them ({LEAST_RECALL:.0%} must be): take a larger mass "
+            "or more keys"
         )
     return found
 
@@ -206,7 +208,7 @@ def _verify(model: PreTrainedModel, calibration: Calibration, held_out: Sequence
         "heads_within": within,
         "worst": {"layer": layer, "head": int(low[layer, bucket].argmin()), "keys": calibration.ends[bucket], "mass": float(values.min())},
         "density": kept.density,
-        "dense_heads": sum(share == 1 for share in every) / len(every),
+        "dense_heads": sum(share == 1 for share in every) / len(every),  # budgets in keys have none
         "planted": _planted(model, questions),
         **results,
     }

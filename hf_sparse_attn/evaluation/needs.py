@@ -46,10 +46,6 @@ class TileFigures:
         joined = {key: torch.cat(parts, 1) for key, parts in sorted(self.found.items())}
         return {key: values.quantile(share, dim=1, interpolation=method) for key, values in joined.items()}
 
-    def mean(self) -> dict[Key, Tensor]:
-        """Mean over the tiles of every KV head, float32 [G]."""
-        return {key: torch.cat(parts, 1).mean(1) for key, parts in sorted(self.found.items())}
-
     def bound(self, share: float, confidence: float) -> dict[Key, Tensor]:
         """What the `quantile` stays below with ``confidence`` if other windows of the same kind are read, float32 [G].
 

@@ -248,20 +248,22 @@ def share_plot(rows: Rows) -> str:
 
 
 def budget_plot(calibration: dict[str, Any]) -> str:
-    """Shares of the keys that a calibration lets every layer and KV head keep, one panel for each length bucket."""
+    """Shares of the keys (or keys) that a calibration lets every layer and KV head keep, one panel for each length bucket."""
+    in_keys = calibration["mass"] is None
+    most = max(share for rows in calibration["shares"].values() for row in rows for share in row) if in_keys else 1
     ends = calibration["ends"]
     layers = [int(layer) for layer in calibration["shares"]]
 
     def draw(*axes: Any) -> None:
         for at, axis in enumerate(axes):
             values = np.array([rows[at] for rows in calibration["shares"].values()])
-            image = axis.imshow(values.T, vmin=0, vmax=1, aspect="auto", cmap="magma_r")
+            image = axis.imshow(values.T, vmin=0, vmax=most, aspect="auto", cmap="magma_r")
             axis.set_title(f"up to {ends[at]} keys", fontsize=9)
             ticks = range(0, len(layers), max(1, len(layers) // 6))
             axis.set_xticks(list(ticks), [str(layers[tick]) for tick in ticks])
             axis.set_yticks(range(values.shape[1]))
             axis.set_xlabel("layer")
         axes[0].set_ylabel("KV head")
-        axes[-1].figure.colorbar(image, ax=axes[-1], label="share of the keys")
+        axes[-1].figure.colorbar(image, ax=axes[-1], label="keys" if in_keys else "share of the keys")
 
-    return figure(draw, width=2.2 * len(ends) + 1, height=2.4, columns=len(ends))
+    return figure(draw, width=max(4.5, 2.2 * len(ends) + 1), height=2.4, columns=len(ends))
