@@ -46,10 +46,12 @@ class HeadBudgets:
 
     def most_blocks(self, visible: int, block_size: int) -> int:
         """Blocks of the largest budget of a head that is not dense, 0 if all are."""
-        if self.in_keys:
-            return math.ceil(max(self.shares[self.bucket(visible)]) / block_size)
-        sparse = [share for share in self.shares[self.bucket(visible)] if share < 1]
-        return math.ceil(max(sparse, default=0) * visible / block_size)
+        keys = [own for own in self.keys(visible) if own < visible]
+        return math.ceil(max(keys, default=0) / block_size)
+
+    def keys(self, visible: int) -> list[float]:
+        """Keys that every head of a tile may keep which sees ``visible`` keys; all of them or more where it is dense."""
+        return [share if self.in_keys else share * visible for share in self.shares[self.bucket(visible)]]
 
     @property
     def is_dense(self) -> bool:
@@ -68,11 +70,8 @@ class AllowedBlocks:
 @lru_cache(maxsize=256)  # of every layer's decode step
 def allowed_blocks(budgets: HeadBudgets, visible: tuple[int, ...], block_size: int, device: torch.device | None) -> AllowedBlocks:
     """Budgets of tiles that see ``visible`` keys; a dense head may keep all blocks."""
-    rows = [budgets.shares[budgets.bucket(keys)] for keys in visible]
-    of = [1 if budgets.in_keys else keys for keys in visible]
-    blocks = [[math.ceil(share * keys / block_size) for share in row] for keys, row in zip(of, rows, strict=True)]
-    if budgets.in_keys:
-        return AllowedBlocks(torch.tensor(blocks, device=device).T.contiguous(), None)
-    dense = [[share == 1 for share in row] for row in rows]
+    rows = [budgets.keys(seen) for seen in visible]
+    blocks = [[math.ceil(keys / block_size) for keys in row] for row in rows]
+    dense = [[keys >= seen for keys in row] for seen, row in zip(visible, rows, strict=True)]
     some = torch.tensor(dense, device=device).T.contiguous() if any(map(any, dense)) else None
     return AllowedBlocks(torch.tensor(blocks, device=device).T.contiguous(), some)
