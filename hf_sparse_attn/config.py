@@ -47,8 +47,8 @@ class SparseAttentionConfig:
     max_keys: int | None = None  # and at most this many; None = no cap
     mass_threshold: float | None = None  # budgets that vary: keep candidates with at least this share of a tile's softmax mass; see README
     candidate_factor: float = 3.0  # stage 1 passes this many times the budget on to stage 2, >= 1
-    sink: int = 64  # the first tokens, always kept
-    local: int = 128  # tokens before a tile's first query, always kept
+    sink: int = 16  # the first tokens, always kept
+    local: int = 64  # tokens before a tile's first query, always kept
     dense_below: int = 2048  # calls with fewer keys than this run the stock attention
     dense_layers: tuple[int, ...] = ()  # indices of layers that stay dense
     router_dim: int | None = None  # feature size of stage 1, at least the head dim; None = 2 × head dim

@@ -19,8 +19,8 @@ DEFAULTS = {
     "max_keys": None,
     "mass_threshold": None,
     "candidate_factor": 3.0,
-    "sink": 64,
-    "local": 128,
+    "sink": 16,
+    "local": 64,
     "dense_below": 2048,
     "dense_layers": (),
     "router_dim": None,
@@ -71,7 +71,7 @@ IMPOSSIBLE = [
     ("query_samples", 0, ">= 1"),
     ("min_keys", 0, ">= "),
     ("min_keys", None, "integer"),
-    ("min_keys", 255, ">= 256"),  # 64 sink + 128 local + a tile of 64
+    ("min_keys", 143, ">= 144"),  # 16 sink + 64 local + a tile of 64
     ("max_keys", 511, r"None or >= min_keys \(512\)"),
     ("max_keys", "1024", "integer"),
     ("dense_layers", (0, -1), ">= 0"),

@@ -82,9 +82,9 @@ LEVELS = (
     Level("cut blocks", "pooled key and value", residual=True),
     Level("dense layers", "the first", {"dense_layers": (0,)}),
     Level("dense layers", "the first three", {"dense_layers": (0, 1, 2)}),
-    *_values("sink", "sink", (0, 16, 256)),
-    Level("sink with local", "16 with 64", {"sink": 16, "local": 64}),
-    *_values("local", "local", (64, 256), full=(0, 384)),
+    *_values("sink", "sink", (0, 64, 256)),
+    Level("sink with local", "64 with 128", {"sink": 64, "local": 128}),
+    *_values("local", "local", (0, 32, 128), full=(256,)),
 )
 FACTORS = (*dict.fromkeys(level.factor for level in LEVELS), JOINT_KL)
 SELECTIONS_OF_STAGES = ("stage 1 alone", "untrained")
@@ -99,7 +99,7 @@ _DEFAULTS = {
     "budget": "uniform",
     "cut blocks": "left out",
     "dense layers": "none",
-    "sink with local": "64 with 128",
+    "sink with local": "16 with 64",
 }
 
 
