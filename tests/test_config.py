@@ -108,7 +108,7 @@ def test_a_config_that_is_no_mapping_is_refused():
 
 def test_min_keys_at_the_forced_links_is_the_least():
     forced = SparseAttentionConfig().forced_keys
-    assert forced == 64 + 128 + 64
+    assert forced == 16 + 64 + 64
     assert SparseAttentionConfig(min_keys=forced).min_keys == forced
     with pytest.raises(ValueError, match=f"min_keys is {forced - 1}: must be >= {forced}"):
         SparseAttentionConfig(min_keys=forced - 1)
