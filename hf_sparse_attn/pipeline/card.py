@@ -96,15 +96,17 @@ def model_card(results: Mapping[str, Any], name: str) -> ModelCard:
     """The card of a run's results, or of those of the verb ``eval``; ``name`` is what results without a recipe call the model.
 
     Raises:
-        ValueError: the results lack something that a card must say.
+        ValueError: the results lack something that a card must say, or are of a task that leaves no model.
     """
+    task = results.get("recipe", {}).get("task", "causal_lm")
+    if task not in PIPELINES:
+        raise ValueError(f"a run of task {task} leaves no model behind, so there is nothing to make a card of; its report is report.html")
     quality = results.get("quality", results)
     needed = (*(() if "tables" in results else (("table", quality), ("windows", quality))), ("environment", results))
     missing = [key for key, where in needed if key not in where]
     if missing:
         raise ValueError(f"these results hold no {' and no '.join(missing)}: a card is made from what the verbs run and eval write")
     base, table, windows = base_of(results), quality.get("table", []), quality.get("windows", [])
-    task = results.get("recipe", {}).get("task", "causal_lm")
     name = results["recipe"]["name"] if "recipe" in results else name
     data = ModelCardData(
         library_name="transformers",
