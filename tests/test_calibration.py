@@ -313,6 +313,13 @@ def test_an_average_budget_is_shared_out_over_heads(make_model, texts, tmp_path)
         calibrate(make_model(), texts[:5], texts[5:], [], keys=16)
 
 
+def test_a_budget_is_shared_out_in_a_model_with_dense_layers(make_model, texts):
+    model = make_model()
+    set_sparse_attention(model, dense_layers=(0,))
+    found = calibrate(model, texts[:5], texts[5:], [], keys=112)
+    assert found.shares[0] == ((float(LENGTH), float(LENGTH)),) and max(found.shares[1][0]) < LENGTH
+
+
 def test_at_a_mass_of_one_the_logits_are_dense(make_model, stock_llama, texts):
     model = make_model()
     found = calibrate(model, texts[:1], texts[5:6], [], mass=1.0)

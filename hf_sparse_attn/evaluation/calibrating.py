@@ -91,9 +91,7 @@ def calibrate(
         needs = _needs(model, windows, mass, ends)
         shares, tiles = _shares(needs.bound(1 - LOW, CONFIDENCE), _config(model), mass == 1), _by_bucket(needs)
     else:
-        size, tiles = _config(model).block_size, []
-        found_keys = shared_out(model, windows, keys)
-        shares = {layer: (tuple(float(size * round(own / size)) for own in heads.tolist()),) for layer, heads in found_keys.items()}
+        shares, tiles = _in_blocks(model, shared_out(model, windows, keys), length), []
     fit = {"windows": [w.document for w in windows], "tokens": length, "tiles": tiles, "keys": keys}
     found = Calibration(preset, mass, ends, shares, made_with(model), fit, {})
     use_calibration(model, found)
@@ -176,6 +174,13 @@ def _shares(found: Mapping[Key, Tensor], config: SparseAttentionConfig, all_dens
         rows.setdefault(layer, []).append(tuple(1.0 if dense or share > MOST_SHARE else share for share in values))
     assert len({len(own) for own in rows.values()}) == 1
     return {layer: tuple(own) for layer, own in rows.items()}
+
+
+def _in_blocks(model: PreTrainedModel, keys: Mapping[int, Tensor], length: int) -> dict[int, tuple[tuple[float, ...], ...]]:
+    """Budgets in whole blocks by layer, one row each; a layer that runs dense selects nothing and may keep all ``length`` keys."""
+    size = _config(model).block_size
+    rows = {layer: [float(size * round(own / size)) for own in heads.tolist()] for layer, heads in keys.items()}
+    return {router.layer: (tuple(rows.get(router.layer, [float(length)] * router.groups)),) for router in routers(model)}
 
 
 def _rounded_up(share: float) -> float:
