@@ -108,6 +108,9 @@ def test_answers_are_read_at_their_own_tokens(sparse_llama, real_budget, questio
         (None, "dense"),
         *((keys, name) for keys in (80, 96) for name in ("oracle", "window + sink")),
     ]
+    known, new = [{**rows[0], "loss": -1.0}, *rows[1:7]], []
+    again = evaluate_answers(model, asked[:2], [80, 96], {"oracle": oracle, "window + sink": window}, done=known, on_row=new.append)
+    assert again[:7] == known and again[7:] == new == rows[7:]  # those that are known are not read again
     table = answer_table(rows)
     assert len(table) == 5 and all(r["n"] == 2 for r in table)
     assert table[0]["loss"] == pytest.approx((rows[0]["loss"] + rows[5]["loss"]) / 2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from ..attending import Selector, SparseCall
 from ..conversion import sparse_attention_as
 from ..data.questions import Question
 from .shares import loss_above
+
+Row = dict[str, Any]  # what one question gave under one selection
 
 
 @torch.no_grad()
@@ -27,23 +29,44 @@ def answer_losses(model: PreTrainedModel, question: Question, call: SparseCall) 
 
 
 def evaluate_answers(
-    model: PreTrainedModel, questions: Sequence[Question], budgets: Sequence[int], selectors: Mapping[str, Selector]
-) -> list[dict[str, Any]]:
-    """Every question densely and under every selection at every budget (keys): one row each."""
-    rows: list[dict[str, Any]] = []
+    model: PreTrainedModel,
+    questions: Sequence[Question],
+    budgets: Sequence[int],
+    selectors: Mapping[str, Selector],
+    *,
+    done: Sequence[Row] = (),
+    on_row: Callable[[Row], None] | None = None,
+) -> list[Row]:
+    """Every question densely and under every selection at every budget (keys): one row each.
 
-    def add(question: Question, keys: int | None, name: str, call: SparseCall) -> None:
-        loss, right = answer_losses(model, question, call)
-        known = {"task": question.task, "document": question.document, "length": len(question.input_ids), "distance": question.distance}
-        rows.append({**known, "keys": keys, "selection": name, "loss": loss, "accuracy": right, "exact": float(right == 1)})
-
+    Rows in ``done``, those of an earlier call that was stopped, are not read again; ``on_row`` is called after each new one.
+    """
+    have = {_key(row): row for row in done}
+    cells: list[tuple[int | None, str, SparseCall]] = [(None, "dense", SparseCall(dense=True))]
+    cells += [(keys, name, SparseCall(selector=selector)) for keys in budgets for name, selector in selectors.items()]
+    rows: list[Row] = []
     for question in questions:
-        add(question, None, "dense", SparseCall(dense=True))
-        for keys in budgets:
-            with sparse_attention_as(model, min_keys=keys, max_keys=keys, mass_threshold=None):
-                for name, selector in selectors.items():
-                    add(question, keys, name, SparseCall(selector=selector))
+        for keys, name, call in cells:
+            row: Row = {
+                "task": question.task,
+                "document": question.document,
+                "length": len(question.input_ids),
+                "keys": keys,
+                "selection": name,
+            }
+            if _key(row) not in have:
+                budget: dict[str, Any] = {} if keys is None else {"min_keys": keys, "max_keys": keys, "mass_threshold": None}
+                with sparse_attention_as(model, **budget):
+                    loss, right = answer_losses(model, question, call)
+                row |= {"distance": question.distance, "loss": loss, "accuracy": right, "exact": float(right == 1)}
+                if on_row is not None:
+                    on_row(row)
+            rows.append(have.get(_key(row), row))
     return rows
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("task", "document", "length", "keys", "selection"))
 
 
 def answer_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +13,11 @@ from ..data.ruler import ruler
 from ..data.windows import Window
 from ..evaluation.answers import answer_table, evaluate_answers
 from ..evaluation.selectors import fresh_routers, standard_selectors
+from ..files import write_json
+from ..progress import bar
 from .engine import Step
 from .language import LanguageRun
+from .recipe import Quality
 
 
 class QuestionRun(LanguageRun):
@@ -21,9 +25,9 @@ class QuestionRun(LanguageRun):
 
     def steps(self) -> list[Step]:
         named = {step.name: step for step in super().steps()}
-        named["quality"] = Step("quality", lambda: {**self._quality(), "answers": self._answers(self._model())})
+        named["quality"] = Step("quality", lambda: {**self._quality(), "answers": self._answers(self._model(), "quality")})
         if "before" in named:
-            named["before"] = Step("before", lambda: {**self._before(), "answers": self._answers(self._distilled())})
+            named["before"] = Step("before", lambda: {**self._before(), "answers": self._answers(self._distilled(), "before")})
         return list(named.values())
 
     def _rows(self) -> Any:
@@ -38,10 +42,26 @@ class QuestionRun(LanguageRun):
         tokenizer = self._tokenizer()
         return ask(windows, tokenizer, seed) if task == QUOTED_TASK else ruler(windows, tokenizer, seed, task)
 
-    def _answers(self, model: PreTrainedModel) -> list[dict[str, Any]]:
+    def _answers(self, model: PreTrainedModel, name: str) -> list[dict[str, Any]]:
+        """Every question under the selections of the recipe's quality entries; continues after a stop."""
+        partial = self.state / f"{name}.answers.partial.json"
+        done = json.loads(partial.read_text()) if partial.exists() else []
         selectors, rows = standard_selectors(fresh_routers(model)), []
-        for entry in self.recipe.quality:
-            windows = self._eval_windows(entry.length, entry.windows)
-            questions = [question for task in self.recipe.data["questions"] for question in self._ask(windows, task, self.recipe.seed + 1)]
-            rows += evaluate_answers(model, questions, entry.budgets, {name: selectors[name] for name in entry.selections})
+        asked = [(entry, self._questions(entry)) for entry in self.recipe.quality]
+        total = sum(len(questions) * (1 + len(entry.budgets) * len(entry.selections)) for entry, questions in asked)
+        with bar(self.processes.is_main_process) as shown:
+            task = shown.add_task("answers", total=total, completed=len(done), info="")
+
+            def note(row: dict[str, Any]) -> None:
+                done.append(row)
+                write_json(partial, done)
+                shown.update(task, advance=1, info=f"{row['task']}, {row['selection']}")
+
+            for entry, questions in asked:
+                chosen = {name: selectors[name] for name in entry.selections}
+                rows += evaluate_answers(model, questions, entry.budgets, chosen, done=list(done), on_row=note)
         return answer_table(rows)
+
+    def _questions(self, entry: Quality) -> list[Question]:
+        windows = self._eval_windows(entry.length, entry.windows)
+        return [question for task in self.recipe.data["questions"] for question in self._ask(windows, task, self.recipe.seed + 1)]
