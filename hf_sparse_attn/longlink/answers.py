@@ -15,11 +15,18 @@ from ..attending import SparseCall
 from .ceilings import ceiling, chance, normalised
 from .planting import Planted
 
+TOKENS_AT_ONCE = 16384  # of one forward pass: bounds memory
+
+
+def sequences_at_once(planted: Planted) -> int:
+    """How many of the set's sequences one forward pass reads."""
+    return max(1, TOKENS_AT_ONCE // planted.config.length)
+
 
 @torch.no_grad()
-def predicted(model: PreTrainedModel, planted: Planted, call: SparseCall, rows: int = 8) -> np.ndarray:
-    """The token that ``model`` finds most likely behind every link's question, int64 [links]; ``rows`` sequences at a time."""
-    ids = torch.from_numpy(planted.input_ids)
+def predicted(model: PreTrainedModel, planted: Planted, call: SparseCall) -> np.ndarray:
+    """The token that ``model`` finds most likely behind every link's question, int64 [links]."""
+    ids, rows = torch.from_numpy(planted.input_ids), sequences_at_once(planted)
     found: list[torch.Tensor] = []
     by_sequence = [[link.effect for link in planted.links if link.sequence == at] for at in range(len(ids))]
     for start in range(0, len(ids), rows):

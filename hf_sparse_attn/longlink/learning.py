@@ -43,15 +43,21 @@ class LearningConfig:
     heads: int = 4
     groups: int = 2
     lr: float = 3e-3
-    stages: tuple[Stage, ...] = (Stage(128, 32, 250), Stage(512, 8, 100), Stage(1024, 4, 100), Stage(2048, 2, 200))
+    stages: tuple[Stage, ...] = (Stage(128, 32, 250), Stage(512, 8, 100), Stage(1024, 4, 100), Stage(2048, 4, 200))
     distilled: int = 200  # batches
     seed: int = 0
 
     @classmethod
     def up_to(cls, length: int, seed: int = 0) -> LearningConfig:
-        """Stages for sequences of ``length`` tokens: 128, 512, 1024 and on in doublings, of 4096 tokens a step or one sequence."""
+        """Stages for sequences of ``length`` tokens: 128, 512, 1024 and on in doublings.
+
+        A step has 4096 tokens, 8192 in the last stage, or one sequence.
+        """
         lengths = [512 << i for i in range(1, max(1, math.ceil(math.log2(length / 512))))]
-        stages = [*(Stage(size, max(1, STEP_TOKENS // size), 100) for size in lengths), Stage(length, max(1, STEP_TOKENS // length), 200)]
+        stages = [
+            *(Stage(size, max(1, STEP_TOKENS // size), 100) for size in lengths),
+            Stage(length, max(1, 2 * STEP_TOKENS // length), 200),
+        ]
         return cls(stages=(Stage(128, 32, 250), Stage(512, 8, 100), *stages), seed=seed)
 
 
@@ -122,7 +128,8 @@ def with_routers(
 ) -> PreTrainedModel:
     """The same model with routers distilled on sets of ``config``, in place."""
     sparsify(model, sparse)
-    stage = learning.stages[-1]
-    sets = [_batch(config, stage, learning.seed * EVALUATED + EVALUATED // 2 + at)[0] for at in range(learning.distilled)]
+    length = learning.stages[-1].length
+    stage = Stage(length, max(1, STEP_TOKENS // length), learning.distilled)
+    sets = [_batch(config, stage, learning.seed * EVALUATED + EVALUATED // 2 + at)[0] for at in range(stage.steps)]
     distill(model, [{"input_ids": ids} for ids in sets], DistillationConfig(seed=learning.seed, **DISTILLATION), progress=progress)
     return model

@@ -17,7 +17,7 @@ from ..attending import Selector, SparseCall
 from ..budgets import candidates
 from ..plan import make_plan
 from ..router import RoutingInputs, SparseRouter
-from .answers import predicted, right
+from .answers import predicted, right, sequences_at_once
 from .metrics import adjust, average_precision
 from .planting import Link, Planted
 
@@ -38,15 +38,15 @@ class ByRow:
         return [self.links[self.start + row] for row in range(inputs.q.shape[0])]
 
 
-def _passes(model: PreTrainedModel, planted: Planted, rows: ByRow, observer: Any, sequences: int) -> None:
-    ids = torch.from_numpy(planted.input_ids).to(model.device)
+def _passes(model: PreTrainedModel, planted: Planted, rows: ByRow, observer: Any) -> None:
+    ids, sequences = torch.from_numpy(planted.input_ids).to(model.device), sequences_at_once(planted)
     for rows.start in range(0, len(ids), sequences):
         batch = ids[rows.start : rows.start + sequences]
         with torch.no_grad():
             model.base_model(batch, use_cache=False, sparse_call=SparseCall(dense=True, observer=observer))
 
 
-def using_heads(model: PreTrainedModel, planted: Planted, sequences: int = 8) -> dict[Head, float]:
+def using_heads(model: PreTrainedModel, planted: Planted) -> dict[Head, float]:
     """Mean dense mass of questions on the blocks of their causes, of the heads where it is at least half: found without any router."""
     rows, found = ByRow(planted), defaultdict(list)
 
@@ -61,7 +61,7 @@ def using_heads(model: PreTrainedModel, planted: Planted, sequences: int = 8) ->
                 for head, value in enumerate(mass[:, at, blocks].sum(-1).tolist()):
                     found[router.layer, head].append(value)
 
-    _passes(model, planted, rows, observe, sequences)
+    _passes(model, planted, rows, observe)
     means = {head: float(np.mean(values)) for head, values in sorted(found.items())}
     return {head: mass for head, mass in means.items() if mass >= USES}
 
@@ -135,13 +135,11 @@ def _estimates(every: BlockSelection) -> Tensor:
     return out[..., 1:]
 
 
-def link_scores(
-    model: PreTrainedModel, planted: Planted, selectors: Mapping[str, Selector], heads: Mapping[Head, float], sequences: int = 8
-) -> dict[str, Any]:
+def link_scores(model: PreTrainedModel, planted: Planted, selectors: Mapping[str, Selector], heads: Mapping[Head, float]) -> dict[str, Any]:
     """Recall of every selection at the model's budget, and the router's average precision, over ``heads`` (of `using_heads`)."""
     rows = ByRow(planted)
     observer = LinkObserver(rows, selectors, heads)
-    _passes(model, planted, rows, observer, sequences)
+    _passes(model, planted, rows, observer)
     precision, best = (float(np.mean(found)) if found else None for found in (observer.precision, observer.best))
     ranking = {"average_precision": precision, "oracle_average_precision": best, "n": len(observer.precision)}
     return {**ranking, "recall": {n: s.summary() for n, s in observer.scores.items()}}
@@ -176,16 +174,16 @@ class Without:
         kept[others[order[: int(is_cause.sum())]]] = -1
 
 
-def necessity(model: PreTrainedModel, planted: Planted, selector: Selector, sequences: int = 8) -> dict[str, float]:
+def necessity(model: PreTrainedModel, planted: Planted, selector: Selector) -> dict[str, float]:
     """Accuracy with the selection, without the blocks of the causes, and without as many others: only the first cut costs needed links."""
-    found = {}
+    found, sequences = {}, sequences_at_once(planted)
     for name, cut in (("whole", None), ("without causes", True), ("without others", False)):
         rows = ByRow(planted)
         chosen = selector if cut is None else Without(selector, rows, cut)
         hits = []
         for rows.start in range(0, planted.config.sequences, sequences):
             part = _part(planted, rows.start, sequences)
-            hits.append(right(part, predicted(model, part, SparseCall(selector=chosen), sequences)))
+            hits.append(right(part, predicted(model, part, SparseCall(selector=chosen))))
         found[name] = float(np.concatenate(hits).mean())
     return found
 
