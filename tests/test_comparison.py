@@ -114,6 +114,8 @@ def test_answers_are_read_at_their_own_tokens(sparse_llama, real_budget, questio
     table = answer_table(rows)
     assert len(table) == 5 and all(r["n"] == 2 for r in table)
     assert table[0]["loss"] == pytest.approx((rows[0]["loss"] + rows[5]["loss"]) / 2)
+    above = table[2]["loss_above_dense"]
+    assert above["mean"] == pytest.approx(table[2]["loss"] - table[0]["loss"]) and above["low"] <= above["mean"] <= above["high"]
     assert model.config.sparse_attention["min_keys"] == 80  # as before
 
 

@@ -73,7 +73,8 @@ def answer_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Means over questions by task, length, budget and selection, with their number and the standard error of the accuracy.
 
     ``accuracy`` is the share of right tokens, ``exact`` that of answers whose tokens are all right, which is what greedy decoding
-    would give; ``below_dense`` how much less of them than dense attention, with a 95 % interval over resampled questions, paired.
+    would give. ``below_dense`` is how much less of them than dense attention, ``loss_above_dense`` (nats a token of the answer) how much
+    more log-loss; both with a 95 % interval over resampled questions, paired.
     """
     cells: dict[tuple[str, int, int | None, str], list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -82,8 +83,9 @@ def answer_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for (task, length, keys, selection), found in cells.items():
         loss, accuracy, exact = (np.array([row[name] for row in found]) for name in ("loss", "accuracy", "exact"))
         error = float(accuracy.std(ddof=1) / len(found) ** 0.5) if len(found) > 1 else None
-        dense = np.array([row["exact"] for row in cells[task, length, None, "dense"]])
+        dense = {name: np.array([row[name] for row in cells[task, length, None, "dense"]]) for name in ("exact", "loss")}
         own = {"task": task, "length": length, "keys": keys, "selection": selection, "n": len(found)}
         own |= {"loss": float(loss.mean()), "accuracy": float(accuracy.mean()), "accuracy_error": error}
-        table.append({**own, "exact": float(exact.mean()), "below_dense": loss_above(dense, exact)})
+        against = {"below_dense": loss_above(dense["exact"], exact), "loss_above_dense": loss_above(loss, dense["loss"])}
+        table.append({**own, "exact": float(exact.mean()), **against})
     return table
