@@ -21,7 +21,9 @@ from .planting import plant
 DISTILLATION: dict[str, Any] = {"lr": 1e-2, "index_lr": 2e-3, "tiles_per_step": 32}  # a small model bears, and needs, large steps
 STEP_TOKENS = 4096
 WARM_UP = 0.1  # of the steps
-ROPE_THETA = 1e7  # at 1e5 too few of a head's pairs keep their phase over 8192 tokens to tell the keys apart: dense accuracy .58 there
+# by the longest sequence: at 1e5 too few of a head's pairs keep their phase over 8192 tokens to tell the keys apart (dense
+# accuracy .58 there), at 1e7 too few over 16384 (.90)
+ROPE_THETA = ((8192, 1e7), (math.inf, 1e8))
 EVALUATED = 1 << 20  # seeds of sets for each seed of a training, which uses those from its own multiple on
 
 
@@ -46,6 +48,12 @@ class LearningConfig:
     stages: tuple[Stage, ...] = (Stage(128, 32, 250), Stage(512, 8, 100), Stage(1024, 4, 100), Stage(2048, 4, 200))
     distilled: int = 200  # batches
     seed: int = 0
+
+    @property
+    def rope_theta(self) -> float:
+        """Base of the rotary frequencies, by the longest sequences."""
+        longest = max(stage.length for stage in self.stages)
+        return next(theta for length, theta in ROPE_THETA if longest <= length)
 
     @classmethod
     def up_to(cls, length: int, seed: int = 0) -> LearningConfig:
@@ -74,7 +82,7 @@ def learn(config: LongLinkConfig, learning: LearningConfig, *, progress: bool = 
             num_attention_heads=learning.heads,
             num_key_value_heads=learning.groups,
             max_position_embeddings=max(stage.length for stage in learning.stages),
-            rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
+            rope_parameters={"rope_type": "default", "rope_theta": learning.rope_theta},
             pad_token_id=0,
             bos_token_id=None,
             eos_token_id=None,
