@@ -1,4 +1,4 @@
-"""Command line ``hf-sparse-attn``: run, ablate, distill, eval, calibrate, synth, card, bench, architectures, doctor."""
+"""Command line ``hf-sparse-attn``: run, ablate, distill, eval, lm-eval, calibrate, synth, card, bench, architectures, doctor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 
 from .cli_bench import bench
-from .cli_evaluation import calibrate, evaluate, synth
+from .cli_evaluation import calibrate, evaluate, harness, synth
 from .cli_options import JsonOption, TextOption, console, emit, load, windows_of
 from .cli_training import training
 
@@ -24,6 +24,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help="Learnable tw
 bench.command()(training)
 app.add_typer(bench, name="bench")
 app.command(name="eval")(evaluate)
+app.command(name="lm-eval")(harness)
 app.command()(calibrate)
 app.command()(synth)
 

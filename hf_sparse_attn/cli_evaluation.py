@@ -1,4 +1,4 @@
-"""Verbs that measure a model: eval, calibrate, synth."""
+"""Verbs that measure a model: eval, lm-eval, calibrate, synth."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from .cli_options import (
 )
 
 SMALL_SPARSE = "block_size: 16, query_tile: 16, sink: 16, local: 16, dense_below: 0, min_keys: 160, max_keys: 160"
+HARNESS_SELECTIONS = "oracle, two stages, window + sink"
 QUESTIONS = 4  # with a planted link, of each window that a calibration is checked on
 
 
@@ -68,6 +69,48 @@ def evaluate(
     if report is not None:
         write_evaluation_report(report, measured)
     emit(measured, json_path)
+
+
+def harness(
+    model: Annotated[str, typer.Argument(help="Hub id or local folder of a sparse model.")],
+    tasks: Annotated[str, typer.Option(help="Comma-separated tasks, groups or tags of lm-eval, e.g. niah_single_1,ruler_vt.")],
+    limit: Annotated[int, typer.Option(help="Documents of a task.")] = 8,
+    length: Annotated[int | None, typer.Option(help="Tokens of a question, for tasks that make their own (RULER).")] = None,
+    budgets: Annotated[str, typer.Option(help="Comma-separated budgets in keys.")] = "512",
+    selections: Annotated[str, typer.Option(help="Comma-separated selections beside dense attention.")] = HARNESS_SELECTIONS,
+    seed: Annotated[int, typer.Option(help="Of the questions that tasks make.")] = 0,
+    include: Annotated[Path | None, typer.Option(help="Folder of tasks of one's own, YAML as lm-eval has it.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder of answers that are not made again when a run is continued.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write the result as one HTML page to this path.")] = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Scores of the lm-evaluation-harness under dense attention and other selections; needs lm-eval ([lm-eval] of this package)."""
+    from importlib.metadata import version
+
+    from .conversion import set_sparse_attention
+    from .environment import Cost, environment
+    from .evaluation.harness import harness_rows, harness_table, load_tasks
+    from .evaluation.selectors import fresh_routers, standard_selectors
+    from .pipeline.report import write_harness_report
+
+    keys = integers(budgets, "--budgets")
+    if limit < 1:
+        raise ValueError(f"--limit is {limit}: must be an integer >= 1")
+    with Cost() as cost:
+        loaded, tokenizer = load(model, None, "")
+        known = standard_selectors(fresh_routers(loaded))
+        names = [name.strip() for name in selections.split(",")]
+        if wrong := set(names) - set(known):
+            raise ValueError(f"--selections has {sorted(wrong)}: must be of {', '.join(known)}")
+        asked = load_tasks([name.strip() for name in tasks.split(",")], model, length, seed, include)
+        rows = harness_rows(loaded, tokenizer, asked, limit, keys, {name: known[name] for name in names}, cache=cache)
+    table = harness_table(rows)
+    _print_scores(table)
+    made: dict[str, Any] = {"model": Path(model).name, "command": command_line(), "environment": environment()}
+    made |= {"lm_eval": version("lm_eval"), "sparse_attention": set_sparse_attention(loaded).to_dict(), "seed": seed, **cost.figures}
+    if report is not None:
+        write_harness_report(report, {**made, "table": table})
+    emit({**made, "table": table, "rows": rows}, json_path)
 
 
 def calibrate(
@@ -183,6 +226,16 @@ def _print_quality(rows: list[dict[str, Any]]) -> None:
         table.add_row(
             str(row["length"]), str(row["keys"] or "all"), row["selection"], str(row["n"]), f"{row['prefill']:.4f}", share, recovered
         )
+    console.print(table)
+
+
+def _print_scores(rows: list[dict[str, Any]]) -> None:
+    table = Table("task", "metric", "keys", "selection", "n", "score", "below dense")
+    for row in rows:
+        below = row["below_dense"]
+        against = "" if row["selection"] == "dense" else f"{below['mean']:+.3f} [{below['low']:+.3f}, {below['high']:+.3f}]"
+        score = f"{row['score']:.3f}" + (f" ± {row['error']:.3f}" if row["error"] is not None else "")
+        table.add_row(row["task"], row["metric"], str(row["keys"] or "all"), row["selection"], str(row["n"]), score, against)
     console.print(table)
 
 
