@@ -96,7 +96,7 @@ def distill(
 @app.command()
 def card(
     folder: Annotated[Path, typer.Argument(help="Folder of a saved sparse model; the card becomes its README.md.")],
-    results: Annotated[Path, typer.Option(help="JSON that the verb run or eval wrote.")],
+    results: Annotated[Path, typer.Option(help="JSON that the verb run, eval or lm-eval wrote.")],
     base: Annotated[str | None, typer.Option(help="Hub id or folder of the base model, if the results do not name it.")] = None,
     json_path: JsonOption = None,
 ) -> None:

@@ -89,7 +89,7 @@ def harness(
 
     from .conversion import set_sparse_attention
     from .environment import Cost, environment
-    from .evaluation.harness import harness_rows, harness_table, load_tasks
+    from .evaluation.harness import harness_rows, harness_table, harness_tables, load_tasks
     from .evaluation.selectors import fresh_routers, standard_selectors
     from .pipeline.report import write_harness_report
 
@@ -104,13 +104,15 @@ def harness(
             raise ValueError(f"--selections has {sorted(wrong)}: must be of {', '.join(known)}")
         asked = load_tasks([name.strip() for name in tasks.split(",")], model, length, seed, include)
         rows = harness_rows(loaded, tokenizer, asked, limit, keys, {name: known[name] for name in names}, cache=cache)
-    table = harness_table(rows)
-    _print_scores(table)
+    scores = harness_table(rows)
+    tables = harness_tables(scores)
+    _print_tables(tables)
     made: dict[str, Any] = {"model": Path(model).name, "command": command_line(), "environment": environment()}
     made |= {"lm_eval": version("lm_eval"), "sparse_attention": set_sparse_attention(loaded).to_dict(), "seed": seed, **cost.figures}
+    made |= {"tables": tables, "scores": scores, "rows": rows}
     if report is not None:
-        write_harness_report(report, {**made, "table": table})
-    emit({**made, "table": table, "rows": rows}, json_path)
+        write_harness_report(report, made)
+    emit(made, json_path)
 
 
 def calibrate(
@@ -229,14 +231,12 @@ def _print_quality(rows: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
-def _print_scores(rows: list[dict[str, Any]]) -> None:
-    table = Table("task", "metric", "keys", "selection", "n", "score", "below dense")
-    for row in rows:
-        below = row["below_dense"]
-        against = "" if row["selection"] == "dense" else f"{below['mean']:+.3f} [{below['low']:+.3f}, {below['high']:+.3f}]"
-        score = f"{row['score']:.3f}" + (f" ± {row['error']:.3f}" if row["error"] is not None else "")
-        table.add_row(row["task"], row["metric"], str(row["keys"] or "all"), row["selection"], str(row["n"]), score, against)
-    console.print(table)
+def _print_tables(tables: list[dict[str, Any]]) -> None:
+    for shown in tables:
+        table = Table(*shown["columns"], title=shown["title"])
+        for row in shown["rows"]:
+            table.add_row(*row)
+        console.print(table)
 
 
 def _print_links(found: dict[str, Any]) -> None:

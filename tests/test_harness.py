@@ -12,6 +12,7 @@ import hf_sparse_attn.evaluation.harness as harness
 from hf_sparse_attn.cli import app
 from hf_sparse_attn.evaluation.harness import HarnessError, harness_rows, harness_table, load_tasks
 from hf_sparse_attn.evaluation.selectors import window
+from hf_sparse_attn.pipeline.card import model_card
 
 YAML = """
 task: {name}
@@ -126,9 +127,10 @@ def test_the_verb_reports(folder, llama_folder, tmp_path):
     done = CliRunner().invoke(app, [*map(str, arguments), "--json", str(tmp_path / "r.json"), "--report", str(tmp_path / "r.html")])
     assert done.exit_code == 0, done.output
     found = json.loads((tmp_path / "r.json").read_text())
-    assert [(row["selection"], row["n"]) for row in found["table"]] == [("dense", 2), ("oracle", 2)] and found["lm_eval"]
-    page = (tmp_path / "r.html").read_text()
-    assert "chosen, acc" in page and "oracle" in page and "How it was made" in page and "http://" not in page
+    assert [(row["selection"], row["n"]) for row in found["scores"]] == [("dense", 2), ("oracle", 2)] and found["lm_eval"]
+    page, card = (tmp_path / "r.html").read_text(), str(model_card(found, "mine"))
+    assert "| oracle | 160 | 2 |" in card and "chosen of lm-eval, acc" in card
+    assert "chosen of lm-eval, acc" in page and "oracle" in page and "How it was made" in page and "http://" not in page
 
 
 def test_a_tokenizer_without_an_end_is_refused(asked, sparse_llama, real_budget, word_tokenizer):

@@ -139,3 +139,22 @@ def harness_table(rows: Sequence[Row]) -> list[dict[str, Any]]:
         own = {"task": task, "metric": metric, "keys": keys, "selection": selection, "n": len(scores)}
         table.append({**own, "score": float(scores.mean()), "error": error, "below_dense": loss_above(dense, scores)})
     return table
+
+
+def harness_tables(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The same as tables to print, one of every task and metric, as reports and cards show them."""
+    tables: dict[tuple[str, str], list[list[str]]] = {}
+    for row in table:
+        below = row["below_dense"]
+        against = "" if row["selection"] == "dense" else f"{below['mean']:+.3f} [{below['low']:+.3f}, {below['high']:+.3f}]"
+        score = f"{row['score']:.3f}" + ("" if row["error"] is None else f" ± {row['error']:.3f}")
+        shown = [row["selection"], str(row["keys"] or "all"), str(row["n"]), score, against]
+        tables.setdefault((row["task"], row["metric"]), []).append(shown)
+    columns = ["selection", "keys", "n", "score", "below dense"]
+    note = (
+        "The same documents under every selection. ±: standard error over documents. Below dense: how much less of the score, with a "
+        "95 % interval over resampled documents, paired."
+    )
+    return [
+        {"title": f"{task} of lm-eval, {metric}", "note": note, "columns": columns, "rows": rows} for (task, metric), rows in tables.items()
+    ]

@@ -93,7 +93,7 @@ def eval_results(table: list[dict[str, Any]], windows: list[dict[str, Any]]) -> 
 
 
 def model_card(results: Mapping[str, Any], name: str) -> ModelCard:
-    """The card of a run's results, or of those of the verb ``eval``; ``name`` is what results without a recipe call the model.
+    """The card of results of a run, or of the verbs ``eval`` and ``lm-eval``; ``name`` is what those without a recipe call the model.
 
     Raises:
         ValueError: the results lack something that a card must say, or are of a task that leaves no model.
@@ -105,7 +105,9 @@ def model_card(results: Mapping[str, Any], name: str) -> ModelCard:
     needed = (*(() if "tables" in results else (("table", quality), ("windows", quality))), ("environment", results))
     missing = [key for key, where in needed if key not in where]
     if missing:
-        raise ValueError(f"these results hold no {' and no '.join(missing)}: a card is made from what the verbs run and eval write")
+        raise ValueError(
+            f"these results hold no {' and no '.join(missing)}: a card is made from what the verbs run, eval and lm-eval write"
+        )
     base, table, windows = base_of(results), quality.get("table", []), quality.get("windows", [])
     name = results["recipe"]["name"] if "recipe" in results else name
     data = ModelCardData(

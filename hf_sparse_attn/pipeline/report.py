@@ -41,10 +41,7 @@ def write_evaluation_report(path: str | Path, results: dict[str, Any]) -> None:
 
 def write_harness_report(path: str | Path, results: dict[str, Any]) -> None:
     """Write the HTML report of what the verb ``lm-eval`` measured: scores by task, limits, the command that gives it again."""
-    rows = results["table"]
-    cells = dict.fromkeys((row["task"], row["metric"]) for row in rows)
-    tasks = {cell: [row for row in rows if (row["task"], row["metric"]) == cell] for cell in cells}
-    _write(path, "harness.html", r=results, tasks=tasks)
+    _write(path, "harness.html", r=results)
 
 
 def write_calibration_report(path: str | Path, results: dict[str, Any]) -> None:
