@@ -6,6 +6,8 @@ STAMP := $(VENV)/.installed
 TRITON := $(VENV)/.triton
 QUANTIZED := $(VENV)/quantized
 CPP_TESTS := $(addprefix tests/test_,attention_kernels.py attention_options.py router.py scoring.py selection.py)
+# tests run on one thread each, so two processes share two cores; a file's tests stay together, as its fixtures are made once
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -18,7 +20,7 @@ demo: $(STAMP)  ## the main job on real weights and text: runs/demo/report.html
 	$(BIN)/hf-sparse-attn run recipes/demo.yaml
 
 test: $(STAMP) lint  ## lint, types and all tests
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-full: $(TRITON) lint test-processors test-interpreter test-quantized  ## everything, with the slow tests: some 20 minutes
 	$(BIN)/python -m pytest
@@ -29,15 +31,15 @@ test-quantized: $(QUANTIZED)  ## sparse attention in bitsandbytes, torchao and q
 
 # the kernels are compiled for the processor at hand: here for older ones too
 test-processors: $(STAMP)  ## the C++ kernels without bfloat16 instructions, and without AVX-512
-	HF_SPARSE_ATTN_CPU=avx512 $(BIN)/python -m pytest -k cpp $(CPP_TESTS)
-	HF_SPARSE_ATTN_CPU=avx2 $(BIN)/python -m pytest -k cpp $(CPP_TESTS)
+	HF_SPARSE_ATTN_CPU=avx512 $(PYTEST) -k cpp $(CPP_TESTS)
+	HF_SPARSE_ATTN_CPU=avx2 $(PYTEST) -k cpp $(CPP_TESTS)
 
 # each in a process of its own: Triton reads TRITON_INTERPRET once, when it is imported
 test-interpreter: $(TRITON)  ## the Triton kernels on CPU tensors
-	$(BIN)/python -m pytest --confcutdir tests/interpreter tests/interpreter
+	$(PYTEST) --confcutdir tests/interpreter tests/interpreter
 
 test-aot: $(TRITON)  ## the Triton kernels compiled for four GPUs, none needed
-	$(BIN)/python -m pytest --confcutdir tests/aot -m "not slow" tests/aot
+	$(PYTEST) --confcutdir tests/aot -m "not slow" tests/aot
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

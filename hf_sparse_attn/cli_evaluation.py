@@ -24,6 +24,7 @@ from .cli_options import (
 )
 
 SMALL_SPARSE = "block_size: 16, query_tile: 16, sink: 16, local: 16, dense_below: 0, min_keys: 160, max_keys: 160"
+SparseOption = Annotated[str, typer.Option(help="Fields of SparseAttentionConfig to change, e.g. 'query_samples: 32'.")]
 HARNESS_SELECTIONS = "oracle, two stages, window + sink"
 QUESTIONS = 4  # with a planted link, of each window that a calibration is checked on
 
@@ -36,7 +37,7 @@ def evaluate(
     budgets: Annotated[str, typer.Option(help="Comma-separated budgets in keys.")] = "512,1024",
     selections: Annotated[str | None, typer.Option(help="Comma-separated selections; default all that need no fit.")] = None,
     decode_tokens: Annotated[int, typer.Option(help="Tokens fed through the cache one query a tile; 0 = none.")] = 0,
-    sparse: Annotated[str, typer.Option(help="Fields of SparseAttentionConfig to change, e.g. 'query_samples: 32'.")] = "",
+    sparse: SparseOption = "",
     report: Annotated[Path | None, typer.Option(help="Write the result as one HTML page to this path.")] = None,
     json_path: JsonOption = None,
 ) -> None:
@@ -78,6 +79,7 @@ def harness(
     length: Annotated[int | None, typer.Option(help="Tokens of a question, for tasks that make their own (RULER).")] = None,
     budgets: Annotated[str, typer.Option(help="Comma-separated budgets in keys.")] = "512",
     selections: Annotated[str, typer.Option(help="Comma-separated selections beside dense attention.")] = HARNESS_SELECTIONS,
+    sparse: SparseOption = "",
     seed: Annotated[int, typer.Option(help="Of the questions that tasks make.")] = 0,
     include: Annotated[Path | None, typer.Option(help="Folder of tasks of one's own, YAML as lm-eval has it.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder of answers that are not made again when a run is continued.")] = None,
@@ -98,6 +100,7 @@ def harness(
         raise ValueError(f"--limit is {limit}: must be an integer >= 1")
     with Cost() as cost:
         loaded, tokenizer = load(model, None, "")
+        config = set_sparse_attention(loaded, **sparse_options(sparse))
         known = standard_selectors(fresh_routers(loaded))
         names = [name.strip() for name in selections.split(",")]
         if wrong := set(names) - set(known):
@@ -108,7 +111,7 @@ def harness(
     tables = harness_tables(scores)
     _print_tables(tables)
     made: dict[str, Any] = {"model": Path(model).name, "command": command_line(), "environment": environment()}
-    made |= {"lm_eval": version("lm_eval"), "sparse_attention": set_sparse_attention(loaded).to_dict(), "seed": seed, **cost.figures}
+    made |= {"lm_eval": version("lm_eval"), "sparse_attention": config.to_dict(), "seed": seed, **cost.figures}
     made |= {"tables": tables, "scores": scores, "rows": rows}
     if report is not None:
         write_harness_report(report, made)

@@ -88,6 +88,7 @@ def test_answers_in_the_cache_are_those_of_this_model_and_selection(asked, spars
     first, some = read(sparse_llama(real_budget), "one")
     again, none = read(sparse_llama(real_budget), "one")
     assert some > 0 and none == 0 and again == first
+    assert read(sparse_llama({**real_budget, "candidate_factor": 2.0}), "one")[1] == some
     assert read(sparse_llama(real_budget), "another")[1] == some and read(sparse_llama(real_budget, seed=1), "one")[1] > 0
 
 

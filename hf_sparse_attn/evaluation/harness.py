@@ -88,7 +88,7 @@ def harness_rows(
     for keys, name, call in cells:
         budget: dict[str, Any] = {} if keys is None else {"min_keys": keys, "max_keys": keys, "mass_threshold": None}
         with sparse_attention_as(model, **budget), _calling(model, call):
-            answers = None if cache is None else str(cache / _name(model, name, keys))
+            answers = None if cache is None else str(cache / _name(model, call, name, keys))
             reader = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
             found = simple_evaluate(
                 reader, tasks=list(tasks), task_manager=loaded, limit=limit, bootstrap_iters=0, use_cache=answers, **SEEDS
@@ -107,10 +107,13 @@ def _calling(model: PreTrainedModel, call: SparseCall) -> Iterator[None]:
         hook.remove()
 
 
-def _name(model: PreTrainedModel, selection: str, keys: int | None) -> str:
-    """A file name for the answers of this model, with its settings and weights, under a selection."""
-    made = json.dumps({**made_with(model), "selection": selection, "keys": keys}, sort_keys=True)
-    return hashlib.sha256(made.encode()).hexdigest()[:32]
+def _name(model: PreTrainedModel, call: SparseCall, selection: str, keys: int | None) -> str:
+    """A file name for the answers of this model under a selection: another one if weights change, or settings that it depends on."""
+    made = made_with(model)
+    if call.dense:
+        made = {name: made[name] for name in ("version", "backbone")}
+    values = json.dumps({**made, "selection": selection, "keys": keys}, sort_keys=True)
+    return hashlib.sha256(values.encode()).hexdigest()[:32]
 
 
 def _scores(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[Row]:
