@@ -7,7 +7,7 @@ TRITON := $(VENV)/.triton
 QUANTIZED := $(VENV)/quantized
 CPP_TESTS := $(addprefix tests/test_,attention_kernels.py attention_options.py router.py scoring.py selection.py)
 # tests run on one thread each, so two processes share two cores; a file's tests stay together, as its fixtures are made once
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 

@@ -33,6 +33,12 @@ settings.register_profile(
 )
 settings.load_profile("suite")
 
+
+def pytest_collection_modifyitems(items):
+    """The file that trains a model comes first: of several processes none is left alone with it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_longlink_training.py")
+
+
 # blocks and tiles of 16; forced: 16 sink tokens, 16 local ones and the tile's own
 SMALL = {"block_size": 16, "query_tile": 16, "sink": 16, "local": 16, "dense_below": 0, "query_samples": 8, "index_dim": 8}
 REAL_BUDGET = {**SMALL, "density": 0.05, "min_keys": 80, "candidate_factor": 1.5}  # 5 blocks, 2 of them selected
