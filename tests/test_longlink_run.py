@@ -9,7 +9,8 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
-from hf_sparse_attn.longlink.learning import LearningConfig, Stage
+from hf_sparse_attn.longlink.families import LongLinkConfig
+from hf_sparse_attn.longlink.learning import LearningConfig, Stage, learn
 from hf_sparse_attn.pipeline.recipe import load_recipe
 from hf_sparse_attn.pipeline.run import run_recipe
 
@@ -32,3 +33,11 @@ def test_a_recipe_learns_distils_and_studies(tmp_path, monkeypatch):
     html = (tmp_path / "run" / "report.html").read_text()
     assert 'family "delayed", 256 tokens' in html and html.count("data:image/svg") == 2 and "hf-sparse-attn run recipes/tiny.yaml" in html
     assert run_recipe(load_recipe(tmp_path / "tiny.yaml"), tmp_path / "run", console)["study"] == study  # continued, not made anew
+
+
+def test_longer_sequences_get_slower_rotary_pairs():
+    short, long, longest = (LearningConfig.up_to(length).rope_theta for length in (2048, 8192, 16384))
+    assert short == long < longest
+    one = LearningConfig(layers=1, hidden=32, heads=2, groups=1, stages=(Stage(256, 1, 1),))
+    config = LongLinkConfig(length=256, links=3, min_distance=130)
+    assert learn(config, one, progress=False).config.rope_parameters["rope_theta"] == one.rope_theta
