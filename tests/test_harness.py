@@ -154,3 +154,21 @@ def test_what_cannot_be_asked_is_said(folder, llama_folder, monkeypatch, tmp_pat
     monkeypatch.setattr(harness, "find_spec", lambda name: None)
     with pytest.raises(HarnessError, match=r"pip install 'hf_sparse_attn\[lm-eval\]'"):
         load_tasks(["chosen"], str(llama_folder))
+
+
+def test_a_run_that_was_stopped_goes_on_where_it_was(asked, sparse_llama, real_budget, tokenizer, tmp_path):
+    prompts = []
+
+    def watched(router, inputs, query_tile):
+        if router.layer == 0 and inputs.q.shape[2] > 1:  # a decoded token is one query
+            if len(prompts) == 3:
+                raise KeyboardInterrupt
+            prompts.append(1)
+        return window(router, inputs, query_tile)
+
+    written = [task for task in asked if task.OUTPUT_TYPE == "generate_until"]
+    with pytest.raises(KeyboardInterrupt):
+        harness_rows(sparse_llama(real_budget), tokenizer, written, 5, [64], {"one": watched}, cache=tmp_path)
+    prompts.clear()
+    rows = harness_rows(sparse_llama(real_budget), tokenizer, written, 5, [64], {"one": watched}, cache=tmp_path)
+    assert len(prompts) == 2 and sum(row["selection"] == "one" for row in rows) == 5  # three of five were there

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from ..attending import Selector, SparseCall
 from ..conversion import sparse_attention_as
 from ..data.questions import Question
+from .selectors import fixed_budget, selection_calls
 from .shares import loss_above
 
 Row = dict[str, Any]  # what one question gave under one selection
@@ -42,11 +43,9 @@ def evaluate_answers(
     Rows in ``done``, those of an earlier call that was stopped, are not read again; ``on_row`` is called after each new one.
     """
     have = {_key(row): row for row in done}
-    cells: list[tuple[int | None, str, SparseCall]] = [(None, "dense", SparseCall(dense=True))]
-    cells += [(keys, name, SparseCall(selector=selector)) for keys in budgets for name, selector in selectors.items()]
     rows: list[Row] = []
     for question in questions:
-        for keys, name, call in cells:
+        for keys, name, call in selection_calls(budgets, selectors):
             row: Row = {
                 "task": question.task,
                 "document": question.document,
@@ -55,8 +54,7 @@ def evaluate_answers(
                 "selection": name,
             }
             if _key(row) not in have:
-                budget: dict[str, Any] = {} if keys is None else {"min_keys": keys, "max_keys": keys, "mass_threshold": None}
-                with sparse_attention_as(model, **budget):
+                with sparse_attention_as(model, **fixed_budget(keys)):
                     loss, right = answer_losses(model, question, call)
                 row |= {"distance": question.distance, "loss": loss, "accuracy": right, "exact": float(right == 1)}
                 if on_row is not None:

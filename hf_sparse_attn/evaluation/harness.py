@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..attending import Selector, SparseCall
 from ..calibration import made_with
 from ..conversion import sparse_attention_as
+from .selectors import fixed_budget, selection_calls
 from .shares import loss_above
 
 Row = dict[str, Any]  # the score of one document under one selection
@@ -81,13 +82,10 @@ def harness_rows(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    cells: list[tuple[int | None, str, SparseCall]] = [(None, "dense", SparseCall(dense=True))]
-    cells += [(keys, name, SparseCall(selector=selector)) for keys in budgets for name, selector in selectors.items()]
     rows: list[Row] = []
     loaded = TaskManager(include_defaults=False)  # one that knows the harness' thousands of tasks takes seconds to make
-    for keys, name, call in cells:
-        budget: dict[str, Any] = {} if keys is None else {"min_keys": keys, "max_keys": keys, "mass_threshold": None}
-        with sparse_attention_as(model, **budget), _calling(model, call):
+    for keys, name, call in selection_calls(budgets, selectors):
+        with sparse_attention_as(model, **fixed_budget(keys)), _calling(model, call):
             answers = None if cache is None else str(cache / _name(model, call, name, keys))
             reader = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
             found = simple_evaluate(
