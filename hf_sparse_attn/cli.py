@@ -137,9 +137,9 @@ def doctor(json_path: JsonOption = None) -> None:
     """What is installed, which implementation would be used, and why."""
     import torch
     from hf_sparse_attn_kernels import IMPLEMENTATIONS, default_choice
+    from hf_sparse_attn_kernels.caching import cache_folder
 
     from .architectures import SUPPORTED
-    from .data.sources import cache_folder
     from .environment import environment
     from .versions import SUPPORTED_TRANSFORMERS
 

@@ -17,11 +17,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from hf_sparse_attn_kernels.caching import cache_folder
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparse_attn import SparseAttentionConfig, routers
-from hf_sparse_attn.data.sources import cache_folder
 from hf_sparse_attn.pipeline import engine
 from hf_sparse_attn.pipeline import language as run_module
 from hf_sparse_attn.pipeline import training as training_module

@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset, load_from_disk
 from datasets.distributed import split_dataset_by_node
 from filelock import FileLock
+from hf_sparse_attn_kernels.caching import cache_folder
 from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader
 from transformers import ByT5Tokenizer, Trainer, TrainingArguments, default_data_collator
@@ -22,7 +23,7 @@ from hf_sparse_attn.data import row_stream, token_cache, tokens
 from hf_sparse_attn.data.formats import source_files
 from hf_sparse_attn.data.packing import IGNORED, PackingOptions, PackingReport
 from hf_sparse_attn.data.row_stream import fingerprint
-from hf_sparse_attn.data.sources import SourceError, cache_folder
+from hf_sparse_attn.data.sources import SourceError
 from hf_sparse_attn.data.training_data import packing_report, share_of_rank, training_rows
 
 LENGTH, BLOCK = 64, 16

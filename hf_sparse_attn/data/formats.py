@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .sources import FORMS, SourceError, cache_folder, local_files, package_files
+from hf_sparse_attn_kernels.caching import cache_folder
+
+from .sources import FORMS, SourceError, local_files, package_files
 
 TEXT_COLUMN = "text"
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import glob
 import html
 import logging
-import os
 import re
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from hf_sparse_attn_kernels.caching import cache_folder
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 
@@ -39,10 +39,6 @@ class Document:
 
     name: str
     text: str
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("HF_SPARSE_ATTN_CACHE", Path.home() / ".cache" / "hf_sparse_attn"))
 
 
 def package_files(source: str) -> list[Path]:

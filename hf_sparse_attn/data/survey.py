@@ -16,10 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from hf_sparse_attn_kernels.caching import cache_folder
+
 from ..files import write_json
 from .encodings import EncodingCheck
 from .formats import FORMATS, SourceFile, identity
-from .sources import SourceError, cache_folder
+from .sources import SourceError
 
 CHUNK = 1 << 20  # bytes
 RULES = 2  # what a pass finds, counted up when that changes

@@ -12,9 +12,11 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_sparse_attn_kernels.caching import cache_folder
+
 from ..files import write_atomically
 from .formats import SourceFile, identity
-from .sources import SourceError, cache_folder
+from .sources import SourceError
 from .survey import chunks, survey
 
 if TYPE_CHECKING:

@@ -16,13 +16,14 @@ import numpy as np
 import pyarrow
 from datasets import Dataset, DatasetInfo
 from filelock import FileLock
+from hf_sparse_attn_kernels.caching import cache_folder
 
 from ..files import write_atomically, write_json
 from ..progress import bar
 from .formats import SourceFile
 from .packing import PackingOptions, PackingReport, Row
 from .row_stream import RowStream, fingerprint, no_row
-from .sources import SourceError, cache_folder
+from .sources import SourceError
 from .streaming import row_features
 from .survey import survey
 from .tokens import Encoder

@@ -20,6 +20,8 @@ from typing import TypeVar
 
 import torch
 
+from ..caching import cache_folder
+
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).parent / "source"
@@ -82,8 +84,8 @@ def lacking() -> str | None:
 
 
 def folder() -> Path:
-    """Where libraries are kept: ``$HF_SPARSE_ATTN_CACHE`` (default ``~/.cache/hf_sparse_attn``) / kernels."""
-    return Path(os.environ.get("HF_SPARSE_ATTN_CACHE", Path.home() / ".cache" / "hf_sparse_attn")) / "kernels"
+    """Where libraries are kept."""
+    return cache_folder() / "kernels"
 
 
 def library(program: str, flags: tuple[str, ...]) -> Path:
