@@ -300,6 +300,14 @@ def test_a_row_of_a_table_is_taken_up_as_a_whole(tmp_path, small_pieces):
     assert found[1][0].document == found[0][0].document and (found[1][0].offset, found[1][0].line) == (40, 9)
 
 
+def test_a_tilde_in_a_source_is_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a#1.txt").write_text("a text")
+    (tmp_path / "b.csv").write_text("words\na text\n")
+    found = source_files(["~/a#1.txt", "~/*.csv#words"])
+    assert [(file.path, file.column) for file in found] == [(str(tmp_path / "a#1.txt"), "text"), (str(tmp_path / "b.csv"), "words")]
+
+
 def test_a_place_in_a_parquet_file_is_found_by_row_group(tmp_path):
     """Rows before the group of the place are not read again."""
     pandas.DataFrame({"text": [f"row {i}" for i in range(100)]}).to_parquet(tmp_path / "a.parquet", row_group_size=10)

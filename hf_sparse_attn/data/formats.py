@@ -6,6 +6,7 @@ told), ``notes`` (no known extension) text. One text file is one document, and s
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -74,7 +75,7 @@ def _files(source: str) -> list[SourceFile]:
 def _split_column(source: str) -> tuple[str, str | None]:
     """``PATTERN#COLUMN`` in two; a ``#`` that belongs to a file's name stays there."""
     pattern, mark, column = source.rpartition("#")
-    if not mark or Path(source).is_file():
+    if not mark or Path(os.path.expanduser(source)).is_file():
         return source, None
     if not column:
         raise SourceError(f"source {source!r} names no column after '#'")

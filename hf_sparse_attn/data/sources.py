@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import html
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -109,7 +110,8 @@ def read_documents(sources: list[str]) -> list[Document]:
 
 
 def local_files(pattern: str) -> list[Path]:
-    """Files of a path or, failing that, of a glob, in order; none if nothing matches."""
+    """Files of a path or, failing that, of a glob, in order; none if nothing matches. ``~`` is the home."""
+    pattern = os.path.expanduser(pattern)
     if Path(pattern).is_file():
         return [Path(pattern)]
     return [path for path in map(Path, sorted(glob.glob(pattern, recursive=True))) if path.is_file()]
