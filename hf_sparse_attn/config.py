@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, NoReturn
 
 CONFIG_VERSION = 1
 BLOCK_SIZES = (16, 32, 64, 128)
@@ -170,8 +170,76 @@ class SparseAttentionConfig:
 
     @classmethod
     def coerce(cls, value: SparseAttentionConfig | Mapping[str, Any]) -> SparseAttentionConfig:
-        """A config from a config or a dict."""
+        """A config from a config, a dict, or what a Transformers config holds."""
+        if isinstance(value, StoredSettings):
+            return value.settings
         return value if isinstance(value, SparseAttentionConfig) else cls.from_dict(value)
+
+
+def _refuse_edit(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+    raise ValueError(
+        "config.sparse_attention cannot be edited in place: a model would not notice. Of a model change it with "
+        "hf_sparse_attn.set_sparse_attention(model, density=0.25); in a config without a model replace it whole: "
+        'config.sparse_attention = {**config.sparse_attention, "density": 0.25}'
+    )
+
+
+class FrozenList(list[Any]):
+    """A list that refuses to be edited."""
+
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = append = extend = insert = remove = pop = clear = sort = reverse = _refuse_edit
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (list(self),)
+
+    def __deepcopy__(self, memo: Any) -> FrozenList:
+        return self
+
+
+class FrozenDict(dict[str, Any]):
+    """A dict that refuses to be edited."""
+
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = popitem = clear = _refuse_edit
+
+    def pop(self, key: str, *default: Any) -> Any:
+        """As of a dict, as long as that changes nothing: Transformers' ``to_dict`` takes keys out that are not there."""
+        return default[0] if default and key not in self else _refuse_edit(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)
+
+    def __deepcopy__(self, memo: Any) -> FrozenDict:
+        return self
+
+
+class StoredSettings(FrozenDict):
+    """``config.sparse_attention`` of a Transformers config: the fields of its ``settings``, not to be edited.
+
+    ``in_use``: the routers of a model run with them, and hold them, too.
+    """
+
+    def __init__(self, settings: SparseAttentionConfig, in_use: bool = False) -> None:
+        values = settings.to_dict()
+        frozen = {"dense_layers": FrozenList(values["dense_layers"]), "bookkeeping": FrozenDict(values["bookkeeping"])}
+        super().__init__({**values, **frozen})
+        self.settings, self.in_use = settings, in_use
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.settings, self.in_use)
+
+    def __deepcopy__(self, memo: Any) -> StoredSettings:
+        return StoredSettings(self.settings, self.in_use)  # of its own: what is made from the copy does not use the original
+
+    def replaced(self, value: SparseAttentionConfig | Mapping[str, Any] | None) -> StoredSettings | None:
+        """What is stored where ``value`` is assigned. Raises ValueError if a model runs with other settings."""
+        settings = None if value is None else SparseAttentionConfig.coerce(value)
+        if self.in_use and settings != self.settings:
+            raise ValueError(
+                "config.sparse_attention of a model cannot be replaced: its routers would not notice. Call "
+                "hf_sparse_attn.set_sparse_attention(model, …), hf_sparse_attn.to_dense(model), or make a config for another model with "
+                "AutoConfig.from_pretrained(…, sparse_attention={…})"
+            )
+        return None if settings is None else StoredSettings(settings, self.in_use)
 
 
 def _check_names(values: Mapping[str, Any], cls: type, where: str) -> None:

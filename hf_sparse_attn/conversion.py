@@ -13,7 +13,17 @@ from transformers import PreTrainedModel
 from .adapters import refuse_adapters
 from .config import BUDGET_FIELDS, FIXED_FIELDS, SparseAttentionConfig
 from .dispatch import KEY
-from .registration import SparseModelMixin, become, implementation, is_composite, make_stock, sparse_class, sparse_config_class
+from .registration import (
+    SparseModelMixin,
+    become,
+    implementation,
+    is_composite,
+    make_stock,
+    parts,
+    sparse_class,
+    sparse_config_class,
+    store_settings,
+)
 from .sites import attach_routers, routers
 
 
@@ -34,7 +44,7 @@ def sparsify(model: PreTrainedModel, sparse_attention: SparseAttentionConfig | M
         router.to(model.device).train(model.training)
         router.init_weights()
     model.config.__class__ = sparse_config_class(type(model.config))
-    _store(model, config)
+    store_settings(model.config, config)
     become(model, target)
     model.set_attn_implementation(implementation(type(model.config)))
     model.add_model_tags(["hf-sparse-attn"])
@@ -52,22 +62,12 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(f"{type(model).__name__} is not a sparse model")
     stock = "sdpa" if model._supports_sdpa else "eager"
     model.set_attn_implementation({"text_config": stock} if is_composite(type(model.config)) else stock)
-    for part in _parts(model.config):
+    for part in parts(model.config):
         delattr(part, KEY)
     model.config.__class__ = _stock(type(model.config))
     make_stock(model)
     model.model_tags = [tag for tag in (model.model_tags or []) if tag != "hf-sparse-attn"]
     return model
-
-
-def _parts(config: Any) -> tuple[Any, ...]:
-    """The configs that hold the settings: that of the model, and that of its text part if it has others."""
-    return (config, config.text_config) if is_composite(type(config)) else (config,)
-
-
-def _store(model: Any, config: SparseAttentionConfig) -> None:
-    for part in _parts(model.config):
-        setattr(part, KEY, config.to_dict())
 
 
 def _stock(cls: type) -> type:
@@ -104,7 +104,7 @@ def set_sparse_attention(model: nn.Module, **changes: Any) -> SparseAttentionCon
         )
     for router in found:
         router.config = config
-    _store(model, config)
+    store_settings(model.config, config)
     return config
 
 

@@ -24,7 +24,7 @@ from .architectures import SUPPORTED, refuse_unsupported
 from .attention import sparse_attention_forward
 from .cache import adopt
 from .checks import ATTN_IMPLEMENTATION
-from .config import SparseAttentionConfig
+from .config import SparseAttentionConfig, StoredSettings
 from .dispatch import KEY, dispatcher
 from .made import MadeMixin, make_class
 from .masks import sparse_attention_mask
@@ -60,15 +60,22 @@ class SparseConfigMixin(MadeMixin):
         # Transformers never saves the attention implementation, so it is the default of this class
         kwargs["attn_implementation"] = kwargs.get("attn_implementation") or implementation(type(self))
         self.sparse_attention: dict[str, Any] | None
-        if self.sparse_attention is not None:  # None: a stock checkpoint read through this class, as PEFT does
-            self.sparse_attention = SparseAttentionConfig.coerce(self.sparse_attention).to_dict()
         super().__post_init__(**kwargs)  # type: ignore[misc]
         if self.sparse_attention is not None and is_composite(type(self)):
             # an inner model is made from the text config: it stays stock, and the mask function finds the settings there
             setattr(self.text_config, KEY, self.sparse_attention)  # type: ignore[attr-defined]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == KEY and not isinstance(value, StoredSettings):
+            before = self.__dict__.get(KEY) or StoredSettings(SparseAttentionConfig())
+            value = before.replaced(value)  # None: a stock checkpoint read through this class, as PEFT does
+        super().__setattr__(name, value)
+
     def to_dict(self) -> dict[str, Any]:
         out: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        for part in (out, out.get("text_config") or {}):
+            if isinstance(part.get(KEY), StoredSettings):
+                part[KEY] = part[KEY].settings.to_dict()
         if out.get("architectures"):  # stock names, so that engines without this plugin load the dense model
             out["architectures"] = [name.removeprefix("Sparse") for name in out["architectures"]]
         return out
@@ -104,7 +111,9 @@ class SparseModelMixin(SparseAdapterMixin, SparseSavingMixin, MadeMixin):
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         for inner in [part for part in self.modules() if part is not self and isinstance(part, SparseModelMixin)]:  # type: ignore[attr-defined]
             make_stock(inner)  # heads for classification build their body with AutoModel from the sparse config
-        attach_routers(self, SparseAttentionConfig.coerce(config.sparse_attention))
+        settings = SparseAttentionConfig.coerce(config.sparse_attention)
+        attach_routers(self, settings)
+        store_settings(config, settings)
         self.add_model_tags(["hf-sparse-attn"])  # type: ignore[attr-defined]
         self.post_init()  # type: ignore[attr-defined]
 
@@ -126,6 +135,17 @@ class SparseModelMixin(SparseAdapterMixin, SparseSavingMixin, MadeMixin):
                 'the routers learn from. Pass {"use_reentrant": False} as its keyword arguments, or none at all'
             )
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)  # type: ignore[misc]
+
+
+def parts(config: Any) -> tuple[Any, ...]:
+    """The configs that hold the settings: that of the model, and that of its text part if it has others."""
+    return (config, config.text_config) if is_composite(type(config)) else (config,)
+
+
+def store_settings(config: Any, settings: SparseAttentionConfig) -> None:
+    """Note in the config of a model what its routers run with."""
+    for part in parts(config):
+        setattr(part, KEY, StoredSettings(settings, in_use=True))
 
 
 def stock_class(cls: type) -> type[PreTrainedModel]:

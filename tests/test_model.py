@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -403,6 +405,45 @@ def test_the_budget_of_a_model_can_change(sparse_llama, real_budget, stock_llama
     assert torch.equal(logits(model, ids), before) and model.config.sparse_attention["min_keys"] == 80
     set_sparse_attention(model, dense_below=1000)
     assert torch.equal(logits(model, ids), logits(stock_llama(), ids))
+
+
+def _edits():
+    return {
+        "a field": lambda config: config.sparse_attention.__setitem__("density", 0.5),
+        "update": lambda config: config.sparse_attention.update(density=0.5),
+        "in-place or": lambda config: config.sparse_attention.__ior__({"density": 0.5}),
+        "a field is deleted": lambda config: config.sparse_attention.pop("density"),
+        "a nested field": lambda config: config.sparse_attention["bookkeeping"].update(trained=True),
+        "a nested list": lambda config: config.sparse_attention["dense_layers"].append(1),
+        "another dict": lambda config: setattr(config, "sparse_attention", {"density": 0.5}),
+        "none": lambda config: setattr(config, "sparse_attention", None),
+        "the config's update": lambda config: config.update({"sparse_attention": {"density": 0.5}}),
+    }
+
+
+@pytest.mark.parametrize("edit", _edits().values(), ids=_edits())
+def test_the_settings_of_a_model_cannot_be_edited_behind_its_back(sparse_llama, real_budget, sparse_folder, edit, tmp_path):
+    """Routers hold their settings: what is written into the config only would change nothing."""
+    loaded = AutoModelForCausalLM.from_pretrained(sparse_folder)
+    for model in (sparse_llama(real_budget), loaded, copy.deepcopy(loaded)):
+        before = dict(model.config.sparse_attention)
+        with pytest.raises(ValueError, match=r"hf_sparse_attn\.set_sparse_attention\(model"):
+            edit(model.config)
+        assert model.config.sparse_attention == before
+    assert pickle.loads(pickle.dumps(loaded.config)) == loaded.config
+    json.dumps(loaded.config.to_dict()["sparse_attention"]) and loaded.config.to_dict()["sparse_attention"].update(density=0.5)
+
+
+def test_the_settings_of_a_config_without_a_model_are_replaced_whole(sparse_folder):
+    config = AutoConfig.from_pretrained(sparse_folder)
+    with pytest.raises(ValueError, match="replace it whole"):
+        config.sparse_attention["min_keys"] = 112
+    with pytest.raises(ValueError, match="has no field 'min_key'"):
+        config.sparse_attention = {**config.sparse_attention, "min_key": 112}
+    for keys in (112, 128):  # a model that was made from it does not bind it
+        config.sparse_attention = {**config.sparse_attention, "min_keys": keys}
+        model = AutoModelForCausalLM.from_pretrained(sparse_folder, config=config)
+        assert {router.config.min_keys for router in routers(model)} == {keys} == {model.config.sparse_attention["min_keys"]}
 
 
 def test_fields_that_the_weights_depend_on_cannot_change(sparse_llama, stock_llama, real_budget):
