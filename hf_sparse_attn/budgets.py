@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .adapters import active_routers
 from .attending import SparseCall
 from .conversion import set_sparse_attention, sparse_attention_as
+from .model_inputs import check_finite, model_inputs
 from .plan import make_plan
 from .router import RoutingInputs, SparseRouter
 from .selecting import select_blocks
@@ -179,6 +180,7 @@ class ByThreshold:
     histogram: Histogram | None = None
 
     def __call__(self, router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection:
+        check_finite(router.layer, queries=inputs.q, keys=inputs.k)  # the histogram would count NaN as no mass
         found = self.source(router, inputs, query_tile)
         values = self.value(found)
         if self.histogram is not None:
@@ -216,8 +218,8 @@ def run_sparse(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], call: 
     training = model.training
     model.eval()
     try:
-        for batch in batches:
-            inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+        for batch in model_inputs(model, batches):
+            inputs = {name: value.to(device) for name, value in batch.items()}
             getattr(model, "base_model", model)(**inputs, use_cache=False, sparse_call=call)
     finally:
         model.train(training)
@@ -238,7 +240,9 @@ def fit_mass_threshold(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]
         passes too few candidates (``candidate_factor``).
 
     Raises:
-        ValueError: no batch is long enough to have something to select, ``keys`` is impossible, or the model has no routers.
+        ValueError: no batch is long enough to have something to select, ``keys`` is impossible, the model has no routers, or a
+            batch holds something else than the model's inputs.
+        NonFiniteError: queries or keys are NaN or infinite.
     """
     if not active_routers(model):
         raise ValueError(f"{type(model).__name__} has no routers: convert it with hf_sparse_attn.sparsify first")

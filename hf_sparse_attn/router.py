@@ -104,9 +104,20 @@ class SparseRouter(nn.Module):
         )
         wq[:, :d] = (eye / hg).repeat(1, hg)
         wk[:, :d] = torch.cat([torch.zeros(d, 2 * d), eye], 1)
-        index = eye[self._slowest_dims(self.wq_index.shape[1])].expand_as(self.wq_index)
+        index = self._index_start()
         for weight, value in ((self.wq, wq), (self.wk, wk), (self.wq_index, index), (self.wk_index, index)):
             init.copy_(weight, value.to(weight.dtype))
+
+    def _index_start(self) -> Tensor:
+        """Both weights of stage 2 before anything taught them: float32 [G, I, D]."""
+        eye = torch.eye(self.head_dim, dtype=torch.float32, device="cpu")
+        return eye[self._slowest_dims(self.wq_index.shape[1])].expand_as(self.wq_index)
+
+    @property
+    def index_is_untrained(self) -> bool:
+        """Whether stage 2 still has its untrained start, however its weights came about: no loader or loop has to say so."""
+        start = self._index_start().to(self.wq_index)
+        return torch.equal(self.wq_index, start) and torch.equal(self.wk_index, start)
 
     def _slowest_dims(self, count: int) -> Tensor:
         d = self.head_dim

@@ -229,11 +229,18 @@ def test_a_run_killed_after_its_last_checkpoint_trains_no_step_too_many(model, b
 
 def test_a_folder_of_other_settings_or_another_model_is_refused(model, batches, sparse_llama, real_budget, tmp_path):
     train(model_again(model), batches[:1], tmp_path / "run")
-    with pytest.raises(ValueError, match=r"run holds checkpoints of another model or of other settings"):
+    with pytest.raises(ValueError, match=r"run holds checkpoints of another run, different in settings\.lr \(\S+ then, 0\.001 now\)"):
         train(model_again(model), batches[:1], tmp_path / "run", lr=1e-3)
-    deeper = sparse_llama(real_budget, num_hidden_layers=3)
-    with pytest.raises(ValueError, match=r"run holds checkpoints of another model"):
-        train(deeper, batches[:1], tmp_path / "run")
+    others = {
+        "the model's frozen weights": sparse_llama(real_budget, seed=1),
+        "sparse_attention.candidate_factor": sparse_llama({**real_budget, "candidate_factor": 2.0}),
+        "the model's config.num_hidden_layers": sparse_llama(real_budget, num_hidden_layers=3),
+    }
+    for different, other in others.items():
+        with pytest.raises(ValueError, match=different):
+            train(other, batches[:1], tmp_path / "run")
+    with pytest.raises(ValueError, match="different in the rows: remove it"):
+        train(model_again(model), batches[1:2], tmp_path / "run")
 
 
 # -- merging and saving ---------------------------------------------------------------------------------------------

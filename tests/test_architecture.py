@@ -16,7 +16,19 @@ PACKAGE, KERNELS = ROOT / "hf_sparse_attn", ROOT / "kernels/torch-ext/hf_sparse_
 
 # each layer may import from those above it only; modules of one line are independent of each other
 LAYERS = (
-    ("config", "versions", "files", "environment", "architectures", "made", "numbered", "gradients", "progress", "head_budgets"),
+    (
+        "config",
+        "versions",
+        "files",
+        "environment",
+        "architectures",
+        "made",
+        "numbered",
+        "gradients",
+        "progress",
+        "head_budgets",
+        "model_inputs",
+    ),
     ("rotary", "dispatch"),
     ("plan",),
     ("router",),

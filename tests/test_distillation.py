@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from hf_sparse_attn import SparseCall, routers
+from hf_sparse_attn import SparseCall, fit_mass_threshold, lora_config, routers
+from hf_sparse_attn.model_inputs import NonFiniteError
 from hf_sparse_attn.plan import make_plan
 from hf_sparse_attn.registration import SparseModelMixin
-from hf_sparse_attn.training import losses
+from hf_sparse_attn.training import distillation, losses
 from hf_sparse_attn.training.distillation import backbone_hash, distill, load_router_state, router_state
 from hf_sparse_attn.training.distiller import DistillationConfig
 from hf_sparse_attn.training.losses import kept_mass, masked_kl, tile_loss
@@ -102,10 +103,160 @@ def test_a_finished_run_is_not_run_again(sparse_llama, real_budget, batches, tmp
 def test_a_checkpoint_of_another_model_or_other_settings_is_refused(model, sparse_llama, real_budget, batches, tmp_path):
     path = tmp_path / "c.pt"
     distill(model, batches[:1], SETTINGS, checkpoint=path, progress=False)
-    with pytest.raises(ValueError, match=r"c\.pt is a checkpoint of another model"):
+    with pytest.raises(ValueError, match=r"c\.pt is a checkpoint of another run, different in the backbone's weights: remove it"):
         distill(sparse_llama(real_budget, seed=1), batches[:1], SETTINGS, checkpoint=path, progress=False)
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match=r"distillation\.lr \(0\.005 then, 0\.001 now\)"):
         distill(sparse_llama(real_budget), batches[:1], DistillationConfig(), checkpoint=path, progress=False)
+    with pytest.raises(ValueError, match=r"sparse_attention\.sink \(16 then, 32 now\)"):
+        distill(sparse_llama({**real_budget, "sink": 32, "min_keys": 96}), batches[:1], SETTINGS, checkpoint=path, progress=False)
+    rotary = {"rope_type": "default", "rope_theta": 500.0}
+    with pytest.raises(ValueError, match=r"the model's config\.rope_parameters"):
+        distill(sparse_llama(real_budget, rope_parameters=rotary), batches[:1], SETTINGS, checkpoint=path, progress=False)
+
+
+@pytest.mark.parametrize("change", ["other texts", "another order", "another mask"])
+def test_a_checkpoint_of_other_batches_is_refused(sparse_llama, real_budget, batches, tmp_path, change):
+    path = tmp_path / "c.pt"
+    distill(sparse_llama(real_budget), batches[:2], SETTINGS, checkpoint=path, progress=False)
+    mask = torch.ones(2, 240, dtype=torch.long)
+    mask[:, :16] = 0
+    others = {
+        "other texts": batches[2:4],
+        "another order": batches[1::-1],
+        "another mask": [{**batch, "attention_mask": mask} for batch in batches[:2]],
+    }
+    with pytest.raises(ValueError, match=r"different in the texts \(batches\): remove it or give another path"):
+        distill(sparse_llama(real_budget), others[change], SETTINGS, checkpoint=path, progress=False)
+
+
+@pytest.mark.parametrize("content", [b"", b"half", None])
+def test_what_is_no_checkpoint_is_refused_by_name(model, batches, tmp_path, content):
+    path = tmp_path / "c.pt"
+    path.write_bytes(content) if content is not None else torch.save({"x": 1}, path)
+    with pytest.raises(ValueError, match=r"c\.pt is no checkpoint of a distillation.*remove it"):
+        distill(model, batches[:1], SETTINGS, checkpoint=path, progress=False)
+
+
+def test_a_checkpoint_is_written_after_a_minute_whatever_save_every_says(model, batches, tmp_path, monkeypatch):
+    clock, written = [0.0], []
+
+    def pass_time(row):
+        clock[0] += 25.0
+        written.append((tmp_path / "c.pt").exists())
+
+    monkeypatch.setattr(distillation.time, "monotonic", lambda: clock[0])
+    distill(model, batches, DistillationConfig(save_every=100), checkpoint=tmp_path / "c.pt", progress=False, on_batch=pass_time)
+    assert written == [False, False, False, True, True, True]  # due at 75 seconds, after the third batch
+
+
+# -- what was learned before, and what cannot be learned from ---------------------------------------------------------
+
+STILL = DistillationConfig(lr=1e-12, index_lr=1e-12)
+
+
+def adapted(model, **options):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, lora_config(model, r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **options))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("way", ["state dict", "adapter", "in place", "one layer only"])
+def test_a_trained_stage_two_is_not_started_anew(sparse_llama, real_budget, batches, way):
+    model = sparse_llama(real_budget) if way != "adapter" else adapted(sparse_llama(real_budget))
+    distill(model, batches[:1], DistillationConfig(index_lr=1e-2), progress=False)
+    again = sparse_llama(real_budget) if way != "adapter" else adapted(sparse_llama(real_budget))
+    if way == "one layer only":
+        load = {name: weight for name, weight in model.state_dict().items() if "layers.1." in name}
+        again.load_state_dict(load, strict=False)
+    elif way == "in place":
+        load_router_state(again, router_state(model))
+    else:
+        again.load_state_dict(model.state_dict())
+    before = {name: weight for name, weight in router_state(again).items() if "index" in name}
+    distill(again, batches[:1], STILL, progress=False)
+    after = router_state(again)
+    moved = {name for name, weight in before.items() if "original_module" not in name and float((after[name] - weight).abs().max()) > 1e-6}
+    untaught = {name for name in before if "layers.0." in name} if way == "one layer only" else set()
+    assert moved == untaught  # an untaught low-rank index is started by the data
+
+
+@pytest.mark.parametrize("broken", ["embedding", "overflow in layer 1"])
+def test_a_batch_that_is_not_finite_stops_distillation_and_is_named(model, batches, tmp_path, broken):
+    todo = [{"input_ids": torch.where(batch["input_ids"] == 5, 6, batch["input_ids"])} for batch in batches[:3]]
+    with torch.no_grad():
+        if broken == "embedding":
+            model.model.embed_tokens.weight[5] = torch.nan
+            todo[1]["input_ids"][1, 70] = 5
+        else:
+            model.model.layers[1].self_attn.q_proj.weight *= 1e38
+    match = r"layer 0 has queries.*token 70 of the document, in batch 1 " if broken == "embedding" else r"layer 1 has queries.*in batch 0 "
+    with pytest.raises(NonFiniteError, match=match):
+        distill(model, todo, SETTINGS, checkpoint=tmp_path / "c.pt", progress=False)
+    assert all(bool(weight.isfinite().all()) for weight in router_state(model).values())
+    assert not routers(model)[0].config.bookkeeping.trained
+    with pytest.raises(NonFiniteError, match=r"layer \d has queries"):
+        fit_mass_threshold(model, todo)
+
+
+def test_a_gradient_that_is_not_finite_destroys_no_router(model, batches, monkeypatch):
+    for router in routers(model):
+        router.requires_grad_().wq.register_hook(lambda grad: grad * torch.nan)
+    with pytest.raises(NonFiniteError, match=r"gradient of layer 0's router is NaN or infinite, in batch 0 "):
+        distill(model, batches[:1], SETTINGS, progress=False)
+    assert all(bool(weight.isfinite().all()) for weight in router_state(model).values())
+
+
+def test_layers_with_the_same_index_learn_each_for_itself(model, batches):
+    """Copies of a layer (depth up-scaling) share their index."""
+    for router in routers(model):
+        router.layer = 0
+    before = router_state(model)
+    distill(model, batches[:1], SETTINGS, progress=False)
+    assert all(not torch.equal(weight, before[name]) for name, weight in router_state(model).items())
+
+
+# -- batches as users have them -----------------------------------------------------------------------------------------
+
+
+def test_rows_of_a_dataset_lists_and_arrays_train_as_tensors_do(sparse_llama, real_budget, batches):
+    ids = batches[0]["input_ids"][:1]
+    kinds = (
+        {"input_ids": ids},
+        {"input_ids": ids.tolist(), "attention_mask": None},
+        {"input_ids": ids[0].numpy(), "labels": "are not read"},
+        {"input_ids": ids[0].tolist(), "attention_mask": [1] * 240},
+    )
+    trained = [sparse_llama(real_budget) for _ in kinds]
+    for model, batch in zip(trained, kinds, strict=True):
+        distill(model, [batch], SETTINGS, progress=False)
+    want, *others = map(router_state, trained)
+    assert all(torch.equal(want[name], other[name]) for other in others for name in want)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (
+            {"input_ids": torch.ones(1, 240, dtype=torch.long), "text": ["a"]},
+            r"batch 1, field 'text', holds no numbers \('a'\).*remove_columns",
+        ),
+        ({"input_ids": [[3, 4], [5]]}, "batch 1, field 'input_ids', holds rows of several lengths"),
+        ({"input_ids": torch.ones(1, 240)}, r"batch 1, field 'input_ids', is torch.float32 \(1, 240\): must be integers \[B, N\]"),
+        ({"input_ids": torch.full((1, 240), 97)}, "batch 1.*holds token 97: the model's vocabulary is 0 to 96"),
+        ({"input_ids": torch.full((1, 240), -100)}, "batch 1.*holds token -100"),
+        ({"labels": torch.ones(1, 240)}, "batch 1 has no inputs"),
+        (torch.ones(1, 240, dtype=torch.long), "batch 1 is Tensor: must be a mapping"),
+        ("text", "batch 1 is str: must be a mapping"),
+    ],
+)
+def test_batches_that_a_model_cannot_take_are_named(model, batches, batch, message):
+    with pytest.raises(ValueError, match=message):
+        distill(model, [batches[0], batch], SETTINGS, progress=False)
+
+
+def test_one_batch_in_place_of_a_list_is_refused(model, batches):
+    with pytest.raises(ValueError, match="the batches are one dict: give a list of batches"):
+        distill(model, batches[0], SETTINGS, progress=False)
 
 
 def test_training_mode_is_what_it_was_even_after_an_error(model, batches):

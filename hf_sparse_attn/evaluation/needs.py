@@ -11,6 +11,7 @@ from hf_sparse_attn_kernels import TileGrid, block_mass
 from torch import Tensor
 
 from ..budgets import Candidates, candidates
+from ..model_inputs import check_finite
 from ..router import RoutingInputs, SparseRouter
 from ..selecting import select_blocks
 from ..training.losses import kept_mass
@@ -80,6 +81,7 @@ class NeedObserver:
         self.mass, self.needs = mass, tile_figures(ends)
 
     def __call__(self, router: SparseRouter, inputs: RoutingInputs) -> None:
+        check_finite(router.layer, queries=inputs.q, keys=inputs.k)
         found = candidates(router, inputs, router.config.query_tile)
         grid = found.every.grid
         tiles, visible = _read_tiles(grid, inputs.q.device)
@@ -112,6 +114,7 @@ class KeptObserver:
         self.grid: TileGrid | None = None
 
     def __call__(self, router: SparseRouter, inputs: RoutingInputs) -> None:
+        check_finite(router.layer, queries=inputs.q, keys=inputs.k)
         selection = select_blocks(router, inputs)
         self.grid = selection.grid
         tiles, visible = _read_tiles(self.grid, inputs.q.device)

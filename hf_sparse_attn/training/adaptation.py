@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 from ..adapters import lora_config
 from ..files import write_json
 from .chunked_loss import chunk_loss, whole_loss
-from .processes import rank_and_size
+from .processes import from_main, rank_and_size
+from .run_identity import differences, model_identity, rows_hash, weights_hash
 from .schedule import SparseTrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ def adapt(
         (the PeftModel, one log row per step). Call ``merge_and_unload()`` on it for a plain sparse model.
 
     Raises:
-        ValueError: no rows, or ``folder`` holds a run of another model, other settings or another number of steps.
+        ValueError: no rows, or ``folder`` holds a run of another model, other rows, other settings or another number of steps.
         NonFiniteLossError: a loss that is NaN or infinite.
     """
     config = config or AdaptationConfig()
@@ -119,7 +120,7 @@ def adapt(
 
 def _train_or_load(model: Any, rows: Any, config: AdaptationConfig, steps: int, folder: Path, progress: bool) -> list[dict[str, Any]]:
     """The log of the training that ``folder`` holds, done as far as it is not; Trainer itself would train one step too many at the end."""
-    _claim(folder, model, config, steps)
+    _claim(folder, model, rows, config, steps)
     finished = folder / "log.json"
     if finished.exists():
         model.load_adapter(str(folder / "adapter"), "default")
@@ -217,12 +218,26 @@ def log_row(row: Mapping[str, Any], config: SparseTrainingConfig) -> dict[str, A
     return {"step": step, "dense": config.is_dense(step - 1), "loss": row["task_loss"], **measured}
 
 
-def _claim(folder: Path, model: Any, config: AdaptationConfig, steps: int) -> None:
-    """Raise ValueError if ``folder`` holds the checkpoints of another run."""
-    shapes = [(name, list(p.shape)) for name, p in model.named_parameters()]
-    made = {"settings": {**asdict(config), "steps": steps}, "model": hashlib.sha256(json.dumps(shapes).encode()).hexdigest()}
-    made = json.loads(json.dumps(made))
+def _claim(folder: Path, model: Any, rows: Any, config: AdaptationConfig, steps: int) -> None:
+    """Raise ValueError if ``folder`` holds the checkpoints of another run; the main process looks, whose weights are whole."""
+    different = from_main(_claimed_by_another(folder, model, rows, config, steps) if rank_and_size()[0] == 0 else None)
+    if different:
+        raise ValueError(f"{folder} holds checkpoints of another run, different in {different}: remove it or give another folder")
+
+
+def _claimed_by_another(folder: Path, model: Any, rows: Any, config: AdaptationConfig, steps: int) -> str:
+    """In what the run that ``folder`` belongs to is another one; it belongs to this one if that is nothing."""
+    frozen = weights_hash((name, p) for name, p in model.named_parameters() if not p.requires_grad and ".router." not in name)
+    learned = [[name, list(p.shape)] for name, p in model.named_parameters() if p.requires_grad]
+    made = {
+        "settings": {**asdict(config), "steps": steps},
+        "the model's frozen weights": frozen,
+        **model_identity(model),
+        "what is trained": hashlib.sha256(json.dumps(learned).encode()).hexdigest(),
+        "the rows": rows_hash(rows),
+    }
     known = folder / "run.json"
-    if known.exists() and json.loads(known.read_text()) != made:
-        raise ValueError(f"{folder} holds checkpoints of another model or of other settings: remove it or give another folder")
+    if known.exists() and (different := differences(json.loads(known.read_text()), json.loads(json.dumps(made)))):
+        return different
     write_json(known, made)
+    return ""

@@ -7,8 +7,8 @@ processes take a batch each at a time, on the same tiles, and step with the mean
 
 from __future__ import annotations
 
-import hashlib
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,13 +22,17 @@ from ..architectures import SUPPORTED
 from ..attending import SparseCall
 from ..conversion import mark_trained
 from ..files import write_atomically
+from ..model_inputs import NonFiniteError, model_inputs
 from ..progress import bar
 from ..router import SparseRouter
 from ..sites import routers
 from .distiller import DistillationConfig, Distiller
 from .processes import from_main, rank_and_size, same_everywhere
+from .run_identity import backbone_parameters, batches_hash, differences, model_identity, weights_hash
 
 logger = logging.getLogger(__name__)
+
+CHECKPOINT_SECONDS = 60  # a stopped run loses no more than this, or one batch
 
 
 @dataclass
@@ -47,12 +51,7 @@ class DistillationReport:
 
 def backbone_hash(model: nn.Module) -> str:
     """SHA-256 over all parameters that are no router's."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if ".router." not in name:
-            digest.update(name.encode())
-            digest.update(parameter.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
-    return digest.hexdigest()
+    return weights_hash(backbone_parameters(model))
 
 
 def router_state(model: nn.Module) -> dict[str, Tensor]:
@@ -74,7 +73,7 @@ def load_router_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def distill(
     model: nn.Module,
-    batches: Iterable[Mapping[str, Tensor]],
+    batches: Iterable[Mapping[str, Any]],
     config: DistillationConfig | None = None,
     *,
     checkpoint: str | Path | None = None,
@@ -90,10 +89,11 @@ def distill(
         model: a sparse model; its backbone is not changed, which is checked by hash. Its routers end up trained and
             marked so in the config. Of a PeftModel, the routers of the active adapter are trained.
         batches: mappings with ``input_ids`` [B, N] (and ``attention_mask``, ``position_ids`` if any), N at least
-            ``dense_below``; of a model of time series ``past_values`` [B, steps, channels]. Must have a length; on resume the
-            batches already done are skipped.
+            ``dense_below``; of a model of time series ``past_values`` [B, steps, channels]. Tensors, arrays or lists; rows of a
+            dataset [N] serve as they are. On resume the batches already done are skipped.
         config: settings; the defaults suit models up to a few billion parameters.
-        checkpoint: file to save progress in and to resume from if it exists. It is left in place at the end.
+        checkpoint: file to save progress in, at least every minute or batch, and to resume from if it exists. It is left in place
+            at the end.
         progress: show a progress bar on the terminal.
         on_batch: called with the log row of every batch.
 
@@ -101,15 +101,17 @@ def distill(
         A report with loss, kept mass and recovered share per batch.
 
     Raises:
-        ValueError: no batches, batches too short to have anything to select, a checkpoint of another run, sharded routers, or
-            padded or packed batches in several processes.
+        ValueError: no batches, batches too short to have anything to select or of another kind than the model takes, a checkpoint
+            of another run (other texts, model, routers or settings), sharded routers, or padded or packed batches in several processes.
+        NonFiniteError: queries, keys or a router's gradient are NaN or infinite. The routers keep the finite weights they had;
+            they are not marked as trained, and the checkpoint is that of the last save.
         RuntimeError: the backbone changed.
     """
     config = config or DistillationConfig()
     found = active_routers(model)
     if not found:
         raise ValueError(f"{type(model).__name__} has no routers: convert it with hf_sparse_attn.sparsify first")
-    todo = list(batches)
+    todo = model_inputs(model, batches)
     if not todo:
         raise ValueError("distill got no batches: give at least one document")
     _check_processes(found, todo)
@@ -120,14 +122,13 @@ def distill(
     try:
         for weight in frozen:
             weight.requires_grad_()
-        _start_or_resume(model, distiller, report, todo, config, None if checkpoint is None else Path(checkpoint))
+        run = _Run(model, distiller, report, todo, config, None if checkpoint is None else Path(checkpoint))
+        run.start_or_resume()
         for row in _train(model, todo, distiller, progress=progress):
             report.log.append(row)
             if on_batch is not None:
                 on_batch(row)
-            due = distiller.batch % config.save_every == 0 or distiller.batch == distiller.rounds
-            if checkpoint is not None and rank_and_size()[0] == 0 and due:
-                _save(model, distiller, report, Path(checkpoint), config)
+            run.save_if_due()
     finally:
         model.train(training)
         for weight in frozen:
@@ -141,7 +142,7 @@ def distill(
     return report
 
 
-def _check_processes(found: list[SparseRouter], batches: list[Mapping[str, Tensor]]) -> None:
+def _check_processes(found: list[SparseRouter], batches: list[dict[str, Tensor]]) -> None:
     """Raise ValueError for what several processes cannot share."""
     if any(type(w) is not nn.Parameter or hasattr(w, "ds_id") for router in found for w in router.parameters()):
         raise ValueError("distill needs whole routers, and these are sharded: call it before accelerator.prepare, in every process")
@@ -156,40 +157,93 @@ def _mask(batch: Mapping[str, Tensor]) -> Tensor:
     return batch["attention_mask"] if "attention_mask" in batch else torch.ones(1)
 
 
-def _train(model: nn.Module, batches: list[Mapping[str, Tensor]], distiller: Distiller, *, progress: bool) -> Iterator[dict[str, float]]:
+def _train(model: nn.Module, batches: list[dict[str, Tensor]], distiller: Distiller, *, progress: bool) -> Iterator[dict[str, float]]:
     """A row for each round that is not done yet; a process without a batch in the last one repeats a batch that does not count."""
     rank, size = rank_and_size()
     with bar(progress and rank == 0) as shown:
         task = shown.add_task("distilling", total=distiller.rounds, completed=distiller.batch, info="")
         for mine in range(distiller.batch * size + rank, distiller.rounds * size, size):
             distiller.counts = mine < len(batches)
-            row = _train_batch(model, batches[min(mine, len(batches) - 1)], distiller)
+            row = _train_batch(model, batches, min(mine, len(batches) - 1), distiller)
             losses = f"KL {row['kl_coarse']:.3f} + {row['kl_fine']:.3f}"
             shown.update(task, advance=1, info=f"{losses}, recovered share {row['recovered_share']:.3f}")
             yield row
 
 
-def _start_or_resume(
-    model: nn.Module,
-    distiller: Distiller,
-    report: DistillationReport,
-    batches: list[Mapping[str, Tensor]],
-    config: DistillationConfig,
-    checkpoint: Path | None,
-) -> None:
-    state = from_main(torch.load(checkpoint, weights_only=True) if checkpoint is not None and checkpoint.exists() else None)
-    if state is not None:
-        assert checkpoint is not None
-        _resume(model, distiller, report, state, checkpoint, config)
-    elif all(router.fresh for router in active_routers(model)):
-        distiller.start_index = True
-        _forward(model, batches[0], distiller)
-        distiller.start_index = False
-    same_everywhere(weight for router in active_routers(model) for weight in router.weights)
+class _Run:
+    """A distillation that can be stopped: how it starts, and what its checkpoint holds."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        distiller: Distiller,
+        report: DistillationReport,
+        batches: list[dict[str, Tensor]],
+        config: DistillationConfig,
+        path: Path | None,
+    ) -> None:
+        self.model, self.distiller, self.report, self.batches, self.path = model, distiller, report, batches, path
+        self.save_every = config.save_every
+        self.saved = time.monotonic()
+        self.identity = {
+            "the backbone's weights": report.backbone_sha256,
+            **model_identity(model),
+            "the texts (batches)": batches_hash(batches),
+            "distillation": asdict(config),
+            "number of processes": rank_and_size()[1],
+        }
+
+    def start_or_resume(self) -> None:
+        """Go on from the checkpoint if there is one; else let data start those low-rank stages 2 that nothing has taught."""
+        found = active_routers(self.model)
+        state = from_main(_read(self.path) if self.path is not None and self.path.exists() else None)
+        if state is not None:
+            self._resume(state)
+        elif any(router.index_is_untrained for router in found):
+            self.distiller.start_index = True
+            _forward(self.model, self.batches, 0, self.distiller)
+            self.distiller.start_index = False
+        same_everywhere(weight for router in found for weight in router.weights)
+
+    def _resume(self, state: dict[str, Any]) -> None:
+        if different := differences(state.get("identity", {}), self.identity):
+            raise ValueError(f"{self.path} is a checkpoint of another run, different in {different}: remove it or give another path")
+        load_router_state(self.model, state["routers"])
+        self.distiller.load(state["distiller"])
+        self.report.log, self.report.resumed_at = state["log"], self.distiller.batch
+        logger.info("resuming distillation at batch %d from %s", self.distiller.batch, self.path)
+
+    def save_if_due(self) -> None:
+        """Write the checkpoint after every ``save_every``-th batch, after a minute, and at the end; the main process does it."""
+        done, now = self.distiller.batch, time.monotonic()
+        due = done % self.save_every == 0 or done == self.distiller.rounds or now - self.saved >= CHECKPOINT_SECONDS
+        if self.path is None or rank_and_size()[0] != 0 or not due:
+            return
+        state = {
+            "routers": router_state(self.model),
+            "distiller": self.distiller.state(),
+            "log": self.report.log,
+            "identity": self.identity,
+        }
+        write_atomically(self.path, lambda temporary: torch.save(state, temporary))
+        self.saved = now
 
 
-def _train_batch(model: nn.Module, batch: Mapping[str, Tensor], distiller: Distiller) -> dict[str, float]:
-    _forward(model, batch, distiller)
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")  # written where there was a GPU, perhaps
+    except OSError:
+        raise
+    except Exception as error:  # of damaged files torch raises nearly anything
+        raise ValueError(f"{path} is no checkpoint of a distillation, or a damaged one: remove it or give another path") from error
+    if not isinstance(state, dict) or not {"routers", "distiller", "log"} <= state.keys():
+        raise ValueError(f"{path} is no checkpoint of a distillation: remove it or give another path")
+    return state
+
+
+def _train_batch(model: nn.Module, batches: list[dict[str, Tensor]], at: int, distiller: Distiller) -> dict[str, float]:
+    batch = batches[at]
+    _forward(model, batches, at, distiller)
     if not distiller.losses:
         config = routers(model)[0].config
         raise ValueError(
@@ -201,37 +255,15 @@ def _train_batch(model: nn.Module, batch: Mapping[str, Tensor], distiller: Disti
 
 
 @torch.no_grad()
-def _forward(model: nn.Module, batch: Mapping[str, Tensor], observer: Distiller) -> None:
+def _forward(model: nn.Module, batches: list[dict[str, Tensor]], at: int, observer: Distiller) -> None:
     device = next(model.parameters()).device
-    inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+    inputs = {name: value.to(device) for name, value in batches[at].items()}
     # the logits are not needed; the class that takes the call for modules it does not reach is the outermost one
     config: Any = model.config
     backbone = getattr(model, "base_model", model) if SUPPORTED[config.model_type].hands_on else model
-    backbone(**inputs, use_cache=False, sparse_call=SparseCall(dense=True, observer=observer))
-
-
-def _save(model: nn.Module, distiller: Distiller, report: DistillationReport, path: Path, config: DistillationConfig) -> None:
-    state = {
-        "routers": router_state(model),
-        "distiller": distiller.state(),
-        "log": report.log,
-        "config": asdict(config),
-        "hash": report.backbone_sha256,
-        "batches": report.batches,
-        "rounds": distiller.rounds,
-    }
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
-
-
-def _resume(
-    model: nn.Module, distiller: Distiller, report: DistillationReport, state: dict[str, Any], path: Path, config: DistillationConfig
-) -> None:
-    known = (state["hash"], state["config"], state["batches"], state.get("rounds", state["batches"]))
-    if known != (report.backbone_sha256, asdict(config), report.batches, distiller.rounds):
-        raise ValueError(
-            f"{path} is a checkpoint of another model, of other settings or of another number of processes: remove it or give another path"
-        )
-    load_router_state(model, state["routers"])
-    distiller.load(state["distiller"])
-    report.log, report.resumed_at = state["log"], distiller.batch
-    logger.info("resuming distillation at batch %d from %s", distiller.batch, path)
+    try:
+        backbone(**inputs, use_cache=False, sparse_call=SparseCall(dense=True, observer=observer))
+    except NonFiniteError as error:
+        raise NonFiniteError(
+            f"{error}, in batch {at} (from 0) of {len(batches)}. Leave it out, or load the model in float32 if it overflows"
+        ) from error

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ..router import RoutingInputs, SparseRouter
+from ..model_inputs import NonFiniteError, check_finite
+from ..router import RoutingInputs, SparseRouter, active_router
 from .losses import TileLoss, tile_loss
 from .processes import average_gradients, mean_over_processes
 from .svd import start_index
@@ -31,7 +32,7 @@ class DistillationConfig:
     queries_per_step: int = 48  # single queries of each row in a step on tiles of 1
     target: str = "mass"  # what of the dense attention the routers learn: mass, max or output, see `block_target`
     seed: int = 0
-    save_every: int = 4  # batches between checkpoints, if a checkpoint path is given
+    save_every: int = 4  # batches between checkpoints, if a checkpoint path is given; sooner where these take more than a minute
 
     def __post_init__(self) -> None:
         for name in ("steps_per_batch", "tiles_per_step", "queries_per_step", "save_every"):
@@ -50,7 +51,7 @@ class Distiller:
     def __init__(self, found: list[SparseRouter], config: DistillationConfig, rounds: int) -> None:
         self.config, self.rounds = config, rounds
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.optimizers = {r.layer: self._optimizer(r) for r in found}
+        self.optimizers = {r: self._optimizer(r) for r in found}  # layers that are copies of each other share a layer index
         self.total_steps = max(1, rounds * config.steps_per_batch)
         self.batch = 0
         self.losses: list[TileLoss] = []
@@ -70,10 +71,13 @@ class Distiller:
         return 0.55 + 0.45 * math.cos(math.pi * done)
 
     def __call__(self, router: SparseRouter, inputs: RoutingInputs) -> None:
+        router = active_router(router)  # not PEFT's wrapper
+        check_finite(router.layer, queries=inputs.q, keys=inputs.k)
         if self.start_index:
-            start_index(router, inputs)
+            if router.index_is_untrained:
+                start_index(router, inputs)
             return
-        optimizer = self.optimizers[router.layer]
+        optimizer = self.optimizers[router]
         for i in range(self.config.steps_per_batch):
             single = i % 2 == 1
             tile, count = (1, self.config.queries_per_step) if single else (router.config.query_tile, self.config.tiles_per_step)
@@ -83,6 +87,7 @@ class Distiller:
                     (loss.coarse + loss.fine).backward()
             if not average_gradients(router.weights, loss is not None and self.counts):
                 continue
+            self._check_gradients(router)
             factor = self._schedule(self.batch * self.config.steps_per_batch + i)
             for group, lr in zip(optimizer.param_groups, (self.config.lr, self.config.index_lr), strict=True):
                 group["lr"] = lr * factor
@@ -90,6 +95,13 @@ class Distiller:
             optimizer.zero_grad(set_to_none=True)
             if loss is not None and not single:
                 self.losses.append(replace(loss, coarse=loss.coarse.detach(), fine=loss.fine.detach()))
+
+    def _check_gradients(self, router: SparseRouter) -> None:
+        """Raise NonFiniteError in place of a step that would destroy the router."""
+        if not all(bool(torch.isfinite(w.grad).all()) for w in router.weights if w.grad is not None):
+            for weight in router.weights:
+                weight.grad = None
+            raise NonFiniteError(f"the gradient of layer {router.layer}'s router is NaN or infinite")
 
     def row(self) -> dict[str, float]:
         """Means over the layers and processes of the round just done; recovered share over layers at equal budget."""
@@ -108,11 +120,11 @@ class Distiller:
         }
 
     def state(self) -> dict[str, Any]:
-        optimizers = {str(layer): opt.state_dict() for layer, opt in self.optimizers.items()}
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers.values()]
         return {"batch": self.batch, "generator": self.generator.get_state(), "optimizers": optimizers}
 
     def load(self, state: dict[str, Any]) -> None:
         self.batch = state["batch"]
         self.generator.set_state(state["generator"])
-        for layer, opt in self.optimizers.items():
-            opt.load_state_dict(state["optimizers"][str(layer)])
+        for optimizer, saved in zip(self.optimizers.values(), state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
