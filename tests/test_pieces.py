@@ -160,7 +160,7 @@ def test_a_truncated_table_is_refused_by_name(tmp_path):
     (tmp_path / "a.parquet").write_bytes(table(".parquet")[:-5])
     refused(r"cannot read .*a\.parquet: .*; check that it is a whole parquet file", tmp_path / "a.parquet")
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "a"}\nno json\n{"text": "b"}\n')
-    refused(r"cannot read .*b\.jsonl: .*; check that it is a whole json file", tmp_path / "b.jsonl")
+    refused(r"cannot read .*b\.jsonl, line 2: no JSON \(Expecting value at column 1\); repair or remove it", tmp_path / "b.jsonl")
 
 
 def test_files_that_are_no_text_are_refused(tmp_path):

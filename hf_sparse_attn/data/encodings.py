@@ -1,13 +1,25 @@
-"""Whether bytes are UTF-8, Latin-1, or UTF-8 that was damaged."""
+"""Whether bytes are UTF-8, Latin-1, UTF-8 that was damaged, or none of these."""
 
 from __future__ import annotations
 
 import codecs
+import re
 
+from .formats import FORMATS
 from .sources import SourceError
 
+LINE_END = b"\n"
 ASCII = bytes(range(128))
 REPLACEMENT = "\ufffd"
+CONTROL = re.compile(rb"[\x80-\x9f]")  # control characters in Latin-1, which no text holds; letters and quotes elsewhere
+FOREIGN = 0.3  # share of bytes beyond ASCII that no language reaches in Latin-1
+SAMPLE = 64  # bytes beyond ASCII that such a share is judged by
+MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 
 class EncodingCheck:
@@ -15,11 +27,20 @@ class EncodingCheck:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.bad, self.first_bad, self.beyond_ascii, self.size = 0, 0, 0, 0
+        self.bad, self.first_bad, self.beyond_ascii, self.size, self.lines = 0, 0, 0, 0, 0
+        self.first_control: tuple[int, int] | None = None  # (place, byte)
+        self._start = b""
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, part: bytes, final: bool = False) -> None:
-        """Take the next part; ``final`` ends the text."""
+        """Take the next part; ``final`` ends the text.
+
+        Raises:
+            SourceError: the text is UTF-16 or UTF-32, or holds NUL bytes.
+        """
+        if len(self._start) < 4:
+            self._start = (self._start + part)[:4]
+        self._check_wide(part, final)
         pending = self._decoder.getstate()[0]  # the start of a character that goes on in this part
         if part.isascii() and not pending:
             self.size += len(part)
@@ -33,18 +54,58 @@ class EncodingCheck:
                 self.first_bad = self.size - len(pending) + error.start
         self.bad += bad
         self.beyond_ascii += len(part.translate(None, ASCII))
+        if self.first_control is None and (found := CONTROL.search(part)):
+            self.first_control = (self.size + found.start(), found[0][0])
         self.size += len(part)
+
+    def _check_wide(self, part: bytes, final: bool) -> None:
+        marked = [name for mark, name in MARKS.items() if self._start.startswith(mark)] if len(self._start) == 4 or final else []
+        at = part.find(b"\0")
+        if marked or (at >= 0 and _looks_like_utf_16(part[at & ~1 : (at & ~1) + 200])):
+            name = marked[0] if marked else "utf-16le"
+            raise SourceError(f"{self.path} looks like {name[:6].upper()}: convert it to UTF-8, `{_convert(name, self.path)}`")
+        if at >= 0:
+            place = f"byte {self.size + at}, line {self.lines + part.count(LINE_END, 0, at) + 1}"
+            raise SourceError(
+                f"{self.path} holds zero bytes (NUL), the first at {place}. In a log they are left by copytruncate or a power loss: drop "
+                f"them, `{_dropped(self.path)}`. Otherwise {self.path} is not text, and its name tells no format that can be read: {FORMATS}"
+            )
+        self.lines += part.count(LINE_END)
 
     def encoding(self) -> str:
         """ "utf-8", or "latin-1" where the bytes beyond ASCII are no UTF-8.
 
         Raises:
-            SourceError: most of them are UTF-8, and some are not: read as Latin-1, all the others would be lost.
+            SourceError: most of them are UTF-8, and some are not: read as Latin-1, all the others would be lost; or they are no letters
+                of Latin-1, so the text is in another encoding.
         """
         self.add(b"", final=True)
-        if self.bad and 2 * self.bad < self.beyond_ascii:
+        if not self.bad:
+            return "utf-8"
+        if 2 * self.bad < self.beyond_ascii:
             raise SourceError(
                 f"{self.path} is UTF-8 but for {self.bad} damaged characters, the first at byte {self.first_bad}: repair it, or drop them "
                 "with `iconv -c -f utf-8 -t utf-8`"
             )
-        return "latin-1" if self.bad else "utf-8"
+        if self.first_control is not None or self.beyond_ascii > max(SAMPLE, FOREIGN * self.size):
+            place, byte = self.first_control or (self.first_bad, None)
+            what = f"byte {place} is 0x{byte:02x}" if byte else f"{self.beyond_ascii} of {self.size} bytes are beyond ASCII"
+            raise SourceError(
+                f"{self.path} is neither UTF-8 nor Latin-1 ({what}): convert it from its own encoding, such as "
+                f"`{_convert('windows-1252', self.path)}`"
+            )
+        return "latin-1"
+
+
+def _convert(encoding: str, path: str) -> str:
+    return f"iconv -f {encoding} -t utf-8 {path}"
+
+
+def _dropped(path: str) -> str:
+    return rf"tr -d '\000' < {path} > NEW"
+
+
+def _looks_like_utf_16(raw: bytes) -> bool:
+    """Every other byte of letters of ASCII is zero."""
+    first, second = raw[::2].count(0), raw[1::2].count(0)
+    return len(raw) >= 8 and bool(first) != bool(second) and max(first, second) > 0.2 * len(raw)

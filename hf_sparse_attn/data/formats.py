@@ -75,7 +75,7 @@ def _files(source: str) -> list[SourceFile]:
 def _split_column(source: str) -> tuple[str, str | None]:
     """``PATTERN#COLUMN`` in two; a ``#`` that belongs to a file's name stays there."""
     pattern, mark, column = source.rpartition("#")
-    if not mark or Path(os.path.expanduser(source)).is_file():
+    if not mark or any(os.path.lexists(name) for name in (source, os.path.expanduser(source))):
         return source, None
     if not column:
         raise SourceError(f"source {source!r} names no column after '#'")
@@ -92,13 +92,23 @@ def _file(path: Path, column: str | None, source: str) -> SourceFile:
     return SourceFile(str(path), form, compression, column or TEXT_COLUMN)
 
 
+def stamp(status: os.stat_result) -> list[int]:
+    """What tells a changed file; unlike the time of change of its content, that of its entry (ctime) cannot be set back."""
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def changed(path: str | Path) -> SourceError:
+    """The error of a file that is not the one whose reading began."""
+    return SourceError(f"{path} changed while it was read: wait until it is written, or name a copy of it")
+
+
 def identity(file: SourceFile) -> list[str | int]:
-    """What tells a changed content: path, size and time of change; of a PyPI package its version in place of the time.
+    """What tells a changed content without reading it: path, size, times of change and inode; of a PyPI package its version instead.
 
     For a dataset: the hash that ``datasets`` gives it, which follows the revision on the Hub or the local files.
 
     Raises:
-        SourceError: the dataset cannot be loaded.
+        SourceError: the file cannot be found, or the dataset cannot be loaded.
     """
     common: list[str | int] = [file.format, file.compression or "", file.column if file.is_table else ""]
     if file.format == "hub":
@@ -110,7 +120,10 @@ def identity(file: SourceFile) -> list[str | int]:
             raise SourceError(f"cannot load the dataset {file.path!r}: {error}") from error
         return [*common, file.path, file.split or "", str(builder.hash), str(builder.config.create_config_id({}))]
     path, packages = Path(file.path).resolve(), (cache_folder() / "pypi").resolve()
-    status = path.stat()
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise SourceError(f"cannot read {file.path}: {error.strerror or error}; check the path and its permissions") from error
     if path.is_relative_to(packages):
         return [*common, str(path.relative_to(packages)), status.st_size]
-    return [*common, str(path), status.st_size, status.st_mtime_ns]
+    return [*common, str(path), *stamp(status)]

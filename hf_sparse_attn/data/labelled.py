@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .formats import SourceFile, source_files
 from .sources import SourceError, read_documents
-from .tables import open_table
+from .tables import TableRows, open_table
 
 NAMED = re.compile(r"([\w .-]+)=(.+)")
 LEAST_SHARE = 0.25  # of a window: a shorter rest of a document is left out, unless it is all of it
@@ -65,10 +65,11 @@ def _rows(file: SourceFile, label: str) -> list[Labelled]:
             f"{file.path} is no table, so it has no column {label!r}: name TABLE#TEXT_COLUMN, or write LABEL=SOURCE without data.label"
         )
     labels, found = replace(file, column=label), []
-    for at, (text, kind) in enumerate(zip(open_table(file), open_table(labels), strict=True)):
-        if kind[label] in (None, "") or not text[file.column]:
-            raise SourceError(f"{file.path}, row {at}: the {'text' if kind[label] else 'class'} is missing")
-        found.append(Labelled(f"{file.path}[{at}]", str(text[file.column]), str(kind[label])))
+    for (at, text), kind in zip(TableRows(file), open_table(labels), strict=True):
+        lacks_class = kind[label] in (None, "") or kind[label] != kind[label]  # NaN is no class
+        if lacks_class or not text:
+            raise SourceError(f"{file.path}, row {at}: the {'class' if lacks_class else 'text'} is missing")
+        found.append(Labelled(f"{file.path}[{at}]", text, str(kind[label])))
     return found
 
 

@@ -135,7 +135,7 @@ class PieceReader:
 
 
 def _row_pieces(document: str, text: str) -> Iterator[Piece]:
-    for raw, offset, line, last in stretches(iter([text.encode("utf-8", "replace")])):
+    for raw, offset, line, last in stretches(iter([text.encode()])):
         yield Piece(document, raw.decode("utf-8"), offset == 0, last, offset, line)
 
 

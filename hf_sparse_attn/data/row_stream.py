@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from .formats import SourceFile, identity
+from .formats import SourceFile
 from .packing import Packer, PackingOptions, PackingReport, Row
 from .pieces import Piece, PieceReader
 from .sources import SourceError
+from .survey import content
 from .tokens import Encoder, piece_batches
 
-VERSION = 1  # counted up whenever the same files give other rows
+VERSION = 2  # counted up whenever the same files give other rows
 
 
 class RowStream:
@@ -85,13 +86,9 @@ def fingerprint(files: Sequence[SourceFile], encoder: Encoder, options: PackingO
     """Names the rows: the same for the same content of the files, tokenizer, options and version of this code.
 
     Raises:
-        SourceError: a file or dataset cannot be found any more.
+        SourceError: a file cannot be read (see `survey`), or a dataset cannot be found any more.
     """
-    try:
-        found = [identity(file) for file in files]
-    except OSError as error:
-        raise SourceError(f"cannot read {error.filename}: {error.strerror}; check the path and its permissions") from error
-    everything = [VERSION, found, encoder.digest, asdict(options)]
+    everything = [VERSION, [content(file) for file in files], encoder.digest, asdict(options)]
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -7,7 +7,6 @@ package), ``hub:DATASET:SPLIT:COLUMN`` (one text a row), or a path or glob of te
 
 from __future__ import annotations
 
-import glob
 import html
 import logging
 import os
@@ -110,35 +109,27 @@ def read_documents(sources: list[str]) -> list[Document]:
 
 
 def local_files(pattern: str) -> list[Path]:
-    """Files of a path or, failing that, of a glob, in order; none if nothing matches. ``~`` is the home."""
-    pattern = os.path.expanduser(pattern)
-    if Path(pattern).is_file():
-        return [Path(pattern)]
-    return [path for path in map(Path, sorted(glob.glob(pattern, recursive=True))) if path.is_file()]
+    """Files of a path or a glob, as `globs.matching_files` finds them. Raises SourceError."""
+    from .globs import matching_files  # stands on this module
+
+    return matching_files(pattern)
 
 
 def read_text(file: Path) -> str:
     """Text of a file in UTF-8 or, failing that, Latin-1, unpacked if it is .gz or .zst; HTML without its tags.
 
     Raises:
-        SourceError: a packed file is not whole, or the file holds zero bytes or UTF-8 with bad bytes.
+        SourceError: the file cannot be read, changes meanwhile, is packed and not whole, or is no text (see `EncodingCheck`).
     """
-    raw = file.read_bytes() if file.suffix not in (".gz", ".zst") else _unpacked(file)
-    if b"\0" in raw:
-        raise SourceError(f"{file} holds zero bytes: it is no text in UTF-8 or Latin-1; convert it, or leave it out")
-    from .encodings import EncodingCheck  # stands on this module
-
-    seen = EncodingCheck(str(file))
-    seen.add(raw)
-    text = raw.decode(seen.encoding())
-    return text_of_html(text) if file.suffix in (".html", ".htm") else text
-
-
-def _unpacked(file: Path) -> bytes:
-    from .formats import source_files  # these stand on this module
+    from .encodings import EncodingCheck  # these stand on this module
+    from .formats import source_files
     from .survey import chunks
 
-    return b"".join(part for source in source_files([str(file)]) for part in chunks(source))
+    raw = b"".join(part for source in source_files([str(file)]) for part in chunks(source))
+    seen = EncodingCheck(str(file))
+    seen.add(raw)
+    text = raw.decode(seen.encoding()).removeprefix("\ufeff")
+    return text_of_html(text) if file.suffix in (".html", ".htm") else text
 
 
 def text_of_html(text: str) -> str:

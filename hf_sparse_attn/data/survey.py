@@ -1,4 +1,4 @@
-"""One pass over a file before it is used: can it be read to its end, and in which encoding?
+"""One pass over a file before it is used: can it be read to its end, in which encoding, and what is the hash of its bytes?
 
 Whether 50 GB are UTF-8, or a compressed file is whole, is known only at their end. The pass costs about a second per GB
 (zstd two, gzip three), far less than tokenising; what it found is kept in ``cache_folder()/surveys`` until the file changes.
@@ -10,21 +10,22 @@ import contextlib
 import gzip
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Generator, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 from hf_sparse_attn_kernels.caching import cache_folder
 
-from ..files import write_json
+from ..files import read_json, write_json
 from .encodings import EncodingCheck
-from .formats import FORMATS, SourceFile, identity
+from .formats import SourceFile, changed, identity, stamp
 from .sources import SourceError
 
 CHUNK = 1 << 20  # bytes
-RULES = 2  # what a pass finds, counted up when that changes
+RULES = 3  # what a pass finds, counted up when that changes
 LARGEST_WHOLE = 256 << 20  # bytes of a file that can only be read as a whole
 HOW_TO_TEST = {"gzip": "gzip -t", "zstd": "zstd -t"}
 
@@ -33,32 +34,41 @@ HOW_TO_TEST = {"gzip": "gzip -t", "zstd": "zstd -t"}
 class Survey:
     """What one pass over a file found."""
 
-    encoding: str  # "utf-8", or "latin-1" if the bytes are no UTF-8
+    encoding: str  # "utf-8", or "latin-1" if the bytes are no UTF-8; "" of Parquet
     size: int  # bytes, uncompressed
+    digest: str = field(default="", compare=False)  # of these bytes
 
 
 def chunks(file: SourceFile, offset: int = 0) -> Generator[bytes]:
     """The file's bytes, uncompressed, from ``offset`` on, a bounded number at a time.
 
     Raises:
-        SourceError: the file cannot be read, is damaged, or ends in the middle of compressed data.
+        SourceError: the file cannot be read, is damaged, ends in the middle of compressed data, or changes while it is read.
     """
     try:
         with Path(file.path).open("rb") as raw:
-            if file.compression is None:
-                raw.seek(offset)
-                yield from iter(lambda: raw.read(CHUNK), b"")
-            elif file.size == 0:
-                raise EOFError
-            else:
-                parts = _gzip_members(raw) if file.compression == "gzip" else _zstd_frames(raw)
-                yield from _without(parts, offset)
+            before = stamp(os.fstat(raw.fileno()))
+            for part in _parts(file, raw, offset):
+                if stamp(os.fstat(raw.fileno())) != before:
+                    raise changed(file.path)
+                yield part
+            if stamp(os.fstat(raw.fileno())) != before:
+                raise changed(file.path)
     except EOFError as error:
         raise SourceError(f"{file.path} is truncated: it ends in the middle of compressed data; fetch it again; {_test(file)}") from error
     except (gzip.BadGzipFile, zlib.error, _DamagedError) as error:
         raise SourceError(f"{file.path} is damaged ({error}): fetch it again; {_test(file)}") from error
     except OSError as error:
         raise SourceError(f"cannot read {file.path}: {error.strerror or error}; check the path and its permissions") from error
+
+
+def _parts(file: SourceFile, raw: BinaryIO, offset: int) -> Iterator[bytes]:
+    if file.compression is None:
+        raw.seek(offset)
+        return iter(lambda: raw.read(CHUNK), b"")
+    if file.size == 0:
+        raise EOFError
+    return _without(_gzip_members(raw) if file.compression == "gzip" else _zstd_frames(raw), offset)
 
 
 class _DamagedError(Exception):
@@ -105,42 +115,43 @@ def survey(file: SourceFile) -> Survey:
     """Read the file to its end, unless that was done before and it is unchanged.
 
     Raises:
-        SourceError: the file is unreadable, damaged, truncated, not text, UTF-8 with bad bytes, or too large for a format that must be
-            read as a whole.
+        SourceError: the file is unreadable, damaged, truncated, not text, UTF-8 with bad bytes, changes meanwhile, or is too large for a
+            format that must be read as a whole.
     """
-    try:
-        key = hashlib.sha256(json.dumps([RULES, *identity(file)]).encode()).hexdigest()[:32]
-    except OSError as error:
-        raise SourceError(f"cannot read {file.path}: {error.strerror or error}; check the path and its permissions") from error
+    before = identity(file)
+    key = hashlib.sha256(json.dumps([RULES, *before]).encode()).hexdigest()[:32]
     kept = cache_folder() / "surveys" / f"{key}.json"
-    if kept.exists():
-        return Survey(**json.loads(kept.read_text(encoding="utf-8")))
+    with contextlib.suppress(OSError, ValueError, TypeError):  # none yet, or no whole one: a second look is all that it costs
+        return Survey(**read_json(kept))
     found = _survey(file)
+    if identity(file) != before:
+        raise changed(file.path)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
         write_json(kept, asdict(found))
     return found
 
 
+def content(file: SourceFile) -> list[str | int]:
+    """Names what is read of a file: its format, column and the hash of its bytes; for a dataset what `identity` says."""
+    return identity(file) if file.format == "hub" else [file.format, file.column if file.is_table else "", survey(file).digest]
+
+
 def _survey(file: SourceFile) -> Survey:
-    size, start, end, bytes_seen = 0, b"", b"", EncodingCheck(file.path)
+    size, start, end, text, digest = 0, b"", b"", EncodingCheck(file.path), hashlib.blake2b(digest_size=16)
     for part in chunks(file):
-        if not size:
-            start = part[:CHUNK]
-            _check_start(file, start)
+        start = start or part[:CHUNK]
         size, end = size + len(part), (end + part)[-CHUNK:]
-        bytes_seen.add(part)
-    encoding = bytes_seen.encoding()
+        digest.update(part)
+        if file.format != "parquet":
+            text.add(part)
+    if file.format == "parquet":
+        return Survey("", size, digest.hexdigest())
+    encoding = text.encoding()
     if file.format == "json":
         _check_json(file, start, end, size)
     if file.format == "html":
         _check_size(file, size, "HTML", "convert it to text, or split it")
-    return Survey(encoding, size)
-
-
-def _check_start(file: SourceFile, start: bytes) -> None:
-    if b"\0" in start:
-        wide = " (it looks like UTF-16: convert it to UTF-8)" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
-        raise SourceError(f"{file.path} is not text{wide}, and its name tells no format that can be read: {FORMATS}")
+    return Survey(encoding, size, digest.hexdigest())
 
 
 def _check_size(file: SourceFile, size: int, what: str, instead: str) -> None:

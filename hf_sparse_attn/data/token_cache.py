@@ -20,7 +20,7 @@ from hf_sparse_attn_kernels.caching import cache_folder
 
 from ..files import write_atomically, write_json
 from ..progress import bar
-from .formats import SourceFile
+from .formats import SourceFile, changed, identity
 from .packing import PackingOptions, PackingReport, Row
 from .row_stream import RowStream, fingerprint, no_row
 from .sources import SourceError
@@ -41,15 +41,16 @@ def cached_rows(files: Sequence[SourceFile], encoder: Encoder, options: PackingO
     leaves nothing that would be taken for rows.
 
     Raises:
-        SourceError: a file cannot be read, there is not one row, or the disk is full.
+        SourceError: a file cannot be read or changes meanwhile, there is not one row, or the disk is full.
     """
+    before = [identity(file) for file in files]
     folder = cache_folder() / "tokens" / fingerprint(files, encoder, options)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
         if not (folder / ROWS).exists():
             for left in folder.glob(f".{ROWS}.*"):  # by a process that was killed
                 left.unlink()
-            _make(folder, RowStream(files, encoder, options), progress)
+            _make(folder, RowStream(files, encoder, options), before, progress)
     report = (folder / REPORT).read_text(encoding="utf-8")
     info = DatasetInfo(description=report, features=row_features(options))
     return Dataset.from_file(str(folder / ROWS), info=info).with_format("torch")
@@ -60,10 +61,10 @@ def cache_report(rows: Dataset) -> PackingReport:
     return PackingReport(**json.loads(rows.info.description))
 
 
-def _make(folder: Path, stream: RowStream, progress: bool) -> None:
+def _make(folder: Path, stream: RowStream, before: Sequence[object], progress: bool) -> None:
     logger.info("tokenising %d files into %s", len(stream.files), folder)
     try:
-        write_atomically(folder / ROWS, lambda temporary: _write(temporary, folder, stream, progress))
+        write_atomically(folder / ROWS, lambda temporary: _write(temporary, folder, stream, before, progress))
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -72,7 +73,7 @@ def _make(folder: Path, stream: RowStream, progress: bool) -> None:
         ) from error
 
 
-def _write(path: Path, folder: Path, stream: RowStream, progress: bool) -> None:
+def _write(path: Path, folder: Path, stream: RowStream, before: Sequence[object], progress: bool) -> None:
     """The rows, then the report: the rows get their name last."""
     schema = row_features(stream.options).arrow_schema
     rows = _shown(stream, progress)
@@ -85,6 +86,9 @@ def _write(path: Path, folder: Path, stream: RowStream, progress: bool) -> None:
                 batch = []
         if batch:
             writer.write_batch(_record_batch(batch, schema))
+    for source, found in zip(stream.files, before, strict=True):
+        if identity(source) != found:
+            raise changed(source.path)
     if not stream.report.rows:
         raise no_row(stream.report, stream.options)
     write_json(folder / REPORT, asdict(stream.report))
