@@ -165,7 +165,7 @@ def test_a_truncated_table_is_refused_by_name(tmp_path):
 
 def test_files_that_are_no_text_are_refused(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"\x7fELF\0\0\0")
-    refused(r"a\.bin is not text, and its name tells no format that can be read: \.txt, \.log", tmp_path / "a.bin")
+    refused(r"a\.bin is not text, and its name tells no format that is read: \.txt, \.log", tmp_path / "a.bin")
     (tmp_path / "a.txt").write_bytes("wide".encode("utf-16"))
     refused(r"looks like UTF-16: convert it to UTF-8", tmp_path / "a.txt")
 

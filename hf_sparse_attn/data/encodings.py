@@ -68,7 +68,7 @@ class EncodingCheck:
             place = f"byte {self.size + at}, line {self.lines + part.count(LINE_END, 0, at) + 1}"
             raise SourceError(
                 f"{self.path} holds zero bytes (NUL), the first at {place}. In a log they are left by copytruncate or a power loss: drop "
-                f"them, `{_dropped(self.path)}`. Otherwise {self.path} is not text, and its name tells no format that can be read: {FORMATS}"
+                f"them, `{_dropped(self.path)}`. Otherwise {self.path} is not text, and its name tells no format that is read: {FORMATS}"
             )
         self.lines += part.count(LINE_END)
 

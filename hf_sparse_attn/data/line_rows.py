@@ -113,7 +113,7 @@ def json_rows(file: SourceFile) -> LineRows:
         texts = (raw.decode(encoding).removeprefix("\ufeff") for raw in lines)
         first = next((text for text in texts if text.strip()), "{}")
     try:
-        whole = isinstance(DECODER.decode(first), dict)
+        whole = first.lstrip().startswith("{") and isinstance(DECODER.decode(first), dict)
     except json.JSONDecodeError:
         whole = False
     except (ValueError, RecursionError):  # reading it as a line says what is wrong
@@ -140,9 +140,8 @@ def _object(file: SourceFile, where: str, text: str) -> dict[str, Any]:
     try:
         values = DECODER.decode(text)
     except json.JSONDecodeError as error:
-        raise SourceError(
-            f"cannot read {file.path}, {where}: no JSON ({error.msg} at column {error.colno}); repair or remove it"
-        ) from error
+        why = f"no JSON ({error.msg} at column {error.colno})"
+        raise SourceError(f"cannot read {file.path}, {where}: {why}; repair or remove it") from error
     except (ValueError, RecursionError) as error:
         raise SourceError(f"cannot read {file.path}, {where}: {error}; repair or remove it") from error
     _check_object(file, where, values)

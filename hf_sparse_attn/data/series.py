@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .sources import SourceError, local_files, package_files
+from .series_files import read_tables
+from .sources import SourceError
+from .stamps import TimeColumn
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+logger = logging.getLogger(__name__)
 
 MOST_MISSING = 0.2  # share of a channel that may be filled with the value before
-READERS = {".csv": "read_csv", ".csv.gz": "read_csv", ".csv.zst": "read_csv", ".parquet": "read_parquet"}
+MOST_REPEATED = 0.01  # share of a machine's rows that may have the stamp of another, as an hour of local time does in autumn
 
 
 @dataclass(frozen=True)
@@ -43,22 +50,34 @@ class SeriesTable:
     mean: list[float]
     deviation: list[float]
     filled: list[float]  # share of each channel's steps that held no number and have the one before
+    reordered: int = 0  # rows that did not stand in the order of time
+    repeated: int = 0  # rows that had the time stamp of another one, and were dropped
 
     def report(self) -> dict[str, Any]:
         """What a run records of its data."""
         steps = {s.machine: len(s.values) for s in self.series}
-        return {"steps": steps, "channels": self.channels, "mean": self.mean, "deviation": self.deviation, "filled": self.filled}
+        numbers = {"mean": self.mean, "deviation": self.deviation, "filled": self.filled}
+        return {"steps": steps, "channels": self.channels, **numbers, "reordered": self.reordered, "repeated": self.repeated}
 
 
-def read_series(sources: Sequence[str], split: float, time: str | None, machine: str | None, channels: Sequence[str]) -> SeriesTable:
+def read_series(
+    sources: Sequence[str],
+    split: float,
+    time: str | None,
+    machine: str | None,
+    channels: Sequence[str],
+    time_format: str | None = None,
+) -> SeriesTable:
     """The series of ``sources``: CSV or Parquet files, or ``FILE.zip::MEMBER``, of which the first ``split`` of each machine's steps train.
 
-    Missing numbers get the value before them (the first ones the value after).
+    Missing numbers get the value before them (the first ones the value after). Rows are sorted by the column ``time``, written as
+    ``time_format`` says (`stamps.TimeColumn`); of rows with one time stamp the first is kept.
 
     Raises:
-        SourceError: a file cannot be read, lacks a column, holds no numbers, too few of them, or the same number throughout.
+        SourceError: a file cannot be read, lacks a column, holds no numbers, too few of them, or the same number throughout; a time stamp
+            is none or ambiguous; more than ``MOST_REPEATED`` of a machine's rows have the stamp of another row, but other numbers.
     """
-    parts = _machines(sources, time, machine)
+    parts, reordered, repeated = _machines(sources, time, machine, time_format)
     names = list(channels) or [name for name in parts[0][1].columns if name not in (time, machine)]
     arrays, missing = [], np.zeros(len(names))
     for name, table in parts:
@@ -83,67 +102,78 @@ def read_series(sources: Sequence[str], split: float, time: str | None, machine:
         Series(name, torch.from_numpy(((values - mean) / deviation).astype(np.float32)), cut)
         for (name, values), cut in zip(filled, cuts, strict=True)
     ]
-    return SeriesTable(series, names, mean.tolist(), deviation.tolist(), (missing / total).tolist())
+    return SeriesTable(series, names, mean.tolist(), deviation.tolist(), (missing / total).tolist(), reordered, repeated)
 
 
-def _machines(sources: Sequence[str], time: str | None, machine: str | None) -> list[tuple[str, Any]]:
-    """(name, table in the order of time) of each machine; without a column that names it, of each file."""
+def _machines(
+    sources: Sequence[str], time: str | None, machine: str | None, time_format: str | None
+) -> tuple[list[tuple[str, pd.DataFrame]], int, int]:
+    """(name, table in the order of time) of each machine, without a column that names it of each file; rows moved; rows dropped."""
     import pandas as pd  # heavy, and needed for series only
 
-    parts: dict[tuple[int, str], list[Any]] = {}
-    for at, (path, table) in enumerate(found for source in sources for found in _tables(source)):
-        for column in (time, machine):
-            if column is not None and column not in table.columns:
-                raise SourceError(f"{path} has no column {column!r}; columns: {', '.join(map(str, table.columns))}")
-        if time is not None:
-            stamps = pd.to_datetime(table[time], utc=True, errors="coerce")
-            if stamps.isna().any():
-                wrong = table[time][stamps.isna()].iloc[0]
-                raise SourceError(f"{path}: column {time!r} holds {wrong!r}, which is no time stamp")
-            table = table.assign(**{time: stamps})
+    tables = [found for source in sources for found in read_tables(source, [name for name in (time, machine) if name is not None])]
+    if time is not None:
+        column = TimeColumn(time, [(path, table[time]) for path, _, table in tables], time_format)
+        tables = [(p, n, t.assign(**{time: found})) for (p, n, t), found in zip(tables, column.stamps(), strict=True)]
+    parts: dict[tuple[int, str], list[pd.DataFrame]] = {}
+    for at, (path, stem, table) in enumerate(tables):
         if machine is None:
-            parts[at, path.stem] = [table]
+            parts[at, stem] = [table]
             continue
-        if lacking := int(table[machine].isna().sum()):
-            raise SourceError(f"{path}: {lacking} rows name no machine in column {machine!r}: fill it, or leave them out")
-        for name, part in table.groupby(machine):
+        lacking = table[machine].isna() | (table[machine].astype(object) == "")
+        if lacking.any():
+            raise SourceError(f"{path}: {lacking.sum()} rows name no machine in column {machine!r}: fill it, or leave them out")
+        for name, part in table.groupby(table[machine].astype(str)):
             parts.setdefault((0, str(name)), []).append(part)
-    whole = [(name, pd.concat(tables, ignore_index=True)) for (_, name), tables in parts.items()]
+    whole = [(name, pd.concat(found, ignore_index=True)) for (_, name), found in parts.items()]
     if time is None:
-        return whole
-    return [(name, table.sort_values(time, kind="stable").drop_duplicates(time)) for name, table in whole]
+        return whole, 0, 0
+    ordered = [_ordered(name, table, time) for name, table in whole]
+    reordered, repeated = sum(moved for _, moved, _ in ordered), sum(dropped for *_, dropped in ordered)
+    if reordered or repeated:
+        logger.warning(
+            "%d rows were put into the order of column %r, and %d that had the time stamp of another row dropped", reordered, time, repeated
+        )
+    return [(name, table) for (name, _), (table, *_) in zip(whole, ordered, strict=True)], reordered, repeated
 
 
-def _tables(source: str) -> list[tuple[Path, Any]]:
+def _ordered(name: str, table: pd.DataFrame, time: str) -> tuple[pd.DataFrame, int, int]:
+    """(rows by time, each stamp once; rows that were moved; rows that were dropped)."""
+    found = table.sort_values(time, kind="stable")
+    moved = int((found.index != table.index).sum())
+    again = found.duplicated(time)
+    other = int((again & ~found.duplicated()).sum())
+    if other > MOST_REPEATED * len(found):
+        raise SourceError(
+            f"{name}: {other} of {len(found)} rows have the time stamp of another row in column {time!r}, but other numbers: name a finer "
+            "column in series.time, one of machines in series.machine, or no series.time if the rows are in order"
+        )
+    return found[~again], moved, int(again.sum())
+
+
+def _numbers(machine: str, table: pd.DataFrame, names: Sequence[str]) -> NDArray[np.float64]:
     import pandas as pd
 
-    pattern, _, member = source.partition("::")
-    paths = package_files(pattern) if pattern.startswith(("pypi:", "deb:")) else local_files(pattern)
-    if not paths:
-        raise SourceError(f"source {source!r}: no such file; series are read from CSV or Parquet files, or FILE.zip::MEMBER")
-    found = []
-    for path in paths:
-        name = member or path.name
-        reader = next((READERS[end] for end in READERS if name.endswith(end)), None)
-        if reader is None:
-            raise SourceError(f"{path}: series are read from {', '.join(READERS)}, or such a file of a zip, named FILE.zip::MEMBER")
-        try:
-            found.append((Path(name), getattr(pd, reader)(f"zip://{member}::{path}" if member else path)))
-        except Exception as error:
-            raise SourceError(f"{path}{'::' + member if member else ''} cannot be read: {error}") from error
-    return found
-
-
-def _numbers(machine: str, table: Any, names: Sequence[str]) -> NDArray[np.float64]:
     lacking = [name for name in names if name not in table.columns]
     if lacking:
         raise SourceError(f"{machine} has no channel {lacking[0]!r}; columns: {', '.join(map(str, table.columns))}")
+    columns = []
     for name in names:
-        if table[name].dtype.kind not in "fiub":
-            wrong = table[name].dropna().iloc[0] if table[name].notna().any() else "nothing"
-            raise SourceError(f"{machine}: channel {name!r} holds {wrong!r}, not numbers: name others in series.channels")
-    values: NDArray[np.float64] = table[list(names)].to_numpy(dtype=np.float64)
-    return np.where(np.isfinite(values), values, np.nan)
+        values = table[name]
+        if values.dtype.kind not in "fiub":
+            values = (
+                pd.to_numeric(values.astype(object), errors="coerce")
+                if values.dtype.kind not in "mM"
+                else values.isna().replace(False, np.nan)
+            )
+            if (wrong := values.isna() & table[name].notna()).any():
+                raise SourceError(
+                    f"{machine}: channel {name!r} holds {str(table[name][wrong].iloc[0])!r}, not numbers: name others in series.channels, "
+                    "or repair it"
+                )
+        columns.append(values.to_numpy(dtype=np.float64, na_value=np.nan))
+    found = np.stack(columns, axis=1)
+    return np.where(np.isfinite(found), found, np.nan)
 
 
 def _filled(values: NDArray[np.float64]) -> NDArray[np.float64]:

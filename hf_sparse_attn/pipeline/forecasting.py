@@ -31,7 +31,7 @@ class ForecastingRun(TaskRun):
         data, series = self.recipe.data, self.recipe.series
         if data["split"] is None:
             raise RecipeError("task forecasting cuts every series in time: set data.split and no data.eval")
-        return read_series(data["train"], data["split"], series["time"], series["machine"], series["channels"])
+        return read_series(data["train"], data["split"], series["time"], series["machine"], series["channels"], series["time_format"])
 
     @property
     def context(self) -> int:
