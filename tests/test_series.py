@@ -136,6 +136,161 @@ def test_other_files_are_refused(tmp_path):
         read_series([str(tmp_path / "absent.csv")], 0.5, None, None, [])
 
 
+# -- time stamps ----------------------------------------------------------------------------------------------------
+
+HOURS = pd.date_range("2024-01-01", periods=80, freq="27h", tz="UTC")  # days beyond 12 tell a date's order
+TENTHS = pd.date_range("2024-01-01", periods=80, freq="100ms", tz="UTC")
+
+
+@pytest.fixture
+def values_of(tmp_path):
+    """The channel of a file whose rows 0, 1, 2, … are in the order of their stamps, and what was read."""
+
+    def make(stamps, time_format=None, separator=",", encoding="utf-8", end="\n"):
+        lines = [separator.join(("t", "a")), *(separator.join((str(t), str(i))) for i, t in enumerate(stamps))]
+        (tmp_path / "s.csv").write_bytes(end.join([*lines, ""]).encode(encoding))
+        found = read_series([str(tmp_path / "s.csv")], 0.5, "t", None, [], time_format)
+        values = found.series[0].values[:, 0].double() * found.deviation[0] + found.mean[0]
+        return values.round().int().tolist(), found
+
+    return make
+
+
+def written(form, stamps=HOURS):
+    return [stamp.strftime(form) for stamp in stamps]
+
+
+STAMPS = {
+    "epoch s at 10 Hz": [1.7e9 + i / 10 for i in range(80)],
+    **{f"epoch {unit}": [int(1.7e9 * factor) + i * factor // 10 for i in range(80)] for unit, factor in (("ms", 1000), ("ns", 10**9))},
+    "Excel days": [45000 + i / 24 for i in range(80)],
+    "a counter": range(80),
+    "isoformat with and without fractions": [stamp.tz_localize(None).isoformat() for stamp in TENTHS],
+    "isoformat with Z": [stamp.tz_localize(None).isoformat() + "Z" for stamp in TENTHS],
+    "an autumn night with offsets": [
+        stamp.isoformat() for stamp in pd.date_range("2024-10-26T22:00Z", periods=80, freq="10min").tz_convert("Europe/Berlin")
+    ],
+    "nanoseconds": [f"2024-01-01T00:00:00.{i:09}" for i in range(80)],
+    "compact": written("%Y%m%dT%H%M%SZ"),
+    "digits": written("%Y%m%d%H%M%S"),
+    **{
+        form: [f'"{t}"' for t in written(form)]
+        for form in ("%G-W%V-%uT%H:%M", "%d.%m.%Y %H:%M", "%m/%d/%Y %I:%M:%S %p", "%d/%m/%Y %H:%M:%S.%f")
+    },
+    **{
+        form: [f'"{t}"' for t in written(form)]
+        for form in ("%d %b %Y %H:%M", "%b %d, %Y %H:%M", "%a %b %d %H:%M:%S %Y", "%d/%b/%Y:%H:%M:%S +0000")
+    },
+    "Python's logging": [f'"{t}"' for t in written("%Y-%m-%d %H:%M:%S,000")],
+}
+
+
+@pytest.mark.parametrize("kind", STAMPS)
+def test_no_row_is_lost_or_moved_by_its_time_stamp(kind, values_of):
+    values, found = values_of(STAMPS[kind])
+    assert values == list(range(80)) and (found.reordered, found.repeated) == (0, 0)
+
+
+AMBIGUOUS = [f"{day:02}.{month:02}.2024" for month in (1, 2) for day in range(1, 13)]
+
+
+@pytest.mark.parametrize(
+    ("stamps", "message"),
+    [
+        (AMBIGUOUS, r"s\.csv, row 1: column 't' holds '02\.01\.2024', which may have the day or the month first.*set series\.time_format"),
+        (["13.01.2024", "01.13.2024"], r"row 1: .*'01\.13\.2024', which has the month first, and '13\.01\.2024' the day"),
+        (["2024-01-02", "03.01.2024"], r"row 1: .* is written in another way than '2024-01-02'"),
+        (["2024-01-02T00:00", "2024-01-03T00:00Z"], r"row 0: .* has no offset from UTC, while others have one"),
+        (["01012024", "02012024"], r"row 0: .* may be a date or a time, or a number: set series\.time_format"),
+        (["01.2024", "02.2024"], r"row 0: .* may be a date or a time, or a number"),
+        (["10012024", "11012024"], r"row 0: .* may be a date with the year last"),
+        (["01.02.24", "13.02.24"], r"row 0: .*'01\.02\.24', which is no time stamp"),
+        (["23:59:00", "00:01:00"], r"row 0: .* is no time stamp"),
+        (["30.02.2024", "01.03.2024"], r"row 0: .*'30\.02\.2024', which is no time stamp"),
+        (["2024-01-01T10:00:00 CET", "2024-01-01T11:00:00 CET"], r"row 0: .* is no time stamp"),
+        (["now", "today"], r"row 0: .*'now', which is no time stamp"),
+        (["2024-01-01", ""], r"row 1: column 't' holds '', which is empty: fill it"),
+        ([1.7e9, 1.7e9 + 1, "inf"], r"row 2: column 't' holds 'inf', which is no time stamp"),
+        ([1.7e9, 1.7e9 + 1, "x"], r"row 2: column 't' holds 'x', which is no number, as most others are"),
+        ([1700000000, 1700000001000], r"row 1: .*'1700000001000', which is in another unit than 1700000000: write all in one"),
+        (["2024-01-01"] * 8 + ["2024-01-02"] * 8, r"s: 14 of 16 rows have the time stamp of another row in column 't', but other numbers"),
+    ],
+)
+def test_time_stamps_that_do_not_tell_their_order_are_refused(stamps, message, values_of):
+    with pytest.raises(SourceError, match=message):
+        values_of(stamps)
+
+
+def test_a_format_tells_what_the_stamps_do_not(values_of):
+    for stamps, form in ((AMBIGUOUS, "%d.%m.%Y"), (written("%d%m%Y %H"), "%d%m%Y %H"), (written("%d.%m.%y %H"), "%d.%m.%y %H")):
+        assert values_of(stamps, form)[0] == list(range(len(stamps)))
+    with pytest.raises(SourceError, match=r"row 0: .*'01\.01\.2024', which is not written as series\.time_format '%Y' says"):
+        values_of(AMBIGUOUS, "%Y")
+    with pytest.raises(SourceError, match=r"series\.time_format '%Q' is no format of time stamps"):
+        values_of(AMBIGUOUS, "%Q")
+
+
+def test_the_order_of_a_date_is_told_from_all_files(write):
+    """Days 1 to 12 alone do not tell it; another file of the run does."""
+    days = pd.date_range("2024-01-01", periods=24)
+    frame = pd.DataFrame({"t": days.strftime("%d.%m.%Y"), "m": "x", "a": range(24)})
+    found = read_series([write(frame[12:], "late.csv"), write(frame[:12], "early.csv")], 0.5, "t", "m", [])
+    assert (found.series[0].values[:, 0].diff() > 0).all() and (found.reordered, found.repeated) == (24, 0)
+
+
+def test_an_hour_that_local_time_repeats_is_counted_and_told(values_of, caplog):
+    stamps = pd.date_range("2024-10-20", periods=2000, freq="10min", tz="UTC").tz_convert("Europe/Berlin").tz_localize(None)
+    values, found = values_of([stamp.isoformat() for stamp in stamps])
+    assert len(values) == 1994 and found.report()["repeated"] == 6 and found.report()["reordered"] > 0
+    assert "6 that had the time stamp of another row dropped" in caplog.text
+
+
+def test_stamps_of_parquet_may_have_a_zone_be_texts_of_a_dictionary_or_the_index(write):
+    frame = table(machines=("a",))
+    want = read_series([write(frame, "s.csv")], 0.5, "t", "m", ["x"]).series[0].values
+    times = pd.to_datetime(frame.t).dt.tz_convert("Asia/Kolkata")
+    for kind in (
+        frame.assign(t=times),
+        frame.assign(t=frame.t.astype("category"), m=frame.m.astype("category")),
+        frame.assign(t=times).set_index("t"),
+    ):
+        torch.testing.assert_close(read_series([write(kind, "s.parquet")], 0.5, "t", "m", ["x"]).series[0].values, want)
+
+
+def test_names_of_machines_are_texts(write):
+    frame = pd.concat([pd.DataFrame({"t": range(20), "m": name, "a": np.arange(20.0)}) for name in ("007", "7", "NA")])
+    assert sorted(s.machine for s in read_series([write(frame)], 0.5, "t", "m", []).series) == ["007", "7", "NA"]
+
+
+@pytest.mark.parametrize("options", [{"encoding": "utf-8-sig", "end": "\r\n"}, {"separator": ";"}, {"separator": "\t"}, {"end": "\r"}])
+def test_tables_of_other_programs_are_read(options, values_of):
+    assert values_of(written("%Y-%m-%d %H:%M"), **options)[0] == list(range(80))
+
+
+def test_a_comma_before_the_fraction_is_read_where_a_semicolon_separates(tmp_path):
+    (tmp_path / "s.csv").write_text("t;a\n" + "".join(f"45000,{i};{i},5\n" for i in range(10, 50)))
+    found = read_series([str(tmp_path / "s.csv")], 0.5, "t", None, [])
+    assert found.mean == [pytest.approx(20.0)] and len(found.series[0].values) == 40
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("t,a\n1,2,3\n2,3,4\n", "more fields than the 2 of its header"),
+        ("t,a,a\n1,2,3\n", "has 2 columns 'a': name them apart"),
+        ("1,2\n2,3\n", "has no line of column names, it starts with 1, 2"),
+        ("t,a\n", "holds no rows"),
+        ("t,a\n1,2\n2,ERR\n3,4\n", "channel 'a' holds 'ERR', not numbers"),
+        ("t,a\n1,\0\n", r"holds zero bytes \(NUL\), the first at byte 6, line 2"),
+        ("t,a\n1,2\n".encode("utf-16"), "looks like UTF-16: convert it to UTF-8"),
+    ],
+)
+def test_damaged_tables_are_refused_by_name(content, message, tmp_path):
+    (tmp_path / "s.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SourceError, match=rf"s\.csv.* {message}|s: {message}"):
+        read_series([str(tmp_path / "s.csv")], 0.5, None if content[:1] == "1" else "t", None, [])
+
+
 def test_training_rows_end_before_what_is_evaluated(write):
     found = read_series([write(table())], 0.75, "t", "m", [])
     rows = SeriesRows(found, 500, 40, 200, seed=3)

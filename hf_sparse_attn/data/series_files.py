@@ -84,8 +84,8 @@ def _csv(shown: str, raw: bytes, kind: str, names: Sequence[str]) -> pd.DataFram
     if header and all(_is_number(name) for name in header):
         raise SourceError(f"{shown} has no line of column names, it starts with {', '.join(header[:5])}: put one before it")
     columns = [name or f"Unnamed: {at}" for at, name in enumerate(header)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", pd.errors.ParserWarning)  # fields that the header has no name for
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", pd.errors.ParserWarning)
         table = pd.read_csv(
             io.BytesIO(raw),
             sep=separator,
@@ -96,6 +96,8 @@ def _csv(shown: str, raw: bytes, kind: str, names: Sequence[str]) -> pd.DataFram
             na_values={name: NO_NUMBER for name in columns if name not in names},
             low_memory=False,
         )
+    if caught:  # fields that the header has no name for are left out
+        raise SourceError(f"{shown}: its rows have more fields than the {len(header)} of its header: name them all, or leave them out")
     return table if separator == "," else _with_comma(table, names)
 
 

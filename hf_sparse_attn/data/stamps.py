@@ -72,10 +72,11 @@ class TimeColumn:
         if numbers.isna().any() and texts.str.fullmatch(r"[+-]?\d+(,\d+)?").all():  # a comma before the fraction
             numbers = pd.to_numeric(texts.str.replace(",", "."))
         if numbers.notna().all():
-            padded = texts.str.fullmatch(r"0\d+")
-            if padded.any():
-                self._refuse(padded, "may be a date or a time without separators, or a number")
+            if (padded := texts.str.fullmatch(r"0\d.*")).any() or texts.str.fullmatch(r"\d\d?[.,](18|19|20|21)\d\d").all():
+                self._refuse(padded | ~padded.any(), "may be a date or a time, or a number")
             return self._numbers(numbers)
+        if numbers.notna().mean() > 0.5:
+            self._refuse(numbers.isna(), "is no number, as most others are", "correct it, or leave the row out")
         return self._times(texts)
 
     def _formatted(self, texts: pd.Series) -> pd.Series:
