@@ -213,7 +213,10 @@ AMBIGUOUS = [f"{day:02}.{month:02}.2024" for month in (1, 2) for day in range(1,
         ([1.7e9, 1.7e9 + 1, "inf"], r"row 2: column 't' holds 'inf', which is no time stamp"),
         ([1.7e9, 1.7e9 + 1, "x"], r"row 2: column 't' holds 'x', which is no number, as most others are"),
         ([1700000000, 1700000001000], r"row 1: .*'1700000001000', which is in another unit than 1700000000: write all in one"),
-        (["2024-01-01"] * 8 + ["2024-01-02"] * 8, r"s: 14 of 16 rows have the time stamp of another row in column 't', but other numbers"),
+        (
+            ["2024-01-01"] * 8 + ["2024-01-02"] * 8,
+            r"s\.csv: 14 of 16 rows have the time stamp of another row in column 't', but other numbers",
+        ),
     ],
 )
 def test_time_stamps_that_do_not_tell_their_order_are_refused(stamps, message, values_of):
@@ -280,14 +283,14 @@ def test_a_comma_before_the_fraction_is_read_where_a_semicolon_separates(tmp_pat
         ("t,a,a\n1,2,3\n", "has 2 columns 'a': name them apart"),
         ("1,2\n2,3\n", "has no line of column names, it starts with 1, 2"),
         ("t,a\n", "holds no rows"),
-        ("t,a\n1,2\n2,ERR\n3,4\n", "channel 'a' holds 'ERR', not numbers"),
+        ("t,a\n1,2\n2,ERR\n3,4\n", "row 1: channel 'a' holds 'ERR', not numbers"),
         ("t,a\n1,\0\n", r"holds zero bytes \(NUL\), the first at byte 6, line 2"),
         ("t,a\n1,2\n".encode("utf-16"), "looks like UTF-16: convert it to UTF-8"),
     ],
 )
 def test_damaged_tables_are_refused_by_name(content, message, tmp_path):
     (tmp_path / "s.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(SourceError, match=rf"s\.csv.* {message}|s: {message}"):
+    with pytest.raises(SourceError, match=rf"s\.csv.* {message}"):
         read_series([str(tmp_path / "s.csv")], 0.5, None if content[:1] == "1" else "t", None, [])
 
 

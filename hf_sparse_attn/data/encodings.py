@@ -12,8 +12,8 @@ LINE_END = b"\n"
 ASCII = bytes(range(128))
 REPLACEMENT = "\ufffd"
 CONTROL = re.compile(rb"[\x80-\x9f]")  # control characters in Latin-1, which no text holds; letters and quotes elsewhere
-FOREIGN = 0.3  # share of bytes beyond ASCII that no language reaches in Latin-1
-SAMPLE = 64  # bytes beyond ASCII that such a share is judged by
+WORDS = re.compile(rb"[\x80-\xff]{4,}")  # no word of Latin-1 has four such letters in a row, those of other scripts have little else
+SAMPLE = 64  # bytes of such words that tell another script
 MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -27,7 +27,7 @@ class EncodingCheck:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.bad, self.first_bad, self.beyond_ascii, self.size, self.lines = 0, 0, 0, 0, 0
+        self.bad, self.first_bad, self.beyond_ascii, self.in_words, self.size, self.lines = 0, 0, 0, 0, 0, 0
         self.first_control: tuple[int, int] | None = None  # (place, byte)
         self._start = b""
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -54,6 +54,8 @@ class EncodingCheck:
                 self.first_bad = self.size - len(pending) + error.start
         self.bad += bad
         self.beyond_ascii += len(part.translate(None, ASCII))
+        if self.bad:
+            self.in_words += sum(map(len, WORDS.findall(part)))
         if self.first_control is None and (found := CONTROL.search(part)):
             self.first_control = (self.size + found.start(), found[0][0])
         self.size += len(part)
@@ -61,8 +63,7 @@ class EncodingCheck:
     def _check_wide(self, part: bytes, final: bool) -> None:
         marked = [name for mark, name in MARKS.items() if self._start.startswith(mark)] if len(self._start) == 4 or final else []
         at = part.find(b"\0")
-        if marked or (at >= 0 and _looks_like_utf_16(part[at & ~1 : (at & ~1) + 200])):
-            name = marked[0] if marked else "utf-16le"
+        if name := marked[0] if marked else _utf_16(part[at & ~1 : (at & ~1) + 200]) if at >= 0 else "":
             raise SourceError(f"{self.path} looks like {name[:6].upper()}: convert it to UTF-8, `{_convert(name, self.path)}`")
         if at >= 0:
             place = f"byte {self.size + at}, line {self.lines + part.count(LINE_END, 0, at) + 1}"
@@ -85,11 +86,11 @@ class EncodingCheck:
         if 2 * self.bad < self.beyond_ascii:
             raise SourceError(
                 f"{self.path} is UTF-8 but for {self.bad} damaged characters, the first at byte {self.first_bad}: repair it, or drop them "
-                "with `iconv -c -f utf-8 -t utf-8`"
+                "with `iconv -c -f utf-8 -t utf-8`; if it is in another encoding, convert it"
             )
-        if self.first_control is not None or self.beyond_ascii > max(SAMPLE, FOREIGN * self.size):
+        if self.first_control is not None or self.in_words > max(SAMPLE, self.beyond_ascii / 2):
             place, byte = self.first_control or (self.first_bad, None)
-            what = f"byte {place} is 0x{byte:02x}" if byte else f"{self.beyond_ascii} of {self.size} bytes are beyond ASCII"
+            what = f"byte {place} is 0x{byte:02x}" if byte else f"words at byte {place} and behind are of another script"
             raise SourceError(
                 f"{self.path} is neither UTF-8 nor Latin-1 ({what}): convert it from its own encoding, such as "
                 f"`{_convert('windows-1252', self.path)}`"
@@ -105,7 +106,9 @@ def _dropped(path: str) -> str:
     return rf"tr -d '\000' < {path} > NEW"
 
 
-def _looks_like_utf_16(raw: bytes) -> bool:
-    """Every other byte of letters of ASCII is zero."""
+def _utf_16(raw: bytes) -> str:
+    """Every other byte of letters of ASCII is zero: which UTF-16 that is, or nothing."""
     first, second = raw[::2].count(0), raw[1::2].count(0)
-    return len(raw) >= 8 and bool(first) != bool(second) and max(first, second) > 0.2 * len(raw)
+    if len(raw) < 8 or (first and second) or max(first, second) < 0.2 * len(raw):
+        return ""
+    return "utf-16be" if first else "utf-16le"

@@ -138,7 +138,7 @@ DECODER = json.JSONDecoder(object_pairs_hook=_pairs, parse_int=_integer)
 
 def _object(file: SourceFile, where: str, text: str) -> dict[str, Any]:
     try:
-        values = DECODER.decode(text)
+        values = DECODER.decode(text.rstrip())
     except json.JSONDecodeError as error:
         why = f"no JSON ({error.msg} at column {error.colno})"
         raise SourceError(f"cannot read {file.path}, {where}: {why}; repair or remove it") from error

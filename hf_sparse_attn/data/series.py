@@ -77,8 +77,26 @@ def read_series(
         SourceError: a file cannot be read, lacks a column, holds no numbers, too few of them, or the same number throughout; a time stamp
             is none or ambiguous; more than ``MOST_REPEATED`` of a machine's rows have the stamp of another row, but other numbers.
     """
-    parts, reordered, repeated = _machines(sources, time, machine, time_format)
-    names = list(channels) or [name for name in parts[0][1].columns if name not in (time, machine)]
+    tables = [found for source in sources for found in read_tables(source, [name for name in (time, machine) if name is not None])]
+    names = list(channels) or [name for name in tables[0][2].columns if name not in (time, machine)]
+    tables = [(path, stem, _numeric(path, table, names)) for path, stem, table in tables]
+    parts, reordered, repeated = _machines(tables, time, machine, time_format)
+    filled, missing = _complete(parts, names)
+    cuts = [int(len(values) * split) for _, values in filled]
+    known = np.concatenate([values[:cut] for (_, values), cut in zip(filled, cuts, strict=True)])
+    mean, deviation = known.mean(0), known.std(0)
+    flat = [channel for channel, wide in zip(names, deviation, strict=True) if not wide > 0]
+    if flat:
+        raise SourceError(f"channel {flat[0]!r} holds the same number throughout what trains: leave it out with series.channels")
+    series = [
+        Series(name, torch.from_numpy(((values - mean) / deviation).astype(np.float32)), cut)
+        for (name, values), cut in zip(filled, cuts, strict=True)
+    ]
+    return SeriesTable(series, names, mean.tolist(), deviation.tolist(), missing, reordered, repeated)
+
+
+def _complete(parts: Sequence[tuple[str, pd.DataFrame]], names: Sequence[str]) -> tuple[list[tuple[str, NDArray[np.float64]]], list[float]]:
+    """(machine, numbers [steps, channels], none of them missing) of each machine; share of each channel that was."""
     arrays, missing = [], np.zeros(len(names))
     for name, table in parts:
         values = _numbers(name, table, names)
@@ -92,26 +110,15 @@ def read_series(
     for name, values in filled:
         if np.isnan(values).any():
             raise SourceError(f"{name} holds no number at all in channel {names[int(np.isnan(values).any(0).argmax())]!r}: leave one out")
-    cuts = [int(len(values) * split) for _, values in filled]
-    known = np.concatenate([values[:cut] for (_, values), cut in zip(filled, cuts, strict=True)])
-    mean, deviation = known.mean(0), known.std(0)
-    flat = [channel for channel, wide in zip(names, deviation, strict=True) if not wide > 0]
-    if flat:
-        raise SourceError(f"channel {flat[0]!r} holds the same number throughout what trains: leave it out with series.channels")
-    series = [
-        Series(name, torch.from_numpy(((values - mean) / deviation).astype(np.float32)), cut)
-        for (name, values), cut in zip(filled, cuts, strict=True)
-    ]
-    return SeriesTable(series, names, mean.tolist(), deviation.tolist(), (missing / total).tolist(), reordered, repeated)
+    return filled, (missing / total).tolist()
 
 
 def _machines(
-    sources: Sequence[str], time: str | None, machine: str | None, time_format: str | None
+    tables: Sequence[tuple[str, str, pd.DataFrame]], time: str | None, machine: str | None, time_format: str | None
 ) -> tuple[list[tuple[str, pd.DataFrame]], int, int]:
     """(name, table in the order of time) of each machine, without a column that names it of each file; rows moved; rows dropped."""
     import pandas as pd  # heavy, and needed for series only
 
-    tables = [found for source in sources for found in read_tables(source, [name for name in (time, machine) if name is not None])]
     if time is not None:
         column = TimeColumn(time, [(path, table[time]) for path, _, table in tables], time_format)
         tables = [(p, n, t.assign(**{time: found})) for (p, n, t), found in zip(tables, column.stamps(), strict=True)]
@@ -128,7 +135,12 @@ def _machines(
     whole = [(name, pd.concat(found, ignore_index=True)) for (_, name), found in parts.items()]
     if time is None:
         return whole, 0, 0
-    ordered = [_ordered(name, table, time) for name, table in whole]
+    shown = (
+        [path for path, _, _ in tables]
+        if machine is None
+        else [f"{', '.join(path for path, _, _ in tables[:3])}: {name}" for name, _ in whole]
+    )
+    ordered = [_ordered(where, table, time) for where, (_, table) in zip(shown, whole, strict=True)]
     reordered, repeated = sum(moved for _, moved, _ in ordered), sum(dropped for *_, dropped in ordered)
     if reordered or repeated:
         logger.warning(
@@ -137,7 +149,7 @@ def _machines(
     return [(name, table) for (name, _), (table, *_) in zip(whole, ordered, strict=True)], reordered, repeated
 
 
-def _ordered(name: str, table: pd.DataFrame, time: str) -> tuple[pd.DataFrame, int, int]:
+def _ordered(where: str, table: pd.DataFrame, time: str) -> tuple[pd.DataFrame, int, int]:
     """(rows by time, each stamp once; rows that were moved; rows that were dropped)."""
     found = table.sort_values(time, kind="stable")
     moved = int((found.index != table.index).sum())
@@ -145,35 +157,37 @@ def _ordered(name: str, table: pd.DataFrame, time: str) -> tuple[pd.DataFrame, i
     other = int((again & ~found.duplicated()).sum())
     if other > MOST_REPEATED * len(found):
         raise SourceError(
-            f"{name}: {other} of {len(found)} rows have the time stamp of another row in column {time!r}, but other numbers: name a finer "
+            f"{where}: {other} of {len(found)} rows have the time stamp of another row in column {time!r}, but other numbers: name a finer "
             "column in series.time, one of machines in series.machine, or no series.time if the rows are in order"
         )
     return found[~again], moved, int(again.sum())
 
 
-def _numbers(machine: str, table: pd.DataFrame, names: Sequence[str]) -> NDArray[np.float64]:
+def _numeric(path: str, table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """The table with numbers in those of the columns ``names`` that it has."""
     import pandas as pd
 
+    columns = {}
+    for name in names:
+        if name not in table.columns or table[name].dtype.kind in "fiub":
+            continue
+        values = pd.to_numeric(table[name].astype(str).where(table[name].notna()).astype(object), errors="coerce")
+        if (wrong := values.isna() & table[name].notna()).any():
+            at = int(wrong.to_numpy().argmax())
+            held = str(table[name].iloc[at])
+            raise SourceError(
+                f"{path}, row {at}: channel {name!r} holds {held!r}, not numbers: name others in series.channels, or repair it"
+            )
+        columns[name] = values
+    return table.assign(**columns)
+
+
+def _numbers(machine: str, table: pd.DataFrame, names: Sequence[str]) -> NDArray[np.float64]:
     lacking = [name for name in names if name not in table.columns]
     if lacking:
         raise SourceError(f"{machine} has no channel {lacking[0]!r}; columns: {', '.join(map(str, table.columns))}")
-    columns = []
-    for name in names:
-        values = table[name]
-        if values.dtype.kind not in "fiub":
-            values = (
-                pd.to_numeric(values.astype(object), errors="coerce")
-                if values.dtype.kind not in "mM"
-                else values.isna().replace(False, np.nan)
-            )
-            if (wrong := values.isna() & table[name].notna()).any():
-                raise SourceError(
-                    f"{machine}: channel {name!r} holds {str(table[name][wrong].iloc[0])!r}, not numbers: name others in series.channels, "
-                    "or repair it"
-                )
-        columns.append(values.to_numpy(dtype=np.float64, na_value=np.nan))
-    found = np.stack(columns, axis=1)
-    return np.where(np.isfinite(found), found, np.nan)
+    values: NDArray[np.float64] = table[list(names)].to_numpy(dtype=np.float64, na_value=np.nan)
+    return np.where(np.isfinite(values), values, np.nan)
 
 
 def _filled(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -163,10 +163,12 @@ def _check_json(file: SourceFile, start: bytes, end: bytes, size: int) -> None:
     if start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
         _check_size(file, size, "one JSON array", "convert it to JSON lines, e.g. `jq -c '.[]'`")
         return
-    last = end.strip().rpartition(b"\n")[2]
-    if len(last) >= CHUNK - 1 or not start.lstrip().partition(b"\n")[0].rstrip().endswith(b"}"):
+    last, first = (part.splitlines() or [b""] for part in (end.strip(), start.lstrip()))
+    if len(last[-1]) >= CHUNK - 1 or not first[0].rstrip().endswith(b"}"):
         return  # a row too long to be judged by its end, or one object over several lines
     try:
-        json.loads(last.decode("utf-8", "replace"))
-    except ValueError as error:
+        json.loads(last[-1].decode("utf-8", "replace"))
+    except json.JSONDecodeError as error:
         raise SourceError(f"{file.path} is truncated: its last line is no JSON ({error}); fetch it again, or remove that line") from error
+    except (ValueError, RecursionError):
+        return  # whole, but of numbers or depths that Python does not take at once: what reads the line knows
