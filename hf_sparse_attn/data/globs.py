@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from .sources import SourceError
 
@@ -63,14 +64,22 @@ def _check_access(pattern: str) -> None:
     """``glob`` finds nothing in a folder that may not be read."""
     folder = os.path.dirname(pattern)
     if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
-        raise SourceError(f"the folder {folder} cannot be read: check its permissions")
+        raise _unreadable(folder)
+
+
+def _unreadable(folder: object) -> SourceError:
+    return SourceError(f"the folder {folder} cannot be read: check its permissions")
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise _unreadable(error.filename) from error
 
 
 def _folders(start: str) -> Iterator[str]:
     """``start`` and the folders in it but for hidden ones, each once; what links lead to comes last."""
     seen, links = set(), [start]
     while links:
-        for folder, names, _ in os.walk(links.pop(0)):
+        for folder, names, _ in os.walk(links.pop(0), onerror=_refuse):
             status = os.stat(folder)
             if (status.st_dev, status.st_ino) in seen:
                 names.clear()
