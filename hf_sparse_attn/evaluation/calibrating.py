@@ -29,6 +29,7 @@ from ..data.questions import ANSWERED, Question
 from ..data.windows import Window, batches
 from ..head_budgets import MOST_SHARE
 from ..plan import make_plan
+from ..progress import counted
 from ..sites import routers
 from .needs import FIRST_END, KeptObserver, Key, NeedObserver, PlantedObserver, TileFigures, length_buckets, visible_keys
 from .predictions import last_hidden, predictions
@@ -154,7 +155,7 @@ def _needs(model: PreTrainedModel, windows: Sequence[Window], mass: float, ends:
     observer, forced = NeedObserver(mass, ends), _config(model).forced_keys
     every = {"density": MOST_SHARE, "min_keys": forced, "max_keys": None, "mass_threshold": None, "candidate_factor": 1 / MOST_SHARE}
     with sparse_attention_as(model, **every):
-        run_sparse(model, batches(windows), SparseCall(dense=True, observer=observer))
+        run_sparse(model, counted(batches(windows), "reading windows"), SparseCall(dense=True, observer=observer))
     few = {bucket: count for (_, bucket), count in observer.needs.counts().items() if count < LEAST_TILES}
     if few and mass < 1:
         bucket, count = next(iter(sorted(few.items())))
@@ -248,7 +249,7 @@ def uniform_keys(config: SparseAttentionConfig, share: float, keys: int) -> dict
 def _losses(model: PreTrainedModel, windows: Sequence[Window], uniform: Mapping[str, Any]) -> dict[str, Any]:
     """Log-loss and KL against dense of the calibrated budgets and of a uniform one, over windows, and how the two differ."""
     found: dict[str, list[tuple[float, float]]] = {"dense": [], "calibrated": [], "uniform": []}
-    for window in windows:
+    for window in counted(windows, "checking on other windows"):
         reader = _Passes(model, window)
         found["dense"].append(reader.read(SparseCall(dense=True)))
         found["calibrated"].append(reader.read(SparseCall()))
@@ -281,7 +282,7 @@ class _Passes:
 def _planted(model: PreTrainedModel, questions: Sequence[Question]) -> dict[str, Any]:
     used = kept = 0
     chance = 0.0
-    for question in questions:
+    for question in counted(questions, "planted links"):
         answer = len(question.input_ids) - ANSWERED  # its tokens are predicted from the one before them on
         source = range(answer - question.distance, answer - question.distance + ANSWERED)
         observer = PlantedObserver(source, answer - 1)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..attending import Selector, SparseCall
 from ..calibration import made_with
 from ..conversion import sparse_attention_as
+from ..progress import counted
 from .selectors import fixed_budget, selection_calls
 from .shares import loss_above
 
@@ -84,7 +85,7 @@ def harness_rows(
 
     rows: list[Row] = []
     loaded = TaskManager(include_defaults=False)  # one that knows the harness' thousands of tasks takes seconds to make
-    for keys, name, call in selection_calls(budgets, selectors):
+    for keys, name, call in counted(list(selection_calls(budgets, selectors)), "lm-eval, selections"):
         with sparse_attention_as(model, **fixed_budget(keys)), _calling(model, call):
             answers = None if cache is None else str(cache / _name(model, call, name, keys))
             reader = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)

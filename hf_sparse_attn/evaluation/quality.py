@@ -17,6 +17,7 @@ from ..config import SparseAttentionConfig
 from ..conversion import sparse_attention_as
 from ..data.windows import Window
 from ..plan import make_plan
+from ..progress import counted
 from ..router import RoutingInputs, SparseRouter
 from ..sites import routers
 from ..training.losses import kept_mass
@@ -154,11 +155,12 @@ def evaluate_windows(
     decode_tokens: int = 256,
     done: Sequence[WindowResult] = (),
     on_result: Callable[[WindowResult], None] | None = None,
+    progress: bool = True,
 ) -> list[WindowResult]:
     """Every window, dense and under every selector at every budget (keys).
 
     Kept mass is measured at the first budget. A ``mass_threshold`` of the model is set aside: the budgets are those that are given.
-    Results in ``done`` are not computed again; ``on_result`` is called after each new one.
+    Results in ``done`` are not computed again; ``on_result`` is called after each new one. ``progress``: show how many windows are done.
 
     Raises:
         ValueError: a window is so short that the model would run it dense.
@@ -178,7 +180,7 @@ def evaluate_windows(
         if on_result is not None:
             on_result(result)
 
-    for window in windows:
+    for window in counted(windows, f"windows of {windows[0].ids.shape[1] if windows else 0} tokens", progress):
         reader = _Reader(model, window, decode_tokens)
         n = window.ids.shape[1]
         for keys in budgets:

@@ -13,6 +13,7 @@ from ..attending import Selector, SparseCall
 from ..conversion import sparse_attention_as
 from ..evaluation.needs import visible_keys
 from ..evaluation.selectors import fresh_routers, standard_selectors
+from ..progress import counted
 from ..router import RoutingInputs, SparseRouter
 from .answers import accuracy, by_distance, pairs_told_apart, predicted, reach, right
 from .ceilings import ceiling, chance
@@ -122,7 +123,7 @@ def _noise(
     levels += [("distractors", level) for level in LOOKALIKES if config.needed_keys - config.distractors + level <= config.keys]
     done: dict[LongLinkConfig, dict[str, Any]] = {}
     rows = []
-    for name, level in levels:
+    for name, level in counted(levels, "kinds of noise"):
         changed: dict[str, Any] = {name: level}
         other = replace(config, **changed)
         if other not in done:
