@@ -13,8 +13,9 @@ from rich.markup import escape
 
 from .cli_bench import bench
 from .cli_evaluation import calibrate, evaluate, harness, synth
-from .cli_options import JsonOption, TextOption, console, emit, load, windows_of
+from .cli_options import DtypeOption, JsonOption, TextOption, console, emit, load, windows_of
 from .cli_training import training
+from .progress import step
 
 OutOption = Annotated[Path | None, typer.Option(help="Folder of the run; default runs/<recipe name>, with -smoke for --smoke.")]
 SmokeOption = Annotated[bool, typer.Option("--smoke", help="At reduced size, on two cores in minutes, as the recipe says.")]
@@ -77,14 +78,15 @@ def distill(
     sparse: Annotated[str, typer.Option(help="Fields of SparseAttentionConfig, e.g. 'min_keys: 1024, max_keys: 1024'.")] = "",
     context: Annotated[int, typer.Option(help="Tokens of a training window.")] = 4096,
     batches: Annotated[int, typer.Option(help="Training windows.")] = 16,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
+    dtype: DtypeOption = "auto",
     json_path: JsonOption = None,
 ) -> None:
     """Train the routers of a model on its own dense attention and save it; resumes from OUT/distill.pt."""
     from .data.windows import batches as to_batches
+    from .precision import resolve
     from .training.distillation import distill as train
 
-    loaded, tokenizer = load(model, dtype, sparse)
+    loaded, tokenizer = load(model, resolve(dtype, "cpu"), sparse)
     found = windows_of(text, tokenizer, context, batches, loaded)
     report = train(loaded, to_batches(found), checkpoint=out / "distill.pt")
     loaded.save_pretrained(out)
@@ -134,20 +136,25 @@ def architectures(
 
 @app.command()
 def doctor(json_path: JsonOption = None) -> None:
-    """What is installed, which implementation would be used, and why."""
+    """What is installed, which implementation and which dtype would be used, and why."""
     import torch
     from hf_sparse_attn_kernels import IMPLEMENTATIONS, default_choice
     from hf_sparse_attn_kernels.caching import cache_folder
 
     from .architectures import SUPPORTED
     from .environment import environment
+    from .precision import choice, linear_rates
     from .versions import SUPPORTED_TRANSFORMERS
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     implementation, why = default_choice(device)
+    dtype = choice(device)
     result = {
         **environment(),
         "device": device,
+        "dtype": str(dtype.dtype).removeprefix("torch."),
+        "why_dtype": dtype.why,
+        "linear_layer_gflops": {name: round(rate / 1e9, 1) for name, rate in linear_rates(device).items()},
         "implementation": implementation,
         "implementations": list(IMPLEMENTATIONS),
         "why": f"{why}; inputs that it does not support run on 'torch'",
@@ -186,7 +193,9 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    sys.exit(guarded(app))
+    with step(" ".join(sys.argv[1:2])):
+        code = guarded(app)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

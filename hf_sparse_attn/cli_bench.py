@@ -10,7 +10,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from .cli_options import JsonOption, TextOption, console, dtype_of, emit, integers, load, windows_of
+from .cli_options import JsonOption, SavedDtypeOption, TextOption, console, emit, integers, load, windows_of
 
 bench = typer.Typer(
     help="Speed and memory against dense attention in one run, output verified before it is timed.", invoke_without_command=True
@@ -18,7 +18,7 @@ bench = typer.Typer(
 
 LengthOption = Annotated[str, typer.Option(help="Comma-separated numbers of tokens.")]
 KeysOption = Annotated[int, typer.Option(help="Keys kept.")]
-DtypeOption = Annotated[str, typer.Option(help="Comma-separated: bfloat16, float32, float16.")]
+DtypesOption = Annotated[str, typer.Option("--dtype", help="Comma-separated: auto, bfloat16, float32, float16.")]
 HeadsOption = Annotated[str, typer.Option(help="Query heads / KV heads.")]
 HeadDimOption = Annotated[int, typer.Option(help="Dimensions of a head.")]
 RepeatsOption = Annotated[int | None, typer.Option(help="Alternating rounds; by default 5, and 3 from 32768 tokens on.")]
@@ -52,7 +52,7 @@ def suite(
 def attention(
     length: LengthOption = "4096,16384,32768",
     keys: KeysOption = 1024,
-    dtype: DtypeOption = "bfloat16",
+    dtype: DtypesOption = "auto",
     heads: HeadsOption = "9/3",
     head_dim: HeadDimOption = 64,
     repeats: RepeatsOption = None,
@@ -71,7 +71,7 @@ def attention(
 def backward(
     length: LengthOption = "16384",
     keys: KeysOption = 1024,
-    dtype: DtypeOption = "bfloat16",
+    dtype: DtypesOption = "auto",
     heads: HeadsOption = "9/3",
     head_dim: HeadDimOption = 64,
     repeats: RepeatsOption = None,
@@ -88,7 +88,7 @@ def backward(
 def decode(
     length: LengthOption = "16384,32768",
     keys: KeysOption = 1024,
-    dtype: DtypeOption = "bfloat16",
+    dtype: DtypesOption = "auto",
     heads: HeadsOption = "9/3",
     head_dim: HeadDimOption = 64,
     repeats: Annotated[int, typer.Option(help="Alternating rounds, each with another layer's cache.")] = 20,
@@ -105,7 +105,7 @@ def decode(
 def router(
     length: LengthOption = "16384",
     keys: KeysOption = 1024,
-    dtype: DtypeOption = "bfloat16",
+    dtype: DtypesOption = "auto",
     heads: HeadsOption = "9/3",
     head_dim: HeadDimOption = 64,
     index_dim: Annotated[str | None, typer.Option(help="Comma-separated ranks of stage 2; by default the head dim.")] = None,
@@ -143,6 +143,7 @@ def model(
     length: LengthOption = "16384",
     keys: KeysOption = 1024,
     decode_tokens: Annotated[int, typer.Option(help="Decode steps of each kind.")] = 8,
+    dtype: SavedDtypeOption = "auto",
     json_path: JsonOption = None,
 ) -> None:
     """Prefill and decode of a whole model against the stock model and the best dense decode."""
@@ -150,7 +151,7 @@ def model(
 
     from .profiling import bench_model
 
-    loaded, tokenizer = load(folder, None, "")
+    loaded, tokenizer = load(folder, dtype, "")
     rows = []
     for n in integers(length, "--length"):
         need = n + 2 * decode_tokens
@@ -168,13 +169,12 @@ def _shapes(length: str, keys: int, dtype: str, heads: str, head_dim: int, repea
     """Every layer that the options ask for, with its number of rounds; checked before the first is run."""
     import torch
 
+    from .precision import resolve
     from .profiling import LayerShape
 
-    names = [name.strip() for name in dtype.split(",")]
-    for name in names:
-        dtype_of(name)
     query_heads, groups = _heads(heads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    names = [str(resolve(name.strip(), device)).removeprefix("torch.") for name in dtype.split(",")]
     shapes = [
         LayerShape(n, keys, dtype=name, heads=query_heads, groups=groups, head_dim=head_dim, device=device)
         for name in names

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from .cli_options import (
     JsonOption,
+    SavedDtypeOption,
     TextOption,
     command_line,
     console,
@@ -38,6 +39,7 @@ def evaluate(
     selections: Annotated[str | None, typer.Option(help="Comma-separated selections; default all that need no fit.")] = None,
     decode_tokens: Annotated[int, typer.Option(help="Tokens fed through the cache one query a tile; 0 = none.")] = 0,
     sparse: SparseOption = "",
+    dtype: SavedDtypeOption = "auto",
     report: Annotated[Path | None, typer.Option(help="Write the result as one HTML page to this path.")] = None,
     json_path: JsonOption = None,
 ) -> None:
@@ -57,7 +59,7 @@ def evaluate(
     names = SELECTIONS if selections is None else tuple(name.strip() for name in selections.split(","))
     checked = Quality(length, windows, tuple(integers(budgets, "--budgets")), decode_tokens, names)
     with Cost() as cost:
-        loaded, tokenizer = load(model, None, "")
+        loaded, tokenizer = load(model, dtype, "")
         config = set_sparse_attention(loaded, **sparse_options(sparse))
         known = standard_selectors(fresh_routers(loaded)) | fitted_selectors(config, names, checked.budgets)
         found = windows_of(text, tokenizer, length, windows, loaded)
@@ -80,6 +82,7 @@ def harness(
     budgets: Annotated[str, typer.Option(help="Comma-separated budgets in keys.")] = "512",
     selections: Annotated[str, typer.Option(help="Comma-separated selections beside dense attention.")] = HARNESS_SELECTIONS,
     sparse: SparseOption = "",
+    dtype: SavedDtypeOption = "auto",
     seed: Annotated[int, typer.Option(help="Of the questions that tasks make.")] = 0,
     include: Annotated[Path | None, typer.Option(help="Folder of tasks of one's own, YAML as lm-eval has it.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder of answers that are not made again when a run is continued.")] = None,
@@ -99,7 +102,7 @@ def harness(
     if limit < 1:
         raise ValueError(f"--limit is {limit}: must be an integer >= 1")
     with Cost() as cost:
-        loaded, tokenizer = load(model, None, "")
+        loaded, tokenizer = load(model, dtype, "")
         config = set_sparse_attention(loaded, **sparse_options(sparse))
         known = standard_selectors(fresh_routers(loaded))
         names = [name.strip() for name in selections.split(",")]
@@ -130,6 +133,7 @@ def calibrate(
     length: Annotated[int, typer.Option(help="Tokens of a window: the longest input that the budgets are found for.")] = 8192,
     windows: Annotated[int, typer.Option(help="Windows on which the budgets are found.")] = 10,
     checked: Annotated[int, typer.Option(help="Windows on which they are checked.")] = 4,
+    dtype: SavedDtypeOption = "auto",
     report: Annotated[Path | None, typer.Option(help="Write the result as one HTML page to this path.")] = None,
     json_path: JsonOption = None,
 ) -> None:
@@ -149,7 +153,7 @@ def calibrate(
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no folder of a saved model: save the sparse model first, e.g. with hf-sparse-attn distill")
     with Cost() as cost:
-        loaded, tokenizer = load_uncalibrated(folder)
+        loaded, tokenizer = load_uncalibrated(folder, dtype)
         found = windows_of(text, tokenizer, length, windows, loaded)
         others = windows_of(held_out, tokenizer, length, checked, loaded)
         share, name = (PRESETS[preset], preset) if mass is None and keys is None else (mass, None)

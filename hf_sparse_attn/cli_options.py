@@ -14,6 +14,13 @@ from rich.console import Console
 console = Console(stderr=True)
 
 JsonOption = Annotated[str | None, typer.Option("--json", help="Write the result as JSON to this path ('-' = standard output).")]
+DtypeOption = Annotated[
+    str,
+    typer.Option("--dtype", help="auto (bfloat16 where the processor or GPU multiplies it, else float32), bfloat16, float32 or float16."),
+]
+SavedDtypeOption = Annotated[
+    str, typer.Option("--dtype", help="auto (as saved, but float32 where that is not multiplied here), bfloat16, float32 or float16.")
+]
 TextOption = Annotated[str, typer.Option("--text", help="Comma-separated sources: files, globs, pypi:…, deb:… or hub:….")]
 
 
@@ -61,28 +68,35 @@ def yaml_fields(text: str, option: str) -> dict[str, Any]:
     return loaded
 
 
-def dtype_of(name: str) -> Any:
-    """The torch dtype of that name."""
-    import torch
+def saved_dtype(config: Any, name: str, device: str | None = "cpu") -> Any:
+    """The dtype that ``name`` is for a model of this config: auto is the model's own, float32 where ``device`` does not multiply that.
 
-    from .pipeline.recipe import DTYPES
+    None if auto is asked for and the config names no dtype.
+    """
+    from .precision import AUTO, of_saved, resolve
 
-    if name not in DTYPES:
-        raise ValueError(f"dtype {name!r} is not supported; supported: {', '.join(DTYPES)}")
-    return getattr(torch, name)
+    if name != AUTO:
+        return resolve(name, device)
+    saved = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return None if saved is None else of_saved(saved, device)
 
 
-def load(model: str, dtype: str | None, sparse: str) -> tuple[Any, Any]:
-    """(sparse model in eval mode, tokenizer); a stock model gets fresh routers with ``sparse`` fields."""
+def load(model: str, dtype: Any, sparse: str, device: str | None = "cpu") -> tuple[Any, Any]:
+    """(sparse model in eval mode, tokenizer); a stock model gets fresh routers with ``sparse`` fields.
+
+    ``dtype`` is a torch dtype, or a name as `saved_dtype` takes it.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype_of(dtype)}
-    if getattr(AutoConfig.from_pretrained(model), "sparse_attention", None) is None or sparse:
+    config = AutoConfig.from_pretrained(model)
+    chosen = saved_dtype(config, dtype, device) if isinstance(dtype, str) else dtype
+    options: dict[str, Any] = {} if chosen is None else {"dtype": chosen}
+    if getattr(config, "sparse_attention", None) is None or sparse:
         options["sparse_attention"] = {"min_keys": 512, **sparse_options(sparse)}
     return AutoModelForCausalLM.from_pretrained(model, **options).eval(), AutoTokenizer.from_pretrained(model)
 
 
-def load_uncalibrated(folder: Path) -> tuple[Any, Any]:
+def load_uncalibrated(folder: Path, dtype: str) -> tuple[Any, Any]:
     """(sparse model of a folder in eval mode, without a calibration that it may have, tokenizer)."""
     from dataclasses import replace
 
@@ -90,12 +104,13 @@ def load_uncalibrated(folder: Path) -> tuple[Any, Any]:
 
     from .config import SparseAttentionConfig
 
-    values = getattr(AutoConfig.from_pretrained(folder), "sparse_attention", None)
+    known = AutoConfig.from_pretrained(folder)
+    values = getattr(known, "sparse_attention", None)
     if values is None:
         raise ValueError(f"{folder} holds no sparse model: its config.json has no sparse_attention")
     config = SparseAttentionConfig.coerce(values)
     config = replace(config, bookkeeping=replace(config.bookkeeping, calibration=None))
-    loaded = AutoModelForCausalLM.from_pretrained(folder, sparse_attention=config)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, sparse_attention=config, dtype=saved_dtype(known, dtype) or "auto")
     return loaded.eval(), AutoTokenizer.from_pretrained(folder)
 
 

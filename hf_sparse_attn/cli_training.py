@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .cli_bench import LengthOption, PlotOption, bench_table, emit_rows
-from .cli_options import JsonOption, console, dtype_of, integers, load, windows_of
+from .cli_options import JsonOption, SavedDtypeOption, console, integers, load, saved_dtype, windows_of
 
 
 def training(
@@ -29,7 +29,7 @@ def training(
     padded: Annotated[bool, typer.Option(help="Also compare a padded batch with the same documents packed.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Only predict memory and time, from the model's config alone.")] = False,
     gpu: Annotated[str, typer.Option(help="Device of --plan, e.g. H100-80GB or RTX4090-24GB; cpu is measured here.")] = "cpu",
-    dtype: Annotated[str | None, typer.Option(help="bfloat16, float32 or float16; by default the model's.")] = None,
+    dtype: SavedDtypeOption = "auto",
     plot: PlotOption = None,
     json_path: JsonOption = None,
 ) -> None:
@@ -87,7 +87,7 @@ def _measure(
     budget: dict[str, Any],
     config: Any,
     steps: int,
-    dtype: str | None,
+    dtype: str,
     eager: bool,
     padded: bool,
 ) -> Iterator[dict[str, Any]]:
@@ -97,8 +97,9 @@ def _measure(
     from .profiling import TrainingShape, bench_training
     from .profiling.checking import compare_plan, device_here, faster_here
 
-    loaded, tokenizer = load(folder, dtype, "")
-    loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded, tokenizer = load(folder, dtype, "", device)
+    loaded.to(device)
     for n in lengths:
         console.print(f"{n} tokens …", highlight=False)
         found = [w.ids for w in windows_of(text, tokenizer, n, config.batch_size * (steps + 1), loaded)]
@@ -140,16 +141,17 @@ def _show(row: dict[str, Any]) -> None:
 
 
 def _plan(
-    folder: str, lengths: list[int], budget: dict[str, Any], config: Any, gpu: str, dtype: str | None, padded: bool, json_path: str | None
+    folder: str, lengths: list[int], budget: dict[str, Any], config: Any, gpu: str, dtype: str, padded: bool, json_path: str | None
 ) -> None:
     from transformers import AutoConfig
 
     from .config import SparseAttentionConfig
+    from .precision import resolve
     from .profiling.checking import named_device
     from .profiling.planning import fits, longest_length, plan_training, room
 
-    model = AutoConfig.from_pretrained(folder)
-    kind = dtype_of(dtype) if dtype is not None else getattr(model, "dtype", None) or dtype_of("bfloat16")
+    model, where = AutoConfig.from_pretrained(folder), "cpu" if gpu == "cpu" else "planned"
+    kind = saved_dtype(model, dtype, where) or resolve("auto", where)
     sparse = SparseAttentionConfig.coerce(getattr(model, "sparse_attention", None) or {}).changed(**budget)
     device = named_device(gpu, model, kind, config)
     options = {"config": model, "batch": config.batch_size, "dtype": kind, "sparse_attention": sparse, "training": config, "padded": padded}

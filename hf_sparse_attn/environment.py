@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from .precision import computed_with
+
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "evaluate", "triton", "hf_sparse_attn")
 
 
@@ -33,6 +35,7 @@ def environment() -> dict[str, Any]:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "cpu": _cpu(),
+        "instruction_set": computed_with(),
         "threads": torch.get_num_threads(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "python": platform.python_version(),

@@ -192,7 +192,7 @@ def test_bench_measures_a_model(distilled, text, invoke):
         (["bench", "backward", "--length", "[/b]"], "--length is '[/b]': must be integers"),
         (
             ["bench", "attention", "--length", "300", "--dtype", "int8", "--keys", "256"],
-            "dtype 'int8' is not supported; supported: bfloat16",
+            "dtype 'int8' is not supported; supported: auto, bfloat16",
         ),
         (["bench", "attention", "--length", "300", "--keys", "10"], "min_keys is 10: must be >= 144"),
         (["bench", "attention", "--heads", "9"], "--heads is '9': must be query heads / KV heads"),

@@ -139,7 +139,7 @@ def test_values_of_the_wrong_kind(load, changes, message):
 
 @pytest.mark.parametrize("dtype", ["float64", "int8", "bf16", None])
 def test_other_dtypes_are_refused(load, dtype):
-    with pytest.raises(RecipeError, match=rf"model\.dtype is {dtype!r}; supported: bfloat16, float32, float16"):
+    with pytest.raises(RecipeError, match=rf"model\.dtype is {dtype!r}; supported: auto, bfloat16, float32, float16"):
         load({"model": {"source": "x", "dtype": dtype}})
 
 

@@ -22,6 +22,8 @@ from rich.console import Console
 from ..data.sources import free_bytes
 from ..environment import Cost, environment
 from ..files import write_json
+from ..precision import resolve
+from ..progress import step as working
 from .recipe import Recipe, RecipeError
 
 LEAST_FREE_BYTES = 3 << 30  # a run holds two copies of a small model and its checkpoints
@@ -42,8 +44,8 @@ class Run:
     def __init__(self, recipe: Recipe, folder: Path, console: Console) -> None:
         self.recipe, self.folder, self.console = recipe, folder, console
         self.state = folder / "state"
-        self.dtype: torch.dtype = getattr(torch, recipe.model["dtype"])
         self.processes = PartialState(timeout=WAIT)
+        self.dtype = resolve(recipe.model["dtype"], warn=self.processes.is_main_process)
 
     def steps(self) -> list[Step]:
         """The steps of the task, in order."""
@@ -93,7 +95,7 @@ class Run:
         if main:
             self.console.print(f"[bold cyan]{step.name}[/]")
         if main or step.everywhere:
-            with Cost() as cost:
+            with Cost() as cost, working(step.name, main):
                 result = step.run()
             if main:
                 write_json(done, {**cost.figures, **result})

@@ -213,7 +213,7 @@ class LanguageRun(TrainingRun):
         settings = self.recipe.speed
         if not settings["length"]:
             return {}
-        shape = LayerShape(settings["length"], settings["keys"], dtype=self.recipe.model["dtype"])
+        shape = LayerShape(settings["length"], settings["keys"], dtype=str(self.dtype).removeprefix("torch."))
         attention = bench_attention(shape, repeats=settings["attention_repeats"])
         need = settings["length"] + 2 * settings["decode_tokens"]  # sparse and best dense steps take turns
         ids = torch.cat([w.ids for w in self._eval_windows(2048, -(-need // 2048))], 1)[:, :need]

@@ -14,12 +14,12 @@ from ..config import SparseAttentionConfig
 from ..data.questions import QUOTED_TASK
 from ..data.ruler import RULER
 from ..evaluation.allocations import FITTED
+from ..precision import DTYPES
 from ..training.adaptation import AdaptationConfig
 from ..training.distiller import DistillationConfig
 
 SELECTIONS = ("oracle", "two stages", "stage 1 alone", "untrained", "mean-pool", "min-max", "window + sink", "random")
 TASKS = ("causal_lm", "questions", "classification", "forecasting", "ablation", "robustness", "longlink")
-DTYPES = ("bfloat16", "float32", "float16")
 
 
 class RecipeError(ValueError):
