@@ -31,11 +31,12 @@ WAIT = timedelta(hours=24)  # of the other processes for a step of the main one
 
 
 class Step(NamedTuple):
-    """One step of a run. ``everywhere``: on every process, not on the main one alone."""
+    """One step of a run. ``everywhere``: on every process, not on the main one alone. ``then`` takes its result, old or new."""
 
     name: str
     run: Callable[[], dict[str, Any]]
     everywhere: bool = False
+    then: Callable[[dict[str, Any]], None] | None = None
 
 
 class Run:
@@ -66,6 +67,8 @@ class Run:
         steps = self.steps()
         for step in steps:
             self._step(step)
+            if step.then is not None:
+                step.then(self._load(step.name))
         results = {"recipe": self.recipe.raw, "smoke": self.recipe.smoke_run, "environment": environment(), "seed": self.recipe.seed}
         results |= {step.name: self._load(step.name) for step in steps}
         if main:

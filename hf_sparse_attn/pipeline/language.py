@@ -29,6 +29,7 @@ from .card import write_card
 from .engine import Step
 from .recipe import Quality
 from .report import write_report
+from .sizing import MARGIN, at_size, fitted, measured_work, seconds, size_of
 from .training import TrainingRun
 
 
@@ -36,8 +37,11 @@ class LanguageRun(TrainingRun):
     """Task ``causal_lm``."""
 
     def steps(self) -> list[Step]:
+        convert, *others = self._training_steps()
         return [
-            *self._training_steps(),
+            convert,
+            *([] if self.recipe.minutes is None else [Step("size", self._size, then=self._sized)]),
+            *others,
             Step("quality", self._quality),
             Step("speed", self._speed),
             Step("answer", self._answer),
@@ -76,6 +80,28 @@ class LanguageRun(TrainingRun):
             return {"unplanned": str(error)}
         check_memory(plan, device)
         return {"plan": plan.to_dict()}
+
+    def _size(self) -> dict[str, Any]:
+        """The size at which the run ends in the recipe's time, by the rates of this machine."""
+        minutes = self.recipe.minutes
+        assert minutes is not None
+        config = AutoConfig.from_pretrained(self.state / "base")
+        try:
+            work = measured_work(config, self._load("convert")["parameters"], self.recipe, self.dtype)
+            whole = MARGIN * sum(seconds(self.recipe, work).values()) / 60
+            recipe, left_out, predicted = fitted(self.recipe, work, minutes)
+        except ValueError as error:
+            return {"minutes": minutes, "left_out": [], "unsized": str(error), "size": size_of(self.recipe)}
+        total = MARGIN * sum(predicted.values()) / 60
+        rates = {"products": work.device.products[self.dtype], "attention": work.device.attention[0]}
+        known = {"minutes": minutes, "whole_minutes": whole, "predicted_minutes": total, "predicted_seconds": predicted, "rates": rates}
+        return {**known, "left_out": left_out, "size": size_of(recipe)}
+
+    def _sized(self, found: dict[str, Any]) -> None:
+        self.recipe = at_size(self.recipe, found["size"])
+        if found["left_out"] and self.processes.is_main_process:
+            text = f"  all would take {found['whole_minutes']:.0f} min here, so this is left out: {'; '.join(found['left_out'])}"
+            self.console.print(text, markup=False, highlight=False)
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(self.state / "base")

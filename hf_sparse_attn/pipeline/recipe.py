@@ -65,6 +65,7 @@ class Recipe:
     name: str
     task: str
     seed: int
+    minutes: float | None
     model: dict[str, Any]
     sparse_attention: SparseAttentionConfig
     data: dict[str, Any]
@@ -146,6 +147,10 @@ def _checked_recipe(values: dict[str, Any], smoke: bool) -> Recipe:
     sparse = SparseAttentionConfig.from_dict(values["sparse_attention"])
     recipe = Recipe(**{**values, "quality": quality, "sparse_attention": sparse}, smoke_run=smoke, raw=values)
     _ = recipe.distillation, recipe.adaptation
+    if recipe.minutes is not None and not (isinstance(recipe.minutes, int | float) and recipe.minutes > 0):
+        raise RecipeError(f"minutes is {recipe.minutes!r}: must be a number > 0, or null for all of the recipe")
+    if recipe.minutes is not None and recipe.task != "causal_lm":
+        raise RecipeError(f"minutes is {recipe.minutes}: only runs of task causal_lm are sized by time, this is of task {recipe.task}")
     if recipe.task == "questions" and any(entry.is_fitted for entry in quality):
         raise RecipeError(f"quality.selections of the task 'questions' must be of {', '.join(SELECTIONS)}")
     return recipe
