@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from hf_sparse_attn import SparseAttentionConfig, attending, sparsify
+from hf_sparse_attn.precision import linear_rate
 from hf_sparse_attn.rotary import Rotary
 from hf_sparse_attn.router import RoutingInputs, SparseRouter
 
@@ -34,9 +35,21 @@ settings.register_profile(
 settings.load_profile("suite")
 
 
-def pytest_collection_modifyitems(items):
-    """The file that trains a model comes first: of several processes none is left alone with it at the end."""
+LIMIT_RATE = 60e9  # operations per second of one core's linear layers (AVX-512, float32), for which time limits are set
+SLOWEST = 20  # times as long may a test take on a slower or busier machine
+
+
+def pytest_collection_modifyitems(config, items):
+    """The file that studies a model comes first: of several processes none is left alone with it at the end.
+
+    Time limits follow the rate of this machine, measured at the start.
+    """
     items.sort(key=lambda item: item.path.name != "test_longlink_training.py")
+    factor = min(SLOWEST, max(1.0, LIMIT_RATE / linear_rate(torch.float32)))
+    for item in items:
+        own = item.get_closest_marker("timeout")
+        limit = config.getoption("timeout") or (own.args[0] if own else float(config.getini("timeout")))
+        item.add_marker(pytest.mark.timeout(factor * limit), append=False)
 
 
 # blocks and tiles of 16; forced: 16 sink tokens, 16 local ones and the tile's own
