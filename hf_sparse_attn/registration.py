@@ -18,7 +18,8 @@ from transformers.models.auto.configuration_auto import (  # type: ignore[attr-d
 )
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from .adapters import SparseAdapterMixin, raise_for_marked_adapters
+from .adapter_marks import raise_for_marked_adapters
+from .adapters import SparseAdapterMixin
 from .ambient import taking_call
 from .architectures import SUPPORTED, refuse_unsupported
 from .attention import sparse_attention_forward
