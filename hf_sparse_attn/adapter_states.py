@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,21 +22,75 @@ def check_adapters(model: Any, _args: Any) -> None:
     """Forward pre-hook of a sparse model with adapters.
 
     Raises:
-        ValueError: an active adapter has no routers, or rows of the batch have adapters of their own.
+        ValueError: the model runs sparse, and an active adapter has no routers or other ones run, its scale was changed, or rows
+            of the batch have adapters of their own.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
-    if layer is None or layer.disable_adapters:
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if not (layers and runs_sparse(model)):
         return
-    refuse_without_routers(model, {name: model.peft_config[name] for name in layer.active_adapters if name in model.peft_config})
-    router = next(module.router for module in model.modules() if isinstance(module, SparseAttentionMixin))  # type: ignore[attr-defined]
-    mixed = any("adapter_names" in getattr(hook, "keywords", ()) for hook in router._forward_pre_hooks.values())  # PEFT's hook
-    if mixed and model.config._attn_implementation == ATTN_IMPLEMENTATION:
+    active = {} if layers[0].disable_adapters else {name: model.peft_config.get(name) for name in layers[0].active_adapters}
+    refuse_without_routers(model, {name: config for name, config in active.items() if config is not None})
+    wrappers = [site.router for site in router_sites(model).values() if not isinstance(site.router, SparseRouter)]
+    if any("adapter_names" in getattr(hook, "keywords", ()) for router in wrappers[:1] for hook in router._forward_pre_hooks.values()):
         raise ValueError(
             "adapter_names was passed: sparse attention routes a whole batch by the active adapter's routers. Call the model once for each "
             'adapter, or run dense with model.set_attn_implementation("sdpa")'
         )
+    running = {name for layer in layers for name in _running(layer)}
+    _refuse_other_routers(running, wrappers)
+    for layer in layers:
+        refuse_scaled(layer, running)
+
+
+def _running(layer: Any) -> list[str]:
+    """The adapters that change the output of a layer of PEFT's."""
+    if layer.disable_adapters:
+        return []
+    present = layer._get_available_adapters()
+    return [name for name in (layer.merged_adapters or layer.active_adapters) if name in present]
+
+
+def _refuse_other_routers(running: set[str], wrappers: list[Any]) -> None:
+    """Raise ValueError unless the routers that run are those of the adapter that runs, or the base model's where none does."""
+    routed = {name for router in wrappers if not router.disable_adapters for name in router.active_adapters[:1]}
+    if wrappers and running != routed:
+        of = ", ".join(map(repr, sorted(routed))) or "the base model"
+        raise ValueError(
+            f"adapter {', '.join(map(repr, sorted(running))) or 'none'} runs with the routers of {of}: a part of the model was enabled, "
+            "disabled, or given another adapter by itself. Use model.set_adapter(name) and the model's or PeftModel's own methods, which "
+            'change both, or run dense with model.set_attn_implementation("sdpa")'
+        )
+
+
+def refuse_scaled(layer: Any, names: set[str]) -> None:
+    """Raise ValueError if the scale of one of the adapters ``names`` is not the one that the routers were trained with."""
+    for name in names.intersection(getattr(layer, "scaling", ())):
+        trained, scale = _trained_scale(layer, name), float(layer.scaling[name])
+        if trained is not None and not math.isclose(scale, trained, rel_tol=1e-5):
+            raise ValueError(
+                f"adapter {name!r} is scaled by {scale / trained:g}, but its routers were trained with the adapter as it is: set its scale "
+                'to 1 again (layer.set_scale, unscale_layer), or run dense with model.set_attn_implementation("sdpa")'
+            )
+
+
+def _trained_scale(layer: Any, name: str) -> float | None:
+    """What PEFT multiplies an adapter by from its start: alpha / r, for AdaLoRA alpha; None for kinds without these."""
+    from peft.tuners.adalora.layer import AdaLoraLayer
+
+    alphas = getattr(layer, "lora_alpha", None) or getattr(layer, "alpha", None)
+    if not isinstance(alphas, dict) or name not in alphas or name not in layer.r:
+        return None
+    alpha, rank = float(alphas[name]), float(layer.r[name])
+    if isinstance(layer, AdaLoraLayer):
+        return alpha if alpha > 0 else rank
+    return alpha / (math.sqrt(rank) if getattr(layer, "use_rslora", {}).get(name) else rank)
+
+
+def runs_sparse(model: Any) -> bool:
+    """Whether a sparse model, or its text part, runs sparse attention now."""
+    return bool(model.config.get_text_config()._attn_implementation == ATTN_IMPLEMENTATION)
 
 
 def active_routers(model: nn.Module) -> list[SparseRouter]:
@@ -68,7 +123,7 @@ def refuse_misfits(model: Any, adapters: Mapping[str, PeftConfig]) -> None:
 
 def refuse_without_routers(model: Any, adapters: Mapping[str, PeftConfig]) -> None:
     without = [name for name, config in adapters.items() if not (holds_routers(config) or config.is_prompt_learning)]
-    if without and model.config._attn_implementation == ATTN_IMPLEMENTATION:
+    if without and runs_sparse(model):
         raise ValueError(
             f"adapter {', '.join(map(repr, without))} has no routers, but {type(model).__name__} runs sparse attention: it belongs to a "
             "dense model, or was made without modules_to_save=['router']. Make it with hf_sparse_attn.lora_config(model, ...), or run the "

@@ -8,13 +8,14 @@ mark in ``exclude_modules``, about which PEFT warns where no module matches: its
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
 from .adapter_marks import MARK, ROUTER, complete, holds_routers, matches, settings_of
 from .adapter_states import active_routers as active_routers
 from .adapter_states import base_model, check_adapters, refuse_misfits, router_sites
+from .adapter_swaps import guard_peft, refuse_other_scale, refuse_swap
 from .router import active_router
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class SparseAdapterMixin:
 
     @peft_config.setter
     def peft_config(self, adapters: dict[str, PeftConfig]) -> None:
+        guard_peft()
         # PEFT sets this last, when its layers are in place
         try:
             refuse_misfits(self, adapters)
@@ -97,7 +99,7 @@ class SparseAdapterMixin:
             raise
         for config in adapters.values():
             if holds_routers(config):
-                complete(config, active_routers(self)[0].config)
+                complete(config, active_routers(cast(nn.Module, self))[0].config)
         self.__dict__["peft_config"] = adapters
         if check_adapters not in self._forward_pre_hooks.values():  # type: ignore[attr-defined]
             self.register_forward_pre_hook(check_adapters)  # type: ignore[attr-defined]
@@ -108,6 +110,34 @@ class SparseAdapterMixin:
         hooks: dict[int, Any] = self._forward_pre_hooks  # type: ignore[attr-defined]
         for key in [key for key, hook in hooks.items() if hook is check_adapters]:
             del hooks[key]
+
+    def enable_adapters(self) -> None:
+        """As the stock method, which leaves off what an adapter saves whole: routers, classifiers."""
+        from peft.utils.other import ModulesToSaveWrapper
+
+        super().enable_adapters()  # type: ignore[misc]
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, ModulesToSaveWrapper):
+                module.enable_adapters(True)
+
+    def load_adapter(self, peft_model_id: Any = None, adapter_name: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the stock method.
+
+        Raises:
+            ValueError: the adapter is to be swapped in for another that it does not fit, or its weights lack the routers.
+        """
+        from peft import PeftConfig
+
+        name = adapter_name or "default"
+        if name in getattr(self, "peft_config", {}):  # to be swapped in, or refused by the stock method
+            config = kwargs.get("peft_config") or PeftConfig.from_pretrained(peft_model_id)
+            refuse_swap(self, name, config)
+            refuse_other_scale(self, name, config)
+        info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
+        missing = [key for key in getattr(info, "missing_keys", ()) if f".{ROUTER}." in key]
+        if missing:
+            raise ValueError(f"{peft_model_id} says that it holds routers, but lacks weights of them: {', '.join(sorted(missing)[:3])}")
+        return info
 
 
 def refuse_adapters(model: Any, what: str) -> None:

@@ -161,11 +161,16 @@ def remove_calibration(model: Any) -> None:
     _refer(model, None)
 
 
-def load_calibration(model: Any, checkpoint: str, options: Mapping[str, Any]) -> None:
+def load_calibration(model: Any, checkpoint: str | None, options: Mapping[str, Any]) -> None:
     """Use the calibration that the settings of a loaded model name, if they do. Raises CalibrationError as `use_calibration` does."""
     name = SparseAttentionConfig.coerce(model.config.get_text_config().sparse_attention).bookkeeping.calibration
     if name is None:
         return
+    if checkpoint is None:
+        raise CalibrationError(
+            f"the config refers to the calibration {name}, but the model was loaded from a state_dict, which has no files: take "
+            "bookkeeping.calibration out of config.sparse_attention, and give it to the model with hf_sparse_attn.use_calibration"
+        )
     try:
         path = str(cached_file(checkpoint, name, **options))
     except OSError as error:

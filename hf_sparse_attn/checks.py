@@ -14,11 +14,16 @@ ATTN_IMPLEMENTATION = "hf_sparse"
 
 def refuse_without_router(module: nn.Module, kwargs: dict[str, Any]) -> None:
     """Raise ValueError unless ``module`` is a layer of a sparse model that keeps its own, local attention."""
-    sparse = getattr(getattr(module, "config", None), "sparse_attention", None)
-    if sparse is None or kwargs.get("sliding_window") is None:
+    config = getattr(module, "config", None)
+    if getattr(config, "sparse_attention", None) is None or kwargs.get("sliding_window") is None:
+        name = getattr(config, "_name_or_path", "")
+        loaded = f" of the model loaded from {name!r}" if name else ""
         raise ValueError(
-            f'attn_implementation="{ATTN_IMPLEMENTATION}" needs a model with routers, and {type(module).__name__} has none: load it with '
-            "from_pretrained(..., sparse_attention={...}) or convert it with hf_sparse_attn.sparsify(model, {...})"
+            f'attn_implementation="{ATTN_IMPLEMENTATION}" needs a model with routers, and {type(module).__name__}{loaded} has none: '
+            "load it with from_pretrained(..., sparse_attention={...}) or convert it with hf_sparse_attn.sparsify(model, {...}). "
+            "If it is the reference model of a TRL trainer, which loads the folder that the trained model once came from: put "
+            "SparseTrainerMixin in front of the trainer, pass ref_model=copy.deepcopy(model), or save the sparse model and train the "
+            "one loaded from there"
         )
 
 

@@ -19,6 +19,8 @@ from .registration import (
     implementation,
     is_composite,
     make_stock,
+    name_sparse_classes,
+    name_stock_classes,
     parts,
     sparse_class,
     sparse_config_class,
@@ -44,6 +46,7 @@ def sparsify(model: PreTrainedModel, sparse_attention: SparseAttentionConfig | M
         router.to(model.device).train(model.training)
         router.init_weights()
     model.config.__class__ = sparse_config_class(type(model.config))
+    name_sparse_classes(model.config)
     store_settings(model.config, config)
     become(model, target)
     model.set_attn_implementation(implementation(type(model.config)))
@@ -64,10 +67,35 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     model.set_attn_implementation({"text_config": stock} if is_composite(type(model.config)) else stock)
     for part in parts(model.config):
         delattr(part, KEY)
+    name_stock_classes(model.config)
     model.config.__class__ = _stock(type(model.config))
     make_stock(model)
     model.model_tags = [tag for tag in (model.model_tags or []) if tag != "hf-sparse-attn"]
     return model
+
+
+def take_routers(model: PreTrainedModel, source: nn.Module) -> PreTrainedModel:
+    """Give ``model``, a reference of ``source`` with or without routers, frozen copies of the routers of ``source``; returns it.
+
+    Raises:
+        ValueError: ``model`` is wrapped or sharded (FSDP, DeepSpeed), or another architecture than ``source``.
+    """
+    if not isinstance(model, PreTrainedModel) or [p.shape for p in _backbone(model)] != [p.shape for p in _backbone(source)]:
+        raise ValueError(
+            f"the reference model ({type(model).__name__}) cannot take the routers of {type(source).__name__}: it is sharded, or another "
+            "model. Save the sparse model, load it from there, and train that one"
+        )
+    if not routers(model):
+        sparsify(model, routers(source)[0].config)
+    for router, theirs in zip(routers(model), routers(source), strict=True):
+        router.load_state_dict(theirs.state_dict())
+        router.config, router.budgets, router.fresh = theirs.config, theirs.budgets, theirs.fresh
+    store_settings(model.config, routers(source)[0].config)
+    return model
+
+
+def _backbone(model: nn.Module) -> list[nn.Parameter]:
+    return [weight for name, weight in model.named_parameters() if ".router." not in f".{name}"]
 
 
 def _stock(cls: type) -> type:

@@ -16,6 +16,7 @@ from transformers.models.auto.configuration_auto import (  # type: ignore[attr-d
     CONFIG_MAPPING,
     CONFIG_MAPPING_NAMES,
 )
+from transformers.utils.import_utils import _LazyModule
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .adapter_marks import raise_for_marked_adapters
@@ -24,28 +25,17 @@ from .ambient import taking_call
 from .architectures import SUPPORTED, refuse_unsupported
 from .attention import sparse_attention_forward
 from .cache import adopt
+from .checkpointing import without_reentrance
 from .checks import ATTN_IMPLEMENTATION
 from .config import SparseAttentionConfig, StoredSettings
 from .dispatch import KEY, dispatcher
 from .made import MadeMixin, make_class
 from .masks import sparse_attention_mask
+from .prefill import in_whole_tiles
 from .saving import SparseSavingMixin
 from .sites import attach_routers, detach_routers, routers, sparse_sites
 
-AUTO_CLASSES = (
-    "AutoModel",
-    "AutoModelForCausalLM",
-    "AutoModelForSequenceClassification",
-    "AutoModelForTokenClassification",
-    "AutoModelForQuestionAnswering",
-    "AutoModelForMaskedLM",
-    "AutoModelForMultipleChoice",
-    "AutoModelForNextSentencePrediction",
-    "AutoModelForPreTraining",
-    "AutoModelForImageTextToText",
-    "AutoModelForTimeSeriesPrediction",
-)
-
+PREFIX = "Sparse"  # of the names of sparse classes
 _CONFIGS: dict[type, type] = {}
 _REGISTERING = RLock()  # a thread must not see a config class whose models are not registered yet
 
@@ -62,7 +52,10 @@ class SparseConfigMixin(MadeMixin):
         kwargs["attn_implementation"] = kwargs.get("attn_implementation") or implementation(type(self))
         self.sparse_attention: dict[str, Any] | None
         super().__post_init__(**kwargs)  # type: ignore[misc]
-        if self.sparse_attention is not None and is_composite(type(self)):
+        if self.sparse_attention is None:
+            return
+        name_sparse_classes(self)
+        if is_composite(type(self)):
             # an inner model is made from the text config: it stays stock, and the mask function finds the settings there
             setattr(self.text_config, KEY, self.sparse_attention)  # type: ignore[attr-defined]
 
@@ -72,14 +65,42 @@ class SparseConfigMixin(MadeMixin):
             value = before.replaced(value)  # None: a stock checkpoint read through this class, as PEFT does
         super().__setattr__(name, value)
 
+    @property
+    def _attn_implementation(self) -> Any:
+        return super()._attn_implementation  # type: ignore[misc]
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: Any) -> None:
+        PreTrainedConfig._attn_implementation.fset(self, on_text_part(type(self), value))  # type: ignore[attr-defined]
+
     def to_dict(self) -> dict[str, Any]:
         out: dict[str, Any] = super().to_dict()  # type: ignore[misc]
         for part in (out, out.get("text_config") or {}):
             if isinstance(part.get(KEY), StoredSettings):
                 part[KEY] = part[KEY].settings.to_dict()
         if out.get("architectures"):  # stock names, so that engines without this plugin load the dense model
-            out["architectures"] = [name.removeprefix("Sparse") for name in out["architectures"]]
+            out["architectures"] = [name.removeprefix(PREFIX) for name in out["architectures"]]
         return out
+
+
+def name_sparse_classes(config: Any) -> None:
+    """Make the ``architectures`` of a sparse ``config`` name sparse classes: many libraries take the class of that name."""
+    config.architectures = config.architectures and [_sparse_name(name) for name in config.architectures]
+
+
+def name_stock_classes(config: Any) -> None:
+    """Undo `name_sparse_classes`."""
+    config.architectures = config.architectures and [name.removeprefix(PREFIX) for name in config.architectures]
+
+
+def _sparse_name(architecture: str) -> str:
+    stock = getattr(transformers, architecture, None)
+    if not (isinstance(stock, type) and issubclass(stock, PreTrainedModel)):  # a class of remote code, say
+        return architecture
+    try:
+        return sparse_class(stock).__name__
+    except ValueError:  # of another architecture than the config, one that is not supported
+        return architecture
 
 
 def is_composite(config_class: type) -> bool:
@@ -90,6 +111,17 @@ def is_composite(config_class: type) -> bool:
 def implementation(config_class: type) -> str | dict[str, str]:
     """What to set as attention implementation of a sparse model with such a config."""
     return {"text_config": ATTN_IMPLEMENTATION} if is_composite(config_class) else ATTN_IMPLEMENTATION
+
+
+def on_text_part(config_class: type, implementation: Any) -> Any:
+    """An attention ``implementation``, or dict of those of the parts; of a composite model only the text part is sparse."""
+    if not is_composite(config_class):
+        return implementation
+    if implementation == ATTN_IMPLEMENTATION:
+        return {"text_config": ATTN_IMPLEMENTATION}
+    if isinstance(implementation, dict) and implementation.get("") == ATTN_IMPLEMENTATION:
+        return {"text_config": ATTN_IMPLEMENTATION, **{part: value for part, value in implementation.items() if part}}
+    return implementation
 
 
 class SparseModelMixin(SparseAdapterMixin, SparseSavingMixin, MadeMixin):
@@ -126,16 +158,16 @@ class SparseModelMixin(SparseAdapterMixin, SparseSavingMixin, MadeMixin):
 
     def _get_name(self) -> str:
         # Trainer looks a model up by this name to know whether label smoothing must shift the labels
-        return type(self).__name__.removeprefix("Sparse")
+        return type(self).__name__.removeprefix(PREFIX)
+
+    def set_attn_implementation(self, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """As the stock method; of a composite model ``"hf_sparse"`` is for the text part."""
+        asked = on_text_part(type(self.config), attn_implementation)  # type: ignore[attr-defined]
+        super().set_attn_implementation(asked, *args, **kwargs)  # type: ignore[misc]
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any) -> None:
-        options = getattr(gradient_checkpointing_func, "keywords", {})
-        if enable and options.get("use_reentrant", True):  # torch's default
-            raise ValueError(
-                "gradient checkpointing of a sparse model needs use_reentrant=False: the reentrant kind drops the gradient of what "
-                'the routers learn from. Pass {"use_reentrant": False} as its keyword arguments, or none at all'
-            )
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)  # type: ignore[misc]
+        function = without_reentrance(gradient_checkpointing_func) if enable else gradient_checkpointing_func
+        super()._set_gradient_checkpointing(enable, function, **kwargs)  # type: ignore[misc]
 
 
 def parts(config: Any) -> tuple[Any, ...]:
@@ -190,6 +222,7 @@ def sparse_class(stock: type[PreTrainedModel]) -> type:
     made = make_class(SparseModelMixin, stock, config_class=sparse_config_class(stock.config_class))  # type: ignore[arg-type]
     if issubclass(stock, GenerationMixin):
         made.prepare_inputs_for_generation = _adopting(stock.prepare_inputs_for_generation)  # type: ignore[attr-defined]
+        made._prefill = in_whole_tiles(stock._prefill)  # type: ignore[attr-defined]
     if not SUPPORTED[made.config_class.model_type].hands_on:  # type: ignore[attr-defined]
         made.forward = taking_call(stock.forward)  # type: ignore[attr-defined]
     conversion = get_checkpoint_conversion_mapping(stock.__name__)
@@ -224,9 +257,30 @@ def register() -> None:
     AttentionInterface.register(ATTN_IMPLEMENTATION, sparse_attention_forward)
     AttentionMaskInterface.register(ATTN_IMPLEMENTATION, sparse_attention_mask)
     raise_for_marked_adapters()
+    serve_sparse_classes()
     for model_type, name in CONFIG_MAPPING_NAMES.items():  # all of them: those that are not supported are refused with the reason
         if model_type not in CONFIG_MAPPING._extra_content:  # what somebody else registered stays
             AutoConfig.register(model_type, dispatcher(name, model_type, sparse_config_class), exist_ok=True)
+
+
+def serve_sparse_classes() -> None:
+    """Make sparse classes attributes of the transformers module, where libraries look up what ``config.architectures`` names."""
+    stock = _LazyModule.__getattr__
+    if hasattr(stock, "serves_sparse_classes"):
+        return
+
+    @wraps(stock)
+    def look_up(module: Any, name: str) -> Any:
+        try:
+            return stock(module, name)
+        except AttributeError:
+            if module.__name__ != transformers.__name__ or not name.startswith(PREFIX):
+                raise
+            return __getattr__(name)
+
+    look_up.serves_sparse_classes = True  # type: ignore[attr-defined]
+    # of the class: Transformers runs its __init__ twice, and so has two module objects, to either of which others may hold on
+    _LazyModule.__getattr__ = look_up  # type: ignore[method-assign]
 
 
 def register_models(stock_config: type[PreTrainedConfig], sparse: type) -> None:
@@ -234,21 +288,21 @@ def register_models(stock_config: type[PreTrainedConfig], sparse: type) -> None:
 
     Tokenizers and processors are found by the config's class, too.
     """
+    from transformers.models.auto import modeling_auto
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING  # not before a sparse config is made: it imports much
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
     for mapping in (TOKENIZER_MAPPING, PROCESSOR_MAPPING):
         if stock_config in mapping:
             mapping.register(sparse, mapping[stock_config], exist_ok=True)
-    for name in AUTO_CLASSES:
-        auto = getattr(transformers, name)
-        if stock_config in auto._model_mapping:
+    for auto in [auto for name, auto in vars(modeling_auto).items() if name.startswith("AutoModel")]:
+        if getattr(auto, "_model_mapping", None) is not None and stock_config in auto._model_mapping:
             auto.register(sparse, sparse_class(auto._model_mapping[stock_config]), exist_ok=True)
 
 
 def __getattr__(name: str) -> type:
     """``SparseLlamaForCausalLM`` and the like, made when they are asked for: a pickle may name a class that this process has not made."""
-    stock = getattr(transformers, name.removeprefix("Sparse"), None) if name.startswith("Sparse") else None
+    stock = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
     if isinstance(stock, type) and issubclass(stock, PreTrainedConfig):
         return sparse_config_class(stock)
     if isinstance(stock, type) and issubclass(stock, PreTrainedModel):

@@ -29,19 +29,21 @@ class SparseSavingMixin:
                 the checkpoint holds.
             CalibrationError: the checkpoint refers to a calibration that is missing, or was made with something else.
         """
-        if "config" in kwargs and not kwargs.get("gguf_file"):
+        named = pretrained_model_name_or_path is not None  # None: the weights are in state_dict
+        if named and "config" in kwargs and not kwargs.get("gguf_file"):
             _refuse_other_routers(pretrained_model_name_or_path, kwargs)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         fresh = [m.layer for m in model.modules() if isinstance(m, SparseRouter) and m.fresh]
         if fresh and SparseAttentionConfig.coerce(model.config.sparse_attention).bookkeeping.trained:
             raise ValueError(
-                f"{pretrained_model_name_or_path} says that its routers were trained, but holds none for layers {fresh}: it was "
+                f"{pretrained_model_name_or_path if named else 'the config'} says that its routers were trained, but "
+                f"{'it' if named else 'state_dict'} holds none for layers {fresh}: it was "
                 "probably saved again without hf_sparse_attn. Load the original one, or pass sparse_attention={...} without bookkeeping "
                 "to start with untrained routers"
             )
         options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-        load_calibration(model, str(pretrained_model_name_or_path), options)
+        load_calibration(model, str(pretrained_model_name_or_path) if named else None, options)
         return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:

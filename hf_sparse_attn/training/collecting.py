@@ -74,11 +74,15 @@ class TrainingForward:
         self._tile_rows: list[tuple[float, float, float, float]] = []
         self._kept = self._visible = 0.0
 
+    def _only_reads(self) -> bool:
+        """Whether this is a repetition for gradient checkpointing, or a pass without gradients, as of a reference model."""
+        return self.closed or not torch.is_grad_enabled()
+
     # -- during the forward pass -----------------------------------------------------------------------------------
 
     def _enter(self, router: SparseRouter) -> Tensor | None:
         """What carries the layer's KL, to be attached to its output: find_unused_parameters of DDP searches from there."""
-        if self.closed:
+        if self._only_reads():
             return None
         if router.layer not in self.layers:
             carried = Carried()
@@ -87,7 +91,7 @@ class TrainingForward:
         return self.layers[router.layer].scalar
 
     def _observe(self, router: SparseRouter, inputs: RoutingInputs) -> None:
-        if self.closed:  # recomputed for gradient checkpointing
+        if self._only_reads():
             return
         router = active_router(router)  # not PEFT's wrapper, which holds the frozen original, too
         layer, tokens = self.layers[router.layer], float(inputs.q.shape[0] * inputs.q.shape[2])
@@ -112,6 +116,8 @@ class TrainingForward:
         self._tile_rows.append((loss.kept, loss.window, loss.oracle, loss.entropy))
 
     def _select(self, router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection:
+        if not torch.is_grad_enabled():
+            return self.selector(router, inputs, query_tile)
         made = self.made[router.layer]
         if not self.closed:
             made.append(self.selector(router, inputs, query_tile))
@@ -121,7 +127,7 @@ class TrainingForward:
         return made[at]
 
     def _note_density(self, router: SparseRouter, inputs: RoutingInputs, selection: BlockSelection) -> None:
-        if not self.closed:
+        if not self._only_reads():
             grid = selection.grid
             kept = (selection.indices >= 0).sum(-1) * grid.block_size
             visible = grid.last_positions(kept.device) + 1 if grid.causal else torch.full_like(kept[0, 0], grid.kv_len)

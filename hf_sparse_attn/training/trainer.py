@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..attending import SparseCall
+from ..conversion import take_routers
 from .chunked_loss import IGNORED
 from .collecting import RouterStatistics, TrainingForward, mean_statistics
 from .objective import SparseObjective, split_parameters
@@ -44,15 +49,30 @@ class SparseTrainerMixin:
     model: Any
 
     def __init__(self, *args: Any, sparse_training: SparseTrainingConfig | None = None, **kwargs: Any) -> None:
+        self._sparse_training = sparse_training
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError("nn.DataParallel over several GPUs of one process is not supported: start the script with accelerate launch")
         self.objective = SparseObjective(self.model, sparse_training)
+        given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments.get("ref_model")
+        reference = getattr(self, "ref_model", None)
+        if given is None and reference is not None:  # TRL loaded it by the name of the folder that the model once came from
+            take_routers(self.accelerator.unwrap_model(reference), self.model)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget what was collected for the log."""
         self._statistics: list[RouterStatistics] = []
         self._tokens, self._kl = 0, 0.0
-        self._logged_step = 0
+        self._logged_step = self.state.global_step
         self._since = time.perf_counter()
         self._micro_step = (-1, 0)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """As Trainer's; the model that it makes is the one whose routers are trained."""
+        model: nn.Module = super().call_model_init(trial)  # type: ignore[misc]
+        self.objective = SparseObjective(model, self._sparse_training)
+        return model
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         made = getattr(self, "optimizer", None) is not None  # the user's own
@@ -75,34 +95,60 @@ class SparseTrainerMixin:
         forward = self.objective.forward(self.state.global_step, self.state.max_steps)
         share = self._share(inputs, num_items_in_batch)
         called = {**inputs, "sparse_call": forward.call}
-        got = super().compute_loss(model, called, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        with self._handed_on(forward.call):
+            got = super().compute_loss(model, called, return_outputs, num_items_in_batch)  # type: ignore[misc]
         loss, outputs = got if return_outputs else (got, None)  # TRL runs the model again for outputs that are asked for
         kl = forward.kl_loss(share).to(loss)
         loss = loss + kl
-        self._note(forward, inputs, float(kl.detach()) / (1 if self._scaled(num_items_in_batch) else self.args.gradient_accumulation_steps))
+        self._note(
+            forward, inputs, float(kl.detach()) / (1 if self._undivided(num_items_in_batch) else self.args.gradient_accumulation_steps)
+        )
         self._check_finite(loss, inputs)
         return (loss, outputs) if return_outputs else loss
 
     def _share(self, inputs: dict[str, Any], num_items: Any) -> Any:
-        """The part of the optimiser step's loss that this micro-batch is: what Trainer does to the task loss, for a mean."""
-        if not self._scaled(num_items):
-            return 1.0  # Trainer divides the loss by the number of micro-batches
-        if "shift_labels" in inputs:
-            labels = inputs["shift_labels"]
-        else:
-            labels = inputs["labels"][..., 1:] if self._loss_shifts_labels else inputs["labels"]  # type: ignore[attr-defined]
+        """The part of the optimiser step's loss that this micro-batch is: what is done to the task loss, for a mean."""
+        if not self._undivided(num_items):
+            return 1.0
+        labels = inputs.get("shift_labels", inputs.get("labels"))
+        if num_items is None or labels is None:
+            return 1 / self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
+        if "shift_labels" not in inputs and self._loss_shifts_labels:  # type: ignore[attr-defined]
+            labels = labels[..., 1:]
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return processes * labels.ne(IGNORED).sum() / num_items
 
-    def _scaled(self, num_items: Any) -> bool:
-        return num_items is not None and self.model_accepts_loss_kwargs  # type: ignore[attr-defined]
+    def _undivided(self, num_items: Any) -> bool:
+        """Whether Trainer takes the loss as it is, and does not divide it by the number of micro-batches: its rule in `training_step`."""
+        own: bool | None = getattr(self, "loss_is_scaled_for_ga", None)  # of trainers with a loss of their own, as TRL's
+        if own is not None:
+            return own
+        return (num_items is not None and self.model_accepts_loss_kwargs) or self.compute_loss_func is not None  # type: ignore[attr-defined]
+
+    @contextmanager
+    def _handed_on(self, call: SparseCall) -> Iterator[None]:
+        """Give the model's passes with gradients ``call``, also where a trainer makes the model's arguments itself, as GRPO does."""
+
+        def hand_on(_model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            learns = torch.is_grad_enabled() and "sparse_call" not in kwargs
+            return args, {**kwargs, "sparse_call": call} if learns else kwargs
+
+        # of a compiled model every new hook would make a new graph
+        hook = None if self.args.torch_compile else self.model.register_forward_pre_hook(hand_on, with_kwargs=True)
+        try:
+            yield
+        finally:
+            if hook is not None:
+                hook.remove()
 
     def _note(self, forward: TrainingForward, inputs: dict[str, Any], kl: float) -> None:
+        step, micro = self._micro_step
+        if self.state.global_step < step:  # another run
+            self._begin()
         self._statistics.append(forward.statistics())
         self._kl += kl
         main = inputs.get(getattr(self.model, "main_input_name", "input_ids"), inputs.get("input_ids"))
         self._tokens += 0 if main is None else main.shape[0] * (main.shape[1] if main.ndim > 1 else 1)
-        step, micro = self._micro_step
         if step < 0:  # the first micro-batch of this process, perhaps of a resumed run
             self._logged_step = self.state.global_step
         self._micro_step = (self.state.global_step, micro + 1 if step == self.state.global_step else 0)
