@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from agreement import assert_close_to_largest as close
 from summaries import assert_summaries_are_those_of_the_keys, fed, summaries_checked
 from transformers import DynamicCache
 
-from hf_sparse_attn import SparseCall
+from hf_sparse_attn import SparseCall, prefill
 from hf_sparse_attn.cache import GrowingLayerMixin
+from hf_sparse_attn.prefill import chunk_lengths
 
 NEW = 20
 SAMPLING = {"do_sample": True, "temperature": 0.9, "top_k": 30}
@@ -97,6 +99,52 @@ def test_tokens_are_those_of_the_stock_model(stock, complete, token_ids, left_pa
 @pytest.mark.parametrize("name", ["greedy", "sampling", "several sequences", "chunks", "repetition penalty"])
 def test_logits_at_a_real_budget_are_those_of_the_uncached_forward(sparse, token_ids, name):
     assert_logits_of_the_uncached_forward(sparse, token_ids(2, 150), **STRATEGIES[name])
+
+
+@pytest.mark.parametrize(("size", "length"), [(40, 150), (32, 150), (17, 150), (5, 40), (100, 150), (33, 161), (149, 150)])
+@pytest.mark.parametrize("offset", [0, 5, 21])
+def test_chunks_end_with_query_tiles(sparse, token_ids, size, length, offset):
+    """So a prompt in chunks selects what the uncut one does; a last chunk of less than a tile would be routed as decoding is."""
+    ids, told = token_ids(1, length), {"output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 2}
+    if offset:
+        ids = torch.cat([torch.zeros(1, offset, dtype=torch.long), ids], 1)
+        told["attention_mask"] = ids.ne(0).long()
+    whole, chunks = generated(sparse, ids, **told), generated(sparse, ids, prefill_chunk_size=size, **told)
+    for a, b in zip(whole.logits, chunks.logits, strict=True):
+        close(b, a, 1e-5)
+    for a, b in zip(whole.past_key_values.layers, chunks.past_key_values.layers, strict=True):
+        close(b.keys, a.keys, 1e-5)
+
+
+def test_a_continued_chat_is_read_in_chunks_that_end_with_query_tiles(sparse, token_ids):
+    ids, options = token_ids(1, 200), {"output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 2}
+    out = []
+    for size in (None, 40):
+        cache = DynamicCache(config=sparse.config)
+        with torch.no_grad():
+            sparse(ids[:, :75], past_key_values=cache)
+        out.append(generated(sparse, ids, past_key_values=cache, prefill_chunk_size=size, **options))
+    close(out[1].logits[0], out[0].logits[0], 1e-5)
+
+
+def test_chunk_lengths():
+    for start, end, size, tile, offset in itertools.product(
+        (0, 7, 32, 75), (80, 81, 95, 150, 161), (1, 15, 16, 40, 64, 200), (16, 32), (0, 5)
+    ):
+        lengths = chunk_lengths(start, end, size, tile, offset)
+        cuts = list(itertools.accumulate(lengths, initial=start))
+        assert cuts[-1] == end and all((cut - offset) % tile == 0 for cut in cuts[1:-1])
+        assert all(length >= tile for length in lengths[1:]) or end - start < tile
+        assert all(length <= max(size, 2 * tile) + tile for length in lengths)
+    assert chunk_lengths(0, 256, 64, 64) == [64] * 4 and chunk_lengths(0, 150, 200, 64) == [150]
+    assert chunk_lengths(0, 300, 128, 64) == [128, 64, 108]
+
+
+def test_rows_of_other_lengths_are_said_to_be_cut(sparse, token_ids, left_padded, caplog):
+    prefill._say_rows_differ.cache_clear()
+    ids, mask = left_padded([token_ids(1, n, seed=n)[0] for n in (170, 131)])
+    generated(sparse, ids, attention_mask=mask, prefill_chunk_size=64, max_new_tokens=1)
+    assert "chunks cannot end with the tiles of all rows" in caplog.text
 
 
 def test_a_padded_row_decodes_at_a_real_budget_as_if_it_were_alone(sparse, token_ids, left_padded):

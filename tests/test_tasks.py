@@ -192,6 +192,36 @@ def test_a_config_alone_says_whether_a_folder_is_sparse(settings, tmp_path):
     assert config.vision_config._attn_implementation != "hf_sparse"
 
 
+WAYS = {
+    "set": lambda model, folder: model.set_attn_implementation("hf_sparse"),
+    "set by dict": lambda model, folder: model.set_attn_implementation({"": "hf_sparse"}),
+    "config": lambda model, folder: setattr(model.config, "_attn_implementation", "hf_sparse"),
+    "loaded": lambda model, folder: type(model).from_pretrained(folder, attn_implementation="hf_sparse"),
+    "loaded by an Auto class": lambda model, folder: transformers.AutoModelForImageTextToText.from_pretrained(
+        folder, attn_implementation="hf_sparse"
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_sparse_attention_of_a_composite_model_is_for_its_text_part(way, settings, tmp_path, count_calls):
+    """Our messages say `set_attn_implementation("hf_sparse")`: the vision tower must go on as it is."""
+    model = sparsify(tiny_models.tiny_model("gemma3"), settings)
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(3, 90, (1, 200), generator=torch.Generator().manual_seed(0))
+    ids[:, 2:6] = 96  # an image
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 28, 28), "token_type_ids": (ids == 96).long()}
+    with torch.no_grad():
+        want = model(**inputs).logits
+        model.set_attn_implementation("sdpa")
+        model = WAYS[way](model, tmp_path) or model
+        assert model.config.text_config._attn_implementation == "hf_sparse" != model.config.vision_config._attn_implementation
+        count_calls.clear()
+        assert torch.equal(model(**inputs).logits, want) and count_calls
+    model.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
+    assert model.config.text_config._attn_implementation == "eager"
+
+
 def test_label_smoothing_shifts_the_labels_as_for_the_stock_model(stock_llama, every_block, token_ids, tmp_path):
     """Trainer decides by the class's name whether a model predicts the next token."""
     ids = token_ids(1, 64)

@@ -16,7 +16,7 @@ from hf_sparse_attn.training import collecting
 from hf_sparse_attn.training.distillation import router_state
 from hf_sparse_attn.training.losses import tile_loss
 from hf_sparse_attn.training.objective import SparseObjective
-from hf_sparse_attn.training.trainer import NonFiniteLossError, last_checkpoint
+from hf_sparse_attn.training.trainer import NonFiniteLossError, SparseTrainerMixin, last_checkpoint
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",  # peft asks transformers for a property with a new name
@@ -343,3 +343,111 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(model, rows, tmp_pa
     with pytest.raises(NonFiniteLossError, match=r"the gradient's norm is (nan|inf), in optimiser step 2"):
         trainer.train()
     assert torch.isfinite(weight).all() and last_checkpoint(tmp_path / "run").name == "checkpoint-1"
+
+
+# -- models that the trainer makes ----------------------------------------------------------------------------------
+
+
+def test_a_model_that_the_trainer_makes_is_the_one_that_learns(sparse_llama, real_budget, rows, tmp_path):
+    made = []
+
+    def model_init(trial=None):
+        made.append(sparse_llama(real_budget, noise=0.1))
+        return made[-1]
+
+    config = SparseTrainingConfig(kl_tile_share=2, dense_every=0, anneal={"min_keys": [160, 80]})
+    trainer = SparseTrainer(args=arguments(tmp_path), model_init=model_init, train_dataset=rows, sparse_training=config)
+    for run in range(2):
+        before = router_state(sparse_llama(real_budget, noise=0.1))
+        trainer.train()
+        assert trainer.model is trainer.objective.model is made[-1] and len(made) == 2 + run
+        assert all(not torch.equal(weight, before[name]) for name, weight in router_state(trainer.model).items() if "index" not in name)
+        assert trainer.model.config.sparse_attention["min_keys"] == 80
+        logged = [row for row in trainer.state.log_history if "task_loss" in row]
+        assert [row["step"] for row in logged] == [1, 2]
+        assert all(row["loss"] > row["task_loss"] > 0.9 * row["loss"] for row in logged)
+
+
+def test_a_dense_model_that_the_trainer_makes_is_refused(stock_llama, rows, tmp_path):
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no routers"):
+        SparseTrainer(args=arguments(tmp_path), model_init=stock_llama, train_dataset=rows)
+
+
+class OwnLoss(Trainer):
+    """As TRL's trainers: makes the model's arguments itself, and compares with a reference model on the way."""
+
+    def __init__(self, *args, reference=None, ref_model=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.ref_model = ref_model if ref_model is not None else reference
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        told = {"input_ids": inputs["input_ids"], "labels": inputs["labels"], "use_cache": False}
+        with torch.no_grad():  # before and after: neither may count
+            self.compared = [(self.ref_model if self.ref_model is not None else model)(**inputs).loss for _ in range(2)]
+        loss = model(**told).loss
+        with torch.no_grad():
+            model(**inputs)
+        return loss
+
+
+class Own(SparseTrainerMixin, OwnLoss):
+    pass
+
+
+def own_trainer(model, rows, folder, **options):
+    sparse = SparseTrainingConfig(kl_tile_share=2, dense_every=0)
+    changes = {name: options.pop(name) for name in ("gradient_accumulation_steps", "max_steps") if name in options}
+    return Own(model, arguments(folder, **changes), train_dataset=rows, sparse_training=sparse, **options)
+
+
+def test_a_reference_gets_the_routers_and_does_not_count(model, stock_llama, sparse_llama, real_budget, rows, tmp_path):
+    """What a pass without gradients sees is not learned from, and a trainer need not hand its inputs on."""
+    seen = []
+    for cls, reference in ((None, None), (Own, stock_llama()), (Own, sparse_llama(real_budget)), (Own, None)):
+        policy = sparse_llama(real_budget, noise=0.1)
+        made = (
+            trainer_of(policy, rows, tmp_path, max_steps=1)
+            if cls is None
+            else own_trainer(policy, rows, tmp_path, reference=reference, max_steps=1)
+        )
+        if reference is not None:
+            assert all(torch.equal(a.wq, b.wq) and not a.wq.requires_grad for a, b in zip(routers(reference), routers(policy), strict=True))
+            assert reference.config.sparse_attention == policy.config.sparse_attention
+        made.add_callback(gradients := Gradients())
+        made.train()
+        seen.append(gradients.steps[0])
+        row = made.state.log_history[0]
+        assert row["kl"] > 0
+        if cls is not None:
+            assert float(made.compared[0]) == pytest.approx(row["task_loss"], rel=1e-5)
+    for other in seen[1:]:
+        assert seen[0].keys() == other.keys() and len(other) == 8
+        for name, grad in seen[0].items():
+            torch.testing.assert_close(other[name], grad, rtol=1e-4, atol=1e-8)
+
+
+def test_a_reference_that_the_user_gives_stays_as_it_is(model, stock_llama, rows, tmp_path):
+    dense = stock_llama()
+    trainer = own_trainer(model, rows, tmp_path, ref_model=dense)
+    assert trainer.ref_model is dense and not routers(dense)
+
+
+def test_a_reference_of_another_shape_is_refused(model, stock_llama, rows, tmp_path):
+    with pytest.raises(ValueError, match=r"reference model \(LlamaForCausalLM\) cannot take the routers"):
+        own_trainer(model, rows, tmp_path, reference=stock_llama(num_hidden_layers=1))
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_micro_batches_of_a_loss_of_its_own_weigh_the_same(sparse_llama, real_budget, rows, tmp_path, scaled, monkeypatch):
+    """Whether the trainer divides its loss by their number, or Transformers does."""
+    monkeypatch.setattr(Own, "loss_is_scaled_for_ga", scaled, raising=False)
+    seen = []
+    for chosen, steps in (([rows[0], rows[0]], 2), ([rows[0]], 1)):
+        trainer = own_trainer(sparse_llama(real_budget, noise=0.1), chosen, tmp_path, gradient_accumulation_steps=steps, max_steps=1)
+        if not hasattr(Trainer, "loss_is_scaled_for_ga"):  # before 5.19 there are two attributes
+            trainer.model_accepts_loss_kwargs, trainer.compute_loss_func = False, "any" if scaled else None
+        trainer.add_callback(gradients := Gradients())
+        trainer.train()
+        seen.append(gradients.steps[0])
+    for name, grad in seen[1].items():
+        torch.testing.assert_close(seen[0][name], grad, rtol=1e-4, atol=1e-8)
