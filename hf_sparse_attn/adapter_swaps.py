@@ -83,10 +83,10 @@ def _swapping(hotswap: Callable[..., None]) -> Callable[..., None]:
 
 def refuse_swap(model: Any, name: str, config: PeftConfig) -> None:
     """Raise ValueError if an adapter of this ``config`` cannot take the place of adapter ``name`` of ``model``, sparse or not."""
-    base = base_model(model)
+    base: Any = base_model(model)
     if not router_sites(base):
         return
-    if holds_routers(config) != holds_routers(base.peft_config[name]):  # type: ignore[index, union-attr]
+    if holds_routers(config) != holds_routers(base.peft_config[name]):
         raise ValueError(
             f"adapter {name!r} and the one that is to be swapped in for it do not both have routers: one of them belongs to a dense model. "
             "Use delete_adapter and load_adapter"

@@ -34,9 +34,10 @@ def in_whole_tiles(prefill: Callable[..., Any]) -> Callable[..., Any]:
             past = _past(model_kwargs) if continues else 0
             whole = length if mask is None else mask.shape[1]
             start = past if whole == length else whole - length  # else the ids are the new ones
-            tile = routers(model)[0].config.query_tile
-            generation_config = copy.copy(generation_config)
-            generation_config.prefill_chunk_size = chunk_lengths(start, whole, size, tile, _first_tile(mask, tile))
+            if start < whole:
+                tile = routers(model)[0].config.query_tile
+                generation_config = copy.copy(generation_config)
+                generation_config.prefill_chunk_size = chunk_lengths(start, whole, size, tile, _first_tile(mask, tile))
         return prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     return prefill_tiles

@@ -65,13 +65,10 @@ class SparseConfigMixin(MadeMixin):
             value = before.replaced(value)  # None: a stock checkpoint read through this class, as PEFT does
         super().__setattr__(name, value)
 
-    @property
-    def _attn_implementation(self) -> Any:
-        return super()._attn_implementation  # type: ignore[misc]
+    def _set_implementation(self, asked: Any) -> None:
+        PreTrainedConfig._attn_implementation.fset(self, asked_implementation(self, asked))  # type: ignore[attr-defined]
 
-    @_attn_implementation.setter
-    def _attn_implementation(self, value: Any) -> None:
-        PreTrainedConfig._attn_implementation.fset(self, on_text_part(type(self), value))  # type: ignore[attr-defined]
+    _attn_implementation = PreTrainedConfig._attn_implementation.setter(_set_implementation)  # type: ignore[attr-defined]  # the stock getter
 
     def to_dict(self) -> dict[str, Any]:
         out: dict[str, Any] = super().to_dict()  # type: ignore[misc]
@@ -113,15 +110,20 @@ def implementation(config_class: type) -> str | dict[str, str]:
     return {"text_config": ATTN_IMPLEMENTATION} if is_composite(config_class) else ATTN_IMPLEMENTATION
 
 
-def on_text_part(config_class: type, implementation: Any) -> Any:
-    """An attention ``implementation``, or dict of those of the parts; of a composite model only the text part is sparse."""
-    if not is_composite(config_class):
-        return implementation
-    if implementation == ATTN_IMPLEMENTATION:
+def asked_implementation(config: Any, asked: Any) -> Any:
+    """The attention implementation that is ``asked`` of a model with ``config``, or dict of those of its parts.
+
+    Of a composite model only the text part is sparse; None is the default: sparse.
+    """
+    if asked is None and config.sparse_attention is not None:
+        return implementation(type(config))
+    if not is_composite(type(config)):
+        return asked
+    if asked == ATTN_IMPLEMENTATION:
         return {"text_config": ATTN_IMPLEMENTATION}
-    if isinstance(implementation, dict) and implementation.get("") == ATTN_IMPLEMENTATION:
-        return {"text_config": ATTN_IMPLEMENTATION, **{part: value for part, value in implementation.items() if part}}
-    return implementation
+    if isinstance(asked, dict) and asked.get("") == ATTN_IMPLEMENTATION:
+        return {"text_config": ATTN_IMPLEMENTATION, **{part: value for part, value in asked.items() if part}}
+    return asked
 
 
 class SparseModelMixin(SparseAdapterMixin, SparseSavingMixin, MadeMixin):
@@ -162,7 +164,7 @@ class SparseModelMixin(SparseAdapterMixin, SparseSavingMixin, MadeMixin):
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """As the stock method; of a composite model ``"hf_sparse"`` is for the text part."""
-        asked = on_text_part(type(self.config), attn_implementation)  # type: ignore[attr-defined]
+        asked = asked_implementation(self.config, attn_implementation)  # type: ignore[attr-defined]
         super().set_attn_implementation(asked, *args, **kwargs)  # type: ignore[misc]
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any) -> None:
@@ -295,9 +297,11 @@ def register_models(stock_config: type[PreTrainedConfig], sparse: type) -> None:
     for mapping in (TOKENIZER_MAPPING, PROCESSOR_MAPPING):
         if stock_config in mapping:
             mapping.register(sparse, mapping[stock_config], exist_ok=True)
-    for auto in [auto for name, auto in vars(modeling_auto).items() if name.startswith("AutoModel")]:
-        if getattr(auto, "_model_mapping", None) is not None and stock_config in auto._model_mapping:
-            auto.register(sparse, sparse_class(auto._model_mapping[stock_config]), exist_ok=True)
+    autos = [auto for name, auto in vars(modeling_auto).items() if name.startswith("AutoModel") and auto._model_mapping is not None]
+    for auto in autos:
+        model = auto._model_mapping.get(stock_config, None)
+        if getattr(model, "config_class", None) is stock_config:  # a decision head, say, has a config of its own over this one
+            auto.register(sparse, sparse_class(model), exist_ok=True)
 
 
 def __getattr__(name: str) -> type:

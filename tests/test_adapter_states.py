@@ -188,9 +188,9 @@ def test_adapters_cannot_be_mixed(adapted, folder, ids, stock_llama):
 @pytest.mark.parametrize("name", ["b", "c"])
 def test_a_hot_swapped_adapter_brings_its_routers(name, adapted, folder, ids):
     hotswap_adapter(adapted, str(folder / name), "default", torch_device="cpu")
-    torch.testing.assert_close(logits(adapted, ids), want(folder, name, ids), rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(adapted, ids), want(folder, name, ids), rtol=0, atol=1e-4)
     hotswap_adapter(adapted, str(folder / "a"), "default", torch_device="cpu")
-    torch.testing.assert_close(logits(adapted, ids), want(folder, "a", ids), rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(adapted, ids), want(folder, "a", ids), rtol=0, atol=1e-4)
 
 
 def test_transformers_swaps_routers_too(sparse, folder, ids):

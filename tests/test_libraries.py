@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForSequenceClassification
 from transformers.models.auto import modeling_auto
 
-from hf_sparse_attn import calibration, routers, sparsify, to_dense
+from hf_sparse_attn import calibration, lora_config, routers, sparsify, to_dense
 from hf_sparse_attn.conversion import mark_trained
 
 needs_trl = pytest.mark.skipif(not importlib.util.find_spec("trl"), reason="needs trl: pip install 'hf_sparse_attn[trl]'")
@@ -111,17 +111,41 @@ def test_a_process_that_made_no_class_yet_finds_it_in_each_transformers_module(l
 def test_every_auto_class_that_takes_a_stock_config_takes_the_sparse_one(model_type, real_budget):
     model = sparsify(tiny_models.tiny_model(model_type), real_budget)
     stock = type(tiny_models.tiny_config(model_type))
-    found = {name for name, auto in vars(modeling_auto).items() if name.startswith("AutoModel") and stock in (auto._model_mapping or ())}
+    autos = {name: auto._model_mapping for name, auto in vars(modeling_auto).items() if name.startswith("AutoModel")}
+    found = {name for name, mapping in autos.items() if stock in (mapping or ()) and mapping[stock].config_class is stock}
     assert "AutoModel" in found and (model_type != "gemma3" or "AutoModelForMultimodalLM" in found)
     for name in found:
-        assert getattr(modeling_auto, name)._model_mapping[type(model.config)].__name__.startswith("Sparse"), name
+        assert autos[name][type(model.config)].__name__ == f"Sparse{autos[name][stock].__name__}", name
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_transformers_serve_loads_sparse_models(loaded, sparse_folder, token_ids):
     serving = pytest.importorskip("transformers.cli.serving.model_manager")
     model = serving.ModelManager(device="cpu", dtype="float32")._load_model(f"{sparse_folder}@main")
+    # it passes attn_implementation=None, which is no wish for a dense model
     assert type(model) is type(loaded) and torch.equal(logits(model, token_ids(1, 200)), logits(loaded, token_ids(1, 200)))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3"])
+def test_no_implementation_asked_for_is_the_sparse_one(model_type, real_budget, tmp_path):
+    sparsify(tiny_models.tiny_model(model_type), real_budget).save_pretrained(tmp_path)
+    model = by_name(tmp_path).from_pretrained(tmp_path, attn_implementation=None)
+    assert model.config.get_text_config()._attn_implementation == "hf_sparse"
+    model.set_attn_implementation("sdpa")
+    assert by_name(tmp_path).from_pretrained(tmp_path, attn_implementation="sdpa").config.get_text_config()._attn_implementation == "sdpa"
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
+def test_peft_finds_the_class_of_an_adapter_without_a_task(loaded, sparse_folder, token_ids, tmp_path):
+    """The adapter's config names class and module, which PEFT wants to be allowed by the user."""
+    from peft import AutoPeftModel, get_peft_model
+
+    made = get_peft_model(loaded, lora_config(loaded, r=2, target_modules=["q_proj"]))
+    made.save_pretrained(tmp_path)
+    again = AutoPeftModel.from_pretrained(tmp_path, import_allowlist=["hf_sparse_attn.registration"])
+    assert type(again.get_base_model()) is by_name(sparse_folder) and torch.equal(
+        logits(again, token_ids(1, 200)), logits(made, token_ids(1, 200))
+    )
 
 
 # -- weights from memory --------------------------------------------------------------------------------------------

@@ -351,12 +351,12 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(model, rows, tmp_pa
 def test_a_model_that_the_trainer_makes_is_the_one_that_learns(sparse_llama, real_budget, rows, tmp_path):
     made = []
 
-    def model_init(trial=None):
+    def model_init():
         made.append(sparse_llama(real_budget, noise=0.1))
         return made[-1]
 
-    config = SparseTrainingConfig(kl_tile_share=2, dense_every=0, anneal={"min_keys": [160, 80]})
-    trainer = SparseTrainer(args=arguments(tmp_path), model_init=model_init, train_dataset=rows, sparse_training=config)
+    config = SparseTrainingConfig(kl_tile_share=2, dense_every=0, anneal={"min_keys": [112, 80]})
+    trainer = SparseTrainer(args=arguments(tmp_path, max_steps=3), model_init=model_init, train_dataset=rows, sparse_training=config)
     for run in range(2):
         before = router_state(sparse_llama(real_budget, noise=0.1))
         trainer.train()
@@ -364,13 +364,13 @@ def test_a_model_that_the_trainer_makes_is_the_one_that_learns(sparse_llama, rea
         assert all(not torch.equal(weight, before[name]) for name, weight in router_state(trainer.model).items() if "index" not in name)
         assert trainer.model.config.sparse_attention["min_keys"] == 80
         logged = [row for row in trainer.state.log_history if "task_loss" in row]
-        assert [row["step"] for row in logged] == [1, 2]
+        assert [row["step"] for row in logged] == [1, 2, 3]
         assert all(row["loss"] > row["task_loss"] > 0.9 * row["loss"] for row in logged)
 
 
 def test_a_dense_model_that_the_trainer_makes_is_refused(stock_llama, rows, tmp_path):
     with pytest.raises(ValueError, match="LlamaForCausalLM has no routers"):
-        SparseTrainer(args=arguments(tmp_path), model_init=stock_llama, train_dataset=rows)
+        SparseTrainer(args=arguments(tmp_path), model_init=lambda: stock_llama(), train_dataset=rows)
 
 
 class OwnLoss(Trainer):
@@ -451,3 +451,10 @@ def test_micro_batches_of_a_loss_of_its_own_weigh_the_same(sparse_llama, real_bu
         seen.append(gradients.steps[0])
     for name, grad in seen[1].items():
         torch.testing.assert_close(seen[0][name], grad, rtol=1e-4, atol=1e-8)
+
+
+def test_a_kl_that_the_trainer_logs_itself_is_kept_apart(model, rows, tmp_path):
+    trainer = own_trainer(model, rows, tmp_path, max_steps=1)
+    trainer._metrics = {"train": {"kl": [1.0]}}  # TRL's: of the policy from its reference
+    trainer.train()
+    assert "kl" not in trainer.state.log_history[0] and trainer.state.log_history[0]["router_kl"] > 0

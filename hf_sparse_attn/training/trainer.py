@@ -39,6 +39,9 @@ class SparseTrainerMixin:
     a learning rate of their own, runs every so many steps dense, anneals, logs what the routers do, and stops at the first
     loss that is not finite, with the state before it saved.
 
+    A reference model that the trainer makes itself (TRL's DPO, KTO, GRPO, RLOO) gets the routers of the model that is trained; where
+    such a trainer logs a ``kl`` of its own, that of the routers is ``router_kl``. ``model_init`` is served.
+
     Raises:
         ValueError: the model has no routers, or the settings do not fit it.
     """
@@ -159,6 +162,8 @@ class SparseTrainerMixin:
             steps, self._logged_step = self.state.global_step - self._logged_step, self.state.global_step
             own = {**mean_statistics(self._statistics), "own_kl": self._kl, "tokens": float(self._tokens)}
             means = mean_over_processes(own, self.accelerator.device)
+            if "kl" in getattr(self, "_metrics", {}).get("train", ()):  # TRL's, of the policy from its reference
+                means["router_kl"] = means.pop("kl")
             logs["task_loss"] = logs["loss"] - means.pop("own_kl") / max(1, steps)
             logs["tokens_per_second"] = means.pop("tokens") * self.accelerator.num_processes / seconds
             logs.update(means)
