@@ -11,20 +11,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .adapters import refuse_adapters
+from .composite import implementation, is_composite, parts, store_settings
 from .config import BUDGET_FIELDS, FIXED_FIELDS, SparseAttentionConfig
 from .dispatch import KEY
 from .registration import (
     SparseModelMixin,
     become,
-    implementation,
-    is_composite,
     make_stock,
     name_sparse_classes,
     name_stock_classes,
-    parts,
     sparse_class,
     sparse_config_class,
-    store_settings,
 )
 from .sites import attach_routers, routers
 

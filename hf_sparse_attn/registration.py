@@ -27,6 +27,7 @@ from .attention import sparse_attention_forward
 from .cache import adopt
 from .checkpointing import without_reentrance
 from .checks import ATTN_IMPLEMENTATION
+from .composite import asked_implementation, implementation, is_composite, store_settings
 from .config import SparseAttentionConfig, StoredSettings
 from .dispatch import KEY, dispatcher
 from .made import MadeMixin, make_class
@@ -100,32 +101,6 @@ def _sparse_name(architecture: str) -> str:
         return architecture
 
 
-def is_composite(config_class: type) -> bool:
-    """Whether a model has a text part beside others: only that becomes sparse."""
-    return "text_config" in getattr(config_class, "sub_configs", {})
-
-
-def implementation(config_class: type) -> str | dict[str, str]:
-    """What to set as attention implementation of a sparse model with such a config."""
-    return {"text_config": ATTN_IMPLEMENTATION} if is_composite(config_class) else ATTN_IMPLEMENTATION
-
-
-def asked_implementation(config: Any, asked: Any) -> Any:
-    """The attention implementation that is ``asked`` of a model with ``config``, or dict of those of its parts.
-
-    Of a composite model only the text part is sparse; None is the default: sparse.
-    """
-    if asked is None and config.sparse_attention is not None:
-        return implementation(type(config))
-    if not is_composite(type(config)):
-        return asked
-    if asked == ATTN_IMPLEMENTATION:
-        return {"text_config": ATTN_IMPLEMENTATION}
-    if isinstance(asked, dict) and asked.get("") == ATTN_IMPLEMENTATION:
-        return {"text_config": ATTN_IMPLEMENTATION, **{part: value for part, value in asked.items() if part}}
-    return asked
-
-
 class SparseModelMixin(SparseAdapterMixin, SparseSavingMixin, MadeMixin):
     """In front of a stock model class: routers in every eligible attention layer."""
 
@@ -170,17 +145,6 @@ class SparseModelMixin(SparseAdapterMixin, SparseSavingMixin, MadeMixin):
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any) -> None:
         function = without_reentrance(gradient_checkpointing_func) if enable else gradient_checkpointing_func
         super()._set_gradient_checkpointing(enable, function, **kwargs)  # type: ignore[misc]
-
-
-def parts(config: Any) -> tuple[Any, ...]:
-    """The configs that hold the settings: that of the model, and that of its text part if it has others."""
-    return (config, config.text_config) if is_composite(type(config)) else (config,)
-
-
-def store_settings(config: Any, settings: SparseAttentionConfig) -> None:
-    """Note in the config of a model what its routers run with."""
-    for part in parts(config):
-        setattr(part, KEY, StoredSettings(settings, in_use=True))
 
 
 def stock_class(cls: type) -> type[PreTrainedModel]:

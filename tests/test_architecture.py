@@ -40,7 +40,7 @@ LAYERS = (
     ("segments",),
     ("cache", "dense", "masks"),
     ("checks",),
-    ("attending",),
+    ("attending", "composite"),
     ("ambient", "opaque"),
     ("attention",),
     ("adapter_states",),
