@@ -57,9 +57,9 @@ class SparseTrainerMixin:
         if self.args.n_gpu > 1:
             raise ValueError("nn.DataParallel over several GPUs of one process is not supported: start the script with accelerate launch")
         self.objective = SparseObjective(self.model, sparse_training)
-        given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments.get("ref_model")
+        given = {**kwargs, **inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments}
         reference = getattr(self, "ref_model", None)
-        if given is None and reference is not None:  # TRL loaded it by the name of the folder that the model once came from
+        if given.get("ref_model") is None and reference is not None:  # TRL loaded it from the folder that the model once came from
             take_routers(self.accelerator.unwrap_model(reference), self.model)
         self._begin()
 
