@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.utils.hub import cached_file
 
 from .adapters import refuse_adapters
+from .composite import store_settings
 from .config import SparseAttentionConfig
 from .dispatch import KEY
 from .files import read_json, write_json
@@ -148,9 +149,7 @@ def _refer(model: Any, file: str | None) -> None:
     config = replace(found[0].config, bookkeeping=replace(found[0].config.bookkeeping, calibration=file))
     for router in found:
         router.config = config
-    for part in {id(part): part for part in (model.config, model.config.get_text_config())}.values():
-        if getattr(part, KEY, None) is not None:
-            setattr(part, KEY, config.to_dict())
+    store_settings(model.config, config)
 
 
 def remove_calibration(model: Any) -> None:
