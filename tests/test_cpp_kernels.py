@@ -85,7 +85,7 @@ def test_a_block_that_does_not_exist_is_an_error_and_not_a_crash(layer, threads,
     q, k, v, selection = layer
     indices = selection.indices.clone()
     indices[0, 0, 2, -1] = 23
-    with pytest.raises(RuntimeError, match=r"block 23, but there are only 23 blocks of 16 keys"):
+    with pytest.raises(ValueError, match=r"block 23, but there are only 23 blocks of 16 keys"):
         block_sparse_attention(q, k, v, BlockSelection(indices, selection.grid), impl="cpp")
 
 
@@ -126,7 +126,7 @@ def test_the_operators_pass_opcheck(layer, make_router, routing_inputs):
     torch.library.opcheck(
         ops.select.default, (*features, 230, 16, 16, plan.sink, plan.columns, plan.width, plan.threshold), test_utils=names
     )
-    with pytest.raises(RuntimeError, match=f"may keep more than the {plan.width - 1} blocks of its list"):
+    with pytest.raises(ValueError, match=f"may keep more than the {plan.width - 1} blocks of its list"):
         ops.select(*features, 230, 16, 16, plan.sink, plan.columns, plan.width - 1, plan.threshold)
     torch.library.opcheck(ops.coarse_scores.default, (f.coarse_queries, f.real, f.router_keys), test_utils=names)
     torch.library.opcheck(ops.block_mass.default, (f.queries, f.reps, f.keys, tiles, None, 230, 16, 16), test_utils=names)
@@ -191,29 +191,6 @@ def test_another_processor_is_refused_by_name(fresh, monkeypatch):
 def test_a_build_without_the_sources_is_refused_by_name(fresh, monkeypatch, tmp_path):
     monkeypatch.setattr(compiling, "SOURCE", tmp_path)
     assert "its C++ sources are not in" in compiling.unavailable()
-
-
-def test_a_compiler_that_fails_leaves_nothing_and_says_what_it_printed(fresh, monkeypatch, tmp_path):
-    broken = tmp_path / "broken-c++"
-    broken.write_text('#!/bin/sh\nfor last; do :; done\necho half > "$last"\necho "out of registers" >&2\nexit 1\n')
-    broken.chmod(0o755)
-    monkeypatch.setenv("CXX", str(broken))
-    assert "out of registers" in compiling.unavailable()
-    assert list(fresh.iterdir()) == []
-
-
-def test_what_is_compiled_depends_on_the_flags_and_is_kept(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_SPARSE_ATTN_CACHE", str(tmp_path))
-    made = []
-
-    def compile_(program, flags, target):
-        made.append(flags)
-        target.parent.mkdir(exist_ok=True)
-        target.touch()
-
-    monkeypatch.setattr(compiling, "_compile", compile_)
-    names = {compiling.library("c++", flags) for flags in (("-a",), ("-b",), ("-a",))}
-    assert len(names) == 2 and made == [("-a",), ("-b",)]
 
 
 def test_a_process_that_only_imports_the_kernels_compiles_nothing(tmp_path):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import shutil
+import stat
 import tempfile
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -35,6 +39,52 @@ def temporary_folder() -> Path:
     """This user's place for what cannot be kept in the cache; not made."""
     user = f"-{os.getuid()}" if hasattr(os, "getuid") else ""  # elsewhere each user has a temporary folder of their own
     return Path(tempfile.gettempdir()).absolute() / f"hf_sparse_attn{user}"
+
+
+def places(name: str) -> Iterator[Path]:
+    """Folders ``name`` for what will run as this user's code, best first: in the cache, in `temporary_folder`, of this process alone.
+
+    Each is made, and only given where nobody else can write. Take the next one where writing fails; why is said once, when it is taken.
+    """
+    for root in (cache_folder(), temporary_folder()):
+        folder, reason = root / name, None
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _close_to_others(folder)
+            reason = _open_to_others(root) or _open_to_others(folder)
+        except OSError as error:
+            reason = str(error)
+        if reason is None:
+            yield folder
+            reason = f"{folder} cannot be written"
+        say_once(f"{reason}: {name} are kept elsewhere, for a short time only; set {VARIABLE} to a folder that is yours alone")
+    alone = Path(tempfile.mkdtemp(prefix="hf_sparse_attn-"))
+    atexit.register(shutil.rmtree, alone, ignore_errors=True)
+    yield alone
+
+
+def _close_to_others(folder: Path) -> None:
+    """A folder of this user's may have been made where all new ones can be written by a group."""
+    found = folder.stat()
+    if found.st_uid == os.getuid() and found.st_mode & (stat.S_IWOTH | stat.S_IWGRP):
+        folder.chmod(stat.S_IMODE(found.st_mode) & ~(stat.S_IWOTH | stat.S_IWGRP))
+
+
+def _open_to_others(path: Path) -> str | None:
+    """Why someone else could change what ``path`` holds, or None. This user's own group is not someone else."""
+    found = path.stat()
+    if found.st_uid not in (os.getuid(), 0):
+        return f"{path} belongs to another user ({found.st_uid})"
+    others = stat.S_IWOTH if found.st_gid == os.getgid() else stat.S_IWOTH | stat.S_IWGRP
+    if found.st_mode & others and not found.st_mode & stat.S_ISVTX:
+        return f"{path} can be written by others (mode {stat.S_IMODE(found.st_mode):o})"
+    return None
+
+
+def is_trusted(file: Path) -> bool:
+    """Whether ``file`` is a plain file of this user's or root's that nobody else can write."""
+    found = file.lstat()
+    return stat.S_ISREG(found.st_mode) and found.st_uid in (os.getuid(), 0) and not found.st_mode & (stat.S_IWOTH | stat.S_IWGRP)
 
 
 @cache
