@@ -169,7 +169,7 @@ def test_the_triton_implementation_names_what_it_lacks(monkeypatch):
     assert support.unsupported(q, 64, 16) is None
 
 
-@pytest.mark.parametrize(("options", "message"), [({"sinks": torch.zeros(2)}, r"sinks is \(2,\)"), ({"softcap": 0.0}, "softcap=0.0")])
+@pytest.mark.parametrize(("options", "message"), [({"sinks": torch.zeros(2)}, r"sinks is .* \(2,\)"), ({"softcap": 0.0}, "softcap=0.0")])
 def test_impossible_softcaps_and_sinks_are_refused(options, message):
     grid = TileGrid(140, 140, 64, 16)
     selection = BlockSelection(torch.zeros(1, 1, 3, 1, dtype=torch.int32), grid)

@@ -63,7 +63,8 @@ def test_tile_grid_counts_tiles_from_the_first_token(q_len, past, tiling):
 
 
 @pytest.mark.parametrize(
-    ("values", "message"), [((0, 5, 64, 16), "q_len=0"), ((6, 5, 64, 16), "kv_len=5"), ((5, 5, 48, 32), "query_tile=48")]
+    ("values", "message"),
+    [((-1, 5, 64, 16), "q_len=-1"), ((5, 5, 0, 16), "query_tile=0"), ((6, 5, 64, 16), "kv_len=5"), ((5, 5, 48, 32), "query_tile=48")],
 )
 def test_tile_grid_refuses_impossible_lengths(values, message):
     with pytest.raises(ValueError, match=message):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from .checking import check_attention
 from .cpp_kernels.attention import block_sparse_attention_cpp
 from .cpp_kernels.support import unsupported as unsupported_by_cpp
 from .gathered import block_sparse_attention_torch
@@ -55,22 +57,24 @@ def block_sparse_attention(
         (out ``[B, H, Q, D]``, lse or None). A row that sees no key, or belongs to no document, is all zeros.
 
     Raises:
-        ValueError: unknown ``impl``, inputs that it does not support, a dtype mismatch, or a selection that does not fit.
+        ValueError: unknown ``impl``, inputs that it does not support, tensors whose shapes, dtypes or devices do not fit each other,
+            or a selection that does not fit (on a CPU also one whose lists are not ascending or name blocks that their tile does not see).
     """
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    if sinks is not None and tuple(sinks.shape) != (q.shape[1],):
-        raise ValueError(f"sinks is {tuple(sinks.shape)}: must hold one logit per query head, [{q.shape[1]}]")
+    check_attention(q, k, v, sinks)
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap={softcap} must be positive, or None for no cap")
     selection.check(q, k)
-    options = ScoreOptions(q.shape[-1] ** -0.5 if scale is None else scale, softcap, sinks)
+    options = ScoreOptions(max(q.shape[-1], 1) ** -0.5 if scale is None else scale, softcap, sinks)
     grid = selection.grid
+    if not selection.indices.shape[-1]:  # empty lists are lists of one empty entry
+        selection = replace(selection, indices=selection.indices.new_full((*selection.indices.shape[:3], 1), -1))
     lacking = {
         "triton": lambda: unsupported_by_triton(q, grid.query_tile, grid.block_size),
         "cpp": lambda: unsupported_by_cpp(q, v, block_size=grid.block_size),
     }
     chosen = choose(impl, IMPLEMENTATIONS, q.device.type, lacking)
+    if not q.numel():
+        return _nothing(q, k, v, sinks, return_lse)
     if chosen == "triton":
         from .triton_kernels.attention import block_sparse_attention_triton
 
@@ -81,13 +85,20 @@ def block_sparse_attention(
     return attend(q, k, v, selection, options, return_lse)
 
 
+def _nothing(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """The results of a call without queries, heads or columns; the gradients of what it was given are zero."""
+    zero = sum((x.sum() * 0 for x in (q, k, v, sinks) if x is not None and x.requires_grad), start=q.new_zeros(()))
+    lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+    return zero.expand(q.shape).clone(), lse if return_lse else None
+
+
 def _by_document(
     attend: Attend, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: ScoreOptions, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Each document by itself; queries of no document keep zeros and an lse of −inf."""
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32)) if return_lse else None
-    for row, first, part in selection.by_document():
+    for row, first, part in selection.by_document(q.shape[0]):
         slots = slice(first, first + part.grid.kv_len)
         end = slots.stop - selection.grid.q_offset
         at = (slice(row, row + 1), slice(None), slice(end - part.grid.q_len, end))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gathering import Scratch, gather_blocks, to_tiles
+from .gathering import Scratch, all_finite, as_rows, gather_blocks, to_tiles, wide
 from .selection import TileGrid
 
 SMALLEST_TOTAL = 1e-26  # of unshifted exponentials: below it the largest score is under −60
@@ -17,12 +17,14 @@ MASS_SCORES = 1 << 22  # scores of one chunk of the teacher: 16 MB in float32
 def pooled_features_torch(k: Tensor, block_size: int) -> Tensor:
     """See `pooled_features`."""
     b, g, n, d = k.shape
-    blocks = k[:, :, : n // block_size * block_size].reshape(b, g, -1, block_size, d)
+    blocks = k[:, :, : n // block_size * block_size].reshape(b, g, n // block_size, block_size, d)
     return torch.cat([blocks.amax(3), blocks.amin(3), blocks.mean(3)], -1)
 
 
 def coarse_scores_torch(queries: Tensor, real: Tensor, router_keys: Tensor, scale: float) -> Tensor:
     """See `coarse_scores`."""
+    if queries.dtype == torch.float16:  # whose range products leave
+        queries, router_keys = queries.float(), router_keys.float()
     scores = torch.einsum("bgmrf,bgnf->bgmrn", queries * scale, router_keys).float()
     if scores.shape[3] == 1:
         return scores[:, :, :, 0]
@@ -36,19 +38,28 @@ def fine_mass_torch(
 ) -> Tensor:
     """See `fine_mass`."""
     rows, m, e = *queries.shape[:2], queries.shape[-1]
+    keys = as_rows(keys[None])
     q_pos = (grid.first_positions(blocks.device)[tiles][:, None, None] + reps).flatten(1)
     real = ((q_pos >= grid.q_offset) & (q_pos < grid.kv_len)).float()
-    share = real / real.sum(-1, keepdim=True)  # of each query in its tile's mean
+    share = real / real.sum(-1, keepdim=True).clamp(min=1)  # of each query in its tile's mean; nothing where none is a token
     memory = None if scratch is None else scratch.take("keys", (rows, m, blocks.shape[-1] * grid.block_size, e), keys)
     gathered = gather_blocks(keys, blocks, grid.block_size, memory)
     mass = None if scratch is None else _unshifted_mass(queries.flatten(2, 3), gathered, grid, blocks, q_pos, share, scratch)
     if torch.is_grad_enabled() and queries.requires_grad and not keys.requires_grad:
         mass = _LearnedMass.apply(queries.flatten(2, 3), gathered, grid, blocks, q_pos, share)
     elif mass is None:
-        scores = torch.matmul(gathered, queries.flatten(2, 3).transpose(2, 3))
-        _hide(scores, grid, blocks, q_pos)
-        mass = torch.matmul(torch.softmax(scores.float(), 2), share[..., None])
+        mass = _shifted_mass(queries.flatten(2, 3), gathered, grid, blocks, q_pos, share)
+        if not all_finite(mass):  # a product may have left the range of its dtype
+            mass = _shifted_mass(wide(queries.flatten(2, 3)), wide(gathered), grid, blocks, q_pos, share)
     return mass.float().view(*blocks.shape, grid.block_size).sum(-1)
+
+
+def _shifted_mass(queries: Tensor, keys: Tensor, grid: TileGrid, blocks: Tensor, q_pos: Tensor, share: Tensor) -> Tensor:
+    """Mass of every gathered key [rows, m, L·S, 1] by a softmax."""
+    scores = torch.matmul(keys, queries.transpose(2, 3))
+    _hide(scores, grid, blocks, q_pos)
+    p = torch.softmax(scores.to(torch.promote_types(scores.dtype, torch.float32)), 2)
+    return torch.matmul(p, share[..., None].to(p.dtype))
 
 
 def _hide(scores: Tensor, grid: TileGrid, blocks: Tensor, q_pos: Tensor) -> None:
@@ -98,9 +109,9 @@ class _LearnedMass(torch.autograd.Function):
         weights = scores.exp_()
         total = weights.sum(2)
         if not bool(((total > SMALLEST_TOTAL) & (total < 1 / SMALLEST_TOTAL)).all()):
-            scores = torch.matmul(keys, queries.transpose(2, 3))
+            scores = torch.matmul(wide(keys), wide(queries).transpose(2, 3))
             _hide(scores, grid, blocks, q_pos)
-            weights = torch.softmax(scores, 2)
+            weights = torch.softmax(scores, 2).to(weights.dtype)
             total = torch.ones_like(total)
         mass = torch.matmul(weights, (share / total)[..., None])
         ctx.save_for_backward(keys, weights, total, share, mass)
@@ -127,18 +138,26 @@ def block_mass_torch(q: Tensor, k: Tensor, grid: TileGrid, tiles: Tensor, scale:
     keys = k.reshape(b * groups, n, d)
     first = grid.first_positions(q.device)
     out = q.new_zeros(b * groups, len(tiles), grid.blocks * grid.block_size, dtype=torch.float32)
-    step = max(1, MASS_SCORES // (b * groups * hg * t * n))
+    step = max(1, MASS_SCORES // max(1, b * groups * hg * t * n))
     for start in range(0, len(tiles), step):
         chosen = tiles[start : start + step]
         visible = min(n, int(first[chosen].max()) + t) if grid.causal else n
-        rows = q_tiles[:, chosen].flatten(1, 3)
-        scores = (torch.bmm(rows, keys[:, :visible].transpose(1, 2)).float() * scale).view(b * groups, len(chosen), hg, t, visible)
-        q_pos = first[chosen][:, None] + torch.arange(t, device=q.device)
-        if grid.causal:
-            future = torch.arange(visible, device=q.device) > q_pos[..., None]
-            scores.masked_fill_(future[None, :, None], -torch.inf)
-        real = ((q_pos >= grid.q_offset) & (q_pos < grid.kv_len)).float()
-        p = torch.softmax(scores, -1).mean(2)
-        weights = real / real.sum(-1, keepdim=True)
-        out[:, start : start + step, :visible] = torch.einsum("rmtv,mt->rmv", p, weights)
+        found = _mass_of(q_tiles[:, chosen], keys[:, :visible], grid, first[chosen], scale)
+        if not all_finite(found):  # a product may have left the range of its dtype
+            found = _mass_of(wide(q_tiles[:, chosen]), wide(keys[:, :visible]), grid, first[chosen], scale)
+        out[:, start : start + step, :visible] = found
     return out.view(b, groups, len(tiles), grid.blocks, grid.block_size).sum(-1)
+
+
+def _mass_of(q_tiles: Tensor, keys: Tensor, grid: TileGrid, first: Tensor, scale: float) -> Tensor:
+    """Softmax mass of each of the ``keys`` [BG, V, D], averaged over the tokens of each tile of ``q_tiles`` [BG, m, Hg, T, D]."""
+    rows, m, hg, t = q_tiles.shape[:4]
+    scores = torch.bmm(q_tiles.flatten(1, 3), keys.transpose(1, 2))
+    scores = (scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale).view(rows, m, hg, t, keys.shape[1])
+    q_pos = first[:, None] + torch.arange(t, device=keys.device)
+    if grid.causal:
+        future = torch.arange(keys.shape[1], device=keys.device) > q_pos[..., None]
+        scores.masked_fill_(future[None, :, None], -torch.inf)
+    real = ((q_pos >= grid.q_offset) & (q_pos < grid.kv_len)).to(scores.dtype)
+    p = torch.softmax(scores, -1).mean(2)
+    return torch.einsum("rmtv,mt->rmv", p, real / real.sum(-1, keepdim=True))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .gathering import Scratch, as_rows, as_tiles, from_tiles, gather_blocks, gather_visible, scatter_blocks, to_tiles
+from .gathering import Scratch, all_finite, as_rows, as_tiles, from_tiles, gather_blocks, gather_visible, scatter_blocks, to_tiles, wide
 from .options import ScoreOptions
 from .reference import weighted_values
 from .selection import BlockSelection, TileGrid
@@ -104,10 +104,16 @@ def chunk_lse(scores: Tensor, sinks: Tensor | None) -> Tensor:
 
 def probabilities(scores: Tensor, hidden: Tensor, sinks: Tensor | None) -> Tensor:
     """Softmax over the last dimension and the ``sinks`` [BG, 1, Hg, 1], in place; a row that sees nothing is all zeros."""
-    p = torch.softmax(scores, -1, out=scores) if sinks is None else scores.sub_(chunk_lse(scores, sinks)[..., None]).exp_()
+    p = torch.softmax(scores, -1, out=scores) if sinks is None else scores.sub_(_norm(scores, sinks)).exp_()
     if hidden.shape[-1] < scores.shape[-1]:
         return p  # some columns are visible to every row
     return p.masked_fill_(hidden.all(-1)[:, :, None, :, None], 0)
+
+
+def _norm(scores: Tensor, sinks: Tensor) -> Tensor:
+    """What makes of scores the logarithms of weights: NaN beside an infinite score or sink, as in a softmax."""
+    lse = chunk_lse(scores, sinks)
+    return lse.masked_fill(lse == torch.inf, torch.nan)[..., None]
 
 
 def softmax_backward(
@@ -127,6 +133,16 @@ def softmax_backward(
     dsinks = None if weight is None else -(weight * delta.view_as(weight)).sum((1, 3))
     ds = (dp - delta).mul_(p).mul_(options.scale)
     return p, ds if slope is None else ds.mul_(slope.flatten(2, 3)), dsinks
+
+
+def _attend_widely(
+    q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, sinks: Tensor | None, options: ScoreOptions
+) -> tuple[Tensor, Tensor]:
+    """Output [BG, n, Hg·T, D] and log-sum-exp of a chunk whose result was not finite."""
+    wide_q = wide(q)
+    scores = chunk_scores(wide_q, wide(keys), hidden, options, wide_q.dtype, Scratch())
+    lse = chunk_lse(scores, sinks).to(torch.promote_types(q.dtype, torch.float32))
+    return weighted_values(probabilities(scores, hidden, sinks).flatten(2, 3), wide(values)).to(q.dtype), lse
 
 
 class GatheredAttention(torch.autograd.Function):
@@ -157,12 +173,15 @@ class GatheredAttention(torch.autograd.Function):
         dtype = q.dtype if row_sinks is None and options.softcap is None else accum
         for rows, tiles, part in tile_chunks(index, grid, q_tiles.shape[2] * grid.query_tile):
             chunk_k, chunk_v = gather_chunk(keys[rows], values[rows], part, grid, scratch)
-            hidden = chunk_mask(part, grid, tiles)
+            hidden, some = chunk_mask(part, grid, tiles), _of(row_sinks, rows)
             scores = chunk_scores(q_tiles[rows, tiles], chunk_k, hidden, options, dtype, scratch)
-            if need_lse:
-                lse[rows, tiles] = chunk_lse(scores, _of(row_sinks, rows))
-            p = probabilities(scores, hidden, _of(row_sinks, rows)).to(q.dtype).flatten(2, 3)
-            out[rows, tiles] = weighted_values(p, chunk_v).view_as(out[rows, tiles])
+            some_lse = chunk_lse(scores, some) if need_lse else None
+            found = torch.matmul(probabilities(scores, hidden, some).to(q.dtype).flatten(2, 3), chunk_v)
+            if not all_finite(found):
+                found, some_lse = _attend_widely(q_tiles[rows, tiles], chunk_k, chunk_v, hidden, some, options)
+            out[rows, tiles] = found.view_as(out[rows, tiles])
+            if need_lse and some_lse is not None:
+                lse[rows, tiles] = some_lse
         ctx.save_for_backward(q, k, v, sinks, indices)
         ctx.set_materialize_grads(False)
         ctx.grid, ctx.options = grid, options
@@ -187,15 +206,20 @@ class GatheredAttention(torch.autograd.Function):
         for rows, tiles, part in tile_chunks(index, grid, q_tiles.shape[2] * grid.query_tile):
             chunk_k, chunk_v = gather_chunk(keys[rows], values[rows], part, grid, scratch)
             hidden = chunk_mask(part, grid, tiles)
-            scores = chunk_scores(q_tiles[rows, tiles], chunk_k, hidden, options, accum, scratch)
-            do = do_tiles[rows, tiles].flatten(2, 3)
-            dp = (do @ chunk_v.transpose(-1, -2)).to(accum)
+            do, some = do_tiles[rows, tiles].flatten(2, 3), _of(row_sinks, rows)
             dlse = None if dlse_tiles is None else dlse_tiles[rows, tiles].flatten(2, 3)
-            p, ds, dsink = softmax_backward(scores, hidden, _of(row_sinks, rows), dp, dlse, options)
+            scores = chunk_scores(q_tiles[rows, tiles], chunk_k, hidden, options, accum, scratch)
+            p, ds, dsink = softmax_backward(scores, hidden, some, (do @ chunk_v.transpose(-1, -2)).to(accum), dlse, options)
+            found = ds.to(q.dtype) @ chunk_k
+            if not all_finite(found):
+                some_q, chunk_k = wide(q_tiles[rows, tiles]), wide(chunk_k)
+                scores = chunk_scores(some_q, chunk_k, hidden, options, some_q.dtype, Scratch())
+                p, ds, dsink = softmax_backward(scores, hidden, some, wide(do) @ wide(chunk_v).transpose(-1, -2), dlse, options)
+                found, p, ds = (ds @ chunk_k).to(q.dtype), p.to(accum), ds.to(accum)
             if dsink is not None:
                 dsinks.append(dsink.new_zeros(b * groups, dsink.shape[1]))
                 dsinks[-1][rows] = dsink
-            dq[rows, tiles] = (ds.to(q.dtype) @ chunk_k).view_as(dq[rows, tiles])
+            dq[rows, tiles] = found.view_as(dq[rows, tiles])
             # a key's gradient is the sum of many tiles' products: in low precision each would be rounded
             scatter_blocks(dk[rows], part, ds.transpose(-1, -2) @ q_tiles[rows, tiles].flatten(2, 3).to(accum), grid.block_size)
             scatter_blocks(dv[rows], part, p.transpose(-1, -2) @ do.to(accum), grid.block_size)
@@ -220,10 +244,10 @@ def block_sparse_attention_torch(
     grid = selection.grid
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, options.sinks))
     if grid.q_len == grid.query_tile == 1 and grid.causal and not trained:
-        index = selection.indices.flatten(0, 2)
-        if bool((index[:, -1] == grid.blocks - 1).all()):
-            width = int((index >= 0).sum(-1).max())
-            return _attend_single(q, k, v, index[:, -width:], grid.block_size, options, return_lse)
+        found = _attend_single(q, k, v, selection.indices.flatten(0, 2), grid, options, return_lse)
+        if found is not None:
+            return found
+    selection.check_blocks()
     out, lse = GatheredAttention.apply(q, k, v, options.sinks, selection.indices, grid, options, return_lse)
     return out, lse if return_lse else None
 
@@ -235,21 +259,28 @@ def hide_after(scores: Tensor, n: int, block_size: int) -> None:
 
 
 def _attend_single(
-    q: Tensor, k: Tensor, v: Tensor, index: Tensor, block_size: int, options: ScoreOptions, return_lse: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Forward pass of one query per row whose lists ``index`` [B·G, K] end with its own block: nothing to mask but empty entries."""
-    empty = index < 0
-    unequal = bool(empty.any())
-    keys, values = (gather_visible(x, index.clamp(min=0), block_size) for x in (k, v))
-    scores = torch.bmm((q * options.scale).view(len(index), -1, q.shape[-1]), keys.transpose(1, 2))
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, grid: TileGrid, options: ScoreOptions, return_lse: bool
+) -> tuple[Tensor, Tensor | None] | None:
+    """Forward pass of one query per row whose lists ``index`` [B·G, K] end with its own block: nothing to mask but empty entries.
+
+    None where it is not as simple as that: another list, or a result that is not finite.
+    """
+    if not bool(((index[:, -1] == grid.blocks - 1) & ((index[:, 1:] > index[:, :-1]) | (index[:, 1:] < 0)).all(-1)).all()):
+        return None
+    fewest, width = (int(count) for count in (index >= 0).sum(-1).aminmax())
+    index = index[:, -width:]
+    keys, values = (gather_visible(x, index.clamp(min=0), grid.block_size) for x in (k, v))
+    scores = torch.bmm((q * options.scale).reshape(len(index), -1, q.shape[-1]), keys.transpose(1, 2))
     accum = torch.promote_types(q.dtype, torch.float32)
     if options.softcap is not None:
         scores = options.cap(scores.to(accum))
-    hide_after(scores, k.shape[2], block_size)
-    if unequal:
-        scores.unflatten(-1, (-1, block_size)).masked_fill_(empty[:, None, :, None], -torch.inf)
+    hide_after(scores, k.shape[2], grid.block_size)
+    if fewest < width:
+        scores.unflatten(-1, (-1, grid.block_size)).masked_fill_((index < 0)[:, None, :, None], -torch.inf)
     sinks = None if options.sinks is None else options.sinks.view(k.shape[1], -1).repeat(q.shape[0], 1)
     lse = chunk_lse(scores, sinks) if return_lse else None
-    p = torch.softmax(scores, -1) if sinks is None else (scores.to(accum) - chunk_lse(scores, sinks)[..., None]).exp()
-    out = (weighted_values if unequal else torch.bmm)(p.to(q.dtype), values).view(q.shape)
-    return out, None if lse is None else lse.view(q.shape[:3])
+    p = torch.softmax(scores, -1) if sinks is None else (scores.to(accum) - _norm(scores, sinks)).exp()
+    out = torch.bmm(p.to(q.dtype), values)
+    if not all_finite(out):
+        return None
+    return out.view(q.shape), None if lse is None else lse.view(q.shape[:3])

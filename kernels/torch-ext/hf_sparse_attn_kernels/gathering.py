@@ -32,6 +32,16 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def all_finite(x: Tensor) -> bool:
+    """Whether no entry is NaN or infinite (and no sum of them leaves the range of float32)."""
+    return bool(torch.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32))))
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in the widest dtype of its device: for the few chunks in which a product left the range of its own."""
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+
+
 def as_rows(x: Tensor) -> Tensor:
     """[B, G, N, D] -> [B·G, N, D] whose rows are contiguous; a copy only where they are not (a cache with room to grow is a view)."""
     return (x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()).flatten(0, 1)
@@ -44,6 +54,8 @@ def _as_blocks(x: Tensor, count: int, block_size: int) -> tuple[Tensor, int] | N
     """
     rows, _, d = x.shape
     width = block_size * d
+    if not width:
+        return None
     per_row = x.stride(0) // width
     need = (rows - 1) * per_row + count
     held = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
@@ -92,9 +104,10 @@ def gather_blocks(x: Tensor, index: Tensor, block_size: int, out: Tensor | None 
         for row in range(rows):
             torch.index_select(x[row, : full * block_size].view(full, block_size * d), 0, flat[row], out=out[row])
     if n % block_size:
-        tail = F.pad(x[:, full * block_size :], (0, 0, 0, (full + 1) * block_size - n)).reshape(rows, 1, -1)
-        last = out.view(rows, -1, index.shape[-1], block_size * d)[:, :, -1]
-        partial = (index[..., -1:] == full).reshape(rows, -1, 1)
+        tail = F.pad(x[:, full * block_size :], (0, 0, 0, (full + 1) * block_size - n)).reshape(rows, 1, block_size * d)
+        lists = math.prod(index.shape[1:-1])
+        last = out.view(rows, lists, index.shape[-1], block_size * d)[:, :, -1]
+        partial = (index[..., -1:] == full).reshape(rows, lists, 1)
         last.copy_(torch.where(partial, tail, last))
     return out.view(*index.shape[:-1], index.shape[-1] * block_size, d)
 

@@ -47,7 +47,7 @@ class TilePlan:
     @cached_property
     def columns(self) -> Tensor:
         """The budgets, one field in each row: int64 [6, n]."""
-        return torch.tensor(self.budgets, device=self.device).T.contiguous()
+        return torch.tensor(self.budgets, dtype=torch.int64, device=self.device).view(-1, 6).T.contiguous()
 
     @property
     def near(self) -> Tensor:
@@ -79,7 +79,7 @@ class TilePlan:
         """Most blocks that a tile may keep."""
         seen = (budget.last + 1 if self.grid.causal else self.grid.blocks for budget in self.budgets)
         most = (budget.free if self.threshold is None else budget.candidates for budget in self.budgets)
-        return max(blocks - budget.eligible + more for blocks, budget, more in zip(seen, self.budgets, most, strict=True))
+        return max((blocks - budget.eligible + more for blocks, budget, more in zip(seen, self.budgets, most, strict=True)), default=0)
 
     @property
     def open(self) -> Tensor:

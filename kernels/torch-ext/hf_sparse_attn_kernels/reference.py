@@ -34,6 +34,7 @@ def block_sparse_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: ScoreOptions, return_lse: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """See `block_sparse_attention`; the lse is float32 or float64."""
+    selection.check_blocks()
     heads_per_group = q.shape[1] // k.shape[1]
     keys = k.repeat_interleave(heads_per_group, 1)
     values = v.repeat_interleave(heads_per_group, 1)

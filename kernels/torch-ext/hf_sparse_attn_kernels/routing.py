@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .checking import check_features
 from .cpp_kernels.support import unsupported as unsupported_by_cpp
 from .gathered import hide_after
 from .gathering import Scratch, as_rows, gather_visible
@@ -55,7 +56,7 @@ def select_blocks(features: TileFeatures, plan: TilePlan, tiles: Tensor, *, impl
         estimated for each, NaN for an empty entry and for a tile that keeps all its blocks without scoring them.)
 
     Raises:
-        ValueError: ``impl`` is unknown, or was named and does not support the inputs.
+        ValueError: ``impl`` is unknown, or was named and does not support the inputs, or these fit neither each other nor the plan.
     """
     inputs = (features.keys, features.router_keys)
     causal = plan.grid.causal
@@ -66,7 +67,11 @@ def select_blocks(features: TileFeatures, plan: TilePlan, tiles: Tensor, *, impl
     if choose(impl, SCORE_IMPLEMENTATIONS, features.keys.device.type, lacking) == "cpp":
         from .cpp_kernels import routing
 
-        return routing.select_blocks(features, plan, tiles)
+        return routing.select_blocks(features, plan, tiles)  # which compares what `check_features` compares
+    check_features(features, plan, tiles)
+    if not len(tiles) or not features.keys.shape[:2].numel():
+        shape = (*features.keys.shape[:2], len(tiles), plan.width)
+        return tiles.new_empty(shape, dtype=torch.int32), tiles.new_empty(shape, dtype=torch.float32)
     if plan.grid.query_tile == plan.grid.q_len == 1 and impl != "triton" and causal:
         return _select_single(features, plan)
     return _select_tiles(features, plan, tiles, impl)

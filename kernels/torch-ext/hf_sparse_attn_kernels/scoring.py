@@ -9,8 +9,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Protocol, cast
 
+import torch
 from torch import Tensor
 
+from .checking import check_block_mass, check_coarse_scores, check_fine_mass, check_pooled_features
 from .cpp_kernels.support import unsupported_scores as unsupported_by_cpp
 from .features import block_mass_torch, coarse_scores_torch, fine_mass_torch, pooled_features_torch
 from .gathering import Scratch
@@ -42,8 +44,10 @@ def pooled_features(k: Tensor, block_size: int, *, impl: str | None = None) -> T
     """Max, min and mean over each whole block: ``k`` [B, G, N, D] -> [B, G, N // block_size, 3·D].
 
     Raises:
-        ValueError: ``impl`` is unknown, or was named and does not support the inputs (so for all operations here).
+        ValueError: ``impl`` is unknown, or was named and does not support the inputs, or these do not fit each other (so for all
+            operations here).
     """
+    check_pooled_features(k, block_size)
     backend = _backend(impl, k, block_size=block_size)
     return pooled_features_torch(k, block_size) if backend is None else backend.pooled_features(k, block_size)
 
@@ -54,6 +58,7 @@ def coarse_scores(queries: Tensor, real: Tensor, router_keys: Tensor, scale: flo
     ``queries`` [B, G, m, runs, R], runs a power of two up to 16; ``real`` boolean [m, runs]: the run has tokens (a
     single run always has); ``router_keys`` [B, G, nb, R] in the dtype of the queries.
     """
+    check_coarse_scores(queries, real, router_keys)
     backend = _backend(impl, queries, router_keys)
     return (coarse_scores_torch if backend is None else backend.coarse_scores)(queries, real, router_keys, scale)
 
@@ -77,6 +82,9 @@ def fine_mass(
     Averaged over the queries that are tokens of the call. ``scratch`` lends the `torch` implementation memory where no
     gradient is wanted.
     """
+    check_fine_mass(queries, keys, grid, tiles, blocks, reps)
+    if not blocks.numel():
+        return queries.new_zeros(blocks.shape, dtype=torch.float32)
     backend = _backend(impl, queries, keys, causal=grid.causal, query_tile=grid.query_tile, block_size=grid.block_size)
     if backend is None:
         return fine_mass_torch(queries, keys, grid, tiles, blocks, reps, scratch)
@@ -91,5 +99,8 @@ def block_mass(q: Tensor, k: Tensor, grid: TileGrid, tiles: Tensor, scale: float
     Averaged over a tile's tokens and over the query heads of a KV group; every row sums to 1. ``q`` [B, H, Q, D],
     ``k`` [B, G, N, D] -> float32 [B, G, m, nb]. Memory is linear in N.
     """
+    check_block_mass(q, k, grid, tiles)
+    if not q.shape[:2].numel() or not len(tiles):
+        return k.new_zeros((*k.shape[:2], len(tiles), grid.blocks), dtype=torch.float32)
     backend = _backend(impl, q, k, causal=grid.causal, query_tile=grid.query_tile, block_size=grid.block_size)
     return (block_mass_torch if backend is None else backend.block_mass)(q, k, grid, tiles, scale)

@@ -31,8 +31,10 @@ class TileGrid:
     causal: bool = True
 
     def __post_init__(self) -> None:
-        if self.q_len < 1 or self.kv_len < self.q_len:
-            raise ValueError(f"q_len={self.q_len} queries cannot be the last of kv_len={self.kv_len} keys: need 1 <= q_len <= kv_len")
+        if self.q_len < 0 or self.kv_len < self.q_len:
+            raise ValueError(f"q_len={self.q_len} queries cannot be the last of kv_len={self.kv_len} keys: need 0 <= q_len <= kv_len")
+        if self.query_tile < 1 or self.block_size < 1:
+            raise ValueError(f"query_tile={self.query_tile} and block_size={self.block_size} must be positive")
         if self.query_tile != 1 and self.query_tile % self.block_size and self.block_size % self.query_tile:
             raise ValueError(
                 f"query_tile={self.query_tile} and block_size={self.block_size}: one must divide the other (or query_tile be 1)"
@@ -50,7 +52,7 @@ class TileGrid:
 
     @property
     def tiles(self) -> int:
-        return -(-(self.lead + self.q_len) // self.query_tile)
+        return -(-(self.lead + self.q_len) // self.query_tile) if self.q_len else 0
 
     @property
     def blocks(self) -> int:
@@ -95,52 +97,63 @@ class BlockSelection:
         Shapes are always checked; ``values``, which reads the indices back from the device, only if asked for or if the
         environment variable HF_SPARSE_ATTN_DEBUG is 1.
         """
-        rows, tiles = (k.shape[0], self.grid.tiles) if self.documents is None else (len(self.documents), self.indices.shape[2])
+        indices, grid = self.indices, self.grid
+        rows, tiles = (k.shape[0], grid.tiles) if self.documents is None else (len(self.documents), indices.shape[2])
         want = (rows, k.shape[1], tiles)
-        if tuple(self.indices.shape[:3]) != want or (q.shape[2], k.shape[2]) != (self.grid.q_len, self.grid.kv_len):
+        if indices.shape[:3] != want or indices.dim() != 4 or q.shape[2] != grid.q_len or k.shape[2] != grid.kv_len:
             raise ValueError(
-                f"the selection was made for indices {tuple(self.indices.shape[:3])}, q_len={self.grid.q_len}, "
-                f"kv_len={self.grid.kv_len}, but got q {tuple(q.shape)} and k {tuple(k.shape)} (indices must be {want})"
+                f"the selection was made for indices {tuple(indices.shape[:3])}, q_len={grid.q_len}, "
+                f"kv_len={grid.kv_len}, but got q {tuple(q.shape)} and k {tuple(k.shape)} (indices must be {want})"
             )
+        if indices.dtype != torch.int32 or indices.device != k.device:
+            raise ValueError(f"BlockSelection.indices is {indices.dtype} on {indices.device}: must be torch.int32 on {k.device}")
         if self.documents is not None and (self.documents.shape[1:] != (3,) or self.documents.dtype != torch.int64):
             raise ValueError(
                 f"BlockSelection.documents is {self.documents.dtype} {tuple(self.documents.shape)}: must be int64 [R, 3] "
                 "with (batch row, first slot, end slot)"
             )
-        if q.shape[1] % k.shape[1]:
-            raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} KV heads: the first must be a multiple of the second")
+        heads, groups = q.shape[1], k.shape[1]
+        if heads % groups if groups else heads:
+            raise ValueError(f"{heads} query heads cannot share {groups} KV heads: the first must be a multiple of the second")
         if os.environ.get("HF_SPARSE_ATTN_DEBUG") == "1" if values is None else values:
             self._check_values(k.shape[0])
 
-    def by_document(self) -> Iterator[tuple[int, int, BlockSelection]]:
-        """(batch row, first slot, selection) of every document that has queries; reads ``documents`` back to the host."""
+    def by_document(self, batch: int | None = None) -> Iterator[tuple[int, int, BlockSelection]]:
+        """(batch row, first slot, selection) of every document that has queries; reads ``documents`` back to the host.
+
+        Raises:
+            ValueError: a document does not lie in the slots of the call (and in its ``batch`` rows), or has too few lists.
+        """
         assert self.documents is not None
         for index, (row, first, end) in enumerate(self.documents.tolist()):
-            queries = end - max(first, self.grid.q_offset)
-            if queries > 0:
-                grid = replace(self.grid, q_len=queries, kv_len=end - first)
-                yield row, first, BlockSelection(self.indices[index : index + 1, :, : grid.tiles], grid)
-
-    def _check_values(self, batch: int) -> None:
-        if self.documents is None:
-            self._check_indices()
-            return
-        taken = torch.zeros(batch, self.grid.kv_len, dtype=torch.bool)
-        for row, first, end in self.documents.tolist():
-            if not (0 <= row < batch and 0 <= first < end <= self.grid.kv_len) or bool(taken[row, first:end].any()):
+            if not (0 <= first < end <= self.grid.kv_len and row >= 0 and (batch is None or row < batch)):
                 raise ValueError(
                     f"BlockSelection.documents holds {[row, first, end]}: must lie in {batch} rows of {self.grid.kv_len} slots "
                     "and share no slot with another document"
                 )
-            taken[row, first:end] = True
-        for _, _, part in self.by_document():
-            if part.indices.shape[2] != part.grid.tiles:
-                raise ValueError(f"BlockSelection.indices holds {part.indices.shape[2]} tiles, but a document has {part.grid.tiles}")
-            part._check_indices()
+            queries = end - max(first, self.grid.q_offset)
+            if queries > 0:
+                grid = replace(self.grid, q_len=queries, kv_len=end - first)
+                if self.indices.shape[2] < grid.tiles:
+                    raise ValueError(f"BlockSelection.indices holds {self.indices.shape[2]} tiles, but a document has {grid.tiles}")
+                yield row, first, BlockSelection(self.indices[index : index + 1, :, : grid.tiles], grid)
 
-    def _check_indices(self) -> None:
+    def _check_values(self, batch: int) -> None:
+        if self.documents is None:
+            self.check_blocks()
+            return
+        for _, _, part in self.by_document(batch):
+            part.check_blocks()
+        taken = torch.zeros(batch, self.grid.kv_len, dtype=torch.bool)
+        for row, first, end in self.documents.tolist():
+            if bool(taken[row, first:end].any()):
+                raise ValueError(f"BlockSelection.documents holds {[row, first, end]}: must share no slot with another document")
+            taken[row, first:end] = True
+
+    def check_blocks(self) -> None:
+        """Raise ValueError unless every list is ascending and unique and holds blocks that its tile sees; reads the indices back."""
         idx = self.indices
-        if idx.shape[-1] == 0:
+        if idx.numel() == 0:
             return
         wrong = (idx[..., 1:] <= idx[..., :-1]) & (idx[..., :-1].maximum(idx[..., 1:]) >= 0)
         if bool(wrong.any()):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..checking import expect_within
 from ..gathering import to_tiles, unit_stride
 from ..planning import TilePlan
 from ..selection import TileGrid
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
 def select_blocks(features: TileFeatures, plan: TilePlan, tiles: Tensor) -> tuple[Tensor, Tensor]:
     """See `hf_sparse_attn_kernels.select_blocks`; both stages tile by tile: no score leaves the processor's cache."""
     grid = plan.grid
+    if features.keys.shape[2] != grid.kv_len:
+        raise ValueError(f"keys is {tuple(features.keys.shape)}: the plan is one of kv_len={grid.kv_len}")
+    columns = plan.columns
+    if len(tiles) != len(plan.budgets):
+        expect_within("tiles", tiles, 0, len(plan.budgets))
+        columns = columns.index_select(1, tiles)
     indices, scores = torch.ops.hf_sparse_attn_cpp.select(
         features.coarse_queries.contiguous(),
         features.real.contiguous(),
@@ -28,7 +35,7 @@ def select_blocks(features: TileFeatures, plan: TilePlan, tiles: Tensor) -> tupl
         unit_stride(features.keys),
         tiles.contiguous(),
         *(grid.q_len, grid.query_tile, grid.block_size, plan.sink),
-        *(plan.columns if len(tiles) == len(plan.budgets) else plan.columns.index_select(1, tiles), plan.width, plan.threshold),
+        *(columns, plan.width, plan.threshold),
     )
     return indices, scores
 

@@ -31,7 +31,7 @@ class KeyStrip {
   explicit KeyStrip(const Gradients<T>& gradients)
       : gradients_(gradients),
         call_(gradients.call),
-        rows_((call_.grid.query_tile + 1) / 2 * 2),
+        rows_((std::min(call_.grid.query_tile, call_.grid.q_len) + 1) / 2 * 2),
         room_(Room::size({call_.d * L, call_.dv * L, call_.d * L, call_.dv * L, rows_ * L, rows_ * L, rows_ * width(), rows_ * width()})),
         keys_(room_.take(call_.d * L)),
         values_(room_.take(call_.dv * L)),
@@ -78,7 +78,7 @@ class KeyStrip {
       delta_[i] = i < count ? gradients_.delta[at + i] : 0;
     }
     int64_t stride;
-    const float* left = key_rows<Format>(q, query, count, rows, call_.d, row_room_, &stride);
+    const Word* left = key_rows<Format>(q, query, count, rows, call_.d, row_room_, &stride);
     product<Format, NV>(left, stride, rows, call_.d / Format::PACK, keys_, weights_);
     Softmax<NV>(call_.logits).transform(weights_, rows);
     hide(query, rows);

@@ -32,7 +32,7 @@ class QueryStrip {
     load_statistics(lanes, b, g);
     std::fill_n(dq_, call_.d * L, 0.0f);
     const int32_t *list = call_.indices + (group * call_.grid.tiles + tile) * call_.kept, *end = list + call_.kept;
-    while (list < end && *list < 0) ++list;
+    list = call_.grid.checked(list, end, tile);
     const int64_t step = std::max<int64_t>(1, CHUNK / size_);
     for (; list < end; list += step) chunk(call_.k.rows(b, g), call_.v.rows(b, g), lanes, list, std::min<int64_t>(step, end - list));
     for (int l = 0; l < L; ++l) {
@@ -62,9 +62,9 @@ class QueryStrip {
     int64_t stride;
     const Softmax<NV> softmax(call_.logits);
     for (int64_t j = 0; j < blocks; ++j) {
-      const int64_t first = int64_t{call_.grid.checked(list[j])} * size_, at = j * size_ * L;
+      const int64_t first = int64_t{list[j]} * size_, at = j * size_ * L;
       const int count = std::min<int64_t>(size_, call_.grid.kv_len - first);
-      const float* rows = key_rows<Format>(k, first, count, size_, call_.d, row_room_, &stride);
+      const Word* rows = key_rows<Format>(k, first, count, size_, call_.d, row_room_, &stride);
       product<Format, NV>(rows, stride, size_, call_.d / Format::PACK, queries_, scores_ + at);
       softmax.transform(scores_ + at, size_);
       lanes.hide(scores_ + at, first, size_);

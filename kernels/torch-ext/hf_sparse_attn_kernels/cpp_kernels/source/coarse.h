@@ -1,9 +1,7 @@
 // Stage 1: log-sum-exp over a tile's pooled queries of their products with the key of every block.
 #pragma once
 
-#include <vector>
-
-#include "softmax.h"
+#include "exact.h"
 
 namespace hsa {
 
@@ -34,42 +32,69 @@ class Coarse {
         const T* from = call_.queries + ((group * call_.tiles + first + l) * call_.runs + run) * call_.width;
         to_lane<Format>(l < tiles ? from : nullptr, call_.width, LANES, l, queries_ + run * words);
       }
+    mark_tokens(first, tiles);
     scores.resize(end * LANES);
     const Matrix<T> keys = call_.keys.rows(group / call_.groups, group % call_.groups);
     for (int64_t at = begin; at < end; at += CHUNK) {
       const int rows = std::min<int64_t>(CHUNK, end - at);
       int64_t stride;
-      const float* left = key_rows<Format>(keys, at, rows, rows, call_.width, key_room_, &stride);
+      const Word* left = key_rows<Format>(keys, at, rows, rows, call_.width, key_room_, &stride);
       for (int64_t run = 0; run < call_.runs; ++run)
         product<Format, 1>(left, stride, rows, call_.width / Format::PACK, queries_ + run * words, products_ + run * CHUNK * LANES);
-      for (int i = 0; i < rows; ++i) store(scores.data() + (at + i) * LANES, combined(first, tiles, i));
+      for (int i = 0; i < rows; ++i) store(scores.data() + (at + i) * LANES, combined(i));
+      if (call_.runs > 1 && !ordinary(scores.data() + at * LANES, rows)) exactly(group, first, tiles, at, rows, scores.data());
     }
   }
 
  private:
-  // log-sum-exp over the runs that have tokens
-  Vec combined(int64_t first, int64_t tiles, int row) const {
+  // has_tokens_: which lanes' tiles have tokens in a run, all bits set or none; empty lanes as if they had
+  void mark_tokens(int64_t first, int64_t tiles) {
+    has_tokens_.assign(call_.runs * LANES, -1);
+    for (int64_t run = 0; run < call_.runs; ++run)
+      for (int64_t l = 0; l < tiles; ++l) has_tokens_[run * LANES + l] = call_.real[(first + l) * call_.runs + run] ? -1 : 0;
+  }
+
+  // products of a run with the keys of a row, very low where the run has no tokens
+  Vec product_of(int64_t run, int row) const {
+    IVec mask;
+    std::memcpy(&mask, has_tokens_.data() + run * LANES, sizeof(mask));
+    return blend(mask, load(products_ + (run * CHUNK + row) * LANES), splat(-FLT_MAX));
+  }
+
+  // log-sum-exp over the runs that have tokens, of the keys of a row
+  Vec combined(int row) const {
     if (call_.runs == 1) return load(products_ + row * LANES);
-    Vec most = splat(FLOOR), total{};
-    for (int64_t run = 0; run < call_.runs; ++run) {
-      const float* at = products_ + (run * CHUNK + row) * LANES;
-      most = maximum(most, blend(has_tokens(first, tiles, run), load(at), splat(HIDDEN)));
-    }
-    for (int64_t run = 0; run < call_.runs; ++run) {
-      const float* at = products_ + (run * CHUNK + row) * LANES;
-      total += exp2_negative((blend(has_tokens(first, tiles, run), load(at), splat(HIDDEN)) - most) * Logits::LOG2E);
-    }
+    Vec most = splat(-FLT_MAX), total{};
+    for (int64_t run = 0; run < call_.runs; ++run) most = maximum(most, product_of(run, row));
+    for (int64_t run = 0; run < call_.runs; ++run) total += exp2_negative((product_of(run, row) - most) * Logits::LOG2E);
     return most + log_of(total);
   }
 
-  IVec has_tokens(int64_t first, int64_t tiles, int64_t run) const {
-    IVec mask{};
-    for (int64_t l = 0; l < tiles; ++l) mask[l] = call_.real[(first + l) * call_.runs + run] ? -1 : 0;
-    return mask;
+  // whether no score is NaN, infinite or near the ends of the range, as that of a tile without tokens
+  static bool ordinary(const float* scores, int64_t rows) {
+    Vec zero{};
+    for (int64_t i = 0; i < rows; ++i) zero += load(scores + i * LANES) * 2.0f * 0.0f;
+    return sum(zero) == 0;
+  }
+
+  // the same in double precision for `rows` keys from `at` on
+  void exactly(int64_t group, int64_t first, int64_t tiles, int64_t at, int64_t rows, float* scores) const {
+    const Matrix<T> keys = call_.keys.rows(group / call_.groups, group % call_.groups);
+    std::vector<double> logits;
+    for (int64_t i = at; i < at + rows; ++i)
+      for (int64_t l = 0; l < tiles; ++l) {
+        logits.clear();
+        for (int64_t run = 0; run < call_.runs; ++run) {
+          const T* query = call_.queries + ((group * call_.tiles + first + l) * call_.runs + run) * call_.width;
+          if (has_tokens_[run * LANES + l]) logits.push_back(dot(query, keys.row(i), call_.width));
+        }
+        scores[i * LANES + l] = static_cast<float>(softmax_exactly(logits, nullptr));
+      }
   }
 
   const Pooled<T>& call_;
   Room room_;
+  std::vector<int32_t> has_tokens_;
   float *queries_, *products_, *key_room_;
 };
 

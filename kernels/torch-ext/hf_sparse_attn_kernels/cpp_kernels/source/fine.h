@@ -1,9 +1,7 @@
 // Stage 2: softmax mass that some queries of a tile give to listed blocks of keys.
 #pragma once
 
-#include <vector>
-
-#include "softmax.h"
+#include "exact.h"
 
 namespace hsa {
 
@@ -49,10 +47,37 @@ class Fine {
     for (int v = 0; v < NV; ++v) most[v] = splat(FLOOR), total[v] = Vec{};
     const Matrix<T> keys = call_.keys.rows(group / call_.groups, group % call_.groups);
     for (size_t at = 0; at < blocks.size(); at += step_) chunk(lanes, keys, blocks, at, most, total);
-    add_mass(lanes, share, most, total, mass);
+    if (extreme(lanes, most, total))
+      exactly(lanes, group, tile, first_sample, blocks, share, mass);
+    else
+      add_mass(lanes, share, most, total, mass);
   }
 
  private:
+  static bool extreme(const Lanes<NV>& lanes, const Vec* most, const Vec* total) {
+    for (int l = 0; l < L; ++l)
+      if (lanes.query(l) >= 0 && !(std::abs(most[l / LANES][l % LANES]) <= LIMIT && std::isfinite(total[l / LANES][l % LANES])))
+        return true;
+    return false;
+  }
+
+  void exactly(const Lanes<NV>& lanes, int64_t group, int64_t tile, int64_t first_sample, const std::vector<int32_t>& blocks, float share,
+               std::vector<float>& mass) const {
+    const Matrix<T> keys = call_.keys.rows(group / call_.groups, group % call_.groups);
+    const int64_t size = call_.grid.block_size;
+    std::vector<double> weights;
+    for (int l = 0; l < L; ++l) {
+      if (lanes.query(l) < 0) continue;
+      const T* query = call_.queries + ((group * call_.grid.tiles + tile) * call_.samples + first_sample + l) * call_.width;
+      weights.clear();
+      for (int64_t block : blocks)
+        for (int64_t key = block * size; key < (block + 1) * size; ++key)
+          weights.push_back(key <= lanes.last(l) ? dot(query, keys.row(key), call_.width) : -INFINITY);
+      softmax_exactly(weights, nullptr);
+      for (size_t i = 0; i < weights.size(); ++i) mass[i / size] += share * static_cast<float>(weights[i]);
+    }
+  }
+
   // The next step_ blocks from blocks[at] on.
   void chunk(const Lanes<NV>& lanes, Matrix<T> keys, const std::vector<int32_t>& blocks, size_t at, Vec* most, Vec* total) {
     const int size = call_.grid.block_size;
@@ -62,7 +87,7 @@ class Fine {
       if (call_.grid.query_tile == 1 && at + j + 1 < blocks.size())
         prefetch_rows(keys, int64_t{blocks[at + j + 1]} * size, size, call_.width);
       int64_t stride;
-      const float* rows =
+      const Word* rows =
           key_rows<Format>(keys, first, std::min<int64_t>(size, call_.grid.kv_len - first), size, call_.width, key_room_, &stride);
       product<Format, NV>(rows, stride, size, call_.width / Format::PACK, queries_, scores_ + j * size * L);
       lanes.hide(scores_ + j * size * L, first, size);

@@ -2,11 +2,7 @@
 //
 // A strip's queries are the lanes of vectors: scores are [keys][lanes], so maxima, exponentials and sums need no
 // shuffles, keys and values are read where they stand, and nothing is gathered.
-#include "forward.h"
-
-#include <cmath>
-
-#include "softmax.h"
+#include "exact.h"
 
 namespace hsa {
 namespace {
@@ -27,36 +23,35 @@ class Strip {
         key_room_(room_.take(call.grid.block_size * call.d)),
         value_room_(room_.take(keys_ * call.dv)) {}
 
-  // Rows [first_row, first_row + L) of a tile. `careful` is slow, and right even where values are not finite.
-  void run(int64_t group, int64_t tile, int64_t first_row, bool careful = false) {
+  // Rows [first_row, first_row + L) of a tile.
+  void run(int64_t group, int64_t tile, int64_t first_row) {
     const Lanes<NV> lanes = rows_of<NV>(call_.grid, tile, first_row);
     lanes.template load_queries<Format>(call_.q, group / call_.groups, group % call_.groups, call_.d, queries_);
     Softmax<NV> softmax(call_.logits);
     if (call_.sinks) softmax.start(lanes, call_.sinks + group % call_.groups * call_.grid.heads);
     const int32_t* list = call_.indices + (group * call_.grid.tiles + tile) * call_.kept;
     const int32_t* end = list + call_.kept;
-    while (list < end && *list < 0) ++list;
+    list = call_.grid.checked(list, end, tile);
     std::fill_n(out_, call_.dv * L, 0.0f);
     const Matrix<T> k = call_.k.rows(group / call_.groups, group % call_.groups);
     const Matrix<T> v = call_.v.rows(group / call_.groups, group % call_.groups);
     const int64_t step = std::max<int64_t>(1, CHUNK / call_.grid.block_size);
-    for (; list < end; list += step) chunk(k, v, lanes, list, std::min<int64_t>(step, end - list), softmax, careful);
-    if (!careful && !all_finite<NV>(out_, call_.dv)) {  // 0 times such a value must be 0 where the query does not see it
-      Strip<T, Floats, NV>(call_).run(group, tile, first_row, true);
-    } else {
-      finish(lanes, softmax, group, careful);
-    }
+    for (; list < end; list += step) chunk(k, v, lanes, list, std::min<int64_t>(step, end - list), softmax);
+    if (softmax.extreme() || !all_finite<NV>(out_, call_.dv))  // 0 times such a value must be 0 where the query does not see it
+      exactly(lanes, group, tile);
+    else
+      finish(lanes, softmax, group);
   }
 
  private:
-  void chunk(Matrix<T> k, Matrix<T> v, const Lanes<NV>& lanes, const int32_t* list, int64_t blocks, Softmax<NV>& softmax, bool careful) {
+  void chunk(Matrix<T> k, Matrix<T> v, const Lanes<NV>& lanes, const int32_t* list, int64_t blocks, Softmax<NV>& softmax) {
     const int size = call_.grid.block_size;
     Run values[CHUNK];
     for (int64_t j = 0; j < blocks; ++j) {
-      const int64_t first = int64_t{call_.grid.checked(list[j])} * size;
+      const int64_t first = int64_t{list[j]} * size;
       const int count = std::min<int64_t>(size, call_.grid.kv_len - first);
       int64_t stride;
-      const float* rows = key_rows<Format>(k, first, count, size, call_.d, key_room_, &stride);
+      const Word* rows = key_rows<Format>(k, first, count, size, call_.d, key_room_, &stride);
       float* scores = scores_ + j * size * L;
       product<Format, NV>(rows, stride, size, call_.d / Format::PACK, queries_, scores);
       softmax.transform(scores, size);
@@ -66,14 +61,10 @@ class Strip {
     }
     Vec keep[NV];
     softmax.template weights<Format>(scores_, blocks * size, weights_, keep);
-    const Left left{values, static_cast<int>(blocks), 1};
-    if (careful)
-      product_of_nonzero<NV>(left, call_.dv, size, weights_, keep, out_);
-    else
-      product<Format, NV>(left, call_.dv, size / Format::PACK, weights_, keep, out_);
+    product<Format, NV>({values, static_cast<int>(blocks), 1}, call_.dv, size / Format::PACK, weights_, keep, out_);
   }
 
-  void finish(const Lanes<NV>& lanes, const Softmax<NV>& softmax, int64_t group, bool careful) {
+  void finish(const Lanes<NV>& lanes, const Softmax<NV>& softmax, int64_t group) {
     const int64_t b = group / call_.groups, g = group % call_.groups;
     float inverse[L], lse[L];
     softmax.finish(inverse, lse);
@@ -83,11 +74,14 @@ class Strip {
       const int64_t row = call_.row(b, g, lanes.head(l), query);
       call_.lse[row] = lse[l];
       T* to = call_.out + row * call_.dv;
-      for (int d = 0; d < call_.dv; ++d) {
-        const float x = out_[d * L + l] * inverse[l];
-        to[d] = static_cast<T>(careful && !std::isfinite(x) ? NAN : x);
-      }
+      for (int64_t d = 0; d < call_.dv; ++d) to[d] = static_cast<T>(out_[d * L + l] * inverse[l]);
     }
+  }
+
+  void exactly(const Lanes<NV>& lanes, int64_t group, int64_t tile) {
+    ExactQuery<T> exact(call_);
+    for (int l = 0; l < L; ++l)
+      if (lanes.query(l) >= 0) exact.attend(group, tile, lanes.head(l), lanes.query(l));
   }
 
   const Attention<T>& call_;

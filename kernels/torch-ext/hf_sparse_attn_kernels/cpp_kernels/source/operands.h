@@ -41,12 +41,12 @@ constexpr bool NATIVE<c10::BFloat16, Pairs> = true;
 // Keys as left operand of scores: `count` rows of `width` elements from row `first` on, zero up to `rows`.
 // Returns where they stand and sets the words between rows; copies to `room` [rows][width] only where it must.
 template <class Format, class T>
-inline const float* key_rows(Matrix<T> x, int64_t first, int count, int rows, int width, float* room, int64_t* stride) {
+inline const Word* key_rows(Matrix<T> x, int64_t first, int count, int rows, int width, float* room, int64_t* stride) {
   const T* from = x.row(first);
   if constexpr (NATIVE<T, Format>) {
     if (count == rows && x.stride % Format::PACK == 0) {
       *stride = x.stride / Format::PACK;
-      return reinterpret_cast<const float*>(from);
+      return reinterpret_cast<const Word*>(from);
     }
     T* to = reinterpret_cast<T*>(room);
     for (int i = 0; i < count; ++i) std::memcpy(to + i * width, from + i * x.stride, width * sizeof(T));
@@ -62,7 +62,7 @@ inline const float* key_rows(Matrix<T> x, int64_t first, int count, int rows, in
 
 // Values as left operand of outputs: as `key_rows`, but PACK neighbouring rows share a word: [rows / PACK][width].
 template <class Format, class T>
-inline const float* value_rows(Matrix<T> x, int64_t first, int count, int rows, int width, float* room, int64_t* stride) {
+inline const Word* value_rows(Matrix<T> x, int64_t first, int count, int rows, int width, float* room, int64_t* stride) {
   if constexpr (Format::PACK == 1) {
     return key_rows<Format>(x, first, count, rows, width, room, stride);
 #if defined(__AVX512BF16__)

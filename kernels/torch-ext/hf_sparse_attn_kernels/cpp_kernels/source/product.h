@@ -7,7 +7,7 @@ namespace hsa {
 
 // Left operand a(i, s): runs of steps. Rows are `row` words apart, the steps of a run as many as the run says.
 struct Run {
-  const float* base;
+  const Word* base;
   int64_t step;
 };
 struct Left {
@@ -28,7 +28,7 @@ inline void product_rows(const Left& a, int64_t first, int steps, const float* b
   }
   for (int j = 0; j < a.count; ++j) {
     const int64_t step = a.runs[j].step;
-    const float* left = a.runs[j].base + first * a.row;
+    const Word* left = a.runs[j].base + first * a.row;
     for (int s = 0; s < steps; ++s, b += NV * LANES, left += step) {
       Vec right[NV];
 #pragma GCC unroll 4
@@ -62,7 +62,7 @@ inline void product(const Left& a, int rows, int steps, const float* b, const Ve
 
 // The same for one run of neighbouring words: a(i, s) = base[i * row + s].
 template <class Format, int NV>
-inline void product(const float* base, int64_t row, int rows, int steps, const float* b, float* out) {
+inline void product(const Word* base, int64_t row, int rows, int steps, const float* b, float* out) {
   const Run run{base, 1};
   product<Format, NV>({&run, 1, row}, rows, steps, b, nullptr, out);
 }

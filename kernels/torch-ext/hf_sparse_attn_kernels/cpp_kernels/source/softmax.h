@@ -13,8 +13,8 @@ struct Logits {
   float softcap;  // 0: none
 
   static constexpr float LOG2E = 1.4426950408889634f;
-  // what a product is multiplied by inside the exponential; else `transform` has done it
-  bool plain() const { return softcap == 0 && scale > 0; }
+  // what a product is multiplied by inside the exponential; else `transform` has done it. HIDDEN stays finite and far below FLOOR.
+  bool plain() const { return softcap == 0 && scale > 1e-15f && scale < 1e8f; }
   float factor() const { return plain() ? scale * LOG2E : 1.0f; }
 };
 
@@ -39,9 +39,11 @@ class Lanes {
     }
   }
 
-  // index of the lane's query in the call, -1 for an empty lane, and its head within the group
+  // index of the lane's query in the call, -1 for an empty lane; its head within the group
   int64_t query(int lane) const { return query_[lane]; }
   int64_t head(int lane) const { return head_[lane]; }
+  // position of the last key that it sees
+  int64_t last(int lane) const { return last_[lane]; }
 
   template <class Format, class Tensor>
   void load_queries(const Tensor& q, int64_t b, int64_t g, int64_t width, float* to) const {
@@ -143,6 +145,14 @@ class Softmax {
     for (int v = 0; v < NV; ++v) sum_[v] = sum_[v] * keep[v] + sums[v];
   }
 
+  // Whether a lane's largest logit is one that float cannot weigh others against, or below FLOOR or NaN; also where it saw nothing.
+  bool extreme() const {
+    for (int v = 0; v < NV; ++v)
+      for (int l = 0; l < LANES; ++l)
+        if (!(std::abs(max_[v][l]) <= LIMIT)) return true;
+    return false;
+  }
+
   // 1 / sum of the weights (0 for a lane that saw nothing) and the natural log-sum-exp, [L] each.
   void finish(float* inverse, float* lse) const {
     for (int l = 0; l < L; ++l) {
@@ -163,23 +173,6 @@ bool all_finite(const float* x, int64_t rows) {
   Vec zero{};
   for (const float* at = x; at < x + rows * NV * LANES; at += LANES) zero += load(at) * 0.0f;
   return sum(zero) == 0;
-}
-
-// `product` of floats in which a weight of exactly zero hides even a NaN or infinite value.
-template <int NV>
-void product_of_nonzero(const Left& a, int rows, int steps, const float* b, const Vec* keep, float* out) {
-  constexpr int L = NV * LANES;
-  for (int i = 0; i < rows; ++i) {
-    float* to = out + i * L;
-    for (int l = 0; l < L; ++l) to[l] *= keep[l / LANES][l % LANES];
-    for (int j = 0; j < a.count; ++j)
-      for (int s = 0; s < steps; ++s) {
-        const float word = a.runs[j].base[i * a.row + s * a.runs[j].step];
-        const float* weights = b + (j * steps + s) * L;
-        for (int l = 0; l < L; ++l)
-          if (weights[l] != 0) to[l] += weights[l] * word;
-      }
-  }
 }
 
 }  // namespace hsa

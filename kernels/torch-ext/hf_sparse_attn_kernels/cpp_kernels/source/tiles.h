@@ -5,8 +5,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <new>
 
 #include "operands.h"
 
@@ -15,6 +17,7 @@ namespace hsa {
 constexpr int CHUNK = 64;         // keys whose scores are formed at a time; a larger block is a chunk of its own
 constexpr float HIDDEN = -1e30f;  // score of a key that a query does not see
 constexpr float FLOOR = -1e10f;   // least maximum: the weight of every hidden score is exactly zero
+constexpr float LIMIT = 1 << 22;  // of a logit in base 2: beyond it rounding the maximum would change weights by a quarter and more
 
 struct Grid {
   int64_t q_len, kv_len, query_tile, block_size;
@@ -25,18 +28,33 @@ struct Grid {
   // content position of a tile's first query
   int64_t first(int64_t tile) const { return (tile + q_offset() / query_tile) * query_tile; }
   int64_t rows() const { return heads * query_tile; }
+  // content position of the last key that a query of the tile sees
+  int64_t last(int64_t tile) const { return causal ? std::min(first(tile) + query_tile, kv_len) - 1 : kv_len - 1; }
   // a block that exists: reading another would leave the tensor
   int32_t checked(int64_t block) const {
-    TORCH_CHECK(block >= 0 && block * block_size < kv_len, "the selection names block ", block, ", but there are only ",
-                (kv_len + block_size - 1) / block_size, " blocks of ", block_size, " keys");
+    TORCH_CHECK_VALUE(block >= 0 && block <= INT32_MAX && block * block_size < kv_len, "the selection names block ", block,
+                      ", but there are only ", (kv_len + block_size - 1) / block_size, " blocks of ", block_size, " keys");
     return static_cast<int32_t>(block);
+  }
+  // The list [begin, end) of a tile without its leading -1: ascending blocks that exist and that the tile sees.
+  const int32_t* checked(const int32_t* begin, const int32_t* end, int64_t tile) const {
+    while (begin < end && *begin < 0) ++begin;
+    if (begin == end) return begin;
+    for (const int32_t* at = begin + 1; at < end; ++at)
+      TORCH_CHECK_VALUE(at[-1] < at[0], "the selection names block ", at[0], " after ", at[-1],
+                        ": must be ascending and unique, with -1 (empty) first");
+    TORCH_CHECK_VALUE(checked(end[-1]) * block_size <= last(tile), "the selection names block ", end[-1],
+                      ", which starts after its tile's last query: causal attention cannot read it");
+    return begin;
   }
 };
 
 // Memory of one worker, aligned to a cache line.
 class Room {
  public:
-  explicit Room(int64_t words) : data_(static_cast<float*>(std::aligned_alloc(64, (words * 4 + 127) / 64 * 64)), std::free) {}
+  explicit Room(int64_t words) : data_(static_cast<float*>(std::aligned_alloc(64, (words * 4 + 127) / 64 * 64)), std::free) {
+    if (!data_) throw std::bad_alloc();
+  }
   float* take(int64_t words) {
     float* at = data_.get() + used_;
     used_ += (words + 15) / 16 * 16;

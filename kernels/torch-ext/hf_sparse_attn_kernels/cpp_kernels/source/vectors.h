@@ -23,6 +23,9 @@ constexpr int REGISTERS = 2;
 
 using Vec = float __attribute__((vector_size(4 * LANES)));
 using IVec = int32_t __attribute__((vector_size(4 * LANES)));
+using UVec = uint32_t __attribute__((vector_size(4 * LANES)));
+// A word of a tensor as it stands: pairs of bfloat16 may begin at any element.
+using Word = float __attribute__((may_alias, aligned(1)));
 
 inline Vec load(const float* p) {
   Vec x;
@@ -59,7 +62,7 @@ inline Vec exp2_negative(Vec x) {
 #else
   __asm__("" : "+x"(x));
 #endif
-  constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  constexpr float magic = 12583039.0f;  // 1.5 * 2^23 + 127: adding it rounds to an integer, whose low bits are those of 2^x
   const Vec shifted = x + magic;
   const Vec whole = shifted - magic;
   const Vec f = x - whole;
@@ -72,8 +75,7 @@ inline Vec exp2_negative(Vec x) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_scalef_ps((__m512)p, (__m512)whole);
 #else
-  const IVec exponent = ((IVec)shifted - (IVec)splat(magic)) << 23;
-  return blend(x < -126.0f, Vec{}, (Vec)((IVec)p + exponent));
+  return blend(x < -126.0f, Vec{}, p * (Vec)((UVec)shifted << 23));
 #endif
 }
 
@@ -81,7 +83,7 @@ inline Vec exp2_negative(Vec x) {
 inline Vec log_of(Vec x) {
   constexpr int32_t half_up = 0x3f3504f3;  // sqrt(1/2): the mantissa is taken from [sqrt(1/2), sqrt(2))
   const IVec exponent = ((IVec)x - half_up) >> 23;
-  const Vec mantissa = (Vec)((IVec)x - (exponent << 23));
+  const Vec mantissa = (Vec)((UVec)x - ((UVec)exponent << 23));
   const Vec t = (mantissa - 1.0f) / (mantissa + 1.0f), t2 = t * t;
   const Vec series = t * (2.0f + t2 * (2 / 3.0f + t2 * (2 / 5.0f + t2 * (2 / 7.0f + t2 * (2 / 9.0f)))));
   return __builtin_convertvector(exponent, Vec) * 0.6931471805599453f + series;
