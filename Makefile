@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TRITON := $(VENV)/.triton
 QUANTIZED := $(VENV)/quantized
-CPP_TESTS := $(addprefix tests/test_,attention_kernels.py attention_options.py router.py scoring.py selection.py)
+CPP_TESTS := $(addprefix tests/test_,attention_kernels.py attention_options.py kernel_operands.py router.py scoring.py selection.py)
 # tests run on one thread each, so two processes share two cores; a file's tests stay together, as its fixtures are made once
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 export HF_HUB_OFFLINE ?= 1
@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # quantised weights and caches; beside the environment, as transformers and peft look for these packages on their own
 QUANTIZERS := bitsandbytes==0.50.2 torchao==0.18.0 optimum-quanto==0.2.7 ninja==1.13.2
 
-.PHONY: demo test test-full test-quantized test-processors test-interpreter test-aot lint quality clean
+.PHONY: demo test test-full test-quantized test-processors test-sanitizers test-interpreter test-aot lint quality clean
 
 demo: $(STAMP)  ## the main job on real weights and text: runs/demo/report.html
 	$(BIN)/hf-sparse-attn run recipes/demo.yaml
@@ -22,7 +22,7 @@ demo: $(STAMP)  ## the main job on real weights and text: runs/demo/report.html
 test: $(STAMP) lint  ## lint, types and all tests
 	$(PYTEST) -m "not slow and not gpu"
 
-test-full: $(TRITON) lint test-processors test-interpreter test-quantized  ## everything, with the slow tests: some 20 minutes
+test-full: $(TRITON) lint test-processors test-sanitizers test-interpreter test-quantized  ## everything, with the slow tests: some 20 minutes
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest --confcutdir tests/aot --timeout 2000 tests/aot
 
@@ -33,6 +33,14 @@ test-quantized: $(QUANTIZED)  ## sparse attention in bitsandbytes, torchao and q
 test-processors: $(STAMP)  ## the C++ kernels without bfloat16 instructions, and without AVX-512
 	HF_SPARSE_ATTN_CPU=avx512 $(PYTEST) -k cpp $(CPP_TESTS)
 	HF_SPARSE_ATTN_CPU=avx2 $(PYTEST) -k cpp $(CPP_TESTS)
+
+# torch is not instrumented: the runtime has to be there before it, and its leaks are its own; without libstdc++ no exception is caught
+SANITIZE = HF_SPARSE_ATTN_SANITIZE=1 OMP_NUM_THREADS=2 UBSAN_OPTIONS=print_stacktrace=1 \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+	LD_PRELOAD="$(foreach name,libasan.so libubsan.so libstdc++.so.6,$(shell g++ -print-file-name=$(name)))"
+test-sanitizers: $(STAMP)  ## the C++ kernels' tests and 2,400 random calls under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(SANITIZE) CXX=g++ $(BIN)/python -m pytest -k "cpp or operator" --timeout 3600 $(CPP_TESTS)
+	$(SANITIZE) CXX=g++ $(BIN)/python tests/sanitizers/fuzz_kernels.py --cases 2400
 
 # each in a process of its own: Triton reads TRITON_INTERPRET once, when it is imported
 test-interpreter: $(TRITON)  ## the Triton kernels on CPU tensors
