@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
@@ -13,6 +14,7 @@ from .ambient import ambient_call
 from .architectures import SUPPORTED
 from .attending import Attention, SparseCall, attend
 from .cache import SparseCacheLayerMixin, adopt, filled, found
+from .cache_arguments import CACHE_ARGUMENTS, accepted_names, is_cache
 from .checks import ATTN_IMPLEMENTATION, check_call, check_mask, refuse_without_router
 from .dense import is_causal, stock_attention_of_documents
 from .made import MadeMixin
@@ -22,13 +24,17 @@ from .router import active_router
 from .segments import Layout
 from .untrained import leave_routers
 
-CACHE_ARGUMENTS = ("past_key_values", "layer_past")  # what attention modules call their cache
-
 
 class SparseAttentionMixin(MadeMixin):
     """In front of a stock attention class: hands the layer's cache on to the attention function, nothing else."""
 
     sparse_number: int  # by which an operator of a compiled graph finds this module
+    accepted: tuple[str, ...]  # names of the arguments of the stock `forward`, those of its parameters first, in their order
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if SparseAttentionMixin in cls.__bases__:
+            cls.accepted = accepted_names(super().forward)[1:]  # type: ignore[misc]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
@@ -40,8 +46,8 @@ class SparseAttentionMixin(MadeMixin):
         self.sparse_number = number(self)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        cache = next((kwargs[name] for name in CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
         if self.config._attn_implementation == ATTN_IMPLEMENTATION:  # type: ignore[attr-defined]
+            cache = self.taken_cache((hidden_states, *args), kwargs)
             if cache is not None:
                 take = found if torch.compiler.is_compiling() else adopt
                 kwargs["sparse_cache_layer"] = take(cache, self.layer_idx)  # type: ignore[attr-defined]
@@ -52,6 +58,27 @@ class SparseAttentionMixin(MadeMixin):
             )
         with _onloaded(self.router):  # type: ignore[attr-defined]
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+
+    def taken_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The cache among the arguments of a call, None if there is none.
+
+        Raises:
+            ValueError: there is a cache under a name that the stock `forward` does not take it by: it would run without.
+        """
+        cache = None
+        for name, value in (*zip(self.accepted, args, strict=False), *kwargs.items()):
+            if name in CACHE_ARGUMENTS and name in self.accepted:
+                if cache is not None and value is not None and value is not cache:
+                    raise ValueError(f"{type(self).__name__} was called with two caches, one of them as {name}: pass one")
+                cache = value if cache is None else cache
+            elif is_cache(name, value):
+                names = " or ".join(known for known in CACHE_ARGUMENTS if known in self.accepted) or "nothing, it has none"
+                raise ValueError(
+                    f"{type(self).__name__} was called with a cache ({type(value).__name__}) under the name {name!r}, by which sparse "
+                    f"attention does not know it, and would run without it. In Transformers {transformers.__version__} its cache is called "
+                    f"{names}: pass it by that name, or none with use_cache=False"
+                )
+        return cache
 
 
 def _onloaded(router: nn.Module) -> AbstractContextManager[None]:

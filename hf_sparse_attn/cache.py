@@ -135,6 +135,18 @@ class SparseCacheLayerMixin(MadeMixin):
         super().reset()  # type: ignore[misc]
         self.start_summaries()
 
+    def crop(self, tokens_to_remove: int) -> None:
+        before = int(self.get_seq_length())  # type: ignore[attr-defined]
+        super().crop(tokens_to_remove)  # type: ignore[misc]
+        slots = int(self.get_seq_length())  # type: ignore[attr-defined]
+        if slots < before:
+            if self.slot_positions is not None:
+                self.slot_positions = self.slot_positions[:, :slots]
+            # which blocks lost a key depends on padding; a row whose last summarised slot is gone starts again
+            kept = [slot < slots for slot in self.summarised_slots]
+            self.summarised = [n if ok else 0 for n, ok in zip(self.summarised, kept, strict=True)]
+            self.summarised_slots = [s if ok else -1 for s, ok in zip(self.summarised_slots, kept, strict=True)]
+
 
 class GrowingLayerMixin(SparseCacheLayerMixin):
     """In front of a layer of a `DynamicCache`, whose rows and slots can change."""
@@ -147,18 +159,6 @@ class GrowingLayerMixin(SparseCacheLayerMixin):
         rows = len(self.summarised) or (0 if self.slot_positions is None else self.slot_positions.shape[0])
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
         self._take_rows(torch.arange(rows).repeat_interleave(repeats))
-
-    def crop(self, tokens_to_remove: int) -> None:
-        before = int(self.get_seq_length())  # type: ignore[attr-defined]
-        super().crop(tokens_to_remove)  # type: ignore[misc]
-        slots = int(self.get_seq_length())  # type: ignore[attr-defined]
-        if slots < before:
-            if self.slot_positions is not None:
-                self.slot_positions = self.slot_positions[:, :slots]
-            # which blocks lost a key depends on padding; a row whose last summarised slot is gone starts again
-            kept = [slot < slots for slot in self.summarised_slots]
-            self.summarised = [n if ok else 0 for n, ok in zip(self.summarised, kept, strict=True)]
-            self.summarised_slots = [s if ok else -1 for s, ok in zip(self.summarised_slots, kept, strict=True)]
 
 
 class QuantizedLayerMixin(GrowingLayerMixin):

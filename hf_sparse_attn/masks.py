@@ -67,8 +67,26 @@ def _overlays(mask_function: Callable[..., Any]) -> bool:
 
 
 def _packs(mask_function: Callable[..., Any]) -> bool:
-    """Whether a mask function without overlays keeps packed documents apart: Transformers joins the two conditions by and_mask."""
-    return getattr(mask_function, "__name__", "") == "and_mask"
+    """Whether a mask function without overlays keeps packed documents apart: Transformers joins the two conditions by `and_masks`.
+
+    From Transformers 5.24 on it joins what is laid over a packed mask, such as images whose tokens see each other, by it, too.
+    """
+    if getattr(mask_function, "__name__", "") != "and_mask":
+        return False
+    (joined,) = _held(mask_function)
+    return all(_is_of_documents(part) for part in joined)
+
+
+def _is_of_documents(part: Callable[..., Any]) -> bool:
+    """Whether ``part`` is the causal condition, at the positions within documents or not, or that of the same document."""
+    if part.__qualname__.startswith("remap_positions_for_packed_sequence."):  # not before Transformers 5.18
+        return any(inner is causal_mask_function for inner in _held(part))
+    return part is causal_mask_function or part.__qualname__.startswith("packed_sequence_mask_function.")
+
+
+def _held(function: Callable[..., Any]) -> list[Any]:
+    """What a function that was made within another one holds of it."""
+    return [cell.cell_contents for cell in function.__closure__ or ()]
 
 
 def _document_numbers(mask_function: Callable[..., Any], batch: int, length: int, device: Any) -> Tensor:

@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..attending import Selector, SparseCall
 from ..budgets import KeptKeys
+from ..cache_arguments import MODEL_ARGUMENT
 from ..config import SparseAttentionConfig
 from ..conversion import sparse_attention_as
 from ..data.windows import Window
@@ -70,7 +71,7 @@ def window_losses(
     """
     n = ids.shape[1]
     cache = DynamicCache(config=model.config) if decode_tokens else None
-    hidden = model.base_model(ids, past_key_values=cache, use_cache=cache is not None, sparse_call=call).last_hidden_state
+    hidden = model.base_model(ids, **{MODEL_ARGUMENT: cache}, use_cache=cache is not None, sparse_call=call).last_hidden_state
     if on_hidden is not None:
         on_hidden(hidden)
     prefill = token_losses(model, hidden[:, n // 2 - 1 : -1], ids[:, n // 2 :])
@@ -81,7 +82,7 @@ def window_losses(
     losses = []
     for at in range(start, n - 1, step):
         stop = min(at + step, n - 1)
-        hidden = model.base_model(ids[:, at:stop], past_key_values=cache, sparse_call=call).last_hidden_state
+        hidden = model.base_model(ids[:, at:stop], **{MODEL_ARGUMENT: cache}, sparse_call=call).last_hidden_state
         losses.append(token_losses(model, hidden, ids[:, at + 1 : stop + 1]))
     return float(prefill.mean()), float(torch.cat(losses).mean()), float(prefill[-decode_tokens:].mean())
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from ..attending import SparseCall
+from ..cache_arguments import MODEL_ARGUMENT
 from ..checks import ATTN_IMPLEMENTATION
 from ..conversion import sparse_attention_as
 from .meters import BenchmarkError, PeakMemory, spread, timed
@@ -69,17 +70,17 @@ def bench_model(model: PreTrainedModel, ids: Tensor, keys: int, *, decode_tokens
             for name, implementation in (("sparse", ATTN_IMPLEMENTATION), ("stock", "sdpa")):
                 caches[name] = DynamicCache(config=model.config)
                 with _implementation(model, implementation), PeakMemory() as peak:
-                    run = lambda: model(ids[:, :n], past_key_values=caches[name], logits_to_keep=1)  # noqa: B023, E731
+                    run = lambda: model(ids[:, :n], **{MODEL_ARGUMENT: caches[name]}, logits_to_keep=1)  # noqa: B023, E731
                     prefill[name].append(timed(run))
                 memory[name] = max(memory.get(name, 0), peak.bytes)
         decode: dict[str, list[float]] = {"sparse": [], "best_dense": [], "stock": []}
         for at in range(n, n + 2 * decode_tokens, 2):
             one, two = ids[:, at : at + 1], ids[:, at + 1 : at + 2]
             with _implementation(model, "sdpa"):
-                decode["stock"].append(timed(lambda: model(one, past_key_values=caches["stock"])))  # noqa: B023
+                decode["stock"].append(timed(lambda: model(one, **{MODEL_ARGUMENT: caches["stock"]})))  # noqa: B023
             dense = SparseCall(dense=True)
-            decode["best_dense"].append(timed(lambda: model(one, past_key_values=caches["sparse"], sparse_call=dense)))  # noqa: B023
-            decode["sparse"].append(timed(lambda: model(two, past_key_values=caches["sparse"])))  # noqa: B023
+            decode["best_dense"].append(timed(lambda: model(one, **{MODEL_ARGUMENT: caches["sparse"]}, sparse_call=dense)))  # noqa: B023
+            decode["sparse"].append(timed(lambda: model(two, **{MODEL_ARGUMENT: caches["sparse"]})))  # noqa: B023
     decode = {name: times[1:] or times for name, times in decode.items()}  # the first step warms up and grows the caches
     return {
         "length": n,
