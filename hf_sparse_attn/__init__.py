@@ -4,24 +4,23 @@ Importing this package registers it with Transformers: ``from_pretrained(..., sp
 sparse model; without that argument, and for stock checkpoints, everything stays stock.
 """
 
-from .versions import VERSION, check_transformers
+from .versions import VERSION, checked_transformers
 
-check_transformers()
-
-from .adapters import load_adapter, lora_config  # noqa: E402  (the version check comes first)
-from .attending import SparseCall, learned_selector  # noqa: E402
-from .budgets import KeptKeys, fit_mass_threshold  # noqa: E402
-from .calibration import remove_calibration, use_calibration  # noqa: E402
-from .config import SparseAttentionConfig  # noqa: E402
-from .conversion import set_sparse_attention, sparse_attention_as, sparsify, to_dense  # noqa: E402
-from .registration import register, sparse_class, sparse_config  # noqa: E402
-from .sites import routers  # noqa: E402
-from .training.adaptation import AdaptationConfig, adapt  # noqa: E402
-from .training.chunked_loss import chunk_loss  # noqa: E402
-from .training.distillation import distill  # noqa: E402
-from .training.distiller import DistillationConfig  # noqa: E402
-from .training.objective import SparseObjective  # noqa: E402
-from .training.schedule import SparseTrainingConfig  # noqa: E402
+with checked_transformers():
+    from .adapters import load_adapter, lora_config
+    from .attending import SparseCall, learned_selector
+    from .budgets import KeptKeys, fit_mass_threshold
+    from .calibration import remove_calibration, use_calibration
+    from .config import SparseAttentionConfig
+    from .conversion import set_sparse_attention, sparse_attention_as, sparsify, to_dense
+    from .registration import register, sparse_class, sparse_config
+    from .sites import routers
+    from .training.adaptation import AdaptationConfig, adapt
+    from .training.chunked_loss import chunk_loss
+    from .training.distillation import distill
+    from .training.distiller import DistillationConfig
+    from .training.objective import SparseObjective
+    from .training.schedule import SparseTrainingConfig
 
 register()
 

@@ -141,9 +141,10 @@ def doctor(json_path: JsonOption = None) -> None:
     from hf_sparse_attn_kernels import IMPLEMENTATIONS, default_choice
     from hf_sparse_attn_kernels.caching import cache_folder
 
-    from .architectures import SUPPORTED
+    from .architectures import supported_types
     from .environment import environment
     from .precision import choice, linear_rates
+    from .self_test import run_self_test
     from .versions import SUPPORTED_TRANSFORMERS
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -159,7 +160,8 @@ def doctor(json_path: JsonOption = None) -> None:
         "implementations": list(IMPLEMENTATIONS),
         "why": f"{why}; inputs that it does not support run on 'torch'",
         "supported_transformers": [str(v) for v in SUPPORTED_TRANSFORMERS],
-        "model_types": sorted(SUPPORTED),
+        "self_test": run_self_test() or "passed",
+        "model_types": supported_types(),
         "offline": os.environ.get("HF_HUB_OFFLINE", "0"),
         "cache": str(cache_folder()),
     }

@@ -10,7 +10,7 @@ from typing import Any, cast
 import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.configuration_auto import (  # type: ignore[attr-defined]
     CONFIG_MAPPING,
@@ -35,6 +35,7 @@ from .masks import sparse_attention_mask
 from .prefill import in_whole_tiles
 from .saving import SparseSavingMixin
 from .sites import attach_routers, detach_routers, routers, sparse_sites
+from .versions import is_tested
 
 PREFIX = "Sparse"  # of the names of sparse classes
 _CONFIGS: dict[type, type] = {}
@@ -171,6 +172,10 @@ def sparse_config_class(stock: type[PreTrainedConfig]) -> type:
     if issubclass(stock, SparseConfigMixin):
         return stock
     refuse_unsupported(stock.model_type)
+    if not is_tested():
+        from .self_test import require_self_test  # which few need
+
+        require_self_test()
     with _REGISTERING:
         if stock not in _CONFIGS:
             _CONFIGS[stock] = make_class(SparseConfigMixin, stock, __annotations__={KEY: dict | None}, **{KEY: None})
@@ -201,11 +206,12 @@ def _adopting(prepare: Callable[..., Any]) -> Callable[..., Any]:
     """``prepare_inputs_for_generation`` that adopts the cache: `generate` calls it outside of what is compiled."""
 
     @wraps(prepare)
-    def prepare_inputs(model: Any, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-        if past_key_values is not None and model.config.get_text_config()._attn_implementation == ATTN_IMPLEMENTATION:
+    def prepare_inputs(model: Any, *args: Any, **kwargs: Any) -> Any:
+        caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
+        if caches and model.config.get_text_config()._attn_implementation == ATTN_IMPLEMENTATION:
             for site in sparse_sites(model):
-                adopt(past_key_values, site.layer_idx)
-        return prepare(model, *args, past_key_values=past_key_values, **kwargs)
+                adopt(caches[0], site.layer_idx)
+        return prepare(model, *args, **kwargs)
 
     return prepare_inputs
 

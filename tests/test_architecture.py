@@ -20,6 +20,7 @@ LAYERS = (
     (
         "config",
         "versions",
+        "cache_arguments",
         "files",
         "environment",
         "architectures",
@@ -48,7 +49,8 @@ LAYERS = (
     ("sites", "adapters"),
     ("prefill",),
     ("calibration",),
-    ("saving",),
+    ("saving", "kept_tests"),
+    ("self_test",),
     ("registration",),
     ("conversion",),
     ("budgets", "training"),

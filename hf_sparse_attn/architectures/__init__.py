@@ -60,9 +60,17 @@ SUPPORTED: dict[str, Architecture] = {
 }
 
 
+def supported_types() -> list[str]:
+    """The supported model types that the installed Transformers knows, by name: older ones lack some."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
+
+    return sorted(SUPPORTED.keys() & CONFIG_MAPPING_NAMES.keys())
+
+
 def refuse_unsupported(model_type: str) -> None:
     """Raise ValueError naming ``model_type`` and the reason, unless sparse attention supports it."""
-    if model_type not in SUPPORTED:
+    supported = supported_types()
+    if model_type not in supported:
         from .refusals import refusal  # imports all of Transformers' Auto classes
 
-        raise ValueError(f"model type {model_type!r} {refusal(model_type)}; sparse attention supports: {', '.join(sorted(SUPPORTED))}")
+        raise ValueError(f"model type {model_type!r} {refusal(model_type)}; sparse attention supports: {', '.join(supported)}")

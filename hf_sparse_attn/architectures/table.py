@@ -8,7 +8,7 @@ from typing import Any
 
 import transformers
 
-from . import SUPPORTED
+from . import SUPPORTED, supported_types
 from .inspection import installed_model_types
 from .refusals import refusal
 
@@ -27,7 +27,7 @@ class Row:
 
 def compatibility(model_type: str) -> Row:
     """The row of one model type, installed or not."""
-    if model_type not in SUPPORTED:
+    if model_type not in supported_types():
         return Row(model_type, "refused", refusal(model_type))
     limits = SUPPORTED[model_type].limits
     return Row(model_type, "supported with limits" if limits else "supported", limits)
