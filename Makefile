@@ -14,7 +14,16 @@ export TOKENIZERS_PARALLELISM ?= false
 # quantised weights and caches; beside the environment, as transformers and peft look for these packages on their own
 QUANTIZERS := bitsandbytes==0.50.2 torchao==0.18.0 optimum-quanto==0.2.7 ninja==1.13.2
 
-.PHONY: demo test test-full test-quantized test-processors test-sanitizers test-interpreter test-aot lint quality clean
+# the ends of the supported range of Transformers, beside the environment, which has the newest but one; a folder each, kept between targets
+ENDS := 5.17.0 5.24.0
+OVERLAYS := $(addprefix $(VENV)/transformers-,$(ENDS))
+BESIDE_5.17.0 := huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
+VERSION_TESTS := $(addprefix tests/test_,versions.py caches.py generation.py)
+SAVING_TESTS := $(addprefix tests/test_,model.py cache_kinds.py masks.py hub.py)
+# one model type of each kind: plain, an argument of its own for the cache, sliding windows, experts, two-sided, time series
+KINDS := llama or gpt_neox or gemma2 or qwen3_moe or modernbert or patchtst
+
+.PHONY: demo test test-full test-versions test-versions-ends test-quantized test-processors test-sanitizers test-interpreter test-aot lint quality clean
 
 demo: $(STAMP)  ## the main job on real weights and text: runs/demo/report.html
 	$(BIN)/hf-sparse-attn run recipes/demo.yaml
@@ -22,12 +31,23 @@ demo: $(STAMP)  ## the main job on real weights and text: runs/demo/report.html
 test: $(STAMP) lint  ## lint, types and all tests
 	$(PYTEST) -m "not slow and not gpu"
 
-test-full: $(TRITON) lint test-processors test-sanitizers test-interpreter test-quantized  ## everything, with the slow tests: some 20 minutes
+test-full: $(TRITON) lint test-processors test-sanitizers test-interpreter test-quantized test-versions  ## everything, with the slow tests: an hour
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest --confcutdir tests/aot --timeout 2000 tests/aot
 
 test-quantized: $(QUANTIZED)  ## sparse attention in bitsandbytes, torchao and quanto models and caches
 	PYTHONPATH=$(QUANTIZED) $(BIN)/python -m pytest -k "quantised and not hqq" tests/test_tasks.py tests/test_cache_kinds.py
+
+test-versions: $(OVERLAYS)  ## every architecture, caches, generation and saving under each end of the supported Transformers and the pinned one
+	for folder in $(OVERLAYS) $(VENV)/none; do \
+		PYTHONPATH=$$folder $(PYTEST) -m compat && PYTHONPATH=$$folder $(PYTEST) -m "not compat" $(VERSION_TESTS) $(SAVING_TESTS) || exit 1; \
+	done
+
+test-versions-ends: $(OVERLAYS)  ## the part of it that differs most between versions, under each end: a few minutes
+	for folder in $(OVERLAYS); do \
+		PYTHONPATH=$$folder $(PYTEST) $(VERSION_TESTS) && \
+		PYTHONPATH=$$folder $(PYTEST) -k "(stock_checkpoint or cached_decoding) and ($(KINDS))" tests/test_architectures.py || exit 1; \
+	done
 
 # the kernels are compiled for the processor at hand: here for older ones too
 test-processors: $(STAMP)  ## the C++ kernels without bfloat16 instructions, and without AVX-512
@@ -72,6 +92,12 @@ $(TRITON): $(STAMP)
 $(QUANTIZED): $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --upgrade --target $@ $(QUANTIZERS)
 	touch $@
+
+$(VENV)/transformers-%: $(STAMP)
+	rm -rf $@ $@.part
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --target $@.part transformers==$* $(BESIDE_$*)
+	PYTHONPATH=$@.part $(BIN)/python -c "import transformers; assert transformers.__version__ == '$*'"
+	mv $@.part $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -126,6 +126,11 @@ def sparse_attention_forward(
         sparse_call = ambient_call()
     check_call(router, module, query, key, value, dropout, kwargs)
     check_mask(attention_mask)
+    if sparse_cache_layer is None and key.shape[2] > query.shape[2]:
+        raise ValueError(
+            f"{type(module).__name__} attends to {key.shape[2]} keys with {query.shape[2]} queries, but handed no cache on: it keeps keys "
+            'in a way that sparse attention does not know. Run dense with model.set_attn_implementation("sdpa")'
+        )
     asked = Attention(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         causal=is_causal(module, kwargs),

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .attention import CACHE_ARGUMENTS
+from .cache_arguments import CACHE_ARGUMENTS
 from .checks import ATTN_IMPLEMENTATION
 from .sites import routers
 

@@ -38,7 +38,6 @@ from hf_sparse_attn import (
     to_dense,
 )
 from hf_sparse_attn.conversion import mark_trained
-from hf_sparse_attn.versions import check_transformers
 
 
 @pytest.fixture(scope="module")
@@ -498,15 +497,3 @@ def test_unsupported_architectures_are_refused_by_name(real_budget):
     with pytest.raises(ValueError, match=r"'stablelm' does not pass keyword arguments.*supports: .*llama"):
         sparsify(stablelm, real_budget)
     assert type(stablelm) is StableLmForCausalLM and not routers(stablelm)
-
-
-@pytest.mark.parametrize("version", ["5.16.9", "5.24.0", "5.24.0.dev0", "4.57.1", "6.0"])
-def test_other_versions_of_transformers_are_refused(version):
-    with pytest.raises(ImportError, match=f"transformers >= 5.17 and < 5.24, found {version}"):
-        check_transformers(version)
-
-
-@pytest.mark.parametrize("version", ["5.17.0", "5.17.0.dev0", "5.23.9"])
-def test_supported_versions_of_transformers_pass(version):
-    check_transformers(version)
-    check_transformers()
