@@ -18,6 +18,7 @@ from hf_sparse_attn import attention, kept_tests, routers, self_test, sparse_cla
 from hf_sparse_attn.cache import SparseCacheLayerMixin
 from hf_sparse_attn.cache_arguments import CACHE_ARGUMENTS, MODEL_ARGUMENT, accepted_names, is_cache
 from hf_sparse_attn.cli import app
+from hf_sparse_attn.registration import SparseConfigMixin
 from hf_sparse_attn.self_test import SelfTestError, require_self_test, run_self_test
 from hf_sparse_attn.sites import sparse_attention_class
 from hf_sparse_attn.versions import check_transformers, checked_transformers, is_tested
@@ -155,12 +156,16 @@ def test_where_it_fails_the_model_is_refused_with_what_differed(newer, runs, sto
 @pytest.mark.parametrize(
     ("where", "name", "broken", "differs"),
     [
-        (attention, "attend", lambda module, query, *rest: torch.zeros_like(query.transpose(1, 2)), "logits differ by"),
-        (self_test.transformers.DynamicCache, "update", lambda self, k, v, *rest, **options: (k, v), "DynamicCache: "),
-        (SparseCacheLayerMixin, "record_positions", lambda self, new, n: torch.zeros(1, n, dtype=torch.long), "logits differ by"),
+        (attention, "attend", lambda module, query, *rest: torch.zeros_like(query.transpose(1, 2)), "ran 0 times in 2 layers"),
+        (DynamicCache, "update", lambda self, k, v, *rest, **options: (k, v), "DynamicCache: "),
+        (SparseConfigMixin, "to_dict", lambda self: self.values_without_settings(), "a LlamaForCausalLM was loaded"),
     ],
 )
 def test_it_finds_what_a_changed_version_breaks(where, name, broken, differs, newer, monkeypatch):
+    def values(self):
+        return {key: value for key, value in transformers.LlamaConfig.to_dict(self).items() if key != "sparse_attention"}
+
+    monkeypatch.setattr(SparseConfigMixin, "values_without_settings", values, raising=False)
     monkeypatch.setattr(where, name, broken)
     failed = run_self_test()
     assert any(differs in one for one in failed), failed
