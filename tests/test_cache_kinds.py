@@ -7,7 +7,15 @@ import tiny_models
 import torch
 from agreement import assert_close_to_largest as close
 from summaries import assert_summaries_are_those_of_the_keys, cached_logits, fed, summaries_checked
-from transformers import BartConfig, BartForConditionalGeneration, DynamicCache, EncoderDecoderCache, QuantizedCache, StaticCache
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    DynamicCache,
+    EncoderDecoderCache,
+    QuantizedCache,
+    StaticCache,
+    cache_utils,
+)
 from transformers.cache_utils import Cache, QuantizedLayer
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
@@ -181,6 +189,7 @@ def rounding(config):
     return Cache(layers=[RoundingLayer(residual_length=8) for _ in range(config.num_hidden_layers)])
 
 
+HAS_FP8 = hasattr(cache_utils, "BaseQuantizedLayer")  # came with it
 QUANTISED = {
     "fp8": lambda config: QuantizedCache(backend="fp8", config=config),
     "rounding": rounding,
@@ -191,9 +200,9 @@ QUANTISED = {
 
 @pytest.fixture(params=QUANTISED)
 def quantised(request):
-    present = {"quanto": is_optimum_quanto_available(), "hqq": is_hqq_available()}
+    present = {"quanto": is_optimum_quanto_available(), "hqq": is_hqq_available(), "fp8": HAS_FP8}
     if not present.get(request.param, True):
-        pytest.skip(f"the package of {request.param} is not installed")
+        pytest.skip(f"{request.param} is not installed, or not known to this Transformers")
     return QUANTISED[request.param]
 
 
@@ -206,6 +215,7 @@ def test_a_quantised_cache_gives_the_tokens_of_the_stock_model_with_the_same(qua
     assert torch.equal(got, stock.generate(ids(length=130), past_key_values=quantised(stock.config), **options))
 
 
+@pytest.mark.skipif(not HAS_FP8, reason="not known to this Transformers")
 def test_generate_makes_a_quantised_cache(model_of):
     model, stock = model_of("llama", "every block"), tiny_models.tiny_model("llama")
     options = {"max_new_tokens": NEW, "do_sample": False, "cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
@@ -226,6 +236,7 @@ def test_a_quantised_cache_at_a_real_budget_decodes_over_what_it_returns(model_o
     assert (got - fed(model, ids()[:, -1:], exact)).abs().max() > 1e-3 * got.abs().max()
 
 
+@pytest.mark.skipif("reorder_cache" not in vars(QuantizedLayer), reason="stock ones cannot be, before Transformers 5.23")
 def test_a_quantised_cache_is_reordered_by_beam_search(quantised, model_of):
     model, stock = model_of("llama", "every block"), tiny_models.tiny_model("llama")
     options = {"max_new_tokens": NEW, "do_sample": False, "num_beams": 3}
@@ -263,7 +274,7 @@ def test_layers_that_summaries_cannot_follow_are_refused_by_name(model_of):
 
 
 def test_a_paged_cache_is_refused_by_name(model_of):
-    with pytest.raises(ValueError, match=r"does not support cache \(asked for by SparseLlamaAttention\)"), torch.no_grad():
+    with pytest.raises(ValueError, match=r"cache \(object\) under the name 'cache'|caches with layers .*got object"), torch.no_grad():
         model_of("llama", "every block")(input_ids=ids(), use_cache=False, cache=object())
 
 
@@ -272,5 +283,5 @@ def test_continuous_batching_is_refused(model_of):
     model = model_of("llama", "every block")
     assert not model._supports_flash_attn
     for call in (lambda: model.generate_batch([[3, 4, 5]]), lambda: model.generate(ids(), cache_implementation="paged")):
-        with pytest.raises(ValueError, match=r"hf_sparse is not supported for continuous batching\. Use .*'sdpa'"):
+        with pytest.raises(ValueError, match=r"hf_sparse\"? is not supported.*sdpa"):
             call()
