@@ -141,11 +141,11 @@ def _positions(asked: Attention, q_len: int, kv_len: int, cache: SparseCacheLaye
     """Rotary positions [1 or B, N] of all keys."""
     position_ids = asked.position_ids
     if position_ids is None:
-        position_ids = torch.arange(kv_len - q_len, kv_len, device=device)[None]
+        position_ids = torch.arange(kv_len - q_len, kv_len, device=device, dtype=torch.int64)[None]
     if cache is not None:
         return cache.record_positions(position_ids, kv_len)
     past = kv_len - position_ids.shape[1]
-    before = position_ids[:, :1] + torch.arange(-past, 0, device=device)
+    before = position_ids[:, :1] + torch.arange(-past, 0, device=device, dtype=torch.int64)
     return torch.cat([before, position_ids], 1) if past else position_ids
 
 

@@ -68,7 +68,9 @@ def candidates(router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> 
     """What stage 1 passes on, with the mass that stage 2 estimates for it."""
     every = select_above(router, inputs, query_tile, LEAST)
     plan = make_plan(router.config, every.grid, inputs.q.device)
-    eligible = plan.eligible_mask(torch.arange(every.grid.tiles, device=inputs.q.device)).expand(*every.indices.shape[:2], -1, -1)
+    eligible = plan.eligible_mask(torch.arange(every.grid.tiles, device=inputs.q.device, dtype=torch.int64)).expand(
+        *every.indices.shape[:2], -1, -1
+    )
     free = (every.indices >= 0) & eligible.gather(-1, every.indices.clamp(min=0).long()) & plan.open[:, None]
     return Candidates(every, free, plan.open, plan.free)
 
@@ -81,7 +83,7 @@ class Histogram:
 
     def __init__(self, first: int = 0) -> None:
         self.first = first
-        self.counts = torch.zeros(BINS, dtype=torch.int64)
+        self.counts = torch.zeros(BINS, dtype=torch.int64, device="cpu")
         self.tiles = self.forced = self.asked = self.block_size = 0  # tiles of a KV head; blocks
 
     def add(self, found: Candidates, values: Tensor) -> None:
@@ -107,11 +109,11 @@ class Histogram:
         most = keys * self.tiles / self.block_size - self.forced
         kept = self.counts.flip(0).cumsum(0).flip(0)  # at or above the lower edge of each bin
         at = max(int((kept > most).sum()), 1)
-        return float(torch.tensor(at << BITS, dtype=torch.int32).view(torch.float32))
+        return float(torch.tensor(at << BITS, dtype=torch.int32, device="cpu").view(torch.float32))
 
     def kept_keys(self, threshold: float) -> float:
         """Mean keys that a threshold which `threshold` returned keeps, forced ones included."""
-        at = int(torch.tensor(threshold, dtype=torch.float32).view(torch.int32)) >> BITS
+        at = int(torch.tensor(threshold, dtype=torch.float32, device="cpu").view(torch.int32)) >> BITS
         return self.block_size * (self.forced + int(self.counts[at:].sum())) / self.tiles
 
 
@@ -132,7 +134,7 @@ class KeptKeys:
         counted = plan.open & (selection.grid.first_positions(plan.device) >= self.first)
         keys = selection.kept_keys()[:, :, counted].double()
         layer = router.layer
-        self.sums[layer] = self.sums.get(layer, torch.zeros(keys.shape[1], dtype=torch.float64)) + keys.sum((0, 2)).cpu()
+        self.sums[layer] = self.sums.get(layer, torch.zeros(keys.shape[1], dtype=torch.float64, device="cpu")) + keys.sum((0, 2)).cpu()
         self.tiles[layer] = self.tiles.get(layer, 0) + keys.shape[0] * keys.shape[2]
 
     def by_layer(self) -> dict[int, Tensor]:

@@ -44,7 +44,7 @@ class SparseCacheLayerMixin(MadeMixin):
         self.take_number()  # a copy is not its original
 
     def take_number(self) -> None:
-        self.number = torch.tensor(number(self))
+        self.number = torch.tensor(number(self), dtype=torch.int64, device="cpu")
 
     def start_summaries(self) -> None:
         self.slot_positions = self.router_keys = None
@@ -65,7 +65,7 @@ class SparseCacheLayerMixin(MadeMixin):
             return self.slot_positions
         parts = [] if known is None else [known[:, :have]]
         if have < past:
-            parts.append(positions[:, :1] + torch.arange(have - past, 0, device=positions.device))
+            parts.append(positions[:, :1] + torch.arange(have - past, 0, device=positions.device, dtype=torch.int64))
         rows = max(p.shape[0] for p in (*parts, positions))
         self.slot_positions = torch.cat([p.expand(rows, -1) for p in (*parts, positions)], 1)
         return self.slot_positions
@@ -117,12 +117,12 @@ class SparseCacheLayerMixin(MadeMixin):
             self.router_keys = F.pad(self.router_keys, (0, 0, 0, room - self.router_keys.shape[2]))
 
     def _take_rows(self, index: Tensor | list[int]) -> None:
-        index = torch.as_tensor(index)
+        index = index if isinstance(index, Tensor) else torch.tensor(index, dtype=torch.int64, device="cpu")
         if self.slot_positions is not None and self.slot_positions.shape[0] > 1:
             self.slot_positions = self.slot_positions[index.to(self.slot_positions.device)]
         if self.router_keys is not None:
             self.router_keys = self.router_keys[index.to(self.router_keys.device)]
-            picked = torch.arange(len(self.summarised))[index.cpu()].tolist()
+            picked = torch.arange(len(self.summarised), dtype=torch.int64, device="cpu")[index.cpu()].tolist()
             self.summarised = [self.summarised[i] for i in picked]
             self.summarised_slots = [self.summarised_slots[i] for i in picked]
             self.layouts = [self.layouts[i] for i in picked]
@@ -158,7 +158,7 @@ class GrowingLayerMixin(SparseCacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         rows = len(self.summarised) or (0 if self.slot_positions is None else self.slot_positions.shape[0])
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        self._take_rows(torch.arange(rows).repeat_interleave(repeats))
+        self._take_rows(torch.arange(rows, dtype=torch.int64, device="cpu").repeat_interleave(repeats))
 
 
 class QuantizedLayerMixin(GrowingLayerMixin):

@@ -38,9 +38,9 @@ def sparsify(model: PreTrainedModel, sparse_attention: SparseAttentionConfig | M
     config = SparseAttentionConfig.coerce(sparse_attention)
     target = sparse_class(type(model))
     sparse_config_class(type(model.config))  # refuses a model that runs on another type's config, before anything is changed
-    attach_routers(model, config)
+    attach_routers(model, config, model.device)
     for router in routers(model):  # in float32, as after from_pretrained
-        router.to(model.device).train(model.training)
+        router.train(model.training)
         router.init_weights()
     model.config.__class__ = sparse_config_class(type(model.config))
     name_sparse_classes(model.config)

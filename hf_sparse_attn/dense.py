@@ -79,8 +79,12 @@ def stock_mask(mask: Tensor | None, q_len: int, kv_len: int, slots: int, causal:
     """
     if mask is None and slots == kv_len:
         return None
-    slot = torch.arange(slots, device=device)
-    last = torch.arange(kv_len - q_len, kv_len, device=device) if causal else torch.full((q_len,), kv_len - 1, device=device)
+    slot = torch.arange(slots, device=device, dtype=torch.int64)
+    last = (
+        torch.arange(kv_len - q_len, kv_len, device=device, dtype=torch.int64)
+        if causal
+        else torch.full((q_len,), kv_len - 1, device=device, dtype=torch.int64)
+    )
     visible = (slot <= last[:, None])[None, None]
     return visible if mask is None else visible & F.pad(mask[:, :slots].bool(), (0, max(slots - mask.shape[1], 0)))[:, None, None]
 
@@ -113,6 +117,10 @@ def dense_attention(
 def _every_block(grid: TileGrid, k: Tensor) -> BlockSelection:
     """All blocks that each tile sees."""
     block = torch.arange(grid.blocks, dtype=torch.int32, device=k.device)
-    last = grid.last_positions(k.device) // grid.block_size if grid.causal else torch.full((grid.tiles,), grid.blocks, device=k.device)
+    last = (
+        grid.last_positions(k.device) // grid.block_size
+        if grid.causal
+        else torch.full((grid.tiles,), grid.blocks, device=k.device, dtype=torch.int64)
+    )
     kept = torch.where(block <= last[:, None], block, -1).sort(-1).values
     return BlockSelection(kept.expand(*k.shape[:2], -1, -1).contiguous(), grid)

@@ -68,10 +68,10 @@ class AllowedBlocks:
 
 
 @lru_cache(maxsize=256)  # of every layer's decode step
-def allowed_blocks(budgets: HeadBudgets, visible: tuple[int, ...], block_size: int, device: torch.device | None) -> AllowedBlocks:
+def allowed_blocks(budgets: HeadBudgets, visible: tuple[int, ...], block_size: int, device: torch.device | str) -> AllowedBlocks:
     """Budgets of tiles that see ``visible`` keys; a dense head may keep all blocks."""
     rows = [budgets.keys(seen) for seen in visible]
     blocks = [[math.ceil(keys / block_size) for keys in row] for row in rows]
     dense = [[keys >= seen for keys in row] for seen, row in zip(visible, rows, strict=True)]
-    some = torch.tensor(dense, device=device).T.contiguous() if any(map(any, dense)) else None
-    return AllowedBlocks(torch.tensor(blocks, device=device).T.contiguous(), some)
+    some = torch.tensor(dense, device=device, dtype=torch.bool).T.contiguous() if any(map(any, dense)) else None
+    return AllowedBlocks(torch.tensor(blocks, device=device, dtype=torch.int64).T.contiguous(), some)

@@ -91,6 +91,6 @@ def _held(function: Callable[..., Any]) -> list[Any]:
 
 def _document_numbers(mask_function: Callable[..., Any], batch: int, length: int, device: Any) -> Tensor:
     """The number of every token's document, from 1: int64 [B, N]. A token sees the one before it unless it is the first of its document."""
-    row, slot = torch.arange(batch, device=device)[:, None], torch.arange(length, device=device)[None]
+    row, slot = torch.arange(batch, device=device, dtype=torch.int64)[:, None], torch.arange(length, device=device, dtype=torch.int64)[None]
     sees = mask_function(row, row.new_zeros(()), slot[:, 1:], slot[:, :-1])
     return 1 + F.pad((~sees).long().cumsum(1), (1, 0)).expand(batch, -1)

@@ -49,7 +49,7 @@ def _two_sided_budget(config: SparseAttentionConfig, near: int, last_pos: int, t
 
 @lru_cache(maxsize=256)  # every layer of a model asks for the same one, unless each has its own ``heads``
 def make_plan(
-    config: SparseAttentionConfig, grid: TileGrid, device: torch.device | None = None, heads: HeadBudgets | None = None
+    config: SparseAttentionConfig, grid: TileGrid, device: torch.device | str = "cpu", heads: HeadBudgets | None = None
 ) -> TilePlan:
     """Budgets of all tiles of a call; its tensors are on ``device``. With ``heads`` the largest ones of heads that are not dense."""
     positions = zip(grid.first_positions().tolist(), grid.last_positions().tolist(), strict=True)
@@ -61,7 +61,7 @@ def make_plan(
 
 def select_by_scores(plan: TilePlan, scores: Tensor) -> BlockSelection:
     """Keep each tile's best eligible blocks by ``scores`` [B, G, n, nb]: oracle, random and single-stage selections."""
-    tiles = torch.arange(plan.grid.tiles, device=scores.device)
+    tiles = torch.arange(plan.grid.tiles, device=scores.device, dtype=torch.int64)
     kept = plan.assemble(plan.best(scores, tiles, plan.free), tiles)
     mass = scores.float().gather(-1, kept.clamp(min=0, max=scores.shape[-1] - 1).long())
     return BlockSelection(kept.contiguous(), plan.grid, mass.masked_fill(kept < 0, torch.nan))

@@ -74,7 +74,7 @@ class Rotary:
     def relative(self, offsets: Tensor, dim: int) -> Tensor:
         """Inverse rotations by ``offsets`` [L] without the embedding's scaling, as matrices: x @ matrix, float32 [L, dim, dim]."""
         cos, sin = self._angles(offsets[:, None], offsets.device)
-        return self._turn(torch.eye(dim, device=offsets.device).expand(len(offsets), -1, -1), cos, -sin, 1.0)
+        return self._turn(torch.eye(dim, device=offsets.device, dtype=torch.float32).expand(len(offsets), -1, -1), cos, -sin, 1.0)
 
     def rotation(self, positions: Tensor, dim: int) -> Tensor:
         """``rotate`` of ``dim``-dimensional rows at ``positions`` [b, 1] as a matrix: x @ matrix, float32 [b, dim, dim]."""
@@ -86,12 +86,12 @@ class Rotary:
 
     def _as_matrix(self, turn: Callable[[Tensor, Tensor], Tensor], positions: Tensor, dim: int) -> Tensor:
         if positions.device.type != "cpu":  # reading positions back would wait for the device
-            return turn(torch.eye(dim, device=positions.device).expand(len(positions), -1, -1), positions)
+            return turn(torch.eye(dim, device=positions.device, dtype=torch.float32).expand(len(positions), -1, -1), positions)
         key = (turn.__name__, dim, *positions[:, 0].tolist())
         if key not in self._matrices:  # every layer of a step asks for the same two
             if len(self._matrices) >= MATRICES:
                 self._matrices.clear()
-            self._matrices[key] = turn(torch.eye(dim).expand(len(positions), -1, -1), positions)
+            self._matrices[key] = turn(torch.eye(dim, dtype=torch.float32, device="cpu").expand(len(positions), -1, -1), positions)
         return self._matrices[key]
 
     @property

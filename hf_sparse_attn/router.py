@@ -54,7 +54,16 @@ class RoutingInputs:
 class SparseRouter(nn.Module):
     """Learned weights and scoring of both stages for one attention layer."""
 
-    def __init__(self, config: SparseAttentionConfig, heads: int, groups: int, head_dim: int, rotary: Rotary | None, layer: int) -> None:
+    def __init__(
+        self,
+        config: SparseAttentionConfig,
+        heads: int,
+        groups: int,
+        head_dim: int,
+        rotary: Rotary | None,
+        layer: int,
+        device: torch.device | None = None,  # None: where torch makes a module's weights now, as from_pretrained wants them
+    ) -> None:
         super().__init__()
         self.config = config
         self.heads, self.groups, self.head_dim, self.layer = heads, groups, head_dim, layer
@@ -62,10 +71,10 @@ class SparseRouter(nn.Module):
         self.fresh = True  # no weights were loaded into it
         self.budgets: HeadBudgets | None = None  # of a calibration, in place of the config's budget
         router_dim, index_dim = config.resolved_router_dim(head_dim), config.resolved_index_dim(head_dim)
-        self.wq = nn.Parameter(torch.empty(groups, router_dim, heads // groups * head_dim, dtype=torch.float32))
-        self.wk = nn.Parameter(torch.empty(groups, router_dim, 3 * head_dim, dtype=torch.float32))
-        self.wq_index = nn.Parameter(torch.empty(groups, index_dim, head_dim, dtype=torch.float32))
-        self.wk_index = nn.Parameter(torch.empty(groups, index_dim, head_dim, dtype=torch.float32))
+        self.wq = nn.Parameter(torch.empty(groups, router_dim, heads // groups * head_dim, dtype=torch.float32, device=device))
+        self.wk = nn.Parameter(torch.empty(groups, router_dim, 3 * head_dim, dtype=torch.float32, device=device))
+        self.wq_index = nn.Parameter(torch.empty(groups, index_dim, head_dim, dtype=torch.float32, device=device))
+        self.wk_index = nn.Parameter(torch.empty(groups, index_dim, head_dim, dtype=torch.float32, device=device))
         self.requires_grad_(False)  # routers learn where something teaches them: in distillation and the joint stage
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseRouter:
@@ -97,13 +106,15 @@ class SparseRouter(nn.Module):
         """
         self.fresh = not all(getattr(weight, "_is_hf_initialized", False) for weight in self.parameters())
         hg, d = self.heads // self.groups, self.head_dim
-        eye = torch.eye(d)
+        eye = torch.eye(d, dtype=torch.float32, device="cpu")
         wq, wk = (
-            torch.zeros(self.wq.shape),
-            torch.empty(self.wk.shape).normal_(std=0.5 / d**0.5, generator=torch.Generator().manual_seed(self.layer)),
+            torch.zeros(self.wq.shape, dtype=torch.float32, device="cpu"),
+            torch.empty(self.wk.shape, dtype=torch.float32, device="cpu").normal_(
+                std=0.5 / d**0.5, generator=torch.Generator(device="cpu").manual_seed(self.layer)
+            ),
         )
         wq[:, :d] = (eye / hg).repeat(1, hg)
-        wk[:, :d] = torch.cat([torch.zeros(d, 2 * d), eye], 1)
+        wk[:, :d] = torch.cat([torch.zeros(d, 2 * d, dtype=torch.float32, device="cpu"), eye], 1)
         index = self._index_start()
         for weight, value in ((self.wq, wq), (self.wk, wk), (self.wq_index, index), (self.wk_index, index)):
             init.copy_(weight, value.to(weight.dtype))
@@ -122,12 +133,12 @@ class SparseRouter(nn.Module):
     def _slowest_dims(self, count: int) -> Tensor:
         d = self.head_dim
         if self.rotary is None:
-            return torch.arange(count)
+            return torch.arange(count, dtype=torch.int64, device="cpu")
         half = self.rotary.dim // 2
-        pair = torch.arange(half).repeat_interleave(2)
+        pair = torch.arange(half, dtype=torch.int64, device="cpu").repeat_interleave(2)
         first, second = (2 * pair, 2 * pair + 1) if self.rotary.interleaved else (pair, pair + half)
-        order = torch.where(torch.arange(2 * half) % 2 == 0, first, second)
-        return torch.cat([order, torch.arange(self.rotary.dim, d)])[-count:].sort().values
+        order = torch.where(torch.arange(2 * half, dtype=torch.int64, device="cpu") % 2 == 0, first, second)
+        return torch.cat([order, torch.arange(self.rotary.dim, d, dtype=torch.int64, device="cpu")])[-count:].sort().values
 
     # -- stage 1 ---------------------------------------------------------------------------------------------------
 
@@ -169,11 +180,11 @@ class SparseRouter(nn.Module):
             plain = q.float() if self.rotary is None else self.rotary.unrotate(q, positions[:, None, :, None])
             queries = torch.einsum("bgmrf,gof->bgmro", plain.flatten(-3)[..., None, :], self.wq.float())
             return self._rotate_features(queries, positions[:, None]), torch.ones_like(first, dtype=torch.bool)[:, None]
-        content = first[:, None] + torch.arange(grid.query_tile, device=q.device)
+        content = first[:, None] + torch.arange(grid.query_tile, device=q.device, dtype=torch.int64)
         real = (content >= grid.q_offset) & (content < grid.kv_len)
         positions = positions[:, content.clamp(0, grid.kv_len - 1)].float()
         count = real.unflatten(-1, (runs, -1)).sum(-1)
-        share = 1 / count.clamp(min=1)
+        share = 1 / count.clamp(min=1).float()
         sums = self._run_sums(q, positions, real, runs).transpose(3, 4).flatten(-2)
         centres = (positions * real).unflatten(-1, (runs, -1)).sum(-1) * share
         queries = torch.einsum("bgmrf,gof->bgmro", sums * share[..., None], self.wq.float())
@@ -191,7 +202,7 @@ class SparseRouter(nn.Module):
         length = q.shape[4] // runs
         if complete and length > 1 and bool((positions.diff(dim=-1) == 1).all()):
             # consecutive positions turn alike around the middle of each run: one product per run, then one turn
-            offsets = torch.arange(length, device=q.device) - (length - 1) / 2
+            offsets = torch.arange(length, device=q.device, dtype=torch.float32) - (length - 1) / 2
             matrix = self.rotary.relative(offsets, q.shape[-1]).flatten(0, 1).to(q.dtype)
             sums = torch.matmul(q.unflatten(4, (runs, -1)).flatten(-2), matrix)
             middle = positions.unflatten(-1, (runs, -1)).mean(-1)
@@ -201,12 +212,12 @@ class SparseRouter(nn.Module):
 
     # -- stage 2 ---------------------------------------------------------------------------------------------------
 
-    def representatives(self, grid: TileGrid, device: torch.device | None = None) -> Tensor:
+    def representatives(self, grid: TileGrid, device: torch.device) -> Tensor:
         """Which tokens of a tile stage 2 scores, strided with an offset per head: int64 [Hg, r]."""
         hg, t = self.heads // self.groups, grid.query_tile
         count = min(self.config.query_samples, t)
-        offset = torch.arange(hg, device=device) * (t // count) // hg
-        return torch.arange(count, device=device) * t // count + offset[:, None]
+        offset = torch.arange(hg, device=device, dtype=torch.int64) * (t // count) // hg
+        return torch.arange(count, device=device, dtype=torch.int64) * t // count + offset[:, None]
 
     def index_queries(self, q: Tensor, fold: bool) -> Tensor:
         """``q`` [B·G, ..., D] in index space [..., I]; with ``fold`` mapped back so that it meets keys themselves, [..., D]."""

@@ -193,8 +193,11 @@ def cut_documents(batch: int, q_len: int, kv_len: int, mask: Tensor | None, star
     if starts is None and (mask is None or bool(mask.all())):
         return [Segment(slice(0, batch), None, q_len)]
     segments = []
+    told = starts if mask is None else mask
+    assert told is not None
+    device = told.device
     for row in range(batch):
-        slots = torch.arange(kv_len) if mask is None else mask[row].nonzero()[:, 0].cpu()
+        slots = torch.arange(kv_len, dtype=torch.int64, device="cpu") if mask is None else mask[row].nonzero()[:, 0].cpu()
         if starts is None:
             cuts: list[int] = []
         else:
@@ -202,7 +205,6 @@ def cut_documents(batch: int, q_len: int, kv_len: int, mask: Tensor | None, star
         for part in torch.tensor_split(slots, [c for c in cuts if c > 0]):
             queries = int((part >= kv_len - q_len).sum())
             if queries:
-                device = None if mask is None else mask.device
                 segments.append(Segment(slice(row, row + 1), part.to(device), queries))
     return segments
 
@@ -215,7 +217,7 @@ def _starts_where(new: Callable[[Tensor, Tensor], Tensor], told: Tensor, real: T
     if real is None:
         return F.pad(new(told[:, :-1], told[:, 1:]), (1, 0))
     told = told.expand(len(real), -1)
-    last = torch.where(real, torch.arange(real.shape[1], device=real.device), -1).cummax(1).values
+    last = torch.where(real, torch.arange(real.shape[1], device=real.device, dtype=torch.int64), -1).cummax(1).values
     before = F.pad(last[:, :-1], (1, 0), value=-1)  # slot of the real token before
     return real & (before >= 0) & new(told.gather(1, before.clamp(min=0)), told)
 
@@ -230,9 +232,9 @@ def read_mask(mask: Tensor, q_len: int, causal: bool) -> tuple[Tensor, Tensor | 
     """
     visible = _visible(mask)
     kv_len, offset = visible.shape[2], visible.shape[2] - q_len
-    slot = torch.arange(kv_len, device=mask.device)
+    slot = torch.arange(kv_len, device=mask.device, dtype=torch.int64)
     queries = slot[offset:]
-    own = visible[:, torch.arange(q_len, device=mask.device), queries]  # a query that does not see itself is padding
+    own = visible[:, torch.arange(q_len, device=mask.device, dtype=torch.int64), queries]  # a query that does not see itself is padding
     first = visible.view(torch.uint8).argmax(-1)  # the first slot that each query sees: where its document starts
     if offset:  # the tokens before the call: real if any real query of it sees them
         real = torch.cat([(visible[:, :, :offset] & own[:, :, None]).any(1), own], 1)

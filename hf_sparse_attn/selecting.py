@@ -31,7 +31,7 @@ def select_blocks(router: SparseRouter, inputs: RoutingInputs, query_tile: int |
 
 def _select(router: SparseRouter, inputs: RoutingInputs, plan: TilePlan, impl: str | None) -> BlockSelection:
     grid = plan.grid
-    tiles = torch.arange(grid.tiles, device=plan.device)
+    tiles = torch.arange(grid.tiles, device=plan.device, dtype=torch.int64)
     if grid.query_tile == grid.q_len == 1:
         indices, scores = kernels.select_blocks(single_features(router, inputs), plan, tiles, impl=impl)
         return BlockSelection(indices, grid, scores)
@@ -51,23 +51,29 @@ def visible_blocks(plan: TilePlan) -> Tensor:
 def everything(plan: TilePlan, inputs: RoutingInputs) -> BlockSelection:
     """Every block that a tile sees, where no tile has more of them than its budget."""
     indices = visible_blocks(plan).expand(*inputs.k.shape[:2], -1, -1).contiguous()
-    return BlockSelection(indices, plan.grid, torch.full(indices.shape, torch.nan, device=plan.device))
+    return BlockSelection(indices, plan.grid, torch.full(indices.shape, torch.nan, device=plan.device, dtype=torch.float32))
 
 
 def ranks(values: Tensor) -> Tensor:
     """Place of each value in its row [..., K] from the largest (0) on, ties to the first."""
     order = values.argsort(dim=-1, descending=True, stable=True)
-    place = torch.arange(values.shape[-1], device=values.device).expand_as(order)
+    place = torch.arange(values.shape[-1], device=values.device, dtype=torch.int64).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, place)
 
 
 def within_budgets(selection: BlockSelection, plan: TilePlan, budgets: HeadBudgets) -> BlockSelection:
     """Of a selection at the largest budget what each KV head's own budget allows, best estimated mass first; all of it for dense heads."""
-    visible = plan.grid.last_positions() + 1 if plan.grid.causal else torch.full((plan.grid.tiles,), plan.grid.kv_len)
+    visible = (
+        plan.grid.last_positions() + 1
+        if plan.grid.causal
+        else torch.full((plan.grid.tiles,), plan.grid.kv_len, dtype=torch.int64, device="cpu")
+    )
     allowed = allowed_blocks(budgets, tuple(visible.tolist()), plan.grid.block_size, plan.device)
     indices, scores = selection.indices, selection.scores
     assert scores is not None
-    eligible = plan.eligible_mask(torch.arange(plan.grid.tiles, device=indices.device)).expand(*indices.shape[:2], -1, -1)
+    eligible = plan.eligible_mask(torch.arange(plan.grid.tiles, device=indices.device, dtype=torch.int64)).expand(
+        *indices.shape[:2], -1, -1
+    )
     free = (indices >= 0) & eligible.gather(-1, indices.clamp(min=0).long())
     forced = ((indices >= 0) & ~free).sum(-1, keepdim=True)
     place = ranks(scores.masked_fill(~free, -torch.inf))
@@ -111,7 +117,7 @@ class FeatureMaker:
     def features(self, tiles: Tensor) -> TileFeatures:
         router, scale = self.router, self.inputs.scale
         batch, dtype = (-1, router.groups), self.keys.dtype
-        heads = torch.arange(self.reps.shape[0], device=tiles.device)[:, None]
+        heads = torch.arange(self.reps.shape[0], device=tiles.device, dtype=torch.int64)[:, None]
         coarse, real = router.query_features(self.q_tiles[:, tiles], self.inputs.positions, self.grid, tiles)
         sampled = self.q_tiles[:, tiles[:, None, None], heads, self.reps]
         queries = router.index_queries(sampled, self.fold).unflatten(0, batch)

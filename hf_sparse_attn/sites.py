@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -57,8 +58,8 @@ def _window(site: Any) -> int | None:
     return getattr(site.config, "sliding_window", None) if passes else None
 
 
-def attach_routers(model: Any, config: SparseAttentionConfig) -> None:
-    """Give every attention layer of a stock ``model`` a router (weights uninitialised) and the thin subclass.
+def attach_routers(model: Any, config: SparseAttentionConfig, device: torch.device | None = None) -> None:
+    """Give every attention layer of a stock ``model`` a router (weights uninitialised, on ``device``) and the thin subclass.
 
     Raises:
         ValueError: no layer can be served, ``config`` does not fit the model, or a layer has a feature that is not supported.
@@ -78,7 +79,7 @@ def attach_routers(model: Any, config: SparseAttentionConfig) -> None:
     # an inner model that an Auto class made from a sparse config is sparse already
     stock = {name: site for name, site in sites.items() if not isinstance(site, SparseAttentionMixin)}
     rotaries: dict[Any, Rotary] = {}
-    made = {name: _make_router(model, name, site, config, layers[name], rotaries) for name, site in stock.items()}
+    made = {name: _make_router(model, name, site, config, layers[name], rotaries, device) for name, site in stock.items()}
     for name, router in made.items():
         sites[name].router = router
         sites[name].__class__ = sparse_attention_class(type(sites[name]))
@@ -103,7 +104,13 @@ def sparse_attention_class(stock: type) -> type:
 
 
 def _make_router(
-    model: nn.Module, name: str, site: Any, config: SparseAttentionConfig, layer: int, rotaries: dict[Any, Rotary]
+    model: nn.Module,
+    name: str,
+    site: Any,
+    config: SparseAttentionConfig,
+    layer: int,
+    rotaries: dict[Any, Rotary],
+    device: torch.device | None,
 ) -> SparseRouter:
     refuse_features(site)
     if not getattr(site, "is_causal", True):
@@ -113,7 +120,7 @@ def _make_router(
     rotary = _rotary(model, name, site, architecture)
     if rotary is not None:  # layers that share an embedding share its view, which keeps the rotations of a decode step
         rotary = rotaries.setdefault((id(rotary.module), rotary.prefix, rotary.interleaved), rotary)
-    return SparseRouter(config, heads, groups, head_dim, rotary, layer)
+    return SparseRouter(config, heads, groups, head_dim, rotary, layer, device)
 
 
 def refuse_features(site: Any) -> None:

@@ -161,3 +161,34 @@ def test_the_kernels_folder_is_no_package_and_tests_are_flat():
 @pytest.mark.parametrize("path", [*MODULES, *sorted((ROOT / "kernels").rglob("*.py"))], ids=label)
 def test_no_file_is_longer_than_300_lines(path):
     assert len(path.read_text().splitlines()) <= 300
+
+
+# what torch makes in the default dtype on the default device, which are the user's, unless they are named
+MAKERS = ("zeros", "ones", "empty", "full", "eye", "arange", "range", "linspace", "logspace", "tensor", "scalar_tensor", "rand", "randn")
+MAKERS += ("randint", "randperm", "normal", "empty_strided", "tril_indices", "triu_indices", "sparse_coo_tensor", "frombuffer")
+NAMED = {**{name: {"dtype", "device"} for name in MAKERS}, "as_tensor": {"device"}, "asarray": {"device"}, "Generator": {"device"}}
+
+
+def unnamed(tree):
+    """The calls of a module that leave a tensor's dtype or device to torch's defaults."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "torch":
+            yield from (f"line {node.lineno}: import {alias.name} as torch.{alias.name}" for alias in node.names if alias.name in NAMED)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) == "torch":
+            missing = NAMED.get(node.func.attr, set()) - {keyword.arg for keyword in node.keywords}
+            if missing:
+                yield f"line {node.lineno}: torch.{node.func.attr} names no {' and no '.join(sorted(missing))}"
+
+
+@pytest.mark.parametrize("path", [*MODULES, *sorted((ROOT / "kernels").rglob("*.py"))], ids=label)
+def test_every_tensor_names_its_dtype_and_device(path):
+    assert not list(unnamed(ast.parse(path.read_text())))
+
+
+def test_a_tensor_of_the_defaults_is_found():
+    found = list(unnamed(ast.parse("import torch\nx = torch.zeros(3, dtype=torch.int64)\ny = torch.arange(3)\nfrom torch import ones")))
+    assert found == [
+        "line 4: import ones as torch.ones",
+        "line 2: torch.zeros names no device",
+        "line 3: torch.arange names no device and no dtype",
+    ]

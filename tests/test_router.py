@@ -216,7 +216,7 @@ def test_the_router_starts_alike_for_every_layout_of_heads(make_router, routing_
         features, plan, tiles = features_of(router, inputs)
         want = mean_pool_scores(inputs.q, inputs.k, TileGrid(224, 224, 16, 16), inputs.scale)[..., : int(plan.near.max())]
         torch.testing.assert_close(stage_one_scores(features, plan, tiles), want, rtol=1e-4, atol=1e-4)
-        reps = router.representatives(plan.grid)
+        reps = router.representatives(plan.grid, torch.device("cpu"))
         assert reps.shape == (heads // groups, 8) and int(reps.max()) < 16
         assert all(len(set(row)) == 8 for row in reps.tolist())
 

@@ -27,7 +27,7 @@ def attend_with_residual(router: SparseRouter, inputs: RoutingInputs, selection:
     assert lse is not None
     whole = grid.kv_len // size
     keys, values = (x[:, :, : whole * size].float().unflatten(2, (whole, size)).mean(3).flatten(0, 1) for x in (inputs.k, inputs.v))
-    tiles = torch.arange(grid.tiles, device=inputs.q.device)
+    tiles = torch.arange(grid.tiles, device=inputs.q.device, dtype=torch.int64)
     kept = torch.zeros(*selection.indices.shape[:3], grid.blocks + 1, dtype=torch.bool, device=tiles.device)
     kept.scatter_(-1, selection.indices.long() + 1, True)
     plan = make_plan(router.config, grid, inputs.q.device)

@@ -39,7 +39,11 @@ class LabelledWindow:
 
     def row(self) -> dict[str, Tensor]:
         """Inputs of a sequence classifier, without the batch dimension."""
-        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "labels": torch.tensor(self.label)}
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "labels": torch.tensor(self.label, dtype=torch.int64, device="cpu"),
+        }
 
 
 def read_labelled(sources: Sequence[str], label: str | None) -> list[Labelled]:
@@ -120,5 +124,12 @@ def labelled_windows(
         for at, (ids, mask) in enumerate(zip(parts["input_ids"][:most], parts["attention_mask"][:most], strict=True)):
             if at and sum(mask) < LEAST_SHARE * length:
                 continue
-            windows.append(LabelledWindow(f"{document.name}[{at}]", torch.tensor(ids), torch.tensor(mask), classes.index(document.label)))
+            windows.append(
+                LabelledWindow(
+                    f"{document.name}[{at}]",
+                    torch.tensor(ids, dtype=torch.int64, device="cpu"),
+                    torch.tensor(mask, dtype=torch.int64, device="cpu"),
+                    classes.index(document.label),
+                )
+            )
     return windows

@@ -41,8 +41,10 @@ def ask(windows: Sequence[Window], tokenizer: PreTrainedTokenizerBase, seed: int
     Raises:
         SourceError: a window is too short, or has no passage whose quoted words stand in it once.
     """
-    generator = torch.Generator().manual_seed(seed)
-    before, between = (torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (BEFORE, BETWEEN))
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    before, between = (
+        torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64, device="cpu") for text in (BEFORE, BETWEEN)
+    )
     return [_question(window, before, between, generator) for window in windows]
 
 
@@ -55,7 +57,7 @@ def _question(window: Window, before: Tensor, between: Tensor, generator: torch.
     grams = text.unfold(0, QUOTED, 1)
     last = int(FARTHEST * kept) - QUOTED - ANSWERED
     for _ in range(TRIES):
-        at = int(torch.randint(last, (), generator=generator))
+        at = int(torch.randint(last, (), generator=generator, dtype=torch.int64, device="cpu"))
         if int((grams == text[at : at + QUOTED]).all(1).sum()) == 1:
             break
     else:

@@ -114,7 +114,7 @@ def ruler(windows: Sequence[Window], tokenizer: PreTrainedTokenizerBase, seed: i
         raise ValueError(f"the RULER task is {task!r}: must be {', '.join(RULER)}")
 
     def tokens(text: str) -> Tensor:
-        return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64, device="cpu")
 
     made = []
     for at, window in enumerate(windows):

@@ -32,7 +32,7 @@ MOST_CORRECTION = 1.25  # a correction asks for at most this many times the aver
 def oracle_candidates(router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> Candidates:
     """Every eligible block with its dense softmax mass."""
     plan = make_plan(router.config, inputs.grid(query_tile, router.config.block_size), inputs.q.device)
-    tiles = torch.arange(plan.grid.tiles, device=inputs.q.device)
+    tiles = torch.arange(plan.grid.tiles, device=inputs.q.device, dtype=torch.int64)
     mass = torch.cat([block_mass(inputs.q, inputs.k, plan.grid, part, inputs.scale) for part in tiles.split(ORACLE_TILES)], 2)
     block = torch.arange(plan.grid.blocks, device=tiles.device, dtype=torch.int32)
     visible = block <= plan.last[:, None] if plan.grid.causal else torch.ones_like(mass[0, 0], dtype=torch.bool)

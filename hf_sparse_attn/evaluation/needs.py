@@ -38,7 +38,7 @@ class TileFigures:
 
     def add(self, layer: int, visible: Tensor, values: Tensor) -> None:
         """Add ``values`` [B, G, m] of tiles that see ``visible`` [m] keys."""
-        bucket = torch.bucketize(visible.cpu(), torch.tensor(self.ends)).clamp(max=len(self.ends) - 1)
+        bucket = torch.bucketize(visible.cpu(), torch.tensor(self.ends, dtype=torch.int64, device="cpu")).clamp(max=len(self.ends) - 1)
         for at in bucket.unique().tolist():
             self.found[layer, at].append(values[:, :, (bucket == at).to(values.device)].transpose(0, 1).flatten(1).float().cpu())
 
@@ -54,7 +54,9 @@ class TileFigures:
         """
         found = self.quantile(share, "higher")
         calls = len(next(iter(self.found.values())))
-        picks = torch.randint(calls, (RESAMPLES, calls), generator=torch.Generator().manual_seed(0)).tolist()
+        picks = torch.randint(
+            calls, (RESAMPLES, calls), generator=torch.Generator(device="cpu").manual_seed(0), dtype=torch.int64, device="cpu"
+        ).tolist()
         for key, parts in self.found.items():
             drawn = [torch.cat([parts[at] for at in pick], 1).quantile(share, dim=1, interpolation="higher") for pick in picks]
             found[key] = torch.maximum(found[key], torch.stack(drawn).quantile(confidence, dim=0, interpolation="higher"))
@@ -70,7 +72,7 @@ def tile_figures(ends: tuple[int, ...]) -> TileFigures:
 
 def _read_tiles(grid: TileGrid, device: torch.device) -> tuple[Tensor, Tensor]:
     """(every second tile, the keys that it sees), int64 [m] each."""
-    tiles = torch.arange(0, grid.tiles, STRIDE, device=device)
+    tiles = torch.arange(0, grid.tiles, STRIDE, device=device, dtype=torch.int64)
     return tiles, grid.last_positions(device)[tiles] + 1 if grid.causal else torch.full_like(tiles, grid.kv_len)
 
 
@@ -101,7 +103,7 @@ def needed_share(found: Candidates, tiles: Tensor, teacher: Tensor, mass: float,
     kept = forced[..., None] + true.masked_fill(~free, 0.0).gather(-1, order).cumsum(-1)
     enough = torch.cat([forced[..., None], kept], -1) >= mass
     blocks = torch.where(enough.any(-1), enough.int().argmax(-1), indices.shape[-1]) + ((indices >= 0) & ~free).sum(-1)
-    share = blocks * found.every.grid.block_size / visible
+    share = (blocks * found.every.grid.block_size).float() / visible
     return torch.where(enough.any(-1), share.clamp(max=1.0), 1.0)
 
 
@@ -149,8 +151,8 @@ class PlantedObserver:
     def __call__(self, router: SparseRouter, inputs: RoutingInputs) -> None:
         selection = select_blocks(router, inputs)
         grid, size = selection.grid, selection.grid.block_size
-        tiles = torch.arange(self.tiles_from // grid.query_tile, grid.tiles, device=inputs.q.device)
-        blocks = torch.arange(self.source.start // size, (self.source.stop - 1) // size + 1, device=tiles.device)
+        tiles = torch.arange(self.tiles_from // grid.query_tile, grid.tiles, device=inputs.q.device, dtype=torch.int64)
+        blocks = torch.arange(self.source.start // size, (self.source.stop - 1) // size + 1, device=tiles.device, dtype=torch.int64)
         teacher = block_mass(inputs.q, inputs.k, grid, tiles, inputs.scale)
         member = selection.kept()[:, :, tiles]
         mass = teacher[..., blocks].sum(-1)

@@ -130,7 +130,7 @@ def recall(kept: Tensor, wanted: Tensor) -> Tensor:
     member = torch.zeros(*kept.shape[:-1], blocks, dtype=torch.bool, device=kept.device).scatter_(-1, kept.long() + 1, True)
     named = wanted >= 0
     hits = member.gather(-1, wanted + 1) & named
-    return hits.sum((0, 2, 3)) / named.sum((0, 2, 3)).clamp(min=1)
+    return hits.sum((0, 2, 3)).float() / named.sum((0, 2, 3)).clamp(min=1)
 
 
 class _KeptOfWindow:

@@ -26,7 +26,7 @@ def _plan(router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> TileP
 
 
 def _all_tiles(plan: TilePlan) -> torch.Tensor:
-    return torch.arange(plan.grid.tiles, device=plan.near.device)
+    return torch.arange(plan.grid.tiles, device=plan.near.device, dtype=torch.int64)
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def min_max(router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> Blo
 
 def _real_tokens(plan: TilePlan) -> Tensor:
     """Which tokens of each tile are queries of the call: boolean [n, T]."""
-    content = plan.grid.first_positions(plan.device)[:, None] + torch.arange(plan.grid.query_tile, device=plan.device)
+    content = plan.grid.first_positions(plan.device)[:, None] + torch.arange(plan.grid.query_tile, device=plan.device, dtype=torch.int64)
     return (content >= plan.grid.q_offset) & (content < plan.grid.kv_len)
 
 
@@ -93,8 +93,8 @@ def _real_tokens(plan: TilePlan) -> Tensor:
 def random_blocks(router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection:
     """The forced links and random others, the same ones for the same layer and position."""
     plan = _plan(router, inputs, query_tile)
-    generator = torch.Generator().manual_seed(router.layer * LAYER_STRIDE + plan.grid.q_offset)
-    scores = torch.rand(*inputs.k.shape[:2], plan.grid.tiles, plan.grid.blocks, generator=generator)
+    generator = torch.Generator(device="cpu").manual_seed(router.layer * LAYER_STRIDE + plan.grid.q_offset)
+    scores = torch.rand(*inputs.k.shape[:2], plan.grid.tiles, plan.grid.blocks, generator=generator, dtype=torch.float32, device="cpu")
     return select_by_scores(plan, scores.to(inputs.q.device))
 
 
@@ -115,7 +115,7 @@ def fresh_routers(model: nn.Module) -> dict[int, SparseRouter]:
     """Untrained routers like those of ``model``, by layer."""
     fresh: dict[int, SparseRouter] = {}
     for own in routers(model):
-        router = SparseRouter(own.config, own.heads, own.groups, own.head_dim, own.rotary, own.layer).to(own.wq.device)
+        router = SparseRouter(own.config, own.heads, own.groups, own.head_dim, own.rotary, own.layer, own.wq.device)
         router.init_weights()
         fresh[own.layer] = router
     return fresh

@@ -53,7 +53,7 @@ def using_heads(model: PreTrainedModel, planted: Planted) -> dict[Head, float]:
     def observe(router: SparseRouter, inputs: RoutingInputs) -> None:
         size = router.config.block_size
         for row, links in enumerate(rows.rows(inputs)):
-            effects = torch.tensor([link.effect for link in links], device=inputs.q.device)
+            effects = torch.tensor([link.effect for link in links], device=inputs.q.device, dtype=torch.float32)
             one = (inputs.q[row : row + 1], inputs.k[row : row + 1])
             mass = block_mass(*one, inputs.grid(1, size), effects, inputs.scale)[0]  # [G, links, blocks]
             for at, link in enumerate(links):
@@ -99,15 +99,17 @@ class LinkObserver:
             return
         tile, size = router.config.query_tile, router.config.block_size
         plan = make_plan(router.config, inputs.grid(tile, size), inputs.q.device)
-        eligible = plan.eligible_mask(torch.arange(plan.grid.tiles, device=inputs.q.device)) & plan.open[:, None]
+        eligible = plan.eligible_mask(torch.arange(plan.grid.tiles, device=inputs.q.device, dtype=torch.int64)) & plan.open[:, None]
         ranked = _estimates(candidates(router, inputs, tile).every)
-        teacher = block_mass(inputs.q, inputs.k, plan.grid, torch.arange(plan.grid.tiles, device=inputs.q.device), inputs.scale)
+        teacher = block_mass(
+            inputs.q, inputs.k, plan.grid, torch.arange(plan.grid.tiles, device=inputs.q.device, dtype=torch.int64), inputs.scale
+        )
         kept = {name: selector(router, inputs, tile).kept() for name, selector in self.selectors.items()}
         for row, links in enumerate(self.rows.rows(inputs)):
             wanted = _wanted(links, tile, size)
             for t, blocks in wanted.items():
                 free = eligible[t].nonzero()[:, 0]
-                hit = torch.isin(free, torch.tensor(sorted(blocks), device=free.device))
+                hit = torch.isin(free, torch.tensor(sorted(blocks), device=free.device, dtype=torch.int64))
                 if not bool(hit.any()):
                     continue
                 for head in heads:
@@ -131,7 +133,7 @@ def _estimates(every: BlockSelection) -> Tensor:
     """The router's estimate of each block's mass [B, G, n, nb], −1 for a block that stage 1 did not pass on."""
     assert every.scores is not None
     shape = (*every.indices.shape[:3], every.grid.blocks + 1)
-    out = torch.full(shape, -1.0).scatter_(-1, every.indices.long() + 1, every.scores.nan_to_num(-1.0))
+    out = every.scores.new_full(shape, -1.0).scatter_(-1, every.indices.long() + 1, every.scores.nan_to_num(-1.0))
     return out[..., 1:]
 
 
@@ -150,12 +152,12 @@ class Without:
 
     def __init__(self, selector: Selector, rows: ByRow, causes: bool, seed: int = 0) -> None:
         self.selector, self.rows, self.causes = selector, rows, causes
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator(device="cpu").manual_seed(seed)
 
     def __call__(self, router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection:
         found = self.selector(router, inputs, query_tile)
         plan = make_plan(router.config, found.grid, inputs.q.device)
-        eligible = plan.eligible_mask(torch.arange(plan.grid.tiles, device=found.indices.device))
+        eligible = plan.eligible_mask(torch.arange(plan.grid.tiles, device=found.indices.device, dtype=torch.int64))
         indices = found.indices.clone()
         for row, links in enumerate(self.rows.rows(inputs)):
             for t, blocks in _wanted(links, query_tile, found.grid.block_size).items():
@@ -165,12 +167,12 @@ class Without:
 
     def _cut(self, kept: Tensor, eligible: Tensor, blocks: set[int]) -> None:
         free = (kept >= 0) & eligible[kept.clamp(min=0).long()]
-        is_cause = torch.isin(kept, torch.tensor(sorted(blocks), dtype=kept.dtype)) & free
+        is_cause = torch.isin(kept, torch.tensor(sorted(blocks), dtype=kept.dtype, device="cpu")) & free
         if self.causes:
             kept[is_cause] = -1
             return
         others = (free & ~is_cause).nonzero()[:, 0]
-        order = torch.randperm(len(others), generator=self.generator)
+        order = torch.randperm(len(others), generator=self.generator, dtype=torch.int64, device="cpu")
         kept[others[order[: int(is_cause.sum())]]] = -1
 
 

@@ -130,7 +130,7 @@ class AblationRun(LanguageRun):
         if level.selection in SELECTIONS_OF_STAGES:
             return standard_selectors(fresh_routers(model))[level.selection]
         fit = self._load("fit")
-        kept = {int(layer): torch.tensor(keys, dtype=torch.float64) for layer, keys in fit["kept_by_layer_and_head"].items()}
+        kept = {int(layer): torch.tensor(keys, dtype=torch.float64, device="cpu") for layer, keys in fit["kept_by_layer_and_head"].items()}
         fitted: dict[str, Selector] = {
             THRESHOLD: AtThreshold(fit["threshold"]),
             TOP_P: ByThreshold(1 - fit["top_p"], mass_left),

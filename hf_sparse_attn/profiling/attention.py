@@ -242,7 +242,7 @@ def _stage_times(layer: Layer, plan: TilePlan) -> dict[str, float]:
     device = layer.shape.device
     made: list[FeatureMaker] = []
     times = {"keys": timed(lambda: made.append(FeatureMaker(layer.router, layer.inputs, plan.grid)), device)}
-    runs = made[0].runs(torch.arange(plan.grid.tiles, device=plan.device))
+    runs = made[0].runs(torch.arange(plan.grid.tiles, device=plan.device, dtype=torch.int64))
     features: list[TileFeatures] = []
     times["queries"] = timed(lambda: features.extend(map(made[0].features, runs)), device)
     times["select"] = timed(lambda: [select_blocks(f, plan, run) for f, run in zip(features, runs, strict=True)], device)

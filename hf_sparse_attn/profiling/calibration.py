@@ -88,7 +88,7 @@ def _teach(layer: Layer) -> None:
     weights = list(layer.router.requires_grad_(True).parameters())
     plan = make_plan(layer.router.config, layer.inputs.grid(layer.router.config.query_tile, layer.shape.block_size))
     count = -(-int(plan.open.sum()) // TAUGHT_SHARE)
-    loss = tile_loss(layer.router, layer.inputs, layer.router.config.query_tile, count, torch.Generator().manual_seed(0))
+    loss = tile_loss(layer.router, layer.inputs, layer.router.config.query_tile, count, torch.Generator(device="cpu").manual_seed(0))
     assert loss is not None
     torch.autograd.grad(loss.coarse + loss.fine, weights)
 
@@ -104,8 +104,8 @@ def _seconds(function: Callable[[], object], least: float = 0.15) -> float:
 
 def _product_rate(dtype: torch.dtype, hidden: int) -> float:
     """Operations per second of a layer's products, forward and to the gradient of its input."""
-    x, y = (torch.randn(PRODUCT_TOKENS, width).to(dtype) for width in (hidden, 3 * hidden))
-    w = torch.randn(3 * hidden, hidden).to(dtype)
+    x, y = (torch.randn(PRODUCT_TOKENS, width, dtype=torch.float32, device="cpu").to(dtype) for width in (hidden, 3 * hidden))
+    w = torch.randn(3 * hidden, hidden, dtype=torch.float32, device="cpu").to(dtype)
 
     def both() -> tuple[Tensor, Tensor]:
         return F.linear(x, w), y @ w
@@ -131,7 +131,7 @@ def _bandwidth(
     if lora.chunked_loss:
         chunk_loss(model)
     model.train()
-    ids = torch.randint(WORDS, (1, LAYER_TOKENS), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(WORDS, (1, LAYER_TOKENS), generator=torch.Generator(device="cpu").manual_seed(0), dtype=torch.int64, device="cpu")
     weights = [p for p in model.parameters() if p.requires_grad]
 
     def step() -> object:
@@ -150,6 +150,6 @@ def _attention_rates(attention: Callable[[], Tensor], leaves: tuple[Tensor, ...]
     """Rates of forward and backward pass, the latter of two and a half times the operations."""
     with torch.no_grad():
         forward = _seconds(attention)
-    grad = torch.randn(leaves[0].shape).to(leaves[0].dtype)
+    grad = torch.randn(leaves[0].shape, dtype=torch.float32, device="cpu").to(leaves[0].dtype)
     both = _seconds(lambda: torch.autograd.grad(attention(), leaves, grad))
     return flops / forward, 2.5 * flops / max(both - forward, forward)

@@ -161,11 +161,11 @@ def _probe(contender: Contender, batch: Mapping[str, Tensor]) -> tuple[float, Te
 @contextmanager
 def _random_lora(contender: Contender) -> Iterator[None]:
     before = {name: p.detach().clone() for name, p in contender.lora.items()}
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device="cpu").manual_seed(0)
     try:
         with torch.no_grad():
             for p in contender.lora.values():
-                p.add_(torch.randn(p.shape, generator=generator).to(p), alpha=PROBE_STD)
+                p.add_(torch.randn(p.shape, generator=generator, dtype=torch.float32, device="cpu").to(p), alpha=PROBE_STD)
         yield
     finally:
         with torch.no_grad():

@@ -73,7 +73,9 @@ class Layer:
         generator = torch.Generator(device=shape.device).manual_seed(seed)
         dtype = getattr(torch, shape.dtype)
         sizes = ((shape.heads, queries), (shape.groups, shape.length), (shape.groups, shape.length))
-        drawn = (torch.randn(shape.batch, h, n, shape.head_dim, generator=generator, device=shape.device) for h, n in sizes)
+        drawn = (
+            torch.randn(shape.batch, h, n, shape.head_dim, generator=generator, device=shape.device, dtype=torch.float32) for h, n in sizes
+        )
         self.q, self.k, self.v = (x.to(dtype) for x in drawn)
         rope = LlamaRotaryEmbedding(
             LlamaConfig(hidden_size=shape.heads * shape.head_dim, num_attention_heads=shape.heads, head_dim=shape.head_dim)
@@ -81,7 +83,7 @@ class Layer:
         self.router = SparseRouter(config or shape.config, shape.heads, shape.groups, shape.head_dim, Rotary(rope), 0)
         self.router.init_weights()
         self.router.to(shape.device)
-        positions = torch.arange(shape.length, device=shape.device)[None]
+        positions = torch.arange(shape.length, device=shape.device, dtype=torch.int64)[None]
         decoding = queries == 1
         with torch.no_grad():  # while decoding, a cache holds the stage-1 keys
             router_keys = self.router.router_keys(self.k, positions).to(dtype) if decoding else None
@@ -91,7 +93,7 @@ class Layer:
     def random_gradient(self) -> Tensor:
         """A gradient of the output, [B, H, Q, D]."""
         generator = torch.Generator(device=self.shape.device).manual_seed(1)
-        return torch.randn(self.q.shape, generator=generator, device=self.shape.device).to(self.q.dtype)
+        return torch.randn(self.q.shape, generator=generator, device=self.shape.device, dtype=torch.float32).to(self.q.dtype)
 
     def select(self) -> BlockSelection:
         return select_blocks(self.router, self.inputs, self.query_tile)
@@ -107,7 +109,7 @@ class Layer:
         """Raise BenchmarkError unless some tiles of ``out``, and of ``dq`` if given, agree with float64 over the selected keys."""
         hg = self.router.heads // self.router.groups
         for row, group in itertools.product(range(out.shape[0]), range(self.router.groups)):
-            for t in torch.linspace(0, selection.grid.tiles - 1, VERIFY_TILES).long().tolist():
+            for t in torch.linspace(0, selection.grid.tiles - 1, VERIFY_TILES, dtype=torch.float32, device="cpu").long().tolist():
                 queries = _queries(selection.grid, t)
                 at = (row, slice(group * hg, (group + 1) * hg), queries - selection.grid.q_offset)
                 want, want_dq = self._exact(at, selection.indices[row, group, t], queries, None if grad_out is None else grad_out[at])
@@ -119,7 +121,7 @@ class Layer:
         """Output [Hg, t, D] of the queries at content positions ``queries`` [t], and dq for its gradient ``do``, in float64."""
         row, heads, _ = at
         size = self.router.config.block_size
-        keys = (blocks[blocks >= 0].long()[:, None] * size + torch.arange(size, device=blocks.device)).flatten()
+        keys = (blocks[blocks >= 0].long()[:, None] * size + torch.arange(size, device=blocks.device, dtype=torch.int64)).flatten()
         keys = keys[keys < self.k.shape[2]]
         group = heads.start // (heads.stop - heads.start)
         k, v = (x[row, group, keys].double() for x in (self.k, self.v))
@@ -140,4 +142,4 @@ class Layer:
 def _queries(grid: TileGrid, tile: int) -> Tensor:
     """Content positions of the queries of a tile."""
     first = int(grid.first_positions()[tile])
-    return torch.arange(max(first, grid.q_offset), min(first + grid.query_tile, grid.kv_len))
+    return torch.arange(max(first, grid.q_offset), min(first + grid.query_tile, grid.kv_len), dtype=torch.int64, device="cpu")

@@ -22,13 +22,13 @@ Batch = Mapping[str, Tensor]
 def padded_batch(documents: Sequence[Tensor], left: bool = False) -> dict[str, Tensor]:
     """Documents (token ids [n] each) as rows padded to the longest: ids, mask, positions and labels, [len(documents), N]."""
     width = max(len(ids) for ids in documents)
-    ids, mask = (torch.zeros(len(documents), width, dtype=torch.long) for _ in range(2))
+    ids, mask = (torch.zeros(len(documents), width, dtype=torch.long, device="cpu") for _ in range(2))
     for row, document in enumerate(documents):
         at = slice(width - len(document), width) if left else slice(len(document))
         ids[row, at], mask[row, at] = document, 1
     labels = ids.masked_fill(mask == 0, IGNORED)
     if left:
-        labels[torch.arange(len(documents)), mask.argmax(1)] = IGNORED  # a pad predicts nothing
+        labels[torch.arange(len(documents), dtype=torch.int64, device="cpu"), mask.argmax(1)] = IGNORED  # a pad predicts nothing
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels}
 
@@ -36,7 +36,7 @@ def padded_batch(documents: Sequence[Tensor], left: bool = False) -> dict[str, T
 def packed_batch(documents: Sequence[Tensor]) -> dict[str, Tensor]:
     """The same documents one after the other in one row [1, sum], told apart by ``position_ids``; none predicts the next."""
     labels = [torch.cat([ids.new_full((1,), IGNORED), ids[1:]]) for ids in documents]
-    positions = [torch.arange(len(ids)) for ids in documents]
+    positions = [torch.arange(len(ids), dtype=torch.int64, device="cpu") for ids in documents]
     rows = {"input_ids": list(documents), "position_ids": positions, "labels": labels}
     return {name: torch.cat(parts)[None] for name, parts in rows.items()}
 

@@ -84,7 +84,7 @@ def _native_sparse_attention(layer: Layer, selection: BlockSelection) -> Callabl
     function: Callable[..., Tensor] = import_module("fla.ops.nsa.parallel").parallel_nsa
     grid = selection.grid
     listed = selection.indices.sort(-1, descending=True).values  # its lists have the empty entries last
-    tile = torch.arange(grid.q_len, device=listed.device) // grid.query_tile
+    tile = torch.arange(grid.q_len, device=listed.device, dtype=torch.int64) // grid.query_tile
     blocks = listed.clamp(min=0)[:, :, tile].transpose(1, 2).long()  # [B, N, G, K]
     counts = (listed >= 0).sum(-1)[:, :, tile].transpose(1, 2)
     rows = [x.transpose(1, 2).contiguous() for x in (layer.q, layer.k, layer.v)]
@@ -112,7 +112,7 @@ def flex_peer(layer: Layer, selection: BlockSelection) -> Callable[[], Tensor]:
     indices = selection.indices.repeat_interleave(layer.q.shape[1] // layer.k.shape[1], 1)
     count = (indices >= 0).sum(-1).int()
     first = (indices.shape[-1] - count)[..., None]  # empty entries come first here and last there
-    order = (torch.arange(indices.shape[-1], device=indices.device) + first) % indices.shape[-1]
+    order = (torch.arange(indices.shape[-1], device=indices.device, dtype=torch.int64) + first) % indices.shape[-1]
 
     def causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return q_idx >= kv_idx

@@ -77,7 +77,7 @@ def dense_share(shape: LayerShape) -> dict[str, Any]:
     """The sparse kernel with every block kept against the best dense kernel: the share of its rate that sparsity starts from."""
     layer = Layer(shape)
     grid = TileGrid(shape.length, shape.length, layer.router.config.query_tile, shape.block_size)
-    block = torch.arange(grid.blocks, device=layer.q.device)
+    block = torch.arange(grid.blocks, device=layer.q.device, dtype=torch.int64)
     visible = block <= (grid.last_positions(layer.q.device) // shape.block_size)[:, None]
     indices = torch.where(visible, block, -1).sort(-1).values.int().expand(shape.batch, shape.groups, -1, -1).contiguous()
     selection = BlockSelection(indices, grid)

@@ -49,7 +49,7 @@ class LayerWork:
 @lru_cache(maxsize=64)
 def layer_work(config: SparseAttentionConfig, shape: AttentionShape, length: int, tile_share: int, dtype_bytes: int) -> LayerWork:
     """The work of a causal layer on rows of ``length`` tokens; the KL is computed on one tile in ``tile_share``."""
-    plan = make_plan(config, TileGrid(length, length, config.query_tile, config.block_size), None)
+    plan = make_plan(config, TileGrid(length, length, config.query_tile, config.block_size))
     rows, hg, d = shape.batch * shape.groups, shape.heads // shape.groups, shape.head_dim
     router_dim, index_dim = config.resolved_router_dim(d), config.resolved_index_dim(d)
     samples = hg * min(config.query_samples, config.query_tile)

@@ -207,7 +207,7 @@ def _checkpointing(model: Any, config: AdaptationConfig) -> dict[str, Any]:
 
 def collate_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """A batch of rows of one length; ``labels`` are ``input_ids`` where there are none."""
-    batch = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
+    batch = {name: torch.stack([torch.as_tensor(row[name], device="cpu") for row in rows]) for name in rows[0]}
     return {**({"labels": batch["input_ids"]} if "input_ids" in batch else {}), **batch}
 
 

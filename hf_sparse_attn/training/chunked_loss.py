@@ -148,8 +148,8 @@ def _check_loss(model: Any) -> float:
     model.eval()
     try:
         vocabulary = int(model.config.get_text_config().vocab_size)
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(vocabulary, (1, CHECK_TOKENS), generator=generator).to(model.device)
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        ids = torch.randint(vocabulary, (1, CHECK_TOKENS), generator=generator, dtype=torch.int64, device="cpu").to(model.device)
         return float(model(input_ids=ids, labels=ids, use_cache=False).loss)
     finally:
         model.train(training)

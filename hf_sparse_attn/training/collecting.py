@@ -86,7 +86,7 @@ class TrainingForward:
             return None
         if router.layer not in self.layers:
             carried = Carried()
-            scalar = carry(torch.zeros((), device=router.wq.device), carried, router.weights)
+            scalar = carry(torch.zeros((), device=router.wq.device, dtype=torch.float32), carried, router.weights)
             self.layers[router.layer] = _Layer(carried, scalar)
         return self.layers[router.layer].scalar
 
@@ -103,7 +103,7 @@ class TrainingForward:
             return
         # the same tiles for every document, micro-batch and process: how a batch is split does not change what is learned
         seed = ((self.seed * STEP_STRIDE + self.step) * STEP_STRIDE + router.layer) % 2**63
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device="cpu").manual_seed(seed)
         weights = router.weights
         with torch.enable_grad(), saved_tensors_hooks(_same, _same):  # not checkpointing's hooks: nothing is recomputed here
             loss = tile_loss(router, inputs, router.config.query_tile, count, generator)
@@ -144,7 +144,7 @@ class TrainingForward:
         """
         self.closed = True
         if not self.layers:
-            return torch.zeros(())
+            return torch.zeros((), dtype=torch.float32, device="cpu")
         scalars = [layer.scalar + layer.mean for layer in self.layers.values()]
         mean = torch.stack([scalar.to(scalars[0].device) for scalar in scalars]).mean()  # layers may be on several devices
         return mean * share * self.kl_weight

@@ -154,7 +154,7 @@ def _check_processes(found: list[SparseRouter], batches: list[dict[str, Tensor]]
 
 
 def _mask(batch: Mapping[str, Tensor]) -> Tensor:
-    return batch["attention_mask"] if "attention_mask" in batch else torch.ones(1)
+    return batch["attention_mask"] if "attention_mask" in batch else torch.ones(1, dtype=torch.bool, device="cpu")
 
 
 def _train(model: nn.Module, batches: list[dict[str, Tensor]], distiller: Distiller, *, progress: bool) -> Iterator[dict[str, float]]:

@@ -50,7 +50,7 @@ class Distiller:
 
     def __init__(self, found: list[SparseRouter], config: DistillationConfig, rounds: int) -> None:
         self.config, self.rounds = config, rounds
-        self.generator = torch.Generator().manual_seed(config.seed)
+        self.generator = torch.Generator(device="cpu").manual_seed(config.seed)
         self.optimizers = {r: self._optimizer(r) for r in found}  # layers that are copies of each other share a layer index
         self.total_steps = max(1, rounds * config.steps_per_batch)
         self.batch = 0

@@ -36,7 +36,7 @@ class TileLoss:
 def sample_tiles(plan: TilePlan, count: int, generator: torch.Generator) -> Tensor:
     """Up to ``count`` random tiles that have something to select (int64, sorted)."""
     open_tiles = plan.open.cpu().nonzero()[:, 0]
-    picked = torch.randperm(len(open_tiles), generator=generator)[:count]
+    picked = torch.randperm(len(open_tiles), generator=generator, dtype=torch.int64, device="cpu")[:count]
     return open_tiles[picked].sort().values.to(plan.near.device)
 
 
@@ -121,7 +121,7 @@ def _members(index: Tensor, blocks: int) -> Tensor:
 
 def _by_block(values: Tensor, index: Tensor, blocks: int) -> Tensor:
     """``values`` of the blocks ``index`` [..., n] (−1 = empty) as [..., blocks], −inf elsewhere."""
-    out = torch.full((*index.shape[:-1], blocks + 1), -torch.inf, device=values.device)
+    out = torch.full((*index.shape[:-1], blocks + 1), -torch.inf, device=values.device, dtype=values.dtype)
     return out.scatter_(-1, index + 1, values)[..., 1:]
 
 
@@ -143,7 +143,7 @@ def _fine_loss(
     batch, width, size = chosen.shape[:2], chosen.shape[-1], plan.grid.block_size
     blocks = torch.cat([chosen, plan.forced_blocks(tiles).expand(*batch, -1, -1)], -1)
     reps = router.representatives(plan.grid, tiles.device)
-    heads = torch.arange(reps.shape[0], device=tiles.device)[:, None]
+    heads = torch.arange(reps.shape[0], device=tiles.device, dtype=torch.int64)[:, None]
     queries = router.index_queries(q_tiles[:, :, heads, reps], fold=True) * inputs.scale
     keys = inputs.k.float().flatten(0, 1).contiguous()
     teacher, valid = wanted.gather(-1, chosen.clamp(min=0)), chosen >= 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import resource
 import sys
 import time
@@ -183,7 +184,7 @@ class SparseTrainerMixin:
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)  # type: ignore[misc]
-        if norm is not None and getattr(self.accelerator, "scaler", None) is None and not bool(torch.isfinite(torch.as_tensor(norm)).all()):
+        if norm is not None and getattr(self.accelerator, "scaler", None) is None and not math.isfinite(float(norm)):
             self._stop(f"the gradient's norm is {float(norm)}")
         return norm
 

@@ -22,8 +22,8 @@ class BlockSparseAttentionBenchmark(Benchmark):
         self.q, self.k, self.v = (torch.randn(1, h, n, 128, device=self.device, dtype=dtype) for h, n in heads)
         self.grid = self.kernel.TileGrid(queries, self.length, query_tile, 16)
         last = self.grid.last_positions(self.q.device) // 16
-        scores = torch.rand(1, 8, self.grid.tiles, self.grid.blocks, device=self.device)
-        block = torch.arange(self.grid.blocks, device=self.device)
+        scores = torch.rand(1, 8, self.grid.tiles, self.grid.blocks, device=self.device, dtype=torch.float32)
+        block = torch.arange(self.grid.blocks, device=self.device, dtype=torch.int64)
         scores = scores.masked_fill(block > last[:, None], -1) + (block > last[:, None] - self.grid.own_blocks) * (block <= last[:, None])
         best = self.kernel.ordered_topk(scores, self.kept)
         indices = torch.where(scores.gather(-1, best) >= 0, best, -1).sort(-1).values.int()
@@ -49,7 +49,7 @@ class BlockSparseAttentionBenchmark(Benchmark):
 
     def setup_teacher(self) -> None:
         self._inputs(self.length, 64)
-        self.tiles = torch.arange(0, self.grid.tiles, 4, device=self.device)
+        self.tiles = torch.arange(0, self.grid.tiles, 4, device=self.device, dtype=torch.int64)
 
     def benchmark_teacher(self) -> None:
         self.out = self.kernel.block_mass(self.q, self.k, self.grid, self.tiles, 128**-0.5)

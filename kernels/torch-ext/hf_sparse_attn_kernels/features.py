@@ -69,7 +69,7 @@ def _hide(scores: Tensor, grid: TileGrid, blocks: Tensor, q_pos: Tensor) -> None
     """
     own = blocks[..., -(grid.own_blocks if grid.causal else 1) :]
     last = q_pos[:, None] if grid.causal else torch.full_like(q_pos[:, None], grid.kv_len - 1)
-    k_pos = (own[..., None] * grid.block_size + torch.arange(grid.block_size, device=blocks.device)).flatten(2)
+    k_pos = (own[..., None] * grid.block_size + torch.arange(grid.block_size, device=blocks.device, dtype=torch.int64)).flatten(2)
     scores[:, :, -k_pos.shape[-1] :].masked_fill_(k_pos[..., None] > last, -torch.inf)
     if bool((blocks < 0).any()):
         scores.masked_fill_((blocks < 0).repeat_interleave(grid.block_size, -1)[..., None], -torch.inf)
@@ -154,9 +154,9 @@ def _mass_of(q_tiles: Tensor, keys: Tensor, grid: TileGrid, first: Tensor, scale
     rows, m, hg, t = q_tiles.shape[:4]
     scores = torch.bmm(q_tiles.flatten(1, 3), keys.transpose(1, 2))
     scores = (scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale).view(rows, m, hg, t, keys.shape[1])
-    q_pos = first[:, None] + torch.arange(t, device=keys.device)
+    q_pos = first[:, None] + torch.arange(t, dtype=torch.int64, device=keys.device)
     if grid.causal:
-        future = torch.arange(keys.shape[1], device=keys.device) > q_pos[..., None]
+        future = torch.arange(keys.shape[1], dtype=torch.int64, device=keys.device) > q_pos[..., None]
         scores.masked_fill_(future[None, :, None], -torch.inf)
     real = ((q_pos >= grid.q_offset) & (q_pos < grid.kv_len)).to(scores.dtype)
     p = torch.softmax(scores, -1).mean(2)

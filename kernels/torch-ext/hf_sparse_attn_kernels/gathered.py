@@ -76,10 +76,10 @@ def chunk_mask(index: Tensor, grid: TileGrid, tiles: slice | Tensor) -> Tensor:
     """
     columns = index.shape[-1] if bool((index < 0).any()) else min(grid.own_blocks if grid.causal else 1, index.shape[-1])
     last = index[..., -columns:]
-    offset = torch.arange(grid.block_size, device=index.device)
+    offset = torch.arange(grid.block_size, device=index.device, dtype=torch.int64)
     k_pos = (last.long()[..., None] * grid.block_size + offset).flatten(-2)[:, :, None, :]
     if grid.causal:
-        q_pos = grid.first_positions(index.device)[tiles][:, None] + torch.arange(grid.query_tile, device=index.device)
+        q_pos = grid.first_positions(index.device)[tiles][:, None] + torch.arange(grid.query_tile, device=index.device, dtype=torch.int64)
         hidden = k_pos > q_pos[None, :, :, None]
     else:
         hidden = k_pos >= grid.kv_len

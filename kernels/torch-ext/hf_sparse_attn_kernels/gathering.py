@@ -75,7 +75,7 @@ def gather_visible(x: Tensor, index: Tensor, block_size: int) -> Tensor:
     if found is None:
         return gather_blocks(rows, index, block_size)
     blocks, per_row = found
-    first = torch.arange(0, len(index) * per_row, per_row, device=index.device)
+    first = torch.arange(0, len(index) * per_row, per_row, device=index.device, dtype=torch.int64)
     gathered = blocks.index_select(0, (index + first[:, None]).view(-1)).view(len(index), -1, d)
     if n % block_size:
         gathered[:, n % block_size - block_size :] = 0
@@ -98,7 +98,7 @@ def gather_blocks(x: Tensor, index: Tensor, block_size: int, out: Tensor | None 
         out.zero_()
     elif found is not None:
         blocks, per_row = found
-        flat += torch.arange(0, rows * per_row, per_row, device=flat.device)[:, None]
+        flat += torch.arange(0, rows * per_row, per_row, device=flat.device, dtype=torch.int64)[:, None]
         torch.index_select(blocks, 0, flat.view(-1), out=out.view(-1, block_size * d))
     else:
         for row in range(rows):

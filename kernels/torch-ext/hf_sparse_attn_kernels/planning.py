@@ -41,7 +41,7 @@ class TilePlan:
     grid: TileGrid
     sink: int
     budgets: tuple[TileBudget, ...]
-    device: torch.device | None = None
+    device: torch.device | str = "cpu"
     threshold: float | None = None
 
     @cached_property
@@ -93,19 +93,19 @@ class TilePlan:
         """
         near, last = self.near[tiles][:, None], self.last[tiles][:, None]
         width = int((last - near).max()) + 1
-        close = last - torch.arange(width - 1, -1, -1, device=near.device)
+        close = last - torch.arange(width - 1, -1, -1, device=near.device, dtype=torch.int64)
         close = torch.where(close >= near, close, -1)
-        sink = torch.arange(self.sink, device=near.device).expand(len(tiles), -1)
+        sink = torch.arange(self.sink, device=near.device, dtype=torch.int64).expand(len(tiles), -1)
         if self.grid.causal:
             return torch.cat([torch.where(sink < near, sink, -1), close], 1)
         sink = torch.where((sink < near) | (sink > last), sink, -1)
         whole = self.grid.kv_len // self.grid.block_size
         columns = [torch.where(part < whole, part, -1) for part in (sink, close)]
-        return torch.cat([*columns, torch.arange(whole, self.grid.blocks, device=near.device).expand(len(tiles), -1)], 1)
+        return torch.cat([*columns, torch.arange(whole, self.grid.blocks, device=near.device, dtype=torch.int64).expand(len(tiles), -1)], 1)
 
     def eligible_mask(self, tiles: Tensor) -> Tensor:
         """Boolean [m, nb]: blocks that may be selected."""
-        block = torch.arange(self.grid.blocks, device=tiles.device)
+        block = torch.arange(self.grid.blocks, device=tiles.device, dtype=torch.int64)
         before = block < self.near[tiles][:, None]
         if self.grid.causal:
             return (block >= self.sink) & before
@@ -114,7 +114,7 @@ class TilePlan:
     def nearness(self, tiles: Tensor) -> Tensor:
         """float32 [m, nb]: the higher, the nearer a block is to the tile."""
         block = torch.arange(self.grid.blocks, device=tiles.device, dtype=torch.float32)
-        return -((self.near[tiles] + self.last[tiles])[:, None] / 2 - block).abs()
+        return -((self.near[tiles] + self.last[tiles])[:, None].float() / 2 - block).abs()
 
     def best(self, scores: Tensor, tiles: Tensor, count: Tensor) -> Tensor:
         """The ``count`` [m] best eligible blocks by ``scores`` [B, G, m, nb or fewer]: int64 [B, G, m, max count], −1 = empty.
@@ -124,7 +124,7 @@ class TilePlan:
         mask = self.eligible_mask(tiles)[:, : scores.shape[-1]]
         width = int(count.max())
         index = ordered_topk(torch.where(scores.isnan(), 0.0, scores).masked_fill(~mask, -torch.inf), width)
-        return torch.where(torch.arange(width, device=tiles.device) < count[:, None], index, -1)
+        return torch.where(torch.arange(width, device=tiles.device, dtype=torch.int64) < count[:, None], index, -1)
 
     def chosen(self, mass: Tensor, tiles: Tensor) -> Tensor:
         """Blocks that stage 2 decides for by its ``mass`` [B, G, m, nb] of the candidates, −inf elsewhere; as `best` gives them."""

@@ -13,8 +13,8 @@ def visible_mask(selection: BlockSelection) -> Tensor:
     """Boolean ``[B, G, Q, N]``: True where a query may read a key: the link is kept and, if causal, the key is not later."""
     grid = selection.grid
     device = selection.indices.device
-    q_pos = torch.arange(grid.q_offset, grid.kv_len, device=device)
-    k_pos = torch.arange(grid.kv_len, device=device)
+    q_pos = torch.arange(grid.q_offset, grid.kv_len, device=device, dtype=torch.int64)
+    k_pos = torch.arange(grid.kv_len, device=device, dtype=torch.int64)
     tile = q_pos // grid.query_tile - grid.q_offset // grid.query_tile
     kept = selection.kept()[:, :, tile][..., k_pos // grid.block_size]
     return kept & (k_pos[None, :] <= q_pos[:, None]) if grid.causal else kept

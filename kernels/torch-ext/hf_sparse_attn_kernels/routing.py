@@ -96,9 +96,10 @@ def stage_two_mass(
         fine_mass(q, keys, plan.grid, part, index, features.reps, scratch=scratch, impl=impl)
         for part, index, q in zip(tiles.split(step), blocks.flatten(0, 1).split(step, 1), queries.split(step, 1), strict=True)
     ]
-    by_block = torch.full((*blocks.shape[:3], plan.grid.blocks + 1), -torch.inf, device=blocks.device)
+    mass = torch.cat(parts, 1).view_as(blocks)
+    by_block = mass.new_full((*blocks.shape[:3], plan.grid.blocks + 1), -torch.inf)
     # column 0 collects the empty entries (−1), which are no block
-    return by_block.scatter_(3, blocks + 1, torch.cat(parts, 1).view_as(blocks))[..., 1:]
+    return by_block.scatter_(3, blocks + 1, mass)[..., 1:]
 
 
 def _select_tiles(features: TileFeatures, plan: TilePlan, tiles: Tensor, impl: str | None) -> tuple[Tensor, Tensor]:
@@ -110,7 +111,7 @@ def _select_tiles(features: TileFeatures, plan: TilePlan, tiles: Tensor, impl: s
         which = slice(start, min(start + step, m))
         part, some = tiles[which], features.part(which)
         scored = plan.open[part][:, None]
-        mass = torch.full((b, groups, len(part), plan.grid.blocks), torch.nan, device=part.device)
+        mass = torch.full((b, groups, len(part), plan.grid.blocks), torch.nan, device=part.device, dtype=torch.float32)
         if bool(scored.any()):
             found = stage_two_mass(some, plan, part, stage_one_scores(some, plan, part, impl), scratch, impl)
             mass = torch.where(scored, found, mass)
@@ -130,7 +131,7 @@ def _select_single(features: TileFeatures, plan: TilePlan) -> tuple[Tensor, Tens
     device = features.keys.device
     if budget.eligible <= budget.free:
         every = torch.arange(budget.last + 1, device=device, dtype=torch.int32).expand(*rows, -1)
-        return every.contiguous(), torch.full(every.shape, torch.nan, device=device)
+        return every.contiguous(), torch.full(every.shape, torch.nan, device=device, dtype=torch.float32)
     coarse = _coarse_single(features, budget)
     candidates = (ordered_topk(coarse, budget.candidates) + budget.sink).sort(-1).values
     forced, always = _constants(budget, len(candidates), device)
@@ -157,8 +158,13 @@ def _above(threshold: float, blocks: Tensor, mass: Tensor, candidates: int, rows
 @lru_cache(maxsize=16)  # every layer of a step asks for the same ones
 def _constants(budget: TileBudget, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The forced blocks, and the columns where they stand behind the candidates: int64 [rows, forced] each."""
-    forced = torch.cat([torch.arange(budget.sink, device=device), torch.arange(budget.near, budget.last + 1, device=device)])
-    columns = torch.arange(len(forced), device=device) + budget.candidates
+    forced = torch.cat(
+        [
+            torch.arange(budget.sink, device=device, dtype=torch.int64),
+            torch.arange(budget.near, budget.last + 1, device=device, dtype=torch.int64),
+        ]
+    )
+    columns = torch.arange(len(forced), device=device, dtype=torch.int64) + budget.candidates
     return forced.expand(rows, -1), columns.expand(rows, -1)
 
 

@@ -63,12 +63,12 @@ class TileGrid:
         """Most blocks that one tile's own tokens touch."""
         return max(1, self.query_tile // self.block_size)
 
-    def first_positions(self, device: torch.device | None = None) -> Tensor:
+    def first_positions(self, device: torch.device | str = "cpu") -> Tensor:
         """Content position at which each tile starts, ``[n]`` (int64)."""
-        tile = torch.arange(self.tiles, device=device)
+        tile = torch.arange(self.tiles, device=device, dtype=torch.int64)
         return (tile + self.q_offset // self.query_tile) * self.query_tile
 
-    def last_positions(self, device: torch.device | None = None) -> Tensor:
+    def last_positions(self, device: torch.device | str = "cpu") -> Tensor:
         """Content position of each tile's last query, ``[n]`` (int64)."""
         return (self.first_positions(device) + self.query_tile - 1).clamp_(max=self.kv_len - 1)
 
@@ -173,7 +173,7 @@ class BlockSelection:
         count = (idx >= 0).sum(-1) * size
         if idx.shape[-1] == 0:
             return count
-        length = torch.tensor(self.grid.kv_len, device=idx.device)
+        length = torch.tensor(self.grid.kv_len, device=idx.device, dtype=torch.int64)
         if self.documents is not None:
             length = (self.documents[:, 2] - self.documents[:, 1]).to(idx.device)[:, None, None]
         return torch.where(idx[..., -1] == (length - 1) // size, count - -length % size, count)
@@ -202,4 +202,4 @@ def ordered_topk(scores: Tensor, k: int) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _descending(width: int, device: torch.device) -> Tensor:
-    return torch.arange(width - 1, -1, -1, device=device)
+    return torch.arange(width - 1, -1, -1, device=device, dtype=torch.int64)

@@ -61,7 +61,7 @@ def fine_mass(queries: Tensor, keys: Tensor, grid: TileGrid, tiles: Tensor, bloc
 def block_mass(q: Tensor, k: Tensor, grid: TileGrid, tiles: Tensor, scale: float) -> Tensor:
     """The teacher, see `hf_sparse_attn_kernels.block_mass`."""
     chosen = to_tiles(q, grid, k.shape[1])[:, tiles].unflatten(0, k.shape[:2]) * scale
-    reps = torch.arange(grid.query_tile).repeat(q.shape[1] // k.shape[1], 1)
+    reps = torch.arange(grid.query_tile, dtype=torch.int64, device="cpu").repeat(q.shape[1] // k.shape[1], 1)
     return _mass(chosen, k, grid, tiles, None, reps)
 
 

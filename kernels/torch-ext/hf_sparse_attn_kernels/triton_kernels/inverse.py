@@ -35,7 +35,7 @@ def _bins_in_use(blocks: int, groups: int, block_size: int, documents: Tensor | 
     if documents is None:
         return torch.ones(rows * groups * blocks, dtype=torch.bool, device=device)
     last = (documents[:, 2] - documents[:, 1] + block_size - 1) // block_size
-    used = torch.arange(blocks, device=device) < last[:, None, None]
+    used = torch.arange(blocks, device=device, dtype=torch.int64) < last[:, None, None]
     return used.expand(rows, groups, blocks).reshape(-1)
 
 
@@ -55,12 +55,14 @@ def invert(
     items = torch.where(_bins_in_use(blocks, groups, block_size, documents, rows, device), pieces.clamp(min=1), 0)
     ends = items.cumsum(0)
     in_use = bins if documents is None else min(bins, groups * (batch * blocks + rows))
-    number = torch.arange(in_use + keys.numel() // chunk, device=device)
+    number = torch.arange(in_use + keys.numel() // chunk, device=device, dtype=torch.int64)
     bin = torch.searchsorted(ends, number, right=True)
     before = torch.cat([ends - items, ends[-1:]])
     several = items > 1
     parts = torch.where(several, items, 0)
-    popular = torch.searchsorted(several.cumsum(0), torch.arange(1, keys.numel() // chunk + 1, device=device), out_int32=True)
+    popular = torch.searchsorted(
+        several.cumsum(0), torch.arange(1, keys.numel() // chunk + 1, device=device, dtype=torch.int64), out_int32=True
+    )
     return InverseIndex(
         (order // width % tiles).int() if width else order.int(),
         starts,

@@ -117,6 +117,6 @@ def block_mass(q: Tensor, k: Tensor, grid: TileGrid, tiles: Tensor, scale: float
     """The teacher: `hf_sparse_attn_kernels.block_mass` for the tiles ``tiles`` (int64 [m]), float32 [B, G, m, nb]."""
     b, groups = k.shape[:2]
     chosen = to_tiles(q, grid, groups)[:, tiles].flatten(2, 3)
-    reps = torch.arange(grid.query_tile, device=q.device).repeat(q.shape[1] // groups)
+    reps = torch.arange(grid.query_tile, device=q.device, dtype=torch.int64).repeat(q.shape[1] // groups)
     mass: Tensor = candidate_mass(chosen, k, None, tiles, reps, grid.q_len, grid.query_tile, grid.block_size, scale)
     return mass.view(b, groups, *mass.shape[1:])
