@@ -6,7 +6,7 @@ import pytest
 import torch
 from agreement import assert_same_sums
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, Trainer, TrainingArguments
 
 from hf_sparse_attn import chunk_loss
 from hf_sparse_attn.training import chunked_loss
@@ -114,3 +114,53 @@ def test_scaled_logits_are_fine_and_capped_ones_are_refused(batch):
 def test_a_model_without_a_vocabulary_is_refused(stock_llama):
     with pytest.raises(ValueError, match="LlamaModel has no output layer"):
         chunk_loss(stock_llama().model)
+
+
+def test_hidden_states_are_never_an_entry_of_the_output(stock_llama, batch):
+    model = chunk_loss(stock_llama())
+    out = model(**batch)
+    assert out.logits is None and "logits" not in out and [tuple(x.shape) for x in out.to_tuple()] == [()]
+    with_hidden = model(**batch, return_dict=False, output_hidden_states=True)
+    assert len(with_hidden) == 2 and with_hidden[0].requires_grad and [h.shape for h in with_hidden[1]] == [(2, 70, 64)] * 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"logits_to_keep": 5, "shift_labels": None}], ids=["all", "some"])
+def test_without_gradients_logits_are_there_for_who_reads_them(stock_llama, batch, options):
+    model = stock_llama()
+    batch = {**batch, **options, **({"shift_labels": batch["labels"][:, -5:].contiguous()} if options else {})}
+    want, sizes = model(**batch), []
+    head = model.get_output_embeddings()
+    own = head.forward
+    head.forward = lambda hidden: sizes.append(hidden.shape[:-1].numel()) or own(hidden)
+    chunk_loss(model)
+    for logits in (lambda: model(**batch)["logits"], lambda: model(**batch).logits, lambda: model(**batch, return_dict=False)[1]):
+        sizes.clear()
+        got = logits()
+        assert isinstance(got, torch.Tensor) and (got.shape, got.dtype, got.device) == (
+            want.logits.shape,
+            torch.float32,
+            want.logits.device,
+        )
+        assert max(sizes) <= 16  # nobody has read them
+        torch.testing.assert_close(got.detach(), want.logits)
+        torch.testing.assert_close(torch.tensor(got.numpy()), want.logits)
+        assert got.double().dtype == torch.float64 and torch.equal(got.argmax(-1), want.logits.argmax(-1))
+
+
+def test_trainer_predicts_logits_and_metrics_see_them(stock_llama, token_ids, tmp_path):
+    rows = [{"input_ids": row, "labels": row.clone()} for row in token_ids(3, 40)]
+    arguments = TrainingArguments(
+        tmp_path, per_device_eval_batch_size=2, report_to=[], use_cpu=True, disable_tqdm=True, bf16_full_eval=False
+    )
+
+    def accuracy(found):
+        return {"right": float((found.predictions.argmax(-1)[:, :-1] == found.label_ids[:, 1:]).mean())}
+
+    results = []
+    for model in (stock_llama(), chunk_loss(stock_llama())):
+        trainer = Trainer(model, arguments, compute_metrics=accuracy)
+        results.append((trainer.predict(rows), trainer.evaluate(rows)["eval_right"]))
+    assert results[1][0].predictions.shape == (3, 40, 97)
+    torch.testing.assert_close(torch.tensor(results[1][0].predictions), torch.tensor(results[0][0].predictions))
+    assert results[1][1] == results[0][1] == results[0][0].metrics["test_right"]

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .carrying import Carried, carry
+from .late_logits import LateLogits
 
 IGNORED = -100  # label of a token that has no loss
 LOGITS_BYTES = 1 << 28  # float32 logits that may exist at a time
@@ -31,6 +32,7 @@ class _Head:
         self.before = self.layer.__dict__.get("forward")
         self.own, self.through = self.layer.forward, False
         self.layer.forward = self._forward
+        self.returns_dict = bool(getattr(model.config, "return_dict", True))
         self.chunk = max(1, LOGITS_BYTES // (4 * int(model.config.get_text_config().vocab_size)))
 
     def _forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -62,9 +64,10 @@ class _Head:
 def chunk_loss(model: Any) -> Any:
     """Make the forward pass of a causal ``model`` (stock, sparse, or a PeftModel) compute its loss in chunks; returns it.
 
-    With ``labels`` the output has no logits (None); without, everything is as before. The loss is checked against the
-    model's own on a few tokens, so a model that does more between hidden states and loss is refused; a model on the meta
-    device, which has no numbers, is taken as it is.
+    With ``labels`` the output of a step with gradients has no logits (``None``, and no entry of that name). Without gradients, as in
+    ``evaluate`` and ``predict``, it has logits that are made once something reads them. Without labels everything is as before. The
+    loss is checked against the model's own on a few tokens, so a model that does more between hidden states and loss is refused; a
+    model on the meta device, which has no numbers, is taken as it is.
 
     Raises:
         ValueError: the model has no output layer, its own loss is another one, or ZeRO-3 sharded its weights, so that this is not known.
@@ -110,13 +113,18 @@ def _without_logits(head: _Head, forward: Callable[..., Any]) -> Callable[..., A
     def forward_in_chunks(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("labels") is None:
             return forward(*args, **kwargs)
+        asked = kwargs.pop("return_dict", None)
         head.through = True
         try:
-            out = forward(*args, **kwargs)
+            out = forward(*args, **kwargs, return_dict=True)
         finally:
             head.through = False
-        out.logits = None
-        return out
+        values = dict(out.items())
+        hidden = values.pop("logits")
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            values["logits"] = LateLogits(head.own, hidden)
+        out = type(out)(**values)
+        return out if (head.returns_dict if asked is None else asked) else out.to_tuple()
 
     return forward_in_chunks
 
