@@ -12,6 +12,7 @@ from .adapter_marks import holds_routers, settings_of
 from .attention import SparseAttentionMixin
 from .checks import ATTN_IMPLEMENTATION
 from .config import SparseAttentionConfig
+from .numbering import number_layers
 from .router import SparseRouter, active_router
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ def runs_sparse(model: Any) -> bool:
 
 def active_routers(model: nn.Module) -> list[SparseRouter]:
     """The routers that run, by layer: those of the active adapter, if there is one."""
+    number_layers(base_model(model))
     return [active_router(site.router) for site in router_sites(model).values()]
 
 

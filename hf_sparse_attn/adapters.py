@@ -16,6 +16,7 @@ from .adapter_marks import MARK, ROUTER, complete, holds_routers, matches, setti
 from .adapter_states import active_routers as active_routers
 from .adapter_states import base_model, check_adapters, refuse_misfits, router_sites
 from .adapter_swaps import guard_peft, refuse_other_scale, refuse_swap
+from .numbering import number_layers
 from .router import active_router
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ class SparseAdapterMixin:
         for config in adapters.values():
             if holds_routers(config):
                 complete(config, active_routers(cast(nn.Module, self))[0].config)
+        number_layers(self)  # layer_replication
         self.__dict__["peft_config"] = adapters
         if check_adapters not in self._forward_pre_hooks.values():  # type: ignore[attr-defined]
             self.register_forward_pre_hook(check_adapters)  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from .architectures import SUPPORTED
 from .attending import Attention, SparseCall, attend
 from .cache import SparseCacheLayerMixin, adopt, filled, found
 from .cache_arguments import CACHE_ARGUMENTS, accepted_names, is_cache
-from .checks import ATTN_IMPLEMENTATION, check_call, check_mask, refuse_without_router
+from .checks import ATTN_IMPLEMENTATION, EXPORT, check_call, check_mask, refuse_export, refuse_without_router
 from .dense import is_causal, stock_attention_of_documents
 from .made import MadeMixin
 from .numbered import number
@@ -28,7 +28,7 @@ from .untrained import leave_routers
 class SparseAttentionMixin(MadeMixin):
     """In front of a stock attention class: hands the layer's cache on to the attention function, nothing else."""
 
-    sparse_number: int  # by which an operator of a compiled graph finds this module
+    sparse_number: Tensor  # by which an operator of a compiled graph finds this module
     accepted: tuple[str, ...]  # names of the arguments of the stock `forward`, those of its parameters first, in their order
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -45,8 +45,12 @@ class SparseAttentionMixin(MadeMixin):
         register()
         self.sparse_number = number(self)
 
+    def __prepare_scriptable__(self) -> Any:
+        raise ValueError(EXPORT)  # torch.jit.script asks for this before it reads any code
+
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.config._attn_implementation == ATTN_IMPLEMENTATION:  # type: ignore[attr-defined]
+            refuse_export()
             cache = self.taken_cache((hidden_states, *args), kwargs)
             if cache is not None:
                 take = found if torch.compiler.is_compiling() else adopt

@@ -9,7 +9,9 @@ appended, before the attention that reads the summaries, which take about a sixt
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +19,8 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
 from .made import MadeMixin, make_class
-from .numbered import number
-from .router import SparseRouter
+from .numbered import number, numbered
+from .router import SparseRouter, active_router
 
 CACHES = "DynamicCache, StaticCache and QuantizedCache"
 GROWTH_TOKENS = 4096  # keys, values and summaries are stored with room for this many more tokens, so that decoding rarely copies them
@@ -37,19 +39,28 @@ class SparseCacheLayerMixin(MadeMixin):
     summarised_slots: list[int]  # per row: slot of the last key of the last valid block
     layouts: list[Tensor | None]  # per row: slots of the keys of the valid blocks, None for the first ones
 
-    number: Tensor  # by which an operator of a compiled graph finds this layer; int64 [], as graphs are not bound to a tensor's value
+    summarised_by: ref[SparseRouter] | None  # the router that made the summaries; a copy takes the first that asks
+    number: Tensor  # by which an operator of a compiled graph finds this layer
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "summarised_by": None}  # a weak reference cannot be copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.take_number()  # a copy is not its original
 
     def take_number(self) -> None:
-        self.number = torch.tensor(number(self), dtype=torch.int64, device="cpu")
+        self.number = number(self)
 
     def start_summaries(self) -> None:
+        self.summarised_by = None
         self.slot_positions = self.router_keys = None
         self.position_buffer = None
         self.summarised, self.summarised_slots, self.layouts = [], [], []
+
+    def forget_summaries(self) -> None:
+        """All summaries are made anew at the next call."""
+        self.summarised, self.summarised_slots = [0] * len(self.summarised), [-1] * len(self.summarised)
 
     def record_positions(self, positions: Tensor, slots: int) -> Tensor:
         """Note the rotary ``positions`` [1 or B, Q] of the last Q of ``slots`` keys; return those of all slots.
@@ -81,6 +92,10 @@ class SparseCacheLayerMixin(MadeMixin):
         if self.router_keys is None:
             self.router_keys = keys.new_empty(batch, keys.shape[1], 0, router.wk.shape[1])
             self.summarised, self.summarised_slots, self.layouts = [0] * batch, [-1] * batch, [None] * batch
+        router = active_router(router)
+        if self.summarised_by is not None and self.summarised_by() is not router:  # another adapter, or another model
+            self.forget_summaries()
+        self.summarised_by = ref(router)
         have = min(self.summarised[rows])
         have = 0 if have > need else have  # another, shorter document of this row
         last = have * size - 1
@@ -165,7 +180,7 @@ class QuantizedLayerMixin(GrowingLayerMixin):
     """In front of a layer that returns keys which it quantised: other ones than before, so all summaries are made anew."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.summarised, self.summarised_slots = [0] * len(self.summarised), [-1] * len(self.summarised)
+        self.forget_summaries()
         return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc, no-any-return]
 
 
@@ -224,6 +239,8 @@ def adopt(cache: Any, index: int) -> SparseCacheLayerMixin:
             cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[index]
     if isinstance(layer, SparseCacheLayerMixin):
+        if numbered(layer.number) is not layer:  # rebuilt from another one's attributes, as Transformers' exporters do
+            layer.take_number()
         return layer
     # the ABC base of cache layers has __slots__, which forbids assigning __class__: replace the object, share its state
     cls: Any = make_class(_mixin(layer), type(layer))
@@ -233,6 +250,22 @@ def adopt(cache: Any, index: int) -> SparseCacheLayerMixin:
     new.start_summaries()
     cache.layers[index] = new
     return new
+
+
+def adopt_layers(cache: Any, indices: Sequence[int]) -> None:
+    """Adopt the cache layers of attention layers whose ``layer_idx`` are ``indices``.
+
+    Raises:
+        ValueError: two of them have the same, or as `adopt`.
+    """
+    twice = sorted({index for index in indices if indices.count(index) > 1})
+    if twice:
+        raise ValueError(
+            f"several layers have layer_idx {', '.join(map(str, twice))}, and a cache keeps one entry for each: number copied layers anew "
+            "(for i, layer in enumerate(layers): layer.self_attn.layer_idx = i), or pass use_cache=False"
+        )
+    for index in indices:
+        adopt(cache, index)
 
 
 def found(cache: Any, index: int) -> CacheLayerMixin | None:

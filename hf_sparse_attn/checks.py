@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .router import SparseRouter
@@ -58,6 +59,19 @@ def check_call(
             f"the router of {name} was made for (query heads, KV heads, key dim, value dim) = {want}, but the call has {got}: "
             "tensor parallelism and other head layouts are not supported"
         )
+
+
+EXPORT = (
+    "sparse attention cannot be exported (torch.export, torch.onnx.export, torch.jit, ExecuTorch, AOTInductor): which keys a layer reads "
+    "is decided by code and state that live in this process, and the program would run with another model's routers, or none. Export the "
+    'dense model: hf_sparse_attn.to_dense(model) or model.set_attn_implementation("sdpa") before it. To run this one faster, torch.compile'
+)
+
+
+def refuse_export() -> None:
+    """Raise ValueError where the call is being written down as a program for elsewhere: `torch.compile` runs here, and may."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        raise ValueError(EXPORT)
 
 
 def refuse_split_sequences() -> None:

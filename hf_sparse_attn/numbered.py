@@ -6,17 +6,24 @@ import itertools
 from typing import Any
 from weakref import WeakValueDictionary
 
+import torch
+from torch import Tensor
+
 _COUNT = itertools.count(1)
 _OBJECTS: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
 
-def number(thing: Any) -> int:
-    """A new number for ``thing``, valid in this process as long as ``thing`` lives. A copy needs one of its own."""
+def number(thing: Any) -> Tensor:
+    """A new number for ``thing``, valid in this process as long as ``thing`` lives: int64 []. A copy needs one of its own.
+
+    It is a tensor because a graph takes tensors from the object that it runs with: one graph serves all layers of a kind, and one
+    that was kept on disk holds no number of the process that compiled it.
+    """
     given = next(_COUNT)
     _OBJECTS[given] = thing
-    return given
+    return torch.tensor(given, dtype=torch.int64, device="cpu")
 
 
-def numbered(given: int) -> Any:
-    """What has the number ``given``."""
-    return _OBJECTS[given]
+def numbered(given: Tensor) -> Any:
+    """What has the number ``given``; None if it lives no more."""
+    return _OBJECTS.get(int(given))

@@ -18,12 +18,12 @@ from .cache import SparseCacheLayerMixin
 from .numbered import numbered
 
 _ARGUMENTS = """Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor? attention_mask, Tensor? position_ids,
-    Tensor? cu_seq_lens, Tensor? filled, Tensor? cache, float scale, bool causal, float? softcap, int site"""
+    Tensor? cu_seq_lens, Tensor? filled, Tensor? cache, Tensor site, float scale, bool causal, float? softcap"""
 
 
-def _attend(query, key, value, sinks, attention_mask, position_ids, cu_seq_lens, filled, cache, scale, causal, softcap, site):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+def _attend(query, key, value, sinks, attention_mask, position_ids, cu_seq_lens, filled, cache, site, scale, causal, softcap):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
     asked = Attention(scale, causal, softcap, sinks, attention_mask, position_ids, cu_seq_lens, filled)
-    return attend(numbered(site), query, key, value, asked, None if cache is None else numbered(int(cache)))
+    return attend(numbered(site), query, key, value, asked, None if cache is None else numbered(cache))
 
 
 def _fake_attend(query, key, value, *rest):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN002, ANN202
@@ -31,7 +31,7 @@ def _fake_attend(query, key, value, *rest):  # type: ignore[no-untyped-def] # no
 
 
 def _attend_backward(grad, query, key, value, sinks, *rest):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN002, ANN202
-    attention_mask, position_ids, cu_seq_lens, filled, _, scale, causal, softcap, site = rest
+    attention_mask, position_ids, cu_seq_lens, filled, _, site, scale, causal, softcap = rest
     leaves = [x.detach().requires_grad_() for x in (query, key, value, *(() if sinks is None else (sinks,)))]
     asked = Attention(scale, causal, softcap, leaves[3] if sinks is not None else None, attention_mask, position_ids, cu_seq_lens, filled)
     with torch.enable_grad(), _recording():
@@ -52,8 +52,8 @@ def _fake_backward(grad, query, key, value, sinks, *rest):  # type: ignore[no-un
 
 
 def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
-    ctx.save_for_backward(*inputs[:9])
-    ctx.settings = inputs[9:]
+    ctx.save_for_backward(*inputs[:10])
+    ctx.settings = inputs[10:]
 
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
@@ -77,9 +77,8 @@ def attend_opaquely(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, asked: Attention, cache: SparseCacheLayerMixin | None
 ) -> Tensor:
     """`attend` as one operator of the graph that is being compiled."""
-    site = module.sparse_number
     out: Tensor = torch.ops.hf_sparse_attn.attend(
         *(query, key, value, asked.sinks, asked.attention_mask, asked.position_ids, asked.cu_seq_lens, asked.filled),
-        *(None if cache is None else cache.number, asked.scale, asked.causal, asked.softcap, site),
+        *(None if cache is None else cache.number, module.sparse_number, asked.scale, asked.causal, asked.softcap),
     )
     return out

@@ -24,7 +24,7 @@ from .adapters import SparseAdapterMixin
 from .ambient import taking_call
 from .architectures import SUPPORTED, refuse_unsupported
 from .attention import sparse_attention_forward
-from .cache import adopt
+from .cache import adopt_layers
 from .checkpointing import without_reentrance
 from .checks import ATTN_IMPLEMENTATION
 from .composite import asked_implementation, implementation, is_composite, store_settings
@@ -32,9 +32,10 @@ from .config import SparseAttentionConfig, StoredSettings
 from .dispatch import KEY, dispatcher
 from .made import MadeMixin, make_class
 from .masks import sparse_attention_mask
+from .numbering import NumberedLayersMixin, sparse_sites
 from .prefill import in_whole_tiles
 from .saving import SparseSavingMixin
-from .sites import attach_routers, detach_routers, routers, sparse_sites
+from .sites import attach_routers, detach_routers, routers
 from .versions import is_tested
 
 PREFIX = "Sparse"  # of the names of sparse classes
@@ -102,7 +103,7 @@ def _sparse_name(architecture: str) -> str:
         return architecture
 
 
-class SparseModelMixin(SparseAdapterMixin, SparseSavingMixin, MadeMixin):
+class SparseModelMixin(SparseAdapterMixin, SparseSavingMixin, NumberedLayersMixin, MadeMixin):
     """In front of a stock model class: routers in every eligible attention layer."""
 
     _supports_flash_attn = False  # continuous batching would silently switch to dense flash attention
@@ -209,8 +210,7 @@ def _adopting(prepare: Callable[..., Any]) -> Callable[..., Any]:
     def prepare_inputs(model: Any, *args: Any, **kwargs: Any) -> Any:
         caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
         if caches and model.config.get_text_config()._attn_implementation == ATTN_IMPLEMENTATION:
-            for site in sparse_sites(model):
-                adopt(caches[0], site.layer_idx)
+            adopt_layers(caches[0], [site.layer_idx for site in sparse_sites(model)])
         return prepare(model, *args, **kwargs)
 
     return prepare_inputs

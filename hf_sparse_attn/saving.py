@@ -12,6 +12,7 @@ from .calibration import FILE as CALIBRATION
 from .calibration import load_calibration, save_calibration
 from .config import FIXED_FIELDS, SparseAttentionConfig
 from .files import replaced_folder
+from .numbering import number_layers
 from .router import SparseRouter
 
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
@@ -50,6 +51,7 @@ class SparseSavingMixin:
         """As the stock method, but files appear under ``save_directory`` only once all of them are complete."""
         if not kwargs.get("is_main_process", True):
             return
+        number_layers(self)  # as they are read again
         with replaced_folder(Path(save_directory)) as temporary:
             save_calibration(self, temporary)
             super().save_pretrained(temporary, *args, **kwargs)  # type: ignore[misc]

@@ -15,12 +15,14 @@ from .architectures import SUPPORTED, Architecture
 from .attention import SparseAttentionMixin
 from .config import SparseAttentionConfig
 from .made import make_class
+from .numbering import number_layers, sparse_sites
 from .rotary import Rotary, find_rotary
 from .router import SparseRouter
 
 
 def routers(model: nn.Module) -> list[SparseRouter]:
     """The routers of a sparse model, by layer."""
+    number_layers(model)
     return [m for m in model.modules() if isinstance(m, SparseRouter)]
 
 
@@ -84,11 +86,6 @@ def attach_routers(model: Any, config: SparseAttentionConfig, device: torch.devi
         sites[name].router = router
         sites[name].__class__ = sparse_attention_class(type(sites[name]))
         sites[name].take_number()
-
-
-def sparse_sites(model: nn.Module) -> list[Any]:
-    """The attention modules that have a router."""
-    return [module for module in model.modules() if isinstance(module, SparseAttentionMixin)]
 
 
 def detach_routers(model: Any) -> None:

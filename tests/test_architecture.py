@@ -44,6 +44,7 @@ LAYERS = (
     ("attending", "composite"),
     ("ambient", "opaque"),
     ("attention",),
+    ("numbering",),
     ("adapter_states",),
     ("adapter_swaps",),
     ("sites", "adapters"),

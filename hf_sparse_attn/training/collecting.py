@@ -44,6 +44,14 @@ class _Layer:
 
 
 @dataclass
+class _Made:
+    """A selection, and the mean of the queries [b, H, D] that it was made for."""
+
+    selection: BlockSelection
+    queries: Tensor
+
+
+@dataclass
 class TrainingForward:
     """One forward pass of the joint stage. Pass ``call`` to the model; read `kl_loss` before the backward pass.
 
@@ -57,8 +65,8 @@ class TrainingForward:
     tile_share: int
     dense: bool
     selector: Selector = learned_selector
-    layers: dict[int, _Layer] = field(default_factory=dict)
-    made: dict[int, list[BlockSelection]] = field(default_factory=lambda: defaultdict(list))
+    layers: dict[SparseRouter, _Layer] = field(default_factory=dict)  # by the module: copies of a layer can share its number
+    made: dict[SparseRouter, list[_Made]] = field(default_factory=lambda: defaultdict(list))
     closed: bool = False
 
     def __post_init__(self) -> None:
@@ -70,7 +78,6 @@ class TrainingForward:
             on_selection=self._note_density,
             on_layer=self._enter if learns else None,
         )
-        self._replayed: dict[int, int] = defaultdict(int)
         self._tile_rows: list[tuple[float, float, float, float]] = []
         self._kept = self._visible = 0.0
 
@@ -84,17 +91,17 @@ class TrainingForward:
         """What carries the layer's KL, to be attached to its output: find_unused_parameters of DDP searches from there."""
         if self._only_reads():
             return None
-        if router.layer not in self.layers:
+        if router not in self.layers:
             carried = Carried()
             scalar = carry(torch.zeros((), device=router.wq.device, dtype=torch.float32), carried, router.weights)
-            self.layers[router.layer] = _Layer(carried, scalar)
-        return self.layers[router.layer].scalar
+            self.layers[router] = _Layer(carried, scalar)
+        return self.layers[router].scalar
 
     def _observe(self, router: SparseRouter, inputs: RoutingInputs) -> None:
         if self._only_reads():
             return
         router = active_router(router)  # not PEFT's wrapper, which holds the frozen original, too
-        layer, tokens = self.layers[router.layer], float(inputs.q.shape[0] * inputs.q.shape[2])
+        layer, tokens = self.layers[router], float(inputs.q.shape[0] * inputs.q.shape[2])
         layer.tokens += tokens
         layer.carried.weight = layer.tokens
         plan = make_plan(router.config, inputs.grid(router.config.query_tile, router.config.block_size), inputs.q.device)
@@ -118,13 +125,17 @@ class TrainingForward:
     def _select(self, router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection:
         if not torch.is_grad_enabled():
             return self.selector(router, inputs, query_tile)
-        made = self.made[router.layer]
+        made = self.made[active_router(router)]
         if not self.closed:
-            made.append(self.selector(router, inputs, query_tile))
-            return made[-1]
-        at = self._replayed[router.layer]
-        self._replayed[router.layer] = (at + 1) % len(made)
-        return made[at]
+            made.append(_Made(self.selector(router, inputs, query_tile), inputs.q.float().mean(2)))
+            return made[-1].selection
+        # recomputed: of the calls of this layer (documents, or passes through a layer that runs several times) the one with these queries
+        same = [one for one in made if one.selection.grid == inputs.grid(query_tile, router.config.block_size)]
+        same = [one for one in same if one.queries.shape[0] == inputs.q.shape[0]]
+        if len(same) < 2:
+            return same[0].selection
+        queries = inputs.q.float().mean(2)
+        return same[int(torch.stack([(one.queries - queries).abs().max() for one in same]).argmin())].selection
 
     def _note_density(self, router: SparseRouter, inputs: RoutingInputs, selection: BlockSelection) -> None:
         if not self._only_reads():

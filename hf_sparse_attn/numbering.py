@@ -1,0 +1,71 @@
+"""The numbers of a model's sparse layers, which follow the model when its layers are copied, repeated or moved."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from .attention import SparseAttentionMixin
+from .composite import store_settings
+from .dispatch import KEY
+from .router import SparseRouter
+
+
+def sparse_sites(model: nn.Module) -> list[Any]:
+    """The attention modules that have a router."""
+    return [module for module in model.modules() if isinstance(module, SparseAttentionMixin)]
+
+
+def number_layers(model: Any) -> None:
+    """Give every sparse layer of ``model`` a number of its own: its ``layer_idx`` where these differ, else its place.
+
+    A copy of a layer (PEFT's ``layer_replication``, depth up-scaling) brings the number of its original along, and a config of its
+    own. Layers that were dense, and their copies, stay dense: ``dense_layers`` is told their new numbers.
+    """
+    sites = sparse_sites(model)
+    held = [[part for part in site.router.modules() if isinstance(part, SparseRouter)] for site in sites]
+    _share_config(model, sites)
+    known = [routers[0].layer for routers in held]
+    own = [getattr(site, "layer_idx", None) for site in sites]
+    if None in own or len(set(own)) < len(own):
+        own = known if len(set(known)) == len(known) else list(range(len(sites)))
+    if own == known:
+        return
+    settings = held[0][0].config
+    dense = tuple(sorted(new for new, old in zip(own, known, strict=True) if old in settings.dense_layers))
+    for number, routers in zip(own, held, strict=True):
+        for router in routers:
+            router.layer, router.config = number, replace(router.config, dense_layers=dense)
+    if _configs(model):
+        store_settings(model.config, replace(settings, dense_layers=dense))
+
+
+def _configs(model: Any) -> list[Any]:
+    """The configs of ``model`` that hold settings: its own, and that of its text part."""
+    config = getattr(model, "config", None)
+    parts = [] if config is None else [config, config.get_text_config()]
+    return [part for part in {id(part): part for part in parts}.values() if getattr(part, KEY, None) is not None]
+
+
+def _share_config(model: Any, sites: list[Any]) -> None:
+    """Let copied layers read the model's config again: what is set there (the attention implementation) holds for all of them."""
+    for config in _configs(model):
+        for site in sites:
+            if site.config is not config and type(site.config) is type(config) and _read(site.config) == _read(config):
+                site.config = config
+
+
+def _read(config: Any) -> dict[str, Any]:
+    """The fields of a config but for what `set_attn_implementation` sets, which did not reach the copies."""
+    return {name: value for name, value in config.__dict__.items() if not name.startswith("_attn_implementation")}
+
+
+class NumberedLayersMixin:
+    """In front of a stock model class: what is set for the model is set for copies of layers, too."""
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> Any:
+        """As the stock method."""
+        number_layers(self)
+        return super().set_attn_implementation(*args, **kwargs)  # type: ignore[misc]
