@@ -24,7 +24,7 @@ from .adapters import SparseAdapterMixin
 from .ambient import taking_call
 from .architectures import SUPPORTED, refuse_unsupported
 from .attention import sparse_attention_forward
-from .cache import adopt_layers
+from .cache import adopt_layers, of_the_caches_length
 from .checkpointing import without_reentrance
 from .checks import ATTN_IMPLEMENTATION
 from .composite import asked_implementation, implementation, is_composite, store_settings
@@ -211,6 +211,9 @@ def _adopting(prepare: Callable[..., Any]) -> Callable[..., Any]:
         caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
         if caches and model.config.get_text_config()._attn_implementation == ATTN_IMPLEMENTATION:
             adopt_layers(caches[0], [site.layer_idx for site in sparse_sites(model)])
+            inputs = prepare(model, *args, **kwargs)
+            inputs["attention_mask"] = of_the_caches_length(inputs.get("attention_mask"), caches[0])
+            return inputs
         return prepare(model, *args, **kwargs)
 
     return prepare_inputs
