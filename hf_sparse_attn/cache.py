@@ -280,17 +280,6 @@ def found(cache: Any, index: int) -> CacheLayerMixin | None:
     return layer
 
 
-def of_the_caches_length(mask: Any, cache: Any) -> Any:
-    """A padding ``mask`` [B, N] as long as a static ``cache``, so that one compiled graph serves all steps; any other as it is.
-
-    What is added covers slots that hold no keys yet.
-    """
-    room = cache.get_max_cache_shape() if all(isinstance(layer, StaticLayer) for layer in cache.layers) else -1
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or room is None or room <= mask.shape[1]:
-        return mask
-    return F.pad(mask, (0, room - mask.shape[1]))
-
-
 def filled(layer: CacheLayerMixin | None) -> Tensor | None:
     """How many of the slots that the last update of a layer, adopted or not, returned hold keys: int64 [], None for all."""
     return layer.cumulative_length if isinstance(layer, StaticLayer) else None

@@ -70,7 +70,7 @@ EXPORT = (
 
 def refuse_export() -> None:
     """Raise ValueError where the call is being written down as a program for elsewhere: `torch.compile` runs here, and may."""
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         raise ValueError(EXPORT)
 
 

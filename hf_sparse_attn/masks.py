@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.cache_utils import StaticLayer
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 
@@ -94,3 +95,17 @@ def _document_numbers(mask_function: Callable[..., Any], batch: int, length: int
     row, slot = torch.arange(batch, device=device, dtype=torch.int64)[:, None], torch.arange(length, device=device, dtype=torch.int64)[None]
     sees = mask_function(row, row.new_zeros(()), slot[:, 1:], slot[:, :-1])
     return 1 + F.pad((~sees).long().cumsum(1), (1, 0)).expand(batch, -1)
+
+
+def of_the_caches_length(mask: Any, cache: Any) -> Any:
+    """A padding ``mask`` [B, N] as long as a static ``cache``, so that one compiled graph serves all steps; any other as it is.
+
+    What is added covers slots that hold no keys yet. A model with several kinds of layers has a mask for each, in a dict.
+    """
+    if isinstance(mask, dict):
+        return {kind: of_the_caches_length(one, cache) for kind, one in mask.items()}
+    static = bool(cache.layers) and all(isinstance(layer, StaticLayer) for layer in cache.layers)
+    if not (static and isinstance(mask, Tensor) and mask.ndim == 2):
+        return mask
+    room = max(layer.max_cache_len for layer in cache.layers)
+    return F.pad(mask, (0, max(room - mask.shape[1], 0)))

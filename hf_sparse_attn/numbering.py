@@ -27,10 +27,8 @@ def number_layers(model: Any) -> None:
     sites = sparse_sites(model)
     held = [[part for part in site.router.modules() if isinstance(part, SparseRouter)] for site in sites]
     _share_config(model, sites)
-    known = [routers[0].layer for routers in held]
-    own = [getattr(site, "layer_idx", None) for site in sites]
-    if None in own or len(set(own)) < len(own):
-        own = known if len(set(known)) == len(known) else list(range(len(sites)))
+    known: list[int | None] = [routers[0].layer for routers in held]
+    own = _distinct([getattr(site, "layer_idx", None) for site in sites]) or _distinct(known) or list(range(len(sites)))
     if own == known:
         return
     settings = held[0][0].config
@@ -40,6 +38,12 @@ def number_layers(model: Any) -> None:
             router.layer, router.config = number, replace(router.config, dense_layers=dense)
     if _configs(model):
         store_settings(model.config, replace(settings, dense_layers=dense))
+
+
+def _distinct(numbers: list[int | None]) -> list[int] | None:
+    """``numbers`` if all are there and differ."""
+    found = [number for number in numbers if number is not None]
+    return found if len(set(found)) == len(numbers) else None
 
 
 def _configs(model: Any) -> list[Any]:

@@ -24,14 +24,14 @@ from .adapters import SparseAdapterMixin
 from .ambient import taking_call
 from .architectures import SUPPORTED, refuse_unsupported
 from .attention import sparse_attention_forward
-from .cache import adopt_layers, of_the_caches_length
+from .cache import adopt_layers
 from .checkpointing import without_reentrance
 from .checks import ATTN_IMPLEMENTATION
 from .composite import asked_implementation, implementation, is_composite, store_settings
 from .config import SparseAttentionConfig, StoredSettings
 from .dispatch import KEY, dispatcher
 from .made import MadeMixin, make_class
-from .masks import sparse_attention_mask
+from .masks import of_the_caches_length, sparse_attention_mask
 from .numbering import NumberedLayersMixin, sparse_sites
 from .prefill import in_whole_tiles
 from .saving import SparseSavingMixin

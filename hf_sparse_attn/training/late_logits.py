@@ -31,7 +31,7 @@ class LateLogits(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         if func is torch.ops.aten._to_copy.default and {name for name, value in kwargs.items() if value is not None} == {"dtype"}:
             return cls(args[0].head, args[0].hidden, kwargs["dtype"])  # Accelerate makes float32 of every output
@@ -54,7 +54,7 @@ class LateLogits(Tensor):
     def __array__(self, dtype: Any = None) -> Any:
         return self.whole().__array__(dtype)
 
-    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return repr(self.whole())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
