@@ -3,41 +3,108 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import re
+import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?(?P<variant>\.\w+)?\.safetensors|model\.safetensors\.index(?P<index_variant>\.\w+)?\.json")
+from .exchange import NEW, PLAN, exchange, keep_mode, sync, sync_folder
+from .outputs import IN_PLACE, dangling, destination, is_stream, open_stream, refuse_read_only
+from .scratch import SUFFIX, clear_leftovers, scratch_folder
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Call ``write`` with a temporary path in the same folder, then rename it to ``path``; on failure remove it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    """Call ``write`` with a temporary path on the same disk, then rename it to ``path``; on failure ``path`` stays as it was.
+
+    A file that is replaced passes its mode on, a new one has that of the umask. Where ``path`` is a link the file that it leads to is
+    written. What is no file (a pipe, /dev/stdout) gets the bytes; so does a file that can be written but not replaced (mounted by
+    itself, or in a folder that is not writable), which a kill in that moment leaves half written.
+
+    Raises:
+        OutputError: ``path`` is a folder, or a link in a circle.
+        OSError: it cannot be written.
+    """
+    found = destination(path)
+    with ExitStack() as stack:
+        if is_stream(found):
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        else:
+            found.parent.mkdir(parents=True, exist_ok=True)
+            refuse_read_only(found)
+            scratch = _scratch_for_file(found, stack)
+        temporary = scratch / found.name
+        temporary.touch()
         write(temporary)
-        _sync(temporary)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        if is_stream(found):
+            with temporary.open("rb") as source, open_stream(found) as out:
+                shutil.copyfileobj(source, out)
+            return
+        sync(temporary)
+        keep_mode(temporary, found)
+        try:
+            temporary.replace(found)
+        except OSError as error:
+            if error.errno not in IN_PLACE or not found.is_file():
+                raise
+            _pour(temporary, found)
+        sync_folder(found.parent)
+
+
+def _scratch_for_file(found: Path, stack: ExitStack) -> Path:
+    try:
+        return stack.enter_context(scratch_folder(found.parent, found.name))
+    except OSError as error:
+        if error.errno not in IN_PLACE or not found.is_file():
+            raise
+        return Path(stack.enter_context(tempfile.TemporaryDirectory()))
+
+
+def _pour(source: Path, target: Path) -> None:
+    with source.open("rb") as new, target.open("r+b") as file:
+        shutil.copyfileobj(new, file)
+        file.truncate()
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_text(path: str | Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON with a final newline. Raises ValueError for NaN or infinity, which JSON cannot hold."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+def write_json(path: str | Path, value: Any, *, finite: bool = True) -> None:
+    """Write JSON with a final newline. With ``finite=False``, for files that only Python reads, NaN and infinity are kept.
+
+    Raises:
+        ValueError: a value is NaN or infinite, which JSON cannot hold; the message names its key.
+    """
+    if finite and (bad := not_finite(value)):
+        raise ValueError(f"{path}: {'; '.join(bad[:3])}{' …' if len(bad) > 3 else ''}: JSON cannot hold that")
+    write_text(path, json.dumps(value, indent=2, allow_nan=not finite) + "\n")
+
+
+def not_finite(value: Any, key: str = "") -> list[str]:
+    """The keys of a JSON value that are NaN or infinite, each as 'windows[3].loss is nan'."""
+    if isinstance(value, float):
+        return [] if math.isfinite(value) else [f"{key or 'the value'} is {value}"]
+    if isinstance(value, Mapping):
+        return [found for name, part in value.items() for found in not_finite(part, f"{key}.{name}" if key else str(name))]
+    if isinstance(value, list | tuple):
+        return [found for at, part in enumerate(value) for found in not_finite(part, f"{key}[{at}]")]
+    return []
+
+
+def with_nulls(value: Any) -> Any:
+    """The same JSON value with None in place of every NaN and infinity."""
+    if isinstance(value, Mapping):
+        return {name: with_nulls(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [with_nulls(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: str | Path) -> Any:
@@ -49,43 +116,68 @@ def read_json(path: str | Path) -> Any:
 
 
 @contextmanager
-def replaced_folder(target: str | Path) -> Iterator[Path]:
+def replaced_folder(target: str | Path, valid: str | None = None) -> Iterator[Path]:
     """A temporary folder whose files move into ``target`` when the block ends well; if it fails ``target`` stays as it was.
 
-    Every file is complete on disk before the first one is renamed, so a kill during the renames leaves whole files.
-    Weight files of the same variant that the new set does not have (another number of shards) are removed last.
+    Every file is complete on disk before the first one is moved. The one that makes a folder valid (``config.json``,
+    ``adapter_config.json``, or ``valid``) leaves first and comes last: after a kill in between nothing loads a mix of old and new, and
+    the next save there completes the move. Weight files of the same variant that the new set does not have (another number of
+    shards) go. The temporary folder is beside ``target``, or in it where that is another disk or not writable.
+
+    Raises:
+        OSError: nothing can be written there; or a file cannot be moved, then the message says where the new files are kept.
     """
-    target = Path(target)
+    found = _folder(Path(target))
+    with _scratch_for_folder(found) as scratch:
+        new = scratch / NEW
+        new.mkdir()
+        yield new
+        try:
+            exchange(scratch, found, valid)
+        except BaseException as error:
+            kept = _keep(scratch, found)
+            if not isinstance(error, OSError):
+                error.add_note(f"the new files of {target} are in {kept}")
+                raise
+            reason = error.strerror or str(error)
+            raise OSError(error.errno, f"{target} stays as it was ({reason}); the new files are complete in {kept}") from error
+
+
+def _folder(target: Path) -> Path:
+    """The real path of a folder, made if it is missing."""
+    if missing := dangling(target):
+        raise FileNotFoundError(f"{missing} is a link to {os.readlink(missing)}, which is not there: make that folder, or mount its disk")
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{target} is a file, not a folder: give another name, or move it away")
     target.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield temporary
-        files = [f.relative_to(temporary) for f in temporary.rglob("*") if f.is_file()]
-        for file in files:
-            _sync(temporary / file)
-        for file in files:
-            (target / file).parent.mkdir(parents=True, exist_ok=True)
-            (temporary / file).replace(target / file)
-        variants = {_variant(file.name) for file in files} - {None}
-        for old in target.iterdir():
-            if _variant(old.name) in variants and old.relative_to(target) not in files:
-                old.unlink()
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    return Path(os.path.realpath(target))
+
+
+@contextmanager
+def _scratch_for_folder(target: Path) -> Iterator[Path]:
+    clear_leftovers(target)
+    with ExitStack() as stack:
+        try:
+            scratch = stack.enter_context(scratch_folder(target.parent, target.name))
+            probe = scratch / "probe"
+            probe.mkdir()
+            moved = target / f".probe{scratch.name.removesuffix(SUFFIX)}{SUFFIX}"  # cleared like a scratch folder
+            probe.rename(moved)
+            moved.rmdir()
+        except OSError:  # a mount point, a link to another disk, a parent that is not writable
+            stack.close()
+            scratch = stack.enter_context(scratch_folder(target, target.name))
+        yield scratch
+
+
+def _keep(scratch: Path, target: Path) -> Path:
+    """Where what was not moved is kept for good."""
+    kept = scratch.parent / f"{target.name}.unsaved-{secrets.token_hex(4)}"
+    (scratch if (scratch / PLAN).exists() else scratch / NEW).rename(kept)  # the plan is there still: not all could be moved back
+    return kept
 
 
 def copied_folder(source: Path, target: Path) -> None:
     """Copy the files of ``source`` into ``target`` as `replaced_folder` does."""
     with replaced_folder(target) as folder:
         shutil.copytree(source, folder, dirs_exist_ok=True)
-
-
-def _variant(name: str) -> str | None:
-    """Variant of a weight file name ("" for the plain one), None for any other file."""
-    found = WEIGHTS.fullmatch(name)
-    return None if found is None else found["variant"] or found["index_variant"] or ""
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -17,6 +17,10 @@ PACKAGE, KERNELS = ROOT / "hf_sparse_attn", ROOT / "kernels/torch-ext/hf_sparse_
 # each layer may import from those above it only; modules of one line are independent of each other
 LAYERS = (
     ("precision",),
+    ("locks",),  # files that are safe: whose folder, how files change places, where, what a path leads to
+    ("exchange",),
+    ("scratch",),
+    ("outputs",),
     (
         "config",
         "versions",

@@ -106,15 +106,21 @@ def test_saving_a_variant_keeps_the_main_weights(sparse_llama, real_budget, tmp_
 
 @pytest.mark.parametrize("place", ["save_file", "replace"])
 def test_a_full_disk_while_saving_a_model_keeps_the_previous_one(sparse_llama, real_budget, tmp_path, monkeypatch, place):
+    """Where all of the new files were written already they are kept, too."""
     model = sparse_llama(real_budget, noise=0.1)
     model.save_pretrained(tmp_path / "model")
     before = content(tmp_path / "model")
     with monkeypatch.context() as patch:
         patch.setattr(*((files.os, "replace") if place == "replace" else (transformers.modeling_utils, "safe_save_file")), full_disk)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match="No space left") as raised:
             sparse_llama(real_budget, seed=1).save_pretrained(tmp_path / "model")
     assert content(tmp_path / "model") == before
-    assert [f.name for f in tmp_path.iterdir()] == ["model"]
+    others = [f for f in tmp_path.iterdir() if f.name != "model"]
+    if place == "save_file":
+        assert not others
+    else:
+        assert len(others) == 1 and str(others[0]) in str(raised.value)
+        AutoModelForCausalLM.from_pretrained(others[0])
 
 
 KILLED = """

@@ -1,0 +1,126 @@
+"""Where a path that a result is written to leads: a file, or something that takes a stream of bytes; asked before the work is done."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from .scratch import scratch_folder
+
+DESCRIPTOR = re.compile(r"/(?:dev|proc/(?P<process>\d+)(?:/task/\d+)?)/fd/(?P<number>\d+)")
+MOST_LINKS = 40  # as Linux has it
+PROBE_BYTES = 1 << 16
+IN_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EXDEV, errno.EBUSY)  # a file may be written although its folder may not
+
+
+class OutputError(OSError):
+    """A path that nothing can be written to; the message says why."""
+
+
+def destination(path: str | Path) -> Path:
+    """The absolute path that ``path`` stands for, links followed; an open descriptor (/dev/stdout, /dev/fd/3) stays one.
+
+    Raises:
+        OutputError: links that lead in a circle, a folder, or something that cannot be written to.
+    """
+    found = Path(path)
+    for _ in range(MOST_LINKS):
+        folder = Path(os.path.realpath(found.parent))
+        found = folder / found.name
+        if DESCRIPTOR.fullmatch(str(found)) or not found.is_symlink():
+            break
+        found = folder / os.readlink(found)
+    else:
+        raise OutputError(f"cannot write {path}: its symbolic links lead in a circle")
+    if (missing := dangling(Path(path))) and not found.parent.is_dir():
+        raise OutputError(f"cannot write {path}: {missing} is a link to what is not there; make that folder, or mount its disk")
+    if found.is_dir():
+        raise OutputError(f"cannot write {path}: it is a folder; give the name of a file in it")
+    if found.is_block_device() or found.is_socket():
+        raise OutputError(f"cannot write {path}: it is a {'disk' if found.is_block_device() else 'socket'}; give the name of a file")
+    return found
+
+
+def dangling(path: Path) -> Path | None:
+    """The part of a path that is a link to what is not there: nothing is made behind it, since a disk may not be mounted yet."""
+    there = next((part for part in (path, *path.parents) if os.path.lexists(part)), None)
+    return there if there is not None and there.is_symlink() and not there.exists() else None
+
+
+def is_stream(found: Path) -> bool:
+    """Whether a `destination` takes bytes as they come (a pipe, a terminal, /dev/null): it cannot be replaced by a file."""
+    return DESCRIPTOR.fullmatch(str(found)) is not None or found.is_fifo() or found.is_char_device()
+
+
+def open_stream(found: Path) -> BinaryIO:
+    """Such a destination, opened; a descriptor of this process goes on where it stands."""
+    own = _own_descriptor(found)
+    if own is None:
+        return found.open("ab" if DESCRIPTOR.fullmatch(str(found)) else "wb", buffering=0)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    return os.fdopen(os.dup(own), "wb")
+
+
+def _own_descriptor(found: Path) -> int | None:
+    match = DESCRIPTOR.fullmatch(str(found))
+    return int(match["number"]) if match and match["process"] in (None, str(os.getpid())) else None
+
+
+def check_output(path: str | Path) -> None:
+    """Find out now whether a file can be written to ``path`` later. Folders that are missing are made.
+
+    A small file is written beside it, since what modes say does not hold for root, on disks that are full or mounted to be read only.
+
+    Raises:
+        OutputError: it cannot, and why.
+    """
+    try:
+        found = destination(path)
+        if is_stream(found):
+            _check_stream(found)
+        else:
+            _check_file(found)
+    except OutputError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a zero byte
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise OutputError(f"cannot write {path}: {reason}; give another path, or make room or permission for it") from error
+
+
+def _check_stream(found: Path) -> None:
+    own = _own_descriptor(found)
+    if own is not None:
+        os.close(os.dup(own))  # raises where it is closed
+    elif not os.access(found, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def _check_file(found: Path) -> None:
+    refuse_read_only(found)
+    try:
+        check_folder(found.parent)
+    except OSError as error:
+        if not (error.errno in IN_PLACE and found.is_file()):
+            raise
+
+
+def refuse_read_only(found: Path) -> None:
+    """Raise OSError for a file that is there and may not be changed, although its folder would let it be replaced, or a name too long."""
+    with suppress(FileNotFoundError), found.open("r+b"):
+        pass
+
+
+def check_folder(folder: Path) -> None:
+    """Make ``folder`` and write a small file into it. Raises OSError where that fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with scratch_folder(folder, "probe") as scratch, tempfile.TemporaryFile(dir=scratch) as file:
+        file.write(b"\0" * PROBE_BYTES)
+        file.flush()
+        os.fsync(file.fileno())
