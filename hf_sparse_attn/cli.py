@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from .cli_bench import bench
 from .cli_evaluation import calibrate, evaluate, harness, synth
-from .cli_options import DtypeOption, JsonOption, TextOption, console, emit, load, windows_of
+from .cli_options import DtypeOption, JsonOption, TextOption, checked_output, console, emit, load, reserving, windows_of
 from .cli_training import training
 from .progress import step
 
@@ -71,6 +71,7 @@ def _run(recipe: Path, out: Path | None, smoke: bool, changes: list[str] | None,
 
 
 @app.command()
+@reserving("out")
 def distill(
     model: Annotated[str, typer.Argument(help="Hub id or local folder of a stock or sparse model.")],
     out: Annotated[Path, typer.Argument(help="Folder to save the sparse model in.")],
@@ -82,11 +83,15 @@ def distill(
     json_path: JsonOption = None,
 ) -> None:
     """Train the routers of a model on its own dense attention and save it; resumes from OUT/distill.pt."""
+    from .data.sources import free_bytes
     from .data.windows import batches as to_batches
     from .precision import resolve
     from .training.distillation import distill as train
 
     loaded, tokenizer = load(model, resolve(dtype, "cpu"), sparse)
+    size = sum(weight.numel() * weight.element_size() for weight in loaded.parameters())
+    if free_bytes(out) < size:
+        raise ValueError(f"{out} has {free_bytes(out) >> 20} MB free, the model needs {size >> 20} MB: make room, or name another folder")
     found = windows_of(text, tokenizer, context, batches, loaded)
     report = train(loaded, to_batches(found), checkpoint=out / "distill.pt")
     loaded.save_pretrained(out)
@@ -105,10 +110,12 @@ def card(
     """Write the model card of a saved model, rendered from its results."""
     from .data.sources import model_licence
     from .files import read_json
+    from .outputs import check_output
     from .pipeline.card import write_card
 
     if "sparse_attention" not in read_json(folder / "config.json"):
         raise ValueError(f"{folder} holds no sparse model: its config.json has no sparse_attention")
+    check_output(folder / "README.md")
     values = read_json(results)
     if base is not None:
         values = {"base": {"source": base, "license": model_licence(base)}, **values}
@@ -118,15 +125,16 @@ def card(
 @app.command()
 def architectures(
     model_type: Annotated[str | None, typer.Argument(help="One model type, e.g. falcon; without it, all that are installed.")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Write the table as a page to this path.")] = None,
+    markdown: Annotated[Path | None, typer.Option(callback=checked_output, help="Write the table as a page to this path.")] = None,
     json_path: JsonOption = None,
 ) -> None:
     """Which model types of the installed Transformers are supported, and why others are refused."""
     from .architectures.table import STATES, as_json, as_markdown, compatibility, compatibility_table, count_states
+    from .files import write_text
 
     rows = compatibility_table() if model_type is None else [compatibility(model_type)]
     if markdown is not None:
-        markdown.write_text(as_markdown(rows), encoding="utf-8")
+        write_text(markdown, as_markdown(rows))
     if len(rows) == 1:
         console.print(f"{rows[0].model_type}: {rows[0].state}. {rows[0].note}", highlight=False, markup=False, soft_wrap=True)
     else:

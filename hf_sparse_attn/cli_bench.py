@@ -10,7 +10,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from .cli_options import JsonOption, SavedDtypeOption, TextOption, console, emit, integers, load, windows_of
+from .cli_options import JsonOption, SavedDtypeOption, TextOption, checked_output, console, emit, integers, load, windows_of
 
 bench = typer.Typer(
     help="Speed and memory against dense attention in one run, output verified before it is timed.", invoke_without_command=True
@@ -22,7 +22,9 @@ DtypesOption = Annotated[str, typer.Option("--dtype", help="Comma-separated: aut
 HeadsOption = Annotated[str, typer.Option(help="Query heads / KV heads.")]
 HeadDimOption = Annotated[int, typer.Option(help="Dimensions of a head.")]
 RepeatsOption = Annotated[int | None, typer.Option(help="Alternating rounds; by default 5, and 3 from 32768 tokens on.")]
-PlotOption = Annotated[Path | None, typer.Option(help="Where to draw speed-up against length; by default beside --json, as .svg.")]
+PlotOption = Annotated[
+    Path | None, typer.Option(callback=checked_output, help="Where to draw speed-up against length; by default beside --json, as .svg.")
+]
 
 LONG = 32768  # tokens from which on three rounds are enough
 
@@ -32,9 +34,9 @@ def suite(
     context: typer.Context,
     suite: Annotated[str | None, typer.Option(help="A whole suite instead of one benchmark: gpu.")] = None,
     seconds: Annotated[float, typer.Option(help="Time that the suite may take.")] = 520,
-    json_path: Annotated[Path, typer.Option("--json", help="File of the suite's results, rewritten after every row.")] = Path(
-        "gpu-suite.json"
-    ),
+    json_path: Annotated[
+        Path, typer.Option("--json", callback=checked_output, help="File of the suite's results, rewritten after every row.")
+    ] = Path("gpu-suite.json"),
 ) -> None:
     """Speed and memory against dense attention in one run, output verified before it is timed."""
     if context.invoked_subcommand is not None:
@@ -232,12 +234,21 @@ def _finish(rows: list[dict[str, Any]], json_path: str | None, plot: Path | None
         shown = length if isinstance(length, str) else f"{length:.0f}"
         console.print(f"{dtype}: faster, router included, from {shown} tokens on", highlight=False)
     emit_rows(rows, json_path, crossover=crossed)
-    if plot is None and json_path not in (None, "-"):
-        plot = Path(str(json_path)).with_suffix(".svg")
+    plot = plot or beside(json_path)
     if plot is not None:
         from .profiling.plot import plot_speedups
 
         plot_speedups(plot, rows)
+
+
+def beside(json_path: str | None) -> Path | None:
+    """Where a plot goes that no option names: beside the file of --json, if that is a file."""
+    from .outputs import destination, is_stream
+
+    if json_path in (None, "-") or is_stream(destination(json_path)):
+        return None
+    path = Path(json_path)
+    return path.with_suffix(".svg") if path.suffix != ".svg" else path.with_name(f"{path.name}.svg")
 
 
 def bench_table(*columns: str, title: str | None = None) -> Table:

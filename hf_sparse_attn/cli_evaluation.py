@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,14 +12,17 @@ from rich.table import Table
 
 from .cli_options import (
     JsonOption,
+    ReportOption,
     SavedDtypeOption,
     TextOption,
+    checked_output,
     command_line,
     console,
     emit,
     integers,
     load,
     load_uncalibrated,
+    reserving,
     sparse_options,
     windows_of,
     yaml_fields,
@@ -40,7 +44,7 @@ def evaluate(
     decode_tokens: Annotated[int, typer.Option(help="Tokens fed through the cache one query a tile; 0 = none.")] = 0,
     sparse: SparseOption = "",
     dtype: SavedDtypeOption = "auto",
-    report: Annotated[Path | None, typer.Option(help="Write the result as one HTML page to this path.")] = None,
+    report: ReportOption = None,
     json_path: JsonOption = None,
 ) -> None:
     """Log-loss, kept mass and predictions of a model's routers against other selections at equal budget.
@@ -69,9 +73,7 @@ def evaluate(
     _print_quality(table)
     made = {"model": Path(model).name, "command": command_line(), "environment": environment(), "sparse_attention": config.to_dict()}
     measured = {**made, **cost.figures, "table": table, "windows": [r.to_dict() for r in results]}
-    if report is not None:
-        write_evaluation_report(report, measured)
-    emit(measured, json_path)
+    emit(measured, json_path, None if report is None else partial(write_evaluation_report, report, measured))
 
 
 def harness(
@@ -86,7 +88,7 @@ def harness(
     seed: Annotated[int, typer.Option(help="Of the questions that tasks make.")] = 0,
     include: Annotated[Path | None, typer.Option(help="Folder of tasks of one's own, YAML as lm-eval has it.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder of answers that are not made again when a run is continued.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Write the result as one HTML page to this path.")] = None,
+    report: ReportOption = None,
     json_path: JsonOption = None,
 ) -> None:
     """Scores of the lm-evaluation-harness under dense attention and other selections; needs lm-eval ([lm-eval] of this package)."""
@@ -116,11 +118,10 @@ def harness(
     made: dict[str, Any] = {"model": Path(model).name, "command": command_line(), "environment": environment()}
     made |= {"lm_eval": version("lm_eval"), "sparse_attention": config.to_dict(), "seed": seed, **cost.figures}
     made |= {"tables": tables, "scores": scores, "rows": rows}
-    if report is not None:
-        write_harness_report(report, made)
-    emit(made, json_path)
+    emit(made, json_path, None if report is None else partial(write_harness_report, report, made))
 
 
+@reserving("folder", made=False)
 def calibrate(
     folder: Annotated[Path, typer.Argument(help="Folder of a saved sparse model; the calibration is written into it.")],
     text: TextOption,
@@ -134,24 +135,27 @@ def calibrate(
     windows: Annotated[int, typer.Option(help="Windows on which the budgets are found.")] = 10,
     checked: Annotated[int, typer.Option(help="Windows on which they are checked.")] = 4,
     dtype: SavedDtypeOption = "auto",
-    report: Annotated[Path | None, typer.Option(help="Write the result as one HTML page to this path.")] = None,
+    report: ReportOption = None,
     json_path: JsonOption = None,
 ) -> None:
     """Find the smallest safe budget of every layer, KV head and length, check it, and store it beside the model's config.
 
-    Nothing is written into the folder if a check fails.
+    Nothing is written into the folder if a check fails; what was found is stored there before it is reported.
     """
-    from .calibration import CalibrationError, write_calibration
+    from .calibration import FILE, CalibrationError, write_calibration
     from .data.questions import ask
     from .environment import Cost, environment
     from .evaluation.calibrating import PRESETS, failures
     from .evaluation.calibrating import calibrate as find
+    from .outputs import check_output
     from .pipeline.report import write_calibration_report
 
     if preset not in PRESETS:
         raise ValueError(f"--preset is {preset!r}: must be {', '.join(PRESETS)}")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no folder of a saved model: save the sparse model first, e.g. with hf-sparse-attn distill")
+    for file in (FILE, "config.json"):
+        check_output(folder / file)
     with Cost() as cost:
         loaded, tokenizer = load_uncalibrated(folder, dtype)
         found = windows_of(text, tokenizer, length, windows, loaded)
@@ -162,22 +166,26 @@ def calibrate(
     missed = failures(made)
     result: dict[str, Any] = {"model": folder.absolute().name, "command": command_line(), "environment": environment(), **cost.figures}
     result |= {"calibration": made.to_dict(), "failures": missed}
-    if report is not None:
-        write_calibration_report(report, result)
-    emit(result, json_path)
+    try:
+        if not missed:
+            write_calibration(folder, made)
+            console.print(f"{_summary(made)}: {folder}", highlight=False, markup=False)
+    finally:
+        emit(result, json_path, None if report is None else partial(write_calibration_report, report, result))
     if missed:
         raise CalibrationError(f"{folder} was not calibrated: {'; '.join(missed)}")
-    write_calibration(folder, made)
-    console.print(f"{_summary(made)}: {folder}", highlight=False, markup=False)
 
 
+@reserving("out")
 def synth(
     out: Annotated[Path, typer.Argument(help="Folder to write the set into.")],
     settings: Annotated[str, typer.Option("--set", help="Fields of LongLinkConfig, e.g. 'family: two_hops, keys: 20'.")] = "",
     seed: Annotated[int, typer.Option(help="The same seed and settings give the same set.")] = 0,
     learn: Annotated[bool, typer.Option("--learn", help="Train a small model on such sets, distil its routers, and measure them.")] = False,
     sparse: Annotated[str, typer.Option(help="Fields of SparseAttentionConfig for --learn.")] = SMALL_SPARSE,
-    report: Annotated[Path | None, typer.Option(help="Write what --learn found as one HTML page to this path.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(callback=checked_output, help="Write what --learn found as one HTML page to this path.")
+    ] = None,
     json_path: JsonOption = None,
 ) -> None:
     """Make a LongLink set: sequences with planted long-range links, as datasets, with a table of the links.
@@ -212,9 +220,8 @@ def synth(
         found = study(model, config, EVALUATED * (seed + 7))
     made = {"command": command_line(), "environment": environment(), "sparse_attention": model.config.sparse_attention, **cost.figures}
     _print_links(found)
-    if report is not None:
-        write_longlink_report(report, {**made, **found})
-    emit({**made, **found}, json_path)
+    made |= found
+    emit(made, json_path, None if report is None else partial(write_longlink_report, report, made))
 
 
 def _summary(calibration: Any) -> str:

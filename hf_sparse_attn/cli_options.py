@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +17,26 @@ from rich.console import Console
 
 console = Console(stderr=True)
 
-JsonOption = Annotated[str | None, typer.Option("--json", help="Write the result as JSON to this path ('-' = standard output).")]
+
+def checked_output(context: typer.Context, option: typer.CallbackParam, value: Any) -> Any:
+    """The path of an option, when it is sure that it can be written: what comes there is the result of hours."""
+    if value is None or str(value) == "-" or context.resilient_parsing:
+        return value
+    from .outputs import check_output, destination, is_stream
+
+    check_output(value)
+    place, names = destination(value), context.meta.setdefault(__name__, {})
+    if not is_stream(place):
+        if place in names:
+            raise ValueError(f"{names[place]} and {option.opts[-1]} both name {value}: one would replace the other")
+        names[place] = option.opts[-1]
+    return value
+
+
+JsonOption = Annotated[
+    str | None, typer.Option("--json", callback=checked_output, help="Write the result as JSON to this path ('-' = standard output).")
+]
+ReportOption = Annotated[Path | None, typer.Option(callback=checked_output, help="Write the result as one HTML page to this path.")]
 DtypeOption = Annotated[
     str,
     typer.Option("--dtype", help="auto (bfloat16 where the processor or GPU multiplies it, else float32), bfloat16, float32 or float16."),
@@ -24,16 +47,60 @@ SavedDtypeOption = Annotated[
 TextOption = Annotated[str, typer.Option("--text", help="Comma-separated sources: files, globs, pypi:…, deb:… or hub:….")]
 
 
-def emit(result: dict[str, Any], target: str | None) -> None:
-    """Write ``result`` as JSON where ``--json`` says."""
-    if target is None:
-        return
-    if target == "-":
-        sys.stdout.write(json.dumps(result, indent=2) + "\n")
-    else:
-        from .files import write_json
+def emit(result: Mapping[str, Any], target: str | None, write_report: Callable[[], None] | None = None) -> None:
+    """Write ``result`` as JSON where ``--json`` says, then the report, if there is one.
 
-        write_json(target, result)
+    Raises:
+        ValueError: the result holds NaN or infinity, which JSON has not: all is written, with null there.
+        OutputError: ``target`` cannot be written; the message says where the result is instead.
+    """
+    problem = None if target is None else _write(result, target)
+    if write_report is not None:
+        write_report()
+    if problem is not None:
+        raise problem
+
+
+def _write(result: Mapping[str, Any], target: str) -> Exception | None:
+    from .files import finite_results, not_finite, write_json
+    from .outputs import OutputError
+
+    try:
+        bad = not_finite(result)
+        if target == "-":
+            sys.stdout.write(json.dumps(finite_results(result), indent=2) + "\n")
+        else:
+            write_json(target, finite_results(result))
+    except OSError as error:
+        handle, name = tempfile.mkstemp(prefix="hf-sparse-attn-", suffix=".json")
+        os.close(handle)
+        write_json(name, finite_results(result))
+        return OutputError(f"cannot write {target} ({error}); the result is in {name}")
+    named = "; ".join(bad[:5]) + " …" * (len(bad) > 5)
+    return ValueError(f"the result is not whole: {named}. It is written, with null in their place") if bad else None
+
+
+def reserving(option: str, made: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorates a verb: nobody else gets the folder of that option while it runs, and it is known from the start to be writable.
+
+    One that is missing is made, or else the verb says what it thinks of that.
+    """
+
+    def decorate(verb: Callable[..., None]) -> Callable[..., None]:
+        @wraps(verb)
+        def reserved(**options: Any) -> None:
+            from .files import check_folder_output
+            from .locks import sole_use
+
+            if not made and not Path(options[option]).is_dir():
+                return verb(**options)
+            check_folder_output(options[option])
+            with sole_use(options[option]):
+                verb(**options)
+
+        return reserved
+
+    return decorate
 
 
 def command_line() -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_bench import LengthOption, PlotOption, bench_table, emit_rows
+from .cli_bench import LengthOption, PlotOption, bench_table, beside, emit_rows
 from .cli_options import JsonOption, SavedDtypeOption, console, integers, load, saved_dtype, windows_of
 
 
@@ -66,8 +66,7 @@ def training(
 def _draw(plot: Path | None, json_path: str | None, rows: list[dict[str, Any]]) -> None:
     from .profiling.plot import plot_training
 
-    if plot is None and json_path not in (None, "-"):
-        plot = Path(str(json_path)).with_suffix(".svg")
+    plot = plot or beside(json_path)
     if plot is not None:
         plot_training(plot, rows)
 

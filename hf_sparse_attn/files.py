@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .exchange import NEW, PLAN, exchange, keep_mode, sync, sync_folder
-from .outputs import IN_PLACE, dangling, destination, is_stream, open_stream, refuse_read_only
+from .outputs import IN_PLACE, OutputError, check_folder, dangling, destination, is_stream, open_stream, refuse_read_only
 from .scratch import SUFFIX, clear_leftovers, scratch_folder
 
 
@@ -98,12 +98,17 @@ def not_finite(value: Any, key: str = "") -> list[str]:
     return []
 
 
-def with_nulls(value: Any) -> Any:
-    """The same JSON value with None in place of every NaN and infinity."""
+def finite_results(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same JSON object with null in place of NaN and infinity, and their keys under ``not_finite``; itself if it has none."""
+    bad = not_finite(value)
+    return {**_with_nulls(value), "not_finite": bad} if bad else value
+
+
+def _with_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {name: with_nulls(part) for name, part in value.items()}
+        return {name: _with_nulls(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [with_nulls(part) for part in value]
+        return [_with_nulls(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -141,6 +146,20 @@ def replaced_folder(target: str | Path, valid: str | None = None) -> Iterator[Pa
                 raise
             reason = error.strerror or str(error)
             raise OSError(error.errno, f"{target} stays as it was ({reason}); the new files are complete in {kept}") from error
+
+
+def check_folder_output(target: str | Path) -> None:
+    """Find out now whether `replaced_folder` can write into ``target`` later; makes it if it is missing.
+
+    Raises:
+        OutputError: it cannot, and why.
+    """
+    try:
+        with _scratch_for_folder(_folder(Path(target))) as scratch:
+            check_folder(scratch)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise OutputError(f"cannot write into {target}: {reason}; give another folder, or make room or permission for it") from error
 
 
 def _folder(target: Path) -> Path:

@@ -56,7 +56,7 @@ class SparseSavingMixin:
             save_calibration(self, temporary)
             super().save_pretrained(temporary, *args, **kwargs)  # type: ignore[misc]
         if push_to_hub:  # saved again for that: a push that fails must not cost the files
-            kwargs.setdefault("repo_id", Path(save_directory).name)
+            kwargs.setdefault("repo_id", Path(os.path.abspath(save_directory)).name)
             with replaced_folder(Path(save_directory)) as temporary:
                 save_calibration(self, temporary)
                 super().save_pretrained(temporary, *args, push_to_hub=True, **kwargs)  # type: ignore[misc]

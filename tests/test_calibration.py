@@ -21,6 +21,7 @@ import hf_sparse_attn
 from hf_sparse_attn import (
     SparseCall,
     calibration,
+    cli_options,
     remove_calibration,
     routers,
     set_sparse_attention,
@@ -39,6 +40,7 @@ from hf_sparse_attn.evaluation.allocations import AtThreshold
 from hf_sparse_attn.evaluation.calibrating import calibrate, failures, uniform_budget, uniform_keys, uniform_share
 from hf_sparse_attn.evaluation.needs import KeptObserver, PlantedObserver, length_buckets, needed_share, tile_figures, visible_keys
 from hf_sparse_attn.head_budgets import HeadBudgets
+from hf_sparse_attn.outputs import OutputError
 from hf_sparse_attn.plan import make_plan
 from hf_sparse_attn.selecting import select_blocks
 
@@ -537,6 +539,11 @@ def test_the_verb_stores_the_calibration_and_writes_a_report(make_model, word_to
     shared = CliRunner().invoke(app, [*arguments[:at], "--keys", "448", *arguments[at + 2 :]], catch_exceptions=False)
     assert shared.exit_code == 0 and json.loads((folder / FILE).read_text())["fit"]["keys"] == 448
     assert "An average of <b>448</b> keys" in (tmp_path / "c.html").read_text() and "within" not in shared.stderr
+    (folder / FILE).unlink()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OutputError, match="No space left"):
+        patch.setattr(cli_options, "_write", lambda *_: OutputError("No space left on device"))
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert (folder / FILE).read_bytes() == before  # stored before it is reported
     shutil.rmtree(folder)
     with pytest.raises(ValueError, match="no folder of a saved model"):
         CliRunner().invoke(app, arguments, catch_exceptions=False)

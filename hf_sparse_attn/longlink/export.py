@@ -28,7 +28,7 @@ def links_of(planted: Planted) -> Dataset:
 
 def save(planted: Planted, folder: str | Path) -> None:
     """Write ``sequences``, ``links`` and the settings into ``folder``, whose files appear once all of them are complete."""
-    with replaced_folder(folder) as temporary:
+    with replaced_folder(folder, SETTINGS) as temporary:
         sequences_of(planted).save_to_disk(temporary / "sequences")
         links_of(planted).save_to_disk(temporary / "links")
         write_json(temporary / SETTINGS, {"seed": planted.seed, "config": asdict(planted.config)})

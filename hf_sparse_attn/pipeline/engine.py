@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +23,9 @@ from rich.console import Console
 
 from ..data.sources import free_bytes
 from ..environment import Cost, environment
-from ..files import write_json
+from ..files import check_folder_output, finite_results, not_finite, write_json
+from ..locks import sole_use
+from ..outputs import check_output
 from ..precision import resolve
 from ..progress import step as working
 from .recipe import Recipe, RecipeError
@@ -57,7 +61,16 @@ class Run:
         raise NotImplementedError
 
     def main(self) -> dict[str, Any]:
-        """Run what is not done yet; returns the results, which are also in ``results.json``."""
+        """Run what is not done yet; returns the results, which are also in ``results.json``.
+
+        There, NaN and infinity are null, and named under ``not_finite``.
+        """
+        if self.processes.is_main_process:
+            self._check_room()
+        with sole_use(self.folder, "give another --out") if self.processes.is_main_process else nullcontext():
+            return self._main()
+
+    def _main(self) -> dict[str, Any]:
         main = self.processes.is_main_process
         if main:
             self._claim_folder()
@@ -72,11 +85,17 @@ class Run:
         results = {"recipe": self.recipe.raw, "smoke": self.recipe.smoke_run, "environment": environment(), "seed": self.recipe.seed}
         results |= {step.name: self._load(step.name) for step in steps}
         if main:
-            self.finish(results)
-            write_json(self.folder / "results.json", results)
+            try:
+                self.finish(results)
+            finally:
+                write_json(self.folder / "results.json", finite_results(results))
             minutes = (time.monotonic() - started) / 60
             self.console.print(f"[bold]done in {minutes:.1f} min[/]: {self.folder}/results.json and what lies beside it")
         return results
+
+    def _check_room(self) -> None:
+        if free_bytes(self.folder) < LEAST_FREE_BYTES:
+            raise RecipeError(f"less than {LEAST_FREE_BYTES >> 30} GB are free for {self.folder}: free some space or give another --out")
 
     def _claim_folder(self) -> None:
         known = self.state / "recipe.json"
@@ -84,8 +103,10 @@ class Run:
             raise RecipeError(
                 f"{self.folder} holds a run of another recipe (or the recipe was changed): remove the folder or give another --out"
             )
-        if free_bytes(self.folder) < LEAST_FREE_BYTES:
-            raise RecipeError(f"less than {LEAST_FREE_BYTES >> 30} GB are free for {self.folder}: free some space or give another --out")
+        for name in ("results.json", "report.html"):
+            check_output(self.folder / name)
+        if os.path.lexists(self.folder / "model"):
+            check_folder_output(self.folder / "model")
         write_json(known, self.recipe.raw)
 
     def _step(self, step: Step) -> None:
@@ -101,7 +122,9 @@ class Run:
             with Cost() as cost, working(step.name, main):
                 result = step.run()
             if main:
-                write_json(done, {**cost.figures, **result})
+                for bad in not_finite(result):
+                    self.console.print(f"  step {step.name}: {bad}", style="bold red", markup=False, highlight=False)
+                write_json(done, {**cost.figures, **result}, finite=False)
         self.processes.wait_for_everyone()
         gc.collect()
 

@@ -217,7 +217,7 @@ class LanguageRun(TrainingRun):
                 done.append(result)
                 if fitted is not None:
                     fitted.note(result)
-                write_json(partial, [r.to_dict() for r in done])
+                write_json(partial, [r.to_dict() for r in done], finite=False)
                 self.console.print(f"  {result.line()}", markup=False)
 
             chosen = {name: known[name] for name in entry.selections}

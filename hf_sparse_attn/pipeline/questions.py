@@ -54,7 +54,7 @@ class QuestionRun(LanguageRun):
 
             def note(row: dict[str, Any]) -> None:
                 done.append(row)
-                write_json(partial, done)
+                write_json(partial, done, finite=False)
                 shown.update(task, advance=1, info=f"{row['task']}, {row['selection']}")
 
             for entry, questions in asked:

@@ -19,7 +19,7 @@ import torch
 from hf_sparse_attn_kernels import BlockSelection, TileGrid, block_sparse_attention
 
 from ..environment import environment
-from ..files import write_json
+from ..files import finite_results, write_json
 from .attention import bench_attention, bench_backward, bench_decode, bench_router, fastest
 from .layer import Layer, LayerShape
 from .meters import alternate, ratio, spread
@@ -162,8 +162,8 @@ def run_suite(path: Path, seconds: float = 520, entries: Iterator[Entry] | None 
         else:
             result["rows"].append({"suite": name, **row})
             print(_line(name, shape, row), file=sys.stderr, flush=True)
-        write_json(path, result)
-    write_json(path, result)
+        write_json(path, finite_results(result))
+    write_json(path, finite_results(result))
     return result
 
 

@@ -127,7 +127,7 @@ def _train_or_load(model: Any, rows: Any, config: AdaptationConfig, steps: int, 
         return json.loads(finished.read_text())  # type: ignore[no-any-return]
     log = _train(model, rows, config, steps, folder, saved=True, progress=progress)
     if rank_and_size()[0] == 0:
-        write_json(finished, log)
+        write_json(finished, log, finite=False)
     return log
 
 
