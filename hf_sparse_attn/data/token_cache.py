@@ -5,20 +5,26 @@ Import this module inside functions only: it needs ``datasets``, which is heavy.
 
 from __future__ import annotations
 
+import atexit
 import errno
+import hashlib
 import json
 import logging
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pyarrow
 from datasets import Dataset, DatasetInfo
 from filelock import FileLock
-from hf_sparse_attn_kernels.caching import cache_folder
+from hf_sparse_attn_kernels.caching import VARIABLE, cache_folder, say_once
 
-from ..files import write_atomically, write_json
+from ..files import read_json, write_atomically, write_json
+from ..outputs import check_folder, close_to_others, is_own
 from ..progress import bar
 from .formats import SourceFile, changed, identity
 from .packing import PackingOptions, PackingReport, Row
@@ -32,26 +38,27 @@ logger = logging.getLogger(__name__)
 
 BATCH = 1 << 20  # tokens that are written at a time
 ROWS, REPORT = "rows.arrow", "report.json"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def cached_rows(files: Sequence[SourceFile], encoder: Encoder, options: PackingOptions, progress: bool = True) -> Dataset:
     """All rows, from ``cache_folder()/tokens/<fingerprint>``; made first unless they are there.
 
     12 bytes of disk a token. A process that makes them keeps others, such as the other ranks of a node, waiting; an interrupted one
-    leaves nothing that would be taken for rows.
+    leaves nothing that would be taken for rows. Rows that are not this user's, that others can change, or that are not what was
+    written are made again; where nothing can be kept they are made for this process alone, which is said once.
 
     Raises:
         SourceError: a file cannot be read or changes meanwhile, there is not one row, or the disk is full.
     """
     before = [identity(file) for file in files]
-    folder = cache_folder() / "tokens" / fingerprint(files, encoder, options)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _place(fingerprint(files, encoder, options))
     with FileLock(folder / "lock"):
-        if not (folder / ROWS).exists():
-            for left in folder.glob(f".{ROWS}.*"):  # by a process that was killed
-                left.unlink()
+        if not _is_whole(folder):
+            (folder / ROWS).unlink(missing_ok=True)
+            (folder / REPORT).unlink(missing_ok=True)
             _make(folder, RowStream(files, encoder, options), before, progress)
-    report = (folder / REPORT).read_text(encoding="utf-8")
+    report = json.dumps(read_json(folder / REPORT)["report"])
     info = DatasetInfo(description=report, features=row_features(options))
     return Dataset.from_file(str(folder / ROWS), info=info).with_format("torch")
 
@@ -61,16 +68,57 @@ def cache_report(rows: Dataset) -> PackingReport:
     return PackingReport(**json.loads(rows.info.description))
 
 
+def _place(name: str) -> Path:
+    """The folder for rows of that fingerprint, which only this user can change."""
+    folder = cache_folder() / "tokens" / name
+    try:
+        for part in (folder.parent, folder):
+            part.mkdir(mode=0o755, parents=True, exist_ok=True)
+            close_to_others(part)
+        check_folder(folder)
+    except OSError as error:
+        if error.errno in FULL:
+            raise _full(folder) from error
+        say_once(f"{folder} cannot be used ({error.strerror}): rows of tokens are not kept. Set {VARIABLE} to a folder of your own")
+        return _of_this_process(name)
+    return folder
+
+
+@cache
+def _of_this_process(name: str) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix=f"hf_sparse_attn-{name[:8]}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the rows are there, this user's, and as they were written; their hash is taken only if they were touched since."""
+    try:
+        known, found = read_json(folder / REPORT)["rows"], (folder / ROWS).stat()
+        if not (is_own(folder / ROWS) and is_own(folder / REPORT)) or found.st_size != known["size"]:
+            return False
+        return bool(found.st_mtime_ns == known["mtime_ns"] or _digest(folder / ROWS) == known["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _full(folder: Path) -> SourceError:
+    return SourceError(f"the disk of {folder} is full: rows need 12 bytes a token; free some, set {VARIABLE} to another disk, or stream")
+
+
 def _make(folder: Path, stream: RowStream, before: Sequence[object], progress: bool) -> None:
     logger.info("tokenising %d files into %s", len(stream.files), folder)
     try:
         write_atomically(folder / ROWS, lambda temporary: _write(temporary, folder, stream, before, progress))
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in FULL:
             raise
-        raise SourceError(
-            f"the disk of {folder} is full: rows need 12 bytes a token; free some, set HF_SPARSE_ATTN_CACHE to another disk, or stream"
-        ) from error
+        raise _full(folder) from error
 
 
 def _write(path: Path, folder: Path, stream: RowStream, before: Sequence[object], progress: bool) -> None:
@@ -91,7 +139,11 @@ def _write(path: Path, folder: Path, stream: RowStream, before: Sequence[object]
             raise changed(source.path)
     if not stream.report.rows:
         raise no_row(stream.report, stream.options)
-    write_json(folder / REPORT, asdict(stream.report))
+    close_to_others(path)
+    written = path.stat()
+    seal = {"size": written.st_size, "mtime_ns": written.st_mtime_ns, "sha256": _digest(path)}
+    write_json(folder / REPORT, {"report": asdict(stream.report), "rows": seal})
+    close_to_others(folder / REPORT)
 
 
 def _record_batch(rows: list[Row], schema: pyarrow.Schema) -> pyarrow.RecordBatch:

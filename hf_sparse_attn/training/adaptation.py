@@ -11,6 +11,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 
 from ..adapters import lora_config
 from ..files import write_json
+from ..locks import sole_use
 from .chunked_loss import chunk_loss, whole_loss
 from .processes import from_main, rank_and_size
 from .run_identity import differences, model_identity, rows_hash, weights_hash
@@ -100,6 +102,7 @@ def adapt(
 
     Raises:
         ValueError: no rows, or ``folder`` holds a run of another model, other rows, other settings or another number of steps.
+        FolderInUseError: another process trains in ``folder``.
         NonFiniteLossError: a loss that is NaN or infinite.
     """
     config = config or AdaptationConfig()
@@ -111,7 +114,8 @@ def adapt(
         with tempfile.TemporaryDirectory() as output:
             log = _train(peft_model, rows, config, steps, Path(output), saved=False, progress=progress)
     else:
-        log = _train_or_load(peft_model, rows, config, steps, Path(folder), progress)
+        with sole_use(folder) if rank_and_size()[0] == 0 else nullcontext():
+            log = _train_or_load(peft_model, rows, config, steps, Path(folder), progress)
     peft_model.eval()
     if use_cache is not None:
         model.config.use_cache = use_cache  # Trainer turns it off, and it would be saved so
