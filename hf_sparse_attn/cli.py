@@ -21,6 +21,11 @@ OutOption = Annotated[Path | None, typer.Option(help="Folder of the run; default
 SmokeOption = Annotated[bool, typer.Option("--smoke", help="At reduced size, on two cores in minutes, as the recipe says.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Change a key: 'data.train=[my.log]'. Can be repeated.")]
 
+NetworkOption = Annotated[
+    bool, typer.Option("--allow-network", help="Let the recipe push or report what is trained (push_to_hub, report_to and the like).")
+]
+RECIPE = "A recipe: a YAML file, or the name of one of this package, such as demo."
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Learnable two-stage sparse attention for pretrained models.")
 bench.command()(training)
 app.add_typer(bench, name="bench")
@@ -32,39 +37,51 @@ app.command()(synth)
 
 @app.command()
 def run(
-    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")],
+    recipe: Annotated[Path, typer.Argument(help=RECIPE)],
     out: OutOption = None,
     smoke: SmokeOption = False,
     changes: SetOption = None,
+    network: NetworkOption = False,
     json_path: JsonOption = None,
 ) -> None:
     """Run a recipe: convert, distil, fine-tune, evaluate, measure, save, reload. Continues an interrupted run.
 
     Runs distributed by ``accelerate launch -m hf_sparse_attn.cli run RECIPE``.
     """
-    _run(recipe, out, smoke, changes, json_path)
+    _run(recipe, out, smoke, changes, json_path, network=network)
 
 
 @app.command()
 def ablate(
-    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML) of task ablation, e.g. recipes/ablation.yaml.")],
+    recipe: Annotated[
+        Path, typer.Argument(help="A recipe of task ablation: a YAML file, or the name of one of this package, e.g. ablation.")
+    ],
     out: OutOption = None,
     smoke: SmokeOption = False,
     changes: SetOption = None,
+    network: NetworkOption = False,
     json_path: JsonOption = None,
 ) -> None:
     """Change one factor of the sparse attention at a time and say what that does to quality, time and memory.
 
     A model and text of one's own: --set model.source=FOLDER --set 'data.train=[a.txt]' --set 'data.eval=[b.txt]'.
     """
-    _run(recipe, out, smoke, changes, json_path, task="ablation")
+    _run(recipe, out, smoke, changes, json_path, task="ablation", network=network)
 
 
-def _run(recipe: Path, out: Path | None, smoke: bool, changes: list[str] | None, json_path: str | None, task: str | None = None) -> None:
+def _run(
+    recipe: Path,
+    out: Path | None,
+    smoke: bool,
+    changes: list[str] | None,
+    json_path: str | None,
+    task: str | None = None,
+    network: bool = False,
+) -> None:
     from .pipeline.recipe import RecipeError, load_recipe
     from .pipeline.run import run_recipe
 
-    loaded = load_recipe(recipe, smoke=smoke, changes=changes or ())
+    loaded = load_recipe(recipe, smoke=smoke, changes=changes or (), network=network)
     if task not in (None, loaded.task):
         raise RecipeError(f"{recipe} is of task {loaded.task}, this verb runs those of task {task}: use hf-sparse-attn run {recipe}")
     emit(run_recipe(loaded, out or Path("runs") / (loaded.name + "-smoke" * smoke), console), json_path)

@@ -126,12 +126,12 @@ def sparse_options(text: str) -> dict[str, Any]:
 
 def yaml_fields(text: str, option: str) -> dict[str, Any]:
     """Fields of a configuration, as written inside the braces of a YAML mapping."""
-    import yaml
+    from .plain_yaml import PlainYamlError, read_yaml
 
     try:
-        loaded: dict[str, Any] = yaml.safe_load("{" + text + "}")
-    except yaml.YAMLError as error:
-        raise ValueError(f"{option} is {text!r}: must be fields like 'min_keys: 1024, max_keys: 1024'") from error
+        loaded: dict[str, Any] = read_yaml("{" + text + "}")
+    except PlainYamlError as error:
+        raise ValueError(f"{option} is {text!r}: must be fields like 'min_keys: 1024, max_keys: 1024' ({error})") from error
     return loaded
 
 

@@ -35,6 +35,7 @@ LAYERS = (
         "head_budgets",
         "model_inputs",
         "checkpointing",
+        "plain_yaml",
     ),
     ("rotary", "dispatch", "adapter_marks"),
     ("plan",),

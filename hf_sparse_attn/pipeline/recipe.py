@@ -1,29 +1,41 @@
-"""Recipes: YAML deltas against ``defaults.yaml``, checked key by key."""
+"""Recipes: YAML deltas against ``defaults.yaml``, checked key by key. A recipe is data: what it may set is a list."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from ..config import SparseAttentionConfig
 from ..data.questions import QUOTED_TASK
 from ..data.ruler import RULER
 from ..evaluation.allocations import FITTED
+from ..longlink.families import LongLinkConfig
 from ..precision import DTYPES
 from ..training.adaptation import AdaptationConfig
+from ..training.arguments import ALLOWED, FROM_SCRATCH, NETWORK
 from ..training.distiller import DistillationConfig
+from .kinds import checked_fields, fitted
+from .recipe_values import RecipeError as RecipeError
+from .recipe_values import change, check_names, defaults, find_recipe, merge, pinned, read_recipe
 
 SELECTIONS = ("oracle", "two stages", "stage 1 alone", "untrained", "mean-pool", "min-max", "window + sink", "random")
 TASKS = ("causal_lm", "questions", "classification", "forecasting", "ablation", "robustness", "longlink")
 
 
-class RecipeError(ValueError):
-    """A recipe that cannot be run; the message says which key and what is allowed."""
+STAGES = {"distill": DistillationConfig, "lora": AdaptationConfig}
+WHOLE = {f.name for f in fields(SparseAttentionConfig)} - {"density", "candidate_factor", "mass_threshold"}
+MOST_TOKENS = 2**31 - 1  # of a length that is measured
+PATCHTST: dict[str, Any] = {  # fields of PatchTSTConfig; the others follow from the data and from series
+    **dict.fromkeys(("d_model", "ffn_dim", "num_hidden_layers", "num_attention_heads", "num_parallel_samples"), int),
+    **dict.fromkeys(("attention_dropout", "positional_dropout", "path_dropout", "ff_dropout", "head_dropout"), float),
+    **dict.fromkeys(("norm_eps", "init_std"), float),
+    **dict.fromkeys(("share_embedding", "channel_attention", "bias", "pre_norm", "share_projection"), bool),
+    **dict.fromkeys(("norm_type", "activation_function", "positional_encoding_type", "scaling", "loss"), str),
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,8 @@ class Quality:
             raise RecipeError(f"quality.fit_windows is {self.fit_windows}: must be >= 1")
         if not self.budgets or self.windows < 1 or not 0 <= self.decode_tokens < self.length // 2:
             raise RecipeError("quality needs at least one budget and one window, and decode_tokens below half the length")
+        if min(self.budgets) < 1 or self.length > MOST_TOKENS:
+            raise RecipeError(f"quality has length {self.length}, budgets {list(self.budgets)}: must be whole numbers of tokens and keys")
 
     @property
     def is_fitted(self) -> bool:
@@ -64,6 +78,7 @@ class Recipe:
 
     name: str
     task: str
+    packages: dict[str, str | None]
     seed: int
     minutes: float | None
     model: dict[str, Any]
@@ -92,120 +107,117 @@ class Recipe:
         return AdaptationConfig(**{"seed": self.seed, **self.lora["settings"]})
 
 
-def load_recipe(path: str | Path, *, smoke: bool = False, changes: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and the ``defaults.yaml`` beside it.
+def load_recipe(path: str | Path, *, smoke: bool = False, changes: Sequence[str] = (), network: bool = False) -> Recipe:
+    """Read a recipe of that path, or of that name among those of this package; what it leaves out is as in ``defaults.yaml``.
 
     ``smoke`` lays the recipe's ``smoke`` section over it, ``changes`` are further ``key.path=value`` settings (values as in YAML).
+    ``network`` lets it name training arguments that send something to other machines.
 
     Raises:
-        RecipeError: no such file, not YAML, an unknown key, a value of the wrong kind, or a missing model or text.
+        RecipeError: no such file, not YAML, a key that is unknown or not allowed, a value of the wrong kind, or a missing model,
+            text, or hash of a package.
     """
-    path = Path(path)
-    defaults = _read(path.with_name("defaults.yaml"))
-    values = _merge(defaults, _read(path), defaults)
-    reduced = values.pop("smoke")
-    for delta in (*((reduced,) if smoke else ()), *map(_change, changes)):
-        values = _merge(values, delta, {name: value for name, value in defaults.items() if name != "smoke"})
-    if values["task"] != "longlink":  # which makes its model and data itself
-        _check_sources(path, values)
-    for key, value, known in (("model.dtype", values["model"]["dtype"], DTYPES), ("task", values["task"], TASKS)):
-        if value not in known:
-            raise RecipeError(f"{path}: {key} is {value!r}; supported: {', '.join(known)}")
+    file = find_recipe(path)
     try:
-        return _checked_recipe(values, smoke)
-    except (TypeError, ValueError) as error:
+        known = defaults()
+        values = merge(deepcopy(known), read_recipe(file), known)
+        reduced = values.pop("smoke")
+        for delta in (*((reduced,) if smoke else ()), *map(change, changes)):
+            values = merge(values, delta, {name: value for name, value in known.items() if name != "smoke"})
+        for key, value, allowed in (("model.dtype", values["model"]["dtype"], DTYPES), ("task", values["task"], TASKS)):
+            if value not in allowed:
+                raise RecipeError(f"{key} is {value!r}; supported: {', '.join(allowed)}")
+        if values["task"] != "longlink":  # which makes its model and data itself
+            _check_sources(values)
+        return _checked_recipe(values, smoke, network)
+    except (TypeError, ValueError, OverflowError) as error:
         raise RecipeError(f"{path}: {error}") from error
 
 
-def _check_sources(path: Path, values: dict[str, Any]) -> None:
+def _check_sources(values: dict[str, Any]) -> None:
     """Raise RecipeError unless the recipe names a model and the texts that its task reads."""
     if not values["model"]["source"]:
-        raise RecipeError(f"{path}: model.source is missing")
+        raise RecipeError("model.source is missing")
     domains, data = values["robustness"]["domains"], values["data"]
     if values["task"] == "robustness":
         if not domains or not all(isinstance(texts, list) and texts and re.fullmatch(r"[\w-]+", name) for name, texts in domains.items()):
-            raise RecipeError(
-                f"{path}: robustness.domains is {domains!r}: must map names (of letters, digits, _ and -) to lists of sources"
-            )
+            raise RecipeError(f"robustness.domains is {domains!r}: must map names (of letters, digits, _ and -) to lists of sources")
         return
     if not data["train"]:
-        raise RecipeError(f"{path}: data.train names no text; give one with --set 'data.train=[FILE]'")
+        raise RecipeError("data.train names no text; give one with --set 'data.train=[FILE]'")
     split = data["split"]
     if bool(data["eval"]) == (split is not None) or (split is not None and not 0 < split < 1):
-        raise RecipeError(f"{path}: data.eval names no text: name some, or set data.split to a share of each training text, but not both")
+        raise RecipeError("data.eval names no text: name some, or set data.split to a share of each training text, but not both")
 
 
-def _checked_recipe(values: dict[str, Any], smoke: bool) -> Recipe:
-    names = {f.name for f in fields(Quality)}
-    quality = tuple(Quality(**_checked(entry, names, f"quality[{i}]")) for i, entry in enumerate(values["quality"]))
-    _checked(values["distill"]["settings"], {f.name for f in fields(DistillationConfig)}, "distill.settings")
-    _checked(values["lora"]["settings"], {f.name for f in fields(AdaptationConfig)}, "lora.settings")
+def _checked_recipe(values: dict[str, Any], smoke: bool, network: bool) -> Recipe:
+    quality = [_fields(entry, Quality, f"quality[{i}]") for i, entry in enumerate(values["quality"])]
+    settings = {stage: _fields(values[stage]["settings"], cls, f"{stage}.settings") for stage, cls in STAGES.items()}
+    _check_training_arguments(settings["lora"].get("training_arguments", {}), {}, "lora.settings.training_arguments", network)
+    _check_training_arguments(values["series"]["pretrain"], FROM_SCRATCH, "series.pretrain", network)
+    _allowed(values["series"]["model"], PATCHTST, "series.model")
     unknown = sorted(set(values["data"]["questions"]) - {QUOTED_TASK, *RULER})
     if unknown or not values["data"]["questions"]:
         named = ", ".join(map(repr, unknown)) or "none"
         raise RecipeError(f"data.questions names {named}: must be of {', '.join((QUOTED_TASK, *RULER))}")
+    values = {
+        **values,
+        "quality": quality,
+        **{stage: {**values[stage], "settings": own} for stage, own in settings.items()},
+        "longlink": _fields(values["longlink"], LongLinkConfig, "longlink"),
+        "sparse_attention": _sparse_attention(values["sparse_attention"]),
+    }
+    made = {"quality": tuple(Quality(**entry) for entry in quality), **_pinned_sources(values)}
     sparse = SparseAttentionConfig.from_dict(values["sparse_attention"])
-    recipe = Recipe(**{**values, "quality": quality, "sparse_attention": sparse}, smoke_run=smoke, raw=values)
-    _ = recipe.distillation, recipe.adaptation
+    recipe = Recipe(**{**values, **made, "sparse_attention": sparse}, smoke_run=smoke, raw=values)
+    _ = recipe.distillation, recipe.adaptation, LongLinkConfig(**recipe.longlink)
     if recipe.minutes is not None and not (isinstance(recipe.minutes, int | float) and recipe.minutes > 0):
         raise RecipeError(f"minutes is {recipe.minutes!r}: must be a number > 0, or null for all of the recipe")
     if recipe.minutes is not None and recipe.task != "causal_lm":
         raise RecipeError(f"minutes is {recipe.minutes}: only runs of task causal_lm are sized by time, this is of task {recipe.task}")
-    if recipe.task == "questions" and any(entry.is_fitted for entry in quality):
+    if recipe.task == "questions" and any(entry.is_fitted for entry in recipe.quality):
         raise RecipeError(f"quality.selections of the task 'questions' must be of {', '.join(SELECTIONS)}")
     return recipe
 
 
-def _change(text: str) -> dict[str, Any]:
-    """``a.b=value`` as the delta ``{"a": {"b": value}}``."""
-    keys, found, value = text.partition("=")
-    if not found or not keys:
-        raise RecipeError(f"--set {text!r}: must be key.path=value, e.g. 'lora.steps=4' or 'data.train=[my.log]'")
-    try:
-        delta = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {text!r}: the value is not YAML: {error}") from error
-    for key in reversed(keys.split(".")):
-        delta = {key: delta}
-    return delta  # type: ignore[no-any-return]
+def _fields(values: Any, cls: type, where: str) -> dict[str, Any]:
+    """Fields of a dataclass, known ones with values of their kind. Raises ValueError."""
+    return checked_fields(check_names(values, {f.name for f in fields(cls)}, where), cls, where)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RecipeError(f"{path}: no such file (a recipe needs defaults.yaml beside it)") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not YAML in UTF-8: {error}") from error
-    if not isinstance(loaded, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys, got {type(loaded).__name__}")
-    return loaded
+def _allowed(values: dict[str, Any], hints: dict[str, Any], where: str) -> None:
+    """Raise ValueError for a key that is not among ``hints``, or a value of another kind."""
+    for name in sorted(values):
+        if name not in hints:
+            raise RecipeError(f"{where}.{name} is not allowed in a recipe; allowed: {', '.join(sorted(hints))}")
+        values[name] = fitted(values[name], hints[name], f"{where}.{name}")
 
 
-def _merge(values: dict[str, Any], delta: dict[str, Any], schema: dict[str, Any], where: str = "") -> dict[str, Any]:
-    """``values`` with ``delta`` over it; ``schema``, the defaults, knows keys and kinds: mappings that are empty there take any key."""
-    if schema:
-        _checked(delta, set(schema), where or "the recipe")
-    out = dict(values)
-    for key, value in delta.items():
-        old, name = schema.get(key), f"{where}.{key}" if where else key
-        if isinstance(old, dict) or (not schema and isinstance(value, dict)):
-            if not isinstance(value, dict):
-                raise RecipeError(f"{name} is {value!r}: must be a mapping")
-            inner = out.get(key)
-            out[key] = _merge(inner if isinstance(inner, dict) else {}, value, old or {}, name)
-            continue
-        wrong = isinstance(old, list) != isinstance(value, list) or (type(old) is int and type(value) is not int)
-        if wrong and old is not None:
-            raise RecipeError(f"{name} is {value!r}: must be {'a list' if isinstance(old, list) else f'a {type(old).__name__}'}")
-        out[key] = value
-    return out
+def _check_training_arguments(values: dict[str, Any], more: dict[str, Any], where: str, network: bool) -> None:
+    reaching = sorted(set(values) & set(NETWORK))
+    if reaching and not network:
+        raise RecipeError(
+            f"{where}.{reaching[0]} sends what is trained, or what is known of it, to other machines: a recipe may not by itself. If that "
+            "is what you want, give --allow-network"
+        )
+    _allowed(values, {**ALLOWED, **more, **(NETWORK if network else {})}, where)
 
 
-def _checked(values: Any, known: set[str], where: str) -> dict[str, Any]:
-    if not isinstance(values, dict):
-        raise RecipeError(f"{where} is {values!r}: must be a mapping")
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise RecipeError(f"{where} has no key {', '.join(map(repr, unknown))}; keys: {', '.join(sorted(known))}")
-    return values
+def _sparse_attention(values: dict[str, Any]) -> dict[str, Any]:
+    """Fields of the settings, whole numbers written as 1e3 among them as such; the rest is checked where they are made."""
+    if "bookkeeping" in values:
+        raise RecipeError("sparse_attention.bookkeeping is written by this package: a recipe may not set it")
+    return {name: int(v) if type(v) is float and name in WHOLE and v.is_integer() else v for name, v in values.items()}
+
+
+def _pinned_sources(values: dict[str, Any]) -> dict[str, Any]:
+    """The sections that name sources, with the hash of every package."""
+    packages, model = values["packages"], values["model"]
+    data = {key: pinned(values["data"][key], packages, f"data.{key}") for key in ("train", "eval", "fit")}
+    domains = {name: pinned(texts, packages, f"robustness.domains.{name}") for name, texts in values["robustness"]["domains"].items()}
+    source = None if model["source"] is None else pinned([model["source"]], packages, "model.source")[0]
+    return {
+        "model": {**model, "source": source},
+        "data": {**values["data"], **data},
+        "robustness": {**values["robustness"], "domains": domains},
+    }

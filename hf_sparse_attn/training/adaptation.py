@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from ..adapters import lora_config
 from ..files import write_json
 from ..locks import sole_use
+from .arguments import check_arguments
 from .chunked_loss import chunk_loss, whole_loss
 from .processes import from_main, rank_and_size
 from .run_identity import differences, model_identity, rows_hash, weights_hash
@@ -50,7 +51,7 @@ class AdaptationConfig(SparseTrainingConfig):
     offload_activations: bool = False  # what checkpointing keeps waits in the CPU's memory; GPUs only
     chunked_loss: bool = True  # causal models: the logits of all tokens never exist
     save_every: int = 2  # optimiser steps between checkpoints, if a folder is given
-    training_arguments: Mapping[str, Any] = field(default_factory=dict)  # further fields of transformers.TrainingArguments
+    training_arguments: Mapping[str, Any] = field(default_factory=dict)  # further fields of TrainingArguments, see arguments.py
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,6 +62,7 @@ class AdaptationConfig(SparseTrainingConfig):
         taken = sorted(set(self.training_arguments) & OWN_ARGUMENTS)
         if taken:
             raise ValueError(f"lora.training_arguments names {', '.join(taken)}: set the recipe's own fields instead")
+        check_arguments(self.training_arguments, "lora.training_arguments")
 
 
 LOGGED = ("kl", "kept_mass", "recovered_share", "router_entropy", "density", "grad_norm", "tokens_per_second", "peak_memory_bytes")
