@@ -18,7 +18,7 @@ from transformers.utils.hub import cached_file
 
 from .adapters import refuse_adapters
 from .composite import store_settings
-from .config import SparseAttentionConfig
+from .config import MOST_KEYS, SparseAttentionConfig
 from .dispatch import KEY
 from .files import read_json, write_json
 from .head_budgets import HeadBudgets
@@ -72,6 +72,8 @@ def read_calibration(path: str | Path) -> Calibration:
         values = read_json(path)
     except ValueError as error:
         raise CalibrationError(str(error)) from error
+    except RecursionError as error:
+        raise CalibrationError(f"{path} is nested too deep for a calibration: make it anew with hf-sparse-attn calibrate") from error
     known = {f.name for f in fields(Calibration)}
     if not isinstance(values, dict) or set(values) != known | {"format", "sha256"} or values["format"] != FORMAT:
         raise CalibrationError(f"{path} is no calibration of format {FORMAT}: make it anew with hf-sparse-attn calibrate")
@@ -81,8 +83,36 @@ def read_calibration(path: str | Path) -> Calibration:
             f"{path} does not have the hash that it was written with: it was changed. Make it anew with hf-sparse-attn calibrate"
         )
     del values["format"]
-    shares = {int(layer): tuple(map(tuple, rows)) for layer, rows in values["shares"].items()}
-    return Calibration(**{**values, "ends": tuple(values["ends"]), "shares": shares})
+    try:
+        return _calibration(values)
+    except ValueError as error:
+        raise CalibrationError(f"{path} is no calibration: {error}. Make it anew with hf-sparse-attn calibrate") from error
+
+
+def _calibration(values: dict[str, Any]) -> Calibration:
+    """The calibration that the values of a file make. Raises ValueError, naming the field, for one that no calibration has."""
+    for name in ("shares", "made_with", "fit", "verified"):
+        if not isinstance(values[name], dict):
+            raise ValueError(f"{name} is {values[name]!r:.60}: must be a mapping")
+    preset, mass, ends = values["preset"], values["mass"], values["ends"]
+    if not (preset is None or isinstance(preset, str)):
+        raise ValueError(f"preset is {preset!r:.60}: must be a text or null")
+    if mass is not None and not (type(mass) in (int, float) and 0 < mass < 1):
+        raise ValueError(f"mass is {mass!r:.60}: must be a share in (0, 1) or null")
+    if not (isinstance(ends, list) and all(type(end) is int and end <= MOST_KEYS for end in ends)):
+        raise ValueError(f"ends is {ends!r:.60}: must be a list of numbers of keys")
+    shares = {}
+    for layer, rows in values["shares"].items():
+        if not layer.isdecimal() or len(layer) > 6:
+            raise ValueError(f"shares has the layer {layer!r:.60}: must be a layer's index")
+        whole = isinstance(rows, list) and all(isinstance(row, list) for row in rows)
+        if not whole or not all(type(share) in (int, float) and 0 < share <= MOST_KEYS for row in rows for share in row):
+            raise ValueError(f"shares.{layer} is {rows!r:.60}: must be rows of a share for every KV head")
+        shares[int(layer)] = tuple(map(tuple, rows))
+    made = Calibration(**{**values, "ends": tuple(ends), "shares": shares})
+    for layer in shares:
+        made.budgets(layer)  # raises
+    return made
 
 
 def made_with(model: Any) -> dict[str, Any]:
@@ -137,6 +167,13 @@ def use_calibration(model: Any, calibration: Calibration) -> None:
             f"the calibration was made with another {' and other '.join(wrong)} than this model has: calibrate it with "
             "hf-sparse-attn calibrate, or take bookkeeping.calibration out of sparse_attention in config.json"
         )
+    for router in routers(model):
+        found_heads = {len(row) for row in calibration.shares.get(router.layer, ())}
+        if found_heads != {router.groups}:
+            raise CalibrationError(
+                f"the calibration has shares of {sorted(found_heads) or 'no'} heads for layer {router.layer}, which has {router.groups} "
+                "KV heads: make it anew with hf-sparse-attn calibrate"
+            )
     for router in routers(model):
         router.budgets = calibration.budgets(router.layer)
     model.calibration = calibration

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -191,7 +192,7 @@ def doctor(json_path: JsonOption = None) -> None:
         "cache": str(cache_folder()),
     }
     for key, value in result.items():
-        console.print(f"[bold]{key}[/]: {value}", highlight=False)
+        console.print(f"[bold]{key}[/]: {escape(str(value))}", highlight=False)
     emit(result, json_path)
 
 
@@ -210,6 +211,13 @@ def guarded(command: Callable[[], Any]) -> int:
     return 0
 
 
+def printable_everywhere() -> None:
+    """Signs that the terminal does not have are printed as '?': no help and no result is lost for a dash."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def main() -> None:
     """Entry point of ``hf-sparse-attn``."""
     import warnings
@@ -220,6 +228,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    printable_everywhere()
     with step(" ".join(sys.argv[1:2])):
         code = guarded(app)
     sys.exit(code)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from .cli_options import (
@@ -247,9 +248,9 @@ def _print_quality(rows: list[dict[str, Any]]) -> None:
 
 def _print_tables(tables: list[dict[str, Any]]) -> None:
     for shown in tables:
-        table = Table(*shown["columns"], title=shown["title"])
+        table = Table(*map(escape, shown["columns"]), title=escape(shown["title"]))
         for row in shown["rows"]:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         console.print(table)
 
 

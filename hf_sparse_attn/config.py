@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, NoReturn
 
 CONFIG_VERSION = 1
+MOST_KEYS = 2**31 - 1  # of lengths and budgets, which count tokens
+MOST_FEATURES = 2**16
+MOST_FACTOR = 1e9  # what passes everything on is far below
+FILE_NAME = re.compile(r"\w[\w.-]{0,98}\.json")
 BLOCK_SIZES = (16, 32, 64, 128)
 QUERY_TILES = (1, 16, 32, 64, 128)
 BUDGET_FIELDS = ("density", "min_keys", "max_keys")  # what a mass_threshold is fitted for
@@ -30,6 +35,11 @@ class Bookkeeping:
             )
         if not isinstance(self.trained, bool):
             raise ValueError(f"sparse_attention.bookkeeping.trained is {self.trained!r}: must be true or false")
+        if self.calibration is not None and not (isinstance(self.calibration, str) and FILE_NAME.fullmatch(self.calibration)):
+            raise ValueError(
+                f"sparse_attention.bookkeeping.calibration is {self.calibration!r}: must be null or the "
+                "name of a .json file beside config.json"
+            )
 
 
 @dataclass(frozen=True)
@@ -69,23 +79,23 @@ class SparseAttentionConfig:
             self._refuse("query_tile", f"one of {QUERY_TILES}")
         if not 0 < self.density <= 1:
             self._refuse("density", "a share in (0, 1]")
-        if not (math.isfinite(self.candidate_factor) and self.candidate_factor >= 1):
-            self._refuse("candidate_factor", "a finite number >= 1")
+        if not 1 <= self.candidate_factor <= MOST_FACTOR:
+            self._refuse("candidate_factor", f"a finite number >= 1, at most {MOST_FACTOR:.0e}")
         if self.mass_threshold is not None and not 0 < self.mass_threshold < 1:
             self._refuse("mass_threshold", "None or a share in (0, 1)")
         for name, least in (("sink", 0), ("local", 0), ("dense_below", 0), ("query_samples", 1), ("min_keys", 1)):
-            if getattr(self, name) < least:
-                self._refuse(name, f"an integer >= {least}")
+            if not least <= getattr(self, name) <= MOST_KEYS:
+                self._refuse(name, f"an integer >= {least}, at most {MOST_KEYS}")
         for name in ("router_dim", "index_dim"):
             value = getattr(self, name)
-            if value is not None and (value < 2 or value % 2):
-                self._refuse(name, "None or an even integer >= 2")
-        if any(layer < 0 for layer in self.dense_layers):
+            if value is not None and (not 2 <= value <= MOST_FEATURES or value % 2):
+                self._refuse(name, f"None or an even integer >= 2, at most {MOST_FEATURES}")
+        if any(not 0 <= layer <= MOST_FEATURES for layer in self.dense_layers):
             self._refuse("dense_layers", "layer indices >= 0")
         if self.min_keys < self.forced_keys:
             self._refuse("min_keys", f">= {self.forced_keys}, the keys that sink, local and the tile itself force (in whole blocks)")
-        if self.max_keys is not None and self.max_keys < self.min_keys:
-            self._refuse("max_keys", f"None or >= min_keys ({self.min_keys})")
+        if self.max_keys is not None and not self.min_keys <= self.max_keys <= MOST_KEYS:
+            self._refuse("max_keys", f"None or >= min_keys ({self.min_keys}), at most {MOST_KEYS}")
 
     def _refuse(self, name: str, allowed: str) -> None:
         raise ValueError(f"sparse_attention.{name} is {getattr(self, name)!r}: must be {allowed}")
@@ -244,6 +254,6 @@ class StoredSettings(FrozenDict):
 
 def _check_names(values: Mapping[str, Any], cls: type, where: str) -> None:
     known = [f.name for f in fields(cls)]
-    unknown = sorted(set(values) - set(known))
+    unknown = sorted(set(values) - set(known), key=str)
     if unknown:
         raise ValueError(f"{where} has no field {', '.join(map(repr, unknown))}; fields: {', '.join(known)}")

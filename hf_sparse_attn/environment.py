@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import platform
-import resource
 import subprocess
+import sys
 import time
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +15,7 @@ import torch
 
 from .precision import computed_with
 
+GIT_SECONDS = 20
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "evaluate", "triton", "hf_sparse_attn")
 
 
@@ -52,6 +53,18 @@ def energy_joules(powercap: Path = Path("/sys/class/powercap")) -> float | None:
         return None
 
 
+def peak_process_bytes() -> int:
+    """Most memory that this process had resident so far."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        import psutil  # accelerate brings it
+
+        return int(psutil.Process().memory_info().peak_wset)
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 class Cost:
     """What a ``with`` block took: ``figures`` are seconds, the process's peak memory so far, and energy where it can be read."""
 
@@ -62,23 +75,25 @@ class Cost:
     def __exit__(self, *_: object) -> None:
         after, before = energy_joules(), self._before
         energy = None if before is None or after is None or after < before else after - before  # counters wrap around
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        self.figures = {"seconds": time.monotonic() - self._start, "peak_process_bytes": peak, "cpu_energy_joules": energy}
+        self.figures = {"seconds": time.monotonic() - self._start, "peak_process_bytes": peak_process_bytes(), "cpu_energy_joules": energy}
 
 
 def _commit() -> str | None:
     folder = Path(__file__).parent
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        return None  # not a checkout
+        head, dirty = (_git(folder, *arguments) for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain")))
+    except (OSError, subprocess.SubprocessError):
+        return None  # not a checkout, or one whose disk does not answer
     return f"{head}{'+changes' if dirty else ''}"
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=GIT_SECONDS).stdout.strip()
 
 
 def _cpu() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except FileNotFoundError:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())

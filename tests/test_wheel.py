@@ -34,6 +34,13 @@ assert model(torch.arange(18)[None]).logits.isfinite().all()
 assert "<html" in files("hf_sparse_attn").joinpath("templates", "report.html").read_text()
 assert "## Limits" in str(model_card(json.load(open(results)), "demo"))
 assert [e.value for e in distribution("hf_sparse_attn").entry_points] == ["hf_sparse_attn.cli:main"]
+import pathlib
+from hf_sparse_attn.pipeline.recipe import load_recipe
+from hf_sparse_attn.pipeline.recipe_values import recipe_names, shipped_recipes
+assert str(shipped_recipes()).startswith(target) and len(recipe_names()) > 10
+assert load_recipe("demo").name == "demo"
+pathlib.Path("own.yaml").write_text("name: own\\nmodel: {source: x}\\ndata: {train: [a.txt], split: 0.5}\\n")
+assert load_recipe("own.yaml", smoke=True).name == "own"
 from hf_sparse_attn_kernels import default_choice
 assert default_choice("cpu")[0] == "cpp", default_choice("cpu")
 print("works", distribution("hf_sparse_attn").version == hf_sparse_attn.__version__)
@@ -51,7 +58,7 @@ def wheel(tmp_path_factory):
     source, out = tmp_path_factory.mktemp("source") / "tree", tmp_path_factory.mktemp("dist")
     source.mkdir()
     leave = shutil.ignore_patterns("__pycache__", "*.pyc")
-    for name in ("hf_sparse_attn", "kernels", "model_cards"):
+    for name in ("hf_sparse_attn", "kernels", "model_cards", "recipes"):
         shutil.copytree(ROOT / name, source / name, ignore=leave)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -65,11 +72,16 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel):
     assert {n.split("/")[0] for n in names} == {"hf_sparse_attn", "hf_sparse_attn_kernels", "hf_sparse_attn-0.1.0.dist-info"}
     for folder, package in ((ROOT, "hf_sparse_attn"), (ROOT / "kernels" / "torch-ext", "hf_sparse_attn_kernels")):
         code = {str(p.relative_to(folder)) for p in (folder / package).rglob("*.py")}
+        if package == "hf_sparse_attn":
+            code |= {f"hf_sparse_attn/recipes/{p.name}" for p in (ROOT / "recipes").glob("*.py")}
         assert code == {n for n in names if n.startswith(f"{package}/") and n.endswith(".py")}
         assert f"{package}/py.typed" in names
     sources = ROOT / "kernels" / "torch-ext" / "hf_sparse_attn_kernels" / "cpp_kernels" / "source"
     assert {f"hf_sparse_attn_kernels/cpp_kernels/source/{p.name}" for p in sources.iterdir()} <= set(names)
     assert {"hf_sparse_attn/templates/report.html", "hf_sparse_attn/model_cards/template.md.jinja"} <= set(names)
+    shipped = {f"hf_sparse_attn/recipes/{p.relative_to(ROOT / 'recipes')}" for p in (ROOT / "recipes").rglob("*.yaml")}
+    assert shipped <= set(names) and "hf_sparse_attn/recipes/defaults.yaml" in shipped
+    assert not any("recipes/results" in n for n in names)
     assert any(n.endswith("licenses/LICENSE") for n in names)
 
 

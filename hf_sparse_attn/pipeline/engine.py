@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import PartialState
 from rich.console import Console
+from rich.markup import escape
 
 from ..data.sources import free_bytes
 from ..environment import Cost, environment
@@ -90,7 +91,8 @@ class Run:
             finally:
                 write_json(self.folder / "results.json", finite_results(results))
             minutes = (time.monotonic() - started) / 60
-            self.console.print(f"[bold]done in {minutes:.1f} min[/]: {self.folder}/results.json and what lies beside it")
+            shown = escape(f"{self.folder}/results.json")
+            self.console.print(f"[bold]done in {minutes:.1f} min[/]: {shown} and what lies beside it", highlight=False, soft_wrap=True)
         return results
 
     def _check_room(self) -> None:
@@ -113,11 +115,11 @@ class Run:
         done, main = self.state / f"{step.name}.json", self.processes.is_main_process
         if done.exists():
             if main:
-                self.console.print(f"[dim]{step.name}: done before[/]")
+                self.console.print(f"[dim]{escape(step.name)}: done before[/]")
             return
         self.processes.wait_for_everyone()  # all have seen that it is not done
         if main:
-            self.console.print(f"[bold cyan]{step.name}[/]")
+            self.console.print(f"[bold cyan]{escape(step.name)}[/]")
         if main or step.everywhere:
             with Cost() as cost, working(step.name, main):
                 result = step.run()

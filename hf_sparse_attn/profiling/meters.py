@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import mmap
 import statistics
 import threading
 import time
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-PAGE_BYTES = 4096
+PAGE_BYTES = mmap.PAGESIZE
 
 
 class BenchmarkError(RuntimeError):
@@ -61,7 +62,12 @@ class PeakMemory:
 
 
 def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * PAGE_BYTES
+    except FileNotFoundError:  # no Linux
+        import psutil  # accelerate brings it
+
+        return int(psutil.Process().memory_info().rss)
 
 
 def _release_freed_memory() -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..attending import SparseCall
 from ..conversion import take_routers
+from ..environment import peak_process_bytes
 from .chunked_loss import IGNORED
 from .collecting import RouterStatistics, TrainingForward, mean_statistics
 from .objective import SparseObjective, split_parameters
@@ -213,8 +212,7 @@ def peak_memory() -> int:
     """Peak memory in bytes: what torch allocated on the GPU, or the resident memory of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_process_bytes()
 
 
 def last_checkpoint(folder: str | Path, below: int | None = None) -> Path | None:
