@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -17,6 +18,7 @@ from ..versions import SUPPORTED_TRANSFORMERS
 from .rendering import render
 
 TAGS = ("hf-sparse-attn", "sparse-attention")
+SOURCE = re.compile(r"(?P<label>[\w-]+=)?(?P<rest>(?P<kind>(pypi|deb|hub|new):)?.*)", re.DOTALL)
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 PIPELINES = {
     **dict.fromkeys(("causal_lm", "questions"), "text-generation"),
@@ -48,10 +50,38 @@ def base_of(results: Mapping[str, Any]) -> Base:
     """The base model, as the recipe names it; its licence also from what the run found in its card."""
     model = results.get("recipe", {}).get("model", results.get("base", {}))
     source = model.get("hub_id") or model.get("source")
-    local = source is not None and Path(source).exists()  # a path says something of the machine only
-    hub_id = source if source and HUB_ID.fullmatch(source) and not local else None
+    hub_id = source if source and HUB_ID.fullmatch(source) and not Path(source).exists() else None
     licence = model.get("license") or results.get("convert", {}).get("license")
-    return Base(model.get("name") or (Path(source).name if local else source), hub_id, licence)
+    return Base(model.get("name") or hub_id or (source and without_folders(source)), hub_id, licence)
+
+
+def without_folders(source: str) -> str:
+    """A source of texts or of a model as others may see it: of a path, which says something of the machine only, the last part."""
+    found = SOURCE.fullmatch(source)
+    assert found is not None
+    if found["kind"]:
+        return source
+    path, mark, member = found["rest"].partition("::")
+    return f"{found['label'] or ''}{PurePosixPath(path.replace(chr(92), '/')).name}{mark}{member}"
+
+
+def one_line(value: Any) -> Any:
+    """All texts in ``value`` on one line each: a line end would start another line of the card, or end its metadata."""
+    if isinstance(value, str):
+        return " ".join(value.split())
+    if isinstance(value, Mapping):
+        return {key: one_line(part) for key, part in value.items()}
+    return [one_line(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def as_text(value: Any) -> Any:
+    """All texts in ``value`` so that Markdown shows them as they are: no HTML, no links, no further cells of a table."""
+    if isinstance(value, str):
+        escaped = html.escape(value, quote=False).replace("](", "]\\(").replace("`", "\\`")
+        return re.sub(r"(?<!\\)\|", r"\\|", escaped)
+    if isinstance(value, Mapping):
+        return {key: as_text(part) for key, part in value.items()}
+    return [as_text(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _texts(windows: list[dict[str, Any]], length: int | None = None) -> str:
@@ -101,6 +131,7 @@ def model_card(results: Mapping[str, Any], name: str) -> ModelCard:
     task = results.get("recipe", {}).get("task", "causal_lm")
     if task not in PIPELINES:
         raise ValueError(f"a run of task {task} leaves no model behind, so there is nothing to make a card of; its report is report.html")
+    results = one_line(results)
     quality = results.get("quality", results)
     needed = (*(() if "tables" in results else (("table", quality), ("windows", quality))), ("environment", results))
     missing = [key for key, where in needed if key not in where]
@@ -109,7 +140,7 @@ def model_card(results: Mapping[str, Any], name: str) -> ModelCard:
             f"these results hold no {' and no '.join(missing)}: a card is made from what the verbs run, eval and lm-eval write"
         )
     base, table, windows = base_of(results), quality.get("table", []), quality.get("windows", [])
-    name = results["recipe"]["name"] if "recipe" in results else name
+    name = results["recipe"]["name"] if "recipe" in results else one_line(name)
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=PIPELINES[task],
@@ -120,21 +151,29 @@ def model_card(results: Mapping[str, Any], name: str) -> ModelCard:
         eval_results=eval_results(table, windows) or None,
     )
     steps = {name: value for name, value in results.items() if isinstance(value, dict) and "seconds" in value}
+    sources = results.get("recipe", {}).get("data", {})
+    shown = as_text(
+        {
+            "name": name,
+            "base": vars(base),
+            "results": results,
+            "table": table,
+            "tables": results.get("tables", []),
+            "texts": _texts(windows),
+            "training": [without_folders(source) for source in sources.get("train", ())],
+            "evaluation": [without_folders(source) for source in sources.get("eval", ())],
+            "comparison": results.get("comparison"),
+            "answers": quality.get("answers"),
+        }
+    )
     text = render(
         _template(),
         metadata=data.to_yaml(),
-        name=name,
-        base=base,
-        results=results,
+        **shown,
         sparse=results["answer"]["sparse_attention"] if "answer" in results else results["sparse_attention"],
-        table=table,
-        tables=results.get("tables", []),
         loading=LOADING[task],
-        texts=_texts(windows),
         longest=max((row["length"] for row in table), default=0),
         speed=results.get("speed", {}).get("model"),
-        comparison=results.get("comparison"),
-        answers=quality.get("answers"),
         steps={name: step["seconds"] for name, step in steps.items()},
         energy=_energy(list(steps.values())),
         transformers=SUPPORTED_TRANSFORMERS,
