@@ -10,8 +10,9 @@ import gguf
 import pytest
 from huggingface_hub import ModelCard
 
+from hf_sparse_attn.data.package_cache import _seal
 from hf_sparse_attn.data.sources import model_licence
-from hf_sparse_attn.pipeline.card import PIPELINES, model_card, write_card
+from hf_sparse_attn.pipeline.card import PIPELINES, as_text, model_card, one_line, without_folders, write_card
 
 RESULTS = Path(__file__).parents[1] / "recipes" / "results"
 
@@ -180,6 +181,7 @@ def test_the_licence_of_a_gguf_file_is_in_its_header(licence, tmp_path, monkeypa
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    _seal(tmp_path / "pypi" / "pack==1.0")
     assert model_licence("pypi:pack==1.0:*.gguf") == licence
 
 
@@ -212,3 +214,25 @@ def test_time_and_energy_are_those_of_the_steps(demo):
     assert "The processors used 15 kJ in all." in str(model_card(demo, "unused"))
     demo["lora"]["cpu_energy_joules"] = None
     assert "Energy was not measured." in str(model_card(demo, "unused"))
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("/home/me/secret/a.txt", "a.txt"),
+        ("~/a.txt", "a.txt"),
+        ("C:\\Users\\me\\a.txt", "a.txt"),
+        ("kind=/data/rows.jsonl#text", "kind=rows.jsonl#text"),
+        ("/data/t.zip::a/b.csv", "t.zip::a/b.csv"),
+        ("pypi:a==1:b/*.txt", "pypi:a==1:b/*.txt"),
+        ("c=deb:a:usr/*.txt", "c=deb:a:usr/*.txt"),
+        ("hub:org/set:train:text", "hub:org/set:train:text"),
+    ],
+)
+def test_a_card_names_files_without_their_folders(source, shown):
+    assert without_folders(source) == shown
+
+
+def test_texts_of_a_card_are_shown_as_they_are():
+    dirty = {"a": ["x\n# y", "<b>|c", "[t](u) `v`"]}
+    assert as_text(one_line(dirty)) == {"a": ["x # y", "&lt;b&gt;\\|c", "[t]\\(u) \\`v\\`"]}

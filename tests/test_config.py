@@ -152,3 +152,26 @@ def test_a_config_cannot_be_changed_in_place():
     with pytest.raises(AttributeError):
         config.density = 0.5
     assert config.changed(density=0.5).density == 0.5 and config.density == 0.125
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[(name, 10**400) for name in ("candidate_factor", "min_keys", "max_keys", "sink", "local", "dense_below", "query_samples")],
+        *[("candidate_factor", 1e308), ("router_dim", 2**40), ("index_dim", 2**40), ("dense_layers", [10**400])],
+    ],
+)
+def test_numbers_that_no_model_has_are_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=rf"sparse_attention\.{field} is "):
+        SparseAttentionConfig.from_dict({field: value})
+
+
+@pytest.mark.parametrize("name", ["../x.json", "/x.json", "a/b.json", "a\\b.json", "x.txt", "", "a\0.json", 5, ["a"], {}])
+def test_a_calibration_is_a_file_beside_the_config(name):
+    with pytest.raises(ValueError, match=r"bookkeeping\.calibration is "):
+        SparseAttentionConfig.from_dict({"bookkeeping": {"calibration": name}})
+
+
+def test_field_names_of_mixed_kinds_are_refused():
+    with pytest.raises(ValueError, match="no field 1, 'a'"):
+        SparseAttentionConfig.from_dict({"a": 1, 1: 2})
