@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from hf_sparse_attn.pipeline.recipe import Quality, RecipeError, load_recipe
+from hf_sparse_attn.pipeline.recipe_values import HINTS, defaults
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 LEAST = {"model": {"source": "some/model"}, "data": {"train": ["a.txt"], "eval": ["b.txt"]}}
@@ -405,3 +406,14 @@ def test_published_recipes_name_the_hash_of_every_package(path, smoke):
     sources = [*data["train"], *data["eval"], *data["fit"], recipe.model["source"] or "", *chain(*recipe.robustness["domains"].values())]
     fetched = [source for source in sources if "pypi:" in source or "deb:" in source]
     assert all("@sha256=" in source for source in fetched) and (fetched or path.stem.startswith(("longlink", "scale")))
+
+
+def test_every_default_that_is_null_says_what_else_it_may_be():
+    def walk(values, where=""):
+        for key, value in values.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{where}{key}.")
+            elif value is None:
+                yield f"{where}{key}"
+
+    assert set(walk(defaults())) <= set(HINTS)

@@ -16,7 +16,7 @@ from .kinds import fitted, shown
 TEXT, TEXTS = str | None, list[str]
 HINTS: dict[str, Any] = {  # of keys whose default does not tell
     **dict.fromkeys(("model.source", "model.name", "model.hub_id", "model.license", "prompt", "data.label", "series.time"), TEXT),
-    **dict.fromkeys(("series.machine",), TEXT),
+    **dict.fromkeys(("series.machine", "series.time_format"), TEXT),
     **dict.fromkeys(("data.train", "data.eval", "data.fit", "data.questions", "series.channels", "ablate.factors"), TEXTS),
     **{
         "minutes": float | None,
