@@ -84,6 +84,7 @@ class Run:
             if step.then is not None:
                 step.then(self._load(step.name))
         results = {"recipe": self.recipe.raw, "smoke": self.recipe.smoke_run, "environment": environment(), "seed": self.recipe.seed}
+        results["dtype"] = str(self.dtype).removeprefix("torch.")
         results |= {step.name: self._load(step.name) for step in steps}
         if main:
             try:
