@@ -52,7 +52,7 @@ class Work:
 
     def logits(self, tokens: int) -> float:
         text = self.config.get_text_config()
-        return 2 * tokens * text.vocab_size * text.hidden_size / self.device.products[self.dtype]
+        return float(2 * tokens * text.vocab_size * text.hidden_size / self.device.products[self.dtype])
 
     @property
     def _layers(self) -> int:
@@ -61,7 +61,7 @@ class Work:
     def _products(self, length: int) -> float:
         text = self.config.get_text_config()
         embedded = text.vocab_size * text.hidden_size * (1 if getattr(text, "tie_word_embeddings", False) else 2)
-        return 2 * max(0, self.parameters - embedded) * length / self.device.products[self.dtype]
+        return float(2 * max(0, self.parameters - embedded) * length / self.device.products[self.dtype])
 
     def _work(self, length: int, sparse: SparseAttentionConfig) -> LayerWork:
         return layer_work(sparse, AttentionShape(1, *heads_of(self.config)), length, TAUGHT_SHARE, self.dtype.itemsize)
@@ -94,7 +94,7 @@ def _joint(recipe: Recipe, work: Work) -> float:
     if not settings["steps"]:
         return 0.0
     micro_batches = (2 if recipe.compare["dense_lora"] else 1) * settings["steps"] * recipe.adaptation.accumulation
-    return micro_batches * work.joint_seconds + 2 * work.routed(settings["context"], work.sparse.min_keys)  # read before and after
+    return float(micro_batches * work.joint_seconds + 2 * work.routed(settings["context"], work.sparse.min_keys))  # read before and after
 
 
 def _read(entry: Quality, work: Work) -> float:
