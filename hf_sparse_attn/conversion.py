@@ -86,6 +86,7 @@ def take_routers(model: PreTrainedModel, source: nn.Module) -> PreTrainedModel:
         sparsify(model, routers(source)[0].config)
     for router, theirs in zip(routers(model), routers(source), strict=True):
         router.load_state_dict(theirs.state_dict())
+        router.requires_grad_(False)
         router.config, router.budgets, router.fresh = theirs.config, theirs.budgets, theirs.fresh
     store_settings(model.config, routers(source)[0].config)
     return model

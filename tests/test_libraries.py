@@ -230,10 +230,13 @@ def test_trl_trains_sparse_models_against_sparse_references(
     from hf_sparse_attn import SparseTrainerMixin
 
     options = {"use_cpu": True, "report_to": [], "max_steps": 1, "bf16": False, "save_strategy": "no", "per_device_train_batch_size": 1}
+    told = {"processing_class": copy.deepcopy(word_tokenizer)}
+    told["processing_class"].eos_token = "<bos>"  # TRL ends its texts with it
     texts = [" ".join(f"w{3 + (7 * i + 11 * row) % 90}" for i in range(150)) for row in range(3)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        sft = SFTTrainer(str(sparse_folder), SFTConfig(str(tmp_path / "sft"), **options), train_dataset=Dataset.from_dict({"text": texts}))
+        rows = Dataset.from_dict({"text": texts})
+        sft = SFTTrainer(str(sparse_folder), SFTConfig(str(tmp_path / "sft"), **options), train_dataset=rows, **told)
         assert len(routers(sft.model)) == 2
         sft.train()
         policy = loaded
@@ -244,7 +247,7 @@ def test_trl_trains_sparse_models_against_sparse_references(
                 router.wq.data += 0.1
         pairs = Dataset.from_dict({"prompt": texts, "chosen": ["w5 w6 w7"] * 3, "rejected": ["w9 w8"] * 3})
         trainer = type("Mine", (SparseTrainerMixin, DPOTrainer), {})(
-            policy, args=DPOConfig(str(tmp_path / "dpo"), logging_steps=1, **options), train_dataset=pairs, processing_class=word_tokenizer
+            policy, args=DPOConfig(str(tmp_path / "dpo"), logging_steps=1, **options), train_dataset=pairs, **told
         )
         for ours, theirs in zip(routers(trainer.model), routers(trainer.ref_model), strict=True):
             assert torch.equal(ours.wq, theirs.wq) and not theirs.wq.requires_grad and ours.wq.requires_grad
