@@ -338,7 +338,9 @@ def test_a_header_that_says_it_has_gigabytes_is_not_read(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a-1.0.tar.gz", "a-1.0-py3-none-any.whl"])
-@pytest.mark.parametrize("content", [b"", b"nothing", b"PK\x03\x04" + b"x" * 99, gzip.compress(b"x" * 9)])
+@pytest.mark.parametrize(
+    "content", [b"", b"nothing", b"PK\x03\x04" + b"x" * 99, gzip.compress(b"x" * 9)], ids=["empty", "text", "zip", "gzip"]
+)
 def test_what_is_no_archive_is_said(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ArchiveError, match=f"{name} cannot be unpacked"):
