@@ -51,7 +51,7 @@ class Models:
         torch.manual_seed(0)
         self.stock = transformers.LlamaForCausalLM(transformers.LlamaConfig(**MODEL)).eval()
         self.kept, self.cut = (self._sparse(settings) for settings in (EVERY_BLOCK, BUDGET))
-        self.ids = torch.randint(3, 97, (2, LENGTH))
+        self.ids = torch.randint(3, 97, (2, LENGTH), dtype=torch.int64, device="cpu")
 
     def _sparse(self, settings: dict[str, Any]) -> Any:
         config = transformers.AutoConfig.for_model("llama", **MODEL, sparse_attention=settings)
@@ -141,7 +141,7 @@ def _padded(models: Models) -> str:
 def _packed(models: Models) -> str:
     """Packed documents have the logits that they have alone."""
     cuts = (0, 60, LENGTH)
-    position_ids = torch.cat([torch.arange(60), torch.arange(LENGTH - 60)])[None]
+    position_ids = torch.cat([torch.arange(length, dtype=torch.int64, device="cpu") for length in (60, LENGTH - 60)])[None]
     got = models.cut(input_ids=models.ids[:1], position_ids=position_ids, use_cache=False).logits[0]
     return next((found for a, b in itertools.pairwise(cuts) if (found := _apart(got[a:b], _alone(models, models.ids[:1, a:b])))), "")
 

@@ -53,12 +53,13 @@ def using_heads(model: PreTrainedModel, planted: Planted) -> dict[Head, float]:
     def observe(router: SparseRouter, inputs: RoutingInputs) -> None:
         size = router.config.block_size
         for row, links in enumerate(rows.rows(inputs)):
-            effects = torch.tensor([link.effect for link in links], device=inputs.q.device, dtype=torch.float32)
+            effects = sorted({link.effect for link in links})
+            tiles = torch.tensor(effects, device=inputs.q.device, dtype=torch.int64)
             one = (inputs.q[row : row + 1], inputs.k[row : row + 1])
-            mass = block_mass(*one, inputs.grid(1, size), effects, inputs.scale)[0]  # [G, links, blocks]
-            for at, link in enumerate(links):
+            mass = block_mass(*one, inputs.grid(1, size), tiles, inputs.scale)[0]  # [G, effects, blocks]
+            for link in links:
                 blocks = sorted({cause // size for cause in link.causes})
-                for head, value in enumerate(mass[:, at, blocks].sum(-1).tolist()):
+                for head, value in enumerate(mass[:, effects.index(link.effect), blocks].sum(-1).tolist()):
                     found[router.layer, head].append(value)
 
     _passes(model, planted, rows, observe)

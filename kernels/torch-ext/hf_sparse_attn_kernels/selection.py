@@ -144,7 +144,7 @@ class BlockSelection:
             return
         for _, _, part in self.by_document(batch):
             part.check_blocks()
-        taken = torch.zeros(batch, self.grid.kv_len, dtype=torch.bool)
+        taken = torch.zeros(batch, self.grid.kv_len, dtype=torch.bool, device="cpu")
         for row, first, end in self.documents.tolist():
             if bool(taken[row, first:end].any()):
                 raise ValueError(f"BlockSelection.documents holds {[row, first, end]}: must share no slot with another document")
