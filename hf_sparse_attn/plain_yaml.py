@@ -45,7 +45,7 @@ def read_yaml(text: str) -> Any:
         _check_events(text)
         node = yaml.compose(text, Loader=LOADER)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise error if isinstance(error, PlainYamlError) else PlainYamlError(f"it is not YAML: {error}") from error
+        raise error if isinstance(error, PlainYamlError) else PlainYamlError(f"it is not YAML: {' '.join(str(error).split())}") from error
     if node is None:
         return None
     _count(node, {})

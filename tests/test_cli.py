@@ -201,7 +201,7 @@ def test_bench_measures_a_model(distilled, text, invoke):
         (["bench", "--suite", "tpu"], "--suite is 'tpu'; supported: gpu"),
         (["eval", "m", "--text", "t", "--budgets", "a"], "--budgets is 'a'"),
         (["eval", "m", "--text", "t", "--selections", "magic"], "names 'magic'; known: oracle"),
-        (["run", "nothing/mine.yaml"], "nothing/defaults.yaml: no such file"),
+        (["run", "nothing/mine.yaml"], "nothing/mine.yaml: no such file, and no recipe of this package"),
     ],
 )
 def test_mistakes_are_one_paragraph(arguments, message, capsys):
@@ -219,9 +219,9 @@ def test_fields_of_sparse_attention_that_are_no_yaml_are_refused(llama_folder, t
 
 
 def test_a_bad_recipe_ends_the_program_with_code_1_and_no_traceback(tmp_path):
-    (tmp_path / "defaults.yaml").write_text("name: defaults\n")
     (tmp_path / "mine.yaml").write_text("nam: x\n")
     command = [sys.executable, "-m", "hf_sparse_attn.cli", "run", str(tmp_path / "mine.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr == "error: the recipe has no key 'nam'; keys: name\n"
+    assert done.stderr.startswith(f"error: {tmp_path / 'mine.yaml'}: the recipe has no key 'nam'; keys: ablate, compare,")
+    assert done.stderr.count("\n") == 1
