@@ -9,6 +9,7 @@ import torch
 from agreement import assert_close_to_largest as close
 from summaries import assert_summaries_are_those_of_the_keys, cached_logits, fed
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from hf_sparse_attn import SparseCall, routers, set_sparse_attention, sparsify
 from hf_sparse_attn.profiling.model import cache_sizes
@@ -131,6 +132,7 @@ def test_a_cropped_cache_decodes_other_tokens_like_a_fresh_one(sparse, token_ids
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.skipif("reset" not in vars(DynamicLayer), reason="stock layers keep zeros, before Transformers 5.23")
 def test_a_reset_cache_is_as_good_as_a_new_one(sparse, token_ids):
     ids, other = token_ids(1, 150, seed=11), token_ids(1, 140, seed=12)
     want, _ = cached_logits(sparse, other, [120, *range(121, 141)])
