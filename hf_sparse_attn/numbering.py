@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -21,12 +21,11 @@ def sparse_sites(model: nn.Module) -> list[Any]:
 def number_layers(model: Any) -> None:
     """Give every sparse layer of ``model`` a number of its own: its ``layer_idx`` where these differ, else its place.
 
-    A copy of a layer (PEFT's ``layer_replication``, depth up-scaling) brings the number of its original along, and a config of its
-    own. Layers that were dense, and their copies, stay dense: ``dense_layers`` is told their new numbers.
+    A copy of a layer (PEFT's ``layer_replication``, depth up-scaling) brings the number of its original along.
+    Layers that were dense, and their copies, stay dense: ``dense_layers`` is told their new numbers.
     """
     sites = sparse_sites(model)
     held = [[part for part in site.router.modules() if isinstance(part, SparseRouter)] for site in sites]
-    _share_config(model, sites)
     known: list[int | None] = [routers[0].layer for routers in held]
     own = _distinct([getattr(site, "layer_idx", None) for site in sites]) or _distinct(known) or list(range(len(sites)))
     if own == known:
@@ -53,23 +52,13 @@ def _configs(model: Any) -> list[Any]:
     return [part for part in {id(part): part for part in parts}.values() if getattr(part, KEY, None) is not None]
 
 
-def _share_config(model: Any, sites: list[Any]) -> None:
-    """Let copied layers read the model's config again: what is set there (the attention implementation) holds for all of them."""
-    for config in _configs(model):
-        for site in sites:
-            if site.config is not config and type(site.config) is type(config) and _read(site.config) == _read(config):
-                site.config = config
-
-
-def _read(config: Any) -> dict[str, Any]:
-    """The fields of a config but for what `set_attn_implementation` sets, which did not reach the copies."""
-    return {name: value for name, value in config.__dict__.items() if not name.startswith("_attn_implementation")}
-
-
 class NumberedLayersMixin:
     """In front of a stock model class: what is set for the model is set for copies of layers, too."""
 
-    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> Any:
-        """As the stock method."""
-        number_layers(self)
-        return super().set_attn_implementation(*args, **kwargs)  # type: ignore[misc]
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """As the stock method, which does not reach the configs that copied layers brought along."""
+        super().set_attn_implementation(*args, **kwargs)  # type: ignore[misc]
+        for config in _configs(self):
+            for site in sparse_sites(cast(nn.Module, self)):
+                if site.config is not config and type(site.config) is type(config):
+                    site.config._attn_implementation = config._attn_implementation

@@ -140,7 +140,7 @@ def test_inputs_that_are_not_supported_are_named(layer):
     q, k, v, selection = layer
     for tensors, message in (
         ((q.double(), k.double(), v.double()), r'impl="cpp": dtype=torch.float64 is not supported; supported: torch.float32'),
-        ((q[..., :31], k[..., :31], v), r'impl="cpp": a width of 31 .*impl="torch"'),
+        ((q[..., :31], k[..., :31], v[..., :31]), r'impl="cpp": a width of 31 .*impl="torch"'),
     ):
         with pytest.raises(ValueError, match=message):
             block_sparse_attention(*tensors, selection, impl="cpp")
@@ -167,7 +167,9 @@ def fresh(monkeypatch, tmp_path):
 def test_without_a_compiler_torch_is_used_and_the_named_implementation_refused(fresh, layer, monkeypatch, caplog):
     monkeypatch.setenv("CXX", "no-such-compiler")
     q, k, v, selection = layer
-    with pytest.raises(ValueError, match=r'impl="cpp": no C\+\+ compiler was found; install g\+\+ .*CXX, or use impl="torch"'):
+    with pytest.raises(
+        ValueError, match=r'impl="cpp": no C\+\+ compiler was found; install g\+\+ .*CXX .*no-such-compiler.*, or use impl="torch"'
+    ):
         block_sparse_attention(q, k, v, selection, impl="cpp")
     with caplog.at_level(logging.WARNING):
         out, _ = block_sparse_attention(q, k, v, selection)

@@ -196,14 +196,16 @@ class _Run:
     def start_or_resume(self) -> None:
         """Go on from the checkpoint if there is one; else let data start those low-rank stages 2 that nothing has taught."""
         found = active_routers(self.model)
+        rank, _ = rank_and_size()
+        same_everywhere(weight for router in found for weight in router.weights)
         state = from_main(_read(self.path) if self.path is not None and self.path.exists() else None)
         if state is not None:
             self._resume(state)
         elif any(router.index_is_untrained for router in found):
-            self.distiller.start_index = True
-            _forward(self.model, self.batches, 0, self.distiller)
+            self.distiller.start_index, self.distiller.counts = True, rank < len(self.batches)
+            _forward(self.model, self.batches, min(rank, len(self.batches) - 1), self.distiller)
             self.distiller.start_index = False
-        same_everywhere(weight for router in found for weight in router.weights)
+            same_everywhere(weight for router in found for weight in router.weights)
 
     def _resume(self, state: dict[str, Any]) -> None:
         if different := differences(state.get("identity", {}), self.identity):

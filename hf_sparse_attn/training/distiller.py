@@ -75,7 +75,7 @@ class Distiller:
         check_finite(router.layer, queries=inputs.q, keys=inputs.k)
         if self.start_index:
             if router.index_is_untrained:
-                start_index(router, inputs)
+                start_index(router, inputs, self.counts)
             return
         optimizer = self.optimizers[router]
         for i in range(self.config.steps_per_batch):

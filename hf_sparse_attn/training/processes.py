@@ -62,6 +62,15 @@ def mean_over_processes(values: Mapping[str, float], device: torch.device, count
     return dict(zip(values, (sums[:-1] / sums[-1]).tolist(), strict=True))
 
 
+def mean_tensor(tensor: Tensor, counts: bool = True) -> Tensor:
+    """The mean of ``tensor`` over the processes of which this ``counts``; all call this, with the same shape."""
+    if rank_and_size()[1] == 1:
+        return tensor
+    total = torch.cat([tensor.flatten(), tensor.new_ones(1)]) * float(counts)
+    dist.all_reduce(total)
+    return (total[:-1] / total[-1]).view_as(tensor)
+
+
 def average_gradients(weights: Sequence[Tensor], counts: bool) -> bool:
     """Replace the gradients of ``weights`` by their mean over the processes of which this ``counts``.
 

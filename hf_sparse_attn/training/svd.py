@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from ..router import RoutingInputs, SparseRouter
+from .processes import mean_tensor
 
 SAMPLES = 4096  # tokens that the covariances are estimated from
 
 
 @torch.no_grad()
-def start_index(router: SparseRouter, inputs: RoutingInputs) -> None:
-    """Set ``wq_index`` and ``wk_index`` to the joint SVD of the queries and keys seen in ``inputs``.
+def start_index(router: SparseRouter, inputs: RoutingInputs, counts: bool = True) -> None:
+    """Set ``wq_index`` and ``wk_index`` to the joint SVD of the queries and keys in ``inputs`` of all processes of which this ``counts``.
 
     With C_q and C_k the second moments of one KV group's queries and keys, the rank-I map that least changes q·k is
     the truncated SVD of C_q^½ C_k^½, whitened on both sides. At full rank the untrained start is exact already.
@@ -25,7 +26,8 @@ def start_index(router: SparseRouter, inputs: RoutingInputs) -> None:
         hg = router.heads // router.groups
         q = inputs.q[:, g * hg : (g + 1) * hg, ::stride].reshape(-1, router.head_dim).double()
         k = inputs.k[:, g, ::stride].reshape(-1, router.head_dim).double()
-        (q_root, q_inverse), (k_root, k_inverse) = _roots(q.T @ q / len(q)), _roots(k.T @ k / len(k))
+        moments = mean_tensor(torch.stack([q.T @ q / len(q), k.T @ k / len(k)]), counts)
+        (q_root, q_inverse), (k_root, k_inverse) = map(_roots, moments)
         u, s, v = torch.linalg.svd(q_root @ k_root)
         weight = s[:rank].sqrt()[:, None]
         router.wq_index[g] = (weight * u[:, :rank].T @ q_inverse).float()
