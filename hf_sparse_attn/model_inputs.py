@@ -28,10 +28,17 @@ def model_inputs(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> list
     """
     if isinstance(batches, Mapping | str | Tensor):
         raise ValueError(f"the batches are one {type(batches).__name__}: give a list of batches, [{{'input_ids': …}}, …]")
-    find = getattr(model, "get_input_embeddings", None)
-    embedding = find() if find is not None else None
-    vocabulary = embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
+    vocabulary = _vocabulary(model)
     return [_inputs(batch, f"batch {at}", vocabulary) for at, batch in enumerate(batches)]
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """How many token ids ``model`` knows; None of a model that takes none."""
+    try:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
 
 
 def _inputs(batch: Any, where: str, vocabulary: int | None) -> dict[str, Tensor]:

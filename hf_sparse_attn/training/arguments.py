@@ -30,6 +30,7 @@ NETWORK: dict[str, Any] = {  # sends what is trained, or what is known of it, to
 FROM_SCRATCH: dict[str, Any] = {  # where a recipe trains a model with these arguments alone
     **dict.fromkeys(("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "save_steps"), int),
     **dict.fromkeys(("learning_rate", "max_grad_norm"), Number),
+    "disable_tqdm": bool,
 }
 
 
