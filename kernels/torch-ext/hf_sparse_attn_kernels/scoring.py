@@ -76,7 +76,7 @@ def fine_mass(
 ) -> Tensor:
     """Stage 2: softmax mass of ``blocks`` [B·G, m, L] (int64, −1 = empty): float32 [B·G, m, L], each row sums to 1.
 
-    ``queries`` [B·G, m, Hg, r, E] at the tokens ``reps`` (int64 [Hg, r]) of the tiles ``tiles`` (int64 [m]), and ``keys``
+    ``queries`` [B·G, m, Hg, r, E] at the tokens ``reps`` (int64 [Hg, r]) of the tiles ``tiles`` (int64 [m], ascending), and ``keys``
     [B·G, N, E], live in one space and dtype, scaled. The last columns of ``blocks`` are the tile's own blocks; only there
     can a key be later than a query. Without causality (`torch` only) a partial last block may stand in the last column only.
     Averaged over the queries that are tokens of the call. ``scratch`` lends the `torch` implementation memory where no
@@ -92,7 +92,7 @@ def fine_mass(
 
 
 def block_mass(q: Tensor, k: Tensor, grid: TileGrid, tiles: Tensor, scale: float, *, impl: str | None = None) -> Tensor:
-    """The teacher: softmax mass of dense attention per block, for the query tiles ``tiles`` (int64 [m]) of ``grid``.
+    """The teacher: softmax mass of dense attention per block, for the query tiles ``tiles`` (int64 [m], ascending) of ``grid``.
 
     Causal unless ``grid`` says otherwise, then `torch` only.
 
