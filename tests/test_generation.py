@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 
 import pytest
 import torch
 from agreement import assert_close_to_largest as close
 from summaries import assert_summaries_are_those_of_the_keys, fed, summaries_checked
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationMixin
 
 from hf_sparse_attn import SparseCall, prefill
 from hf_sparse_attn.cache import GrowingLayerMixin
@@ -116,6 +117,10 @@ def test_chunks_end_with_query_tiles(sparse, token_ids, size, length, offset):
         close(b.keys, a.keys, 1e-5)
 
 
+@pytest.mark.skipif(
+    "prefill_ids" not in inspect.unwrap(GenerationMixin._prefill).__code__.co_varnames,
+    reason="this Transformers reads what is cached again where it reads in chunks, stock models, too",
+)
 def test_a_continued_chat_is_read_in_chunks_that_end_with_query_tiles(sparse, token_ids):
     ids, options = token_ids(1, 200), {"output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 2}
     out = []
