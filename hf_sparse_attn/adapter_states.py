@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .adapter_marks import holds_routers, settings_of
+from .adapter_marks import ROUTER, holds_routers, settings_of
 from .attention import SparseAttentionMixin
 from .checks import ATTN_IMPLEMENTATION
 from .config import SparseAttentionConfig
@@ -26,31 +26,52 @@ def check_adapters(model: Any, _args: Any) -> None:
         ValueError: the model runs sparse, and an active adapter has no routers or other ones run, its scale was changed, or rows
             of the batch have adapters of their own.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    if not (layers and runs_sparse(model)):
+    if not runs_sparse(model):
+        return
+    layers, sites = _layers_and_sites(model)
+    if not layers:
         return
     active = {} if layers[0].disable_adapters else {name: model.peft_config.get(name) for name in layers[0].active_adapters}
     refuse_without_routers(model, {name: config for name, config in active.items() if config is not None})
-    wrappers = [site.router for site in router_sites(model).values() if not isinstance(site.router, SparseRouter)]
+    wrappers = [site.router for site in sites if not isinstance(site.router, SparseRouter)]
     if any("adapter_names" in getattr(hook, "keywords", ()) for router in wrappers[:1] for hook in router._forward_pre_hooks.values()):
         raise ValueError(
             "adapter_names was passed: sparse attention routes a whole batch by the active adapter's routers. Call the model once for each "
             'adapter, or run dense with model.set_attn_implementation("sdpa")'
         )
-    running = {name for layer in layers for name in _running(layer)}
+    running = _running(layers)
     _refuse_other_routers(running, wrappers)
     for layer in layers:
         refuse_scaled(layer, running)
 
 
-def _running(layer: Any) -> list[str]:
-    """The adapters that change the output of a layer of PEFT's."""
-    if layer.disable_adapters:
-        return []
-    present = layer._get_available_adapters()
-    return [name for name in (layer.merged_adapters or layer.active_adapters) if name in present]
+def _layers_and_sites(model: nn.Module) -> tuple[list[Any], list[Any]]:
+    """PEFT's layers and the attention layers with a router, in one walk that leaves out what is inside them: it is made at every token."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers, sites = [], []
+    left = [model]
+    while left:
+        module = left.pop()
+        if isinstance(module, BaseTunerLayer):
+            layers.append(module)
+            left.append(module.base_layer)  # another one in a mixed model
+            continue
+        routed = isinstance(module, SparseAttentionMixin)
+        if routed:
+            sites.append(module)
+        left += [child for name, child in reversed(module._modules.items()) if child is not None and not (routed and name == ROUTER)]
+    return layers, sites
+
+
+def _running(layers: list[Any]) -> set[str]:
+    """The adapters that change the output of one of PEFT's ``layers``."""
+    running: set[str] = set()
+    for layer in layers:
+        if not layer.disable_adapters:
+            new = [name for name in layer.merged_adapters or layer.active_adapters if name not in running]
+            running.update(new and layer._get_available_adapters().intersection(new))
+    return running
 
 
 def _refuse_other_routers(running: set[str], wrappers: list[Any]) -> None:
