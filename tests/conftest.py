@@ -138,6 +138,21 @@ def token_ids():
 
 
 @pytest.fixture(scope="session")
+def shift():
+    """Moves the trainable weights of a model, as training would."""
+
+    def move(model, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.requires_grad:
+                    weight += 0.1 * torch.randn(weight.shape, generator=generator)
+        return model.eval()
+
+    return move
+
+
+@pytest.fixture(scope="session")
 def left_padded():
     """(ids, mask) of rows of different lengths, padded on the left with token 0."""
 

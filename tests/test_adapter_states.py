@@ -34,18 +34,8 @@ def logits(model, ids):
     return model(input_ids=ids).logits
 
 
-def shift(model, seed):
-    """Move the trainable weights, as training would."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.requires_grad:
-                weight += 0.1 * torch.randn(weight.shape, generator=generator)
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
-def folder(sparse_llama, real_budget, tmp_path_factory):
+def folder(sparse_llama, real_budget, tmp_path_factory, shift):
     """A folder with a sparse base, adapters ``a`` and ``b`` of it, and ``c`` of another rank and scale."""
     path = tmp_path_factory.mktemp("adapters")
     sparse_llama(real_budget, noise=0.1).save_pretrained(path / "base")
@@ -167,7 +157,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_scale_that_an_adapter_starts_with_is_no_change(kind, sparse, ids):
+def test_the_scale_that_an_adapter_starts_with_is_no_change(kind, sparse, ids, shift):
     logits(shift(get_peft_model(sparse, KINDS[kind]()), 0), ids)
 
 
@@ -202,7 +192,7 @@ def test_transformers_swaps_routers_too(sparse, folder, ids):
     assert torch.equal(logits(sparse, ids), want(folder, "b", ids))
 
 
-def test_what_has_no_routers_is_not_swapped_in(adapted, folder, stock_llama, ids, tmp_path):
+def test_what_has_no_routers_is_not_swapped_in(adapted, folder, stock_llama, ids, tmp_path, shift):
     on = logits(adapted, ids)
     shift(get_peft_model(stock_llama(), LoraConfig(**LORA)), 3).save_pretrained(tmp_path / "dense")
     shutil.copytree(folder / "b", tmp_path / "lost")
@@ -217,7 +207,7 @@ def test_what_has_no_routers_is_not_swapped_in(adapted, folder, stock_llama, ids
         base.load_adapter(str(tmp_path / "lost"))
 
 
-def test_other_modules_that_an_adapter_saves_whole_cannot_be_swapped(sparse, ids, tmp_path):
+def test_other_modules_that_an_adapter_saves_whole_cannot_be_swapped(sparse, ids, tmp_path, shift):
     peft_model = shift(get_peft_model(sparse, lora_config(sparse, modules_to_save=["lm_head"], **LORA)), 0)
     peft_model.save_pretrained(tmp_path)
     on = logits(peft_model, ids)

@@ -36,16 +36,6 @@ def logits(model, ids, **options):
     return model(input_ids=ids, **options).logits
 
 
-def shift(model, seed=0):
-    """Move the trainable weights, as training would."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.requires_grad:
-                weight += 0.1 * torch.randn(weight.shape, generator=generator)
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
 def dense_folder(stock_llama, tmp_path_factory):
     path = tmp_path_factory.mktemp("dense") / "model"
@@ -71,7 +61,7 @@ def dense(dense_folder):
 
 
 @pytest.fixture(scope="module")
-def adapters(sparse_folder, dense_folder, tmp_path_factory):
+def adapters(sparse_folder, dense_folder, tmp_path_factory, shift):
     """Folders of an adapter of the sparse and one of the dense model."""
     folder = tmp_path_factory.mktemp("adapters")
     base = AutoModelForCausalLM.from_pretrained(sparse_folder)
@@ -86,7 +76,7 @@ KINDS = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True},
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_is_saved_loaded_merged_and_unloaded(kind, sparse, sparse_folder, ids, tmp_path):
+def test_an_adapter_is_saved_loaded_merged_and_unloaded(kind, sparse, sparse_folder, ids, tmp_path, shift):
     before, base = logits(sparse, ids), router_state(sparse)
     peft_model = shift(get_peft_model(sparse, lora_config(sparse, **{**LORA, **KINDS[kind]})))
     adapted = logits(peft_model, ids)
@@ -111,7 +101,7 @@ def test_an_adapter_is_saved_loaded_merged_and_unloaded(kind, sparse, sparse_fol
     assert not hasattr(merged, "peft_config") and not merged._forward_pre_hooks
 
 
-def test_a_classifier_takes_an_adapter(stock_llama, real_budget, ids, tmp_path):
+def test_a_classifier_takes_an_adapter(stock_llama, real_budget, ids, tmp_path, shift):
     """PEFT adds the head to what is saved."""
     torch.manual_seed(0)
     stock = LlamaForSequenceClassification(stock_llama().config)
@@ -150,7 +140,7 @@ def test_auto_peft_reloads_a_sparse_model(adapters, sparse, ids):
         assert torch.equal(logits(again, ids), want)
 
 
-def test_a_base_that_was_a_dense_folder_is_named_with_its_settings(dense_folder, real_budget, ids, tmp_path):
+def test_a_base_that_was_a_dense_folder_is_named_with_its_settings(dense_folder, real_budget, ids, tmp_path, shift):
     base = AutoModelForCausalLM.from_pretrained(dense_folder, sparse_attention=real_budget)
     peft_model = shift(get_peft_model(base, lora_config(base, **LORA)))
     peft_model.save_pretrained(tmp_path)
@@ -169,7 +159,7 @@ def test_the_base_runs_while_adapters_are_disabled(adapters, sparse, ids):
     assert torch.equal(logits(peft_model, ids), adapted) and active_routers(peft_model) != base
 
 
-def test_each_of_several_adapters_has_its_routers(sparse, sparse_folder, ids, tmp_path):
+def test_each_of_several_adapters_has_its_routers(sparse, sparse_folder, ids, tmp_path, shift):
     peft_model = shift(get_peft_model(sparse, lora_config(sparse, **LORA)))
     peft_model.add_adapter("other", lora_config(peft_model, **{**LORA, "r": 2}))
     first = logits(peft_model, ids)
