@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_sparse_attn import attending, routers
+from hf_sparse_attn.locks import FolderInUseError, sole_use
 from hf_sparse_attn.training.adaptation import AdaptationConfig, adapt, add_lora
 from hf_sparse_attn.training.collecting import TrainingForward
 from hf_sparse_attn.training.distillation import backbone_hash, router_state
@@ -275,6 +276,12 @@ def test_the_adapter_holds_the_routers_and_goes_on_the_untrained_model(model, ba
     assert len(saved) == 16 + len(router_state(untrained))
     again = PeftModel.from_pretrained(untrained, tmp_path / "adapter").eval()
     assert torch.equal(logits(again, ids), logits(peft_model, ids))
+
+
+def test_a_folder_that_another_process_trains_in_is_refused(model, batches, tmp_path):
+    with sole_use(tmp_path), pytest.raises(FolderInUseError, match="is in use by process"):
+        train(model, batches[:1], tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_adapter_of_a_model_from_a_stock_folder_can_be_saved(llama_folder, real_budget, batches, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 import logging
 import math
@@ -434,6 +435,39 @@ def test_a_changed_or_missing_file_is_refused(folder):
         AutoModelForCausalLM.from_pretrained(folder)
     (folder / FILE).unlink()
     with pytest.raises(CalibrationError, match=r"refers to the calibration .*which is not there"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda values: values.update(shares=[]), r"shares is \[\]: must be a mapping"),
+        (lambda values: values.update(fit=None), "fit is None: must be a mapping"),
+        (lambda values: values.update(preset=3), "preset is 3: must be a text or null"),
+        (lambda values: values.update(mass=True), r"mass is True: must be a share in \(0, 1\) or null"),
+        (lambda values: values.update(mass=2.0), r"mass is 2\.0: must be"),
+        (lambda values: values.update(ends=["256"]), r"ends is \['256'\]: must be a list of numbers of keys"),
+        (lambda values: values.update(ends=[10**30]), "ends is .*: must be a list of numbers of keys"),
+        (lambda values: values["shares"].update({"-1": values["shares"]["0"]}), "shares has the layer '-1'"),
+        (lambda values: values["shares"].update({"9" * 5000: values["shares"]["0"]}), "shares has the layer '9"),
+        (lambda values: values["shares"].update({"0": 0.5}), r"shares\.0 is 0\.5: must be rows of a share for every KV head"),
+        (lambda values: values["shares"].update({"0": [[float("nan")]]}), r"shares\.0 is .*nan.*: must be rows of a share"),
+    ],
+)
+def test_a_file_that_was_made_by_hand_is_refused_by_the_field(change, message, folder):
+    """With a hash that fits, as a file from a stranger may have."""
+    values = json.loads((folder / FILE).read_text())
+    del values["sha256"]
+    change(values)
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    (folder / FILE).write_text(json.dumps({**values, "sha256": digest}))
+    with pytest.raises(CalibrationError, match=message):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_file_nested_too_deep_is_refused(folder):
+    (folder / FILE).write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(CalibrationError, match="nested too deep"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
