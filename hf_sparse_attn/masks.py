@@ -11,6 +11,11 @@ from torch import Tensor
 from transformers.cache_utils import StaticLayer
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
+OVERLAID = (
+    "another mask lies over that of packed documents in a compiled model, such as images whose tokens see each other: "
+    "run it without torch.compile, or without packing"
+)
+
 
 def sparse_attention_mask(
     batch_size: int,
@@ -74,7 +79,7 @@ def _packs(mask_function: Callable[..., Any]) -> bool:
     """
     if getattr(mask_function, "__name__", "") != "and_mask":
         return False
-    if torch.compiler.is_compiling():  # a graph's functions do not tell what they hold
+    if torch.compiler.is_compiling():  # a graph's functions do not tell what they hold: `_document_numbers` asks what they do
         return True
     (joined,) = _held(mask_function)
     return all(_is_of_documents(part) for part in joined)
@@ -95,8 +100,14 @@ def _held(function: Callable[..., Any]) -> list[Any]:
 def _document_numbers(mask_function: Callable[..., Any], batch: int, length: int, device: Any) -> Tensor:
     """The number of every token's document, from 1: int64 [B, N]. A token sees the one before it unless it is the first of its document."""
     row, slot = torch.arange(batch, device=device, dtype=torch.int64)[:, None], torch.arange(length, device=device, dtype=torch.int64)[None]
-    sees = mask_function(row, row.new_zeros(()), slot[:, 1:], slot[:, :-1])
-    return 1 + F.pad((~sees).long().cumsum(1), (1, 0)).expand(batch, -1)
+    head = row.new_zeros(())
+    first = F.pad(~mask_function(row, head, slot[:, 1:], slot[:, :-1]), (1, 0), value=True)
+    if torch.compiler.is_compiling():
+        start = torch.where(first, slot, 0).cummax(1).values
+        narrowed = ~mask_function(row, head, slot, start).all()
+        widened = mask_function(row, head, slot[:, :-1], slot[:, 1:]).any()
+        torch._assert_async(~(narrowed | widened), OVERLAID)
+    return first.long().cumsum(1).expand(batch, -1)
 
 
 def of_the_caches_length(mask: Any, cache: Any) -> Any:

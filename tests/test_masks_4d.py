@@ -228,6 +228,28 @@ def test_overlays_that_change_nothing_are_honoured(sparse, ids, embeddings):
         assert torch.equal(logits(sparse, ids, attention_mask=create_causal_mask(**arguments, **overlay))[real.bool()], want)
 
 
+NARROW = {"and_mask_function": lambda b, h, q, k: (q - k) < 50}
+IMAGES = {"or_mask_function": see_each_other, "position_ids": torch.cat([torch.arange(90), torch.arange(N - 90)]).expand(2, N)}
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # what torch traces of its own vmap
+@pytest.mark.parametrize("overlay", [NARROW, IMAGES], ids=["narrow", "images"])
+def test_a_compiled_model_does_not_take_overlays_for_packed_documents(overlay, sparse, embeddings):
+    """Transformers joins some by the function that joins packed documents, which a graph cannot tell apart; others come as a 4D mask."""
+    torch.compiler.reset()
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def mask(inputs_embeds):
+        return create_causal_mask(sparse.config, inputs_embeds, None, past_key_values=None, **overlay)
+
+    try:
+        found = mask(embeddings)
+    except RuntimeError as error:
+        assert "another mask lies over that of packed documents" in str(error)
+    else:
+        assert found.shape == (2, 1, N, N)
+
+
 def test_overlays_of_a_bidirectional_model_are_refused(settings, ids, embeddings):
     model = tiny_models.sparse_tiny_model("bert", settings)
     mask = create_bidirectional_mask(model.config, embeddings, None, and_mask_function=lambda b, h, q, k: (q - k) < 50)
