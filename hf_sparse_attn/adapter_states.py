@@ -49,13 +49,14 @@ def _layers_and_sites(model: nn.Module) -> tuple[list[Any], list[Any]]:
     """PEFT's layers and the attention layers with a router, in one walk that leaves out what is inside them: it is made at every token."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers, sites = [], []
-    left = [model]
+    layers: list[Any] = []
+    sites: list[Any] = []
+    left: list[Any] = [model]
     while left:
         module = left.pop()
         if isinstance(module, BaseTunerLayer):
             layers.append(module)
-            left.append(module.base_layer)  # another one in a mixed model
+            left.append(layers[-1].base_layer)  # another one in a mixed model
             continue
         routed = isinstance(module, SparseAttentionMixin)
         if routed:
