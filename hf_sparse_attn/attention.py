@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -30,11 +31,15 @@ class SparseAttentionMixin(MadeMixin):
 
     sparse_number: Tensor  # by which an operator of a compiled graph finds this module
     accepted: tuple[str, ...]  # names of the arguments of the stock `forward`, those of its parameters first, in their order
+    keeps_positions: bool  # whether the stock `forward` takes position_ids as a parameter: it need not hand them on
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if SparseAttentionMixin in cls.__bases__:
             cls.accepted = accepted_names(super().forward)[1:]  # type: ignore[misc]
+            taken = inspect.signature(super().forward).parameters.values()  # type: ignore[misc]
+            hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken)
+            cls.keeps_positions = hands_on and any(parameter.name == "position_ids" for parameter in taken)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
@@ -55,6 +60,8 @@ class SparseAttentionMixin(MadeMixin):
             if cache is not None:
                 take = found if torch.compiler.is_compiling() else adopt
                 kwargs["sparse_cache_layer"] = take(cache, self.layer_idx)  # type: ignore[attr-defined]
+            if self.keeps_positions:
+                kwargs["sparse_position_ids"] = kwargs.get("position_ids")
         elif kwargs.pop("sparse_call", None) is not None:
             raise ValueError(
                 f"sparse_call was passed, but attn_implementation is {self.config._attn_implementation!r}: "  # type: ignore[attr-defined]
@@ -105,6 +112,7 @@ def sparse_attention_forward(
     dropout: float = 0.0,
     sparse_call: SparseCall | None = None,
     sparse_cache_layer: CacheLayerMixin | None = None,
+    sparse_position_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention function registered as ``attn_implementation="hf_sparse"``.
@@ -141,7 +149,7 @@ def sparse_attention_forward(
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
         attention_mask=attention_mask,
-        position_ids=kwargs.get("position_ids"),
+        position_ids=kwargs.get("position_ids", sparse_position_ids),
         cu_seq_lens=kwargs.get("cu_seq_lens_q"),
         filled=filled(sparse_cache_layer),
     )

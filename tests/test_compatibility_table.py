@@ -47,7 +47,7 @@ ROUTED = {
     "splinter": ({}, "has no class with a language-model head"),
     "vit": (PATCHES, "patches lie in two dimensions"),
     "t5": ({"d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2}, "encoder-decoder"),
-    "internlm3": ({}, "runs LlamaForCausalLM|runs LlamaModel"),
+    **({"internlm3": ({}, "runs LlamaForCausalLM|runs LlamaModel")} if "internlm3" in CONFIG_MAPPING else {}),  # not in 5.17
 }
 
 
