@@ -40,13 +40,13 @@ test-quantized: $(QUANTIZED)  ## sparse attention in bitsandbytes, torchao and q
 
 test-versions: $(OVERLAYS)  ## every architecture, caches, generation and saving under each end of the supported Transformers and the pinned one
 	for folder in $(OVERLAYS) $(VENV)/none; do \
-		PYTHONPATH=$$folder $(PYTEST) -m compat && PYTHONPATH=$$folder $(PYTEST) -m "not compat" $(VERSION_TESTS) $(SAVING_TESTS) || exit 1; \
+		PYTHONPATH=$(CURDIR)/$$folder $(PYTEST) -m compat && PYTHONPATH=$(CURDIR)/$$folder $(PYTEST) -m "not compat" $(VERSION_TESTS) $(SAVING_TESTS) || exit 1; \
 	done
 
 test-versions-ends: $(OVERLAYS)  ## the part of it that differs most between versions, under each end: a few minutes
 	for folder in $(OVERLAYS); do \
-		PYTHONPATH=$$folder $(PYTEST) $(VERSION_TESTS) && \
-		PYTHONPATH=$$folder $(PYTEST) -k "(stock_checkpoint or cached_decoding) and ($(KINDS))" tests/test_architectures.py || exit 1; \
+		PYTHONPATH=$(CURDIR)/$$folder $(PYTEST) $(VERSION_TESTS) && \
+		PYTHONPATH=$(CURDIR)/$$folder $(PYTEST) -k "(stock_checkpoint or cached_decoding) and ($(KINDS))" tests/test_architectures.py || exit 1; \
 	done
 
 # the kernels are compiled for the processor at hand: here for older ones too
