@@ -5,6 +5,7 @@ The clients are processes of their own: huggingface_hub reads the address of the
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ from types import SimpleNamespace
 import loopback_hub
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, RepoCard
 from safetensors.torch import load_file, save_file
 
 from hf_sparse_attn.conversion import mark_trained
@@ -154,6 +155,9 @@ def work(sparse_llama, stock_llama, real_budget, word_tokenizer, token_ids, tmp_
 @pytest.fixture(scope="module")
 def client(hub, work, tmp_path_factory):
     """Runs a script in a process that takes the loopback hub for the Hub, with an empty cache: what it said and its tensors."""
+
+    if "https://huggingface.co" in inspect.getsource(RepoCard.validate):
+        pytest.skip("this version of huggingface_hub has cards checked at huggingface.co, whatever hub is named")
 
     def run(script, name, python=(sys.executable,), header=""):
         environment = {
