@@ -176,8 +176,9 @@ def _inputs(layer: _Layer, segment: Segment, query: Tensor, key: Tensor, positio
     k, pos = segment.keys(key), segment.positions(positions)
     summaries = None
     if layer.cache is not None:
-        summaries = layer.cache.summaries(layer.router, query.shape[0], segment.rows, segment.slots, k.detach(), pos)
-    return RoutingInputs(query[segment.rows], k, pos, layer.asked.scale, summaries, layer.asked.causal)
+        summaries = layer.cache.summaries(layer.router, query.shape[0], segment.rows, segment.slots_on_host, k.detach(), pos)
+    asked = layer.asked
+    return RoutingInputs(query[segment.rows], k, pos, asked.scale, summaries, asked.causal, consecutive=segment.consecutive)
 
 
 def _attend(layer: _Layer, inputs: RoutingInputs, value: Tensor) -> Tensor:

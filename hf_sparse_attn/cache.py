@@ -84,7 +84,7 @@ class SparseCacheLayerMixin(MadeMixin):
     def summaries(self, router: SparseRouter, batch: int, rows: slice, slots: Tensor | None, keys: Tensor, positions: Tensor) -> Tensor:
         """Router keys of the whole blocks of ``keys`` [b, G, N, D], the real keys of rows ``rows`` of the ``batch``.
 
-        ``slots`` [N] are their cache slots (None: 0 … N − 1), ``positions`` [1 or b, N] their rotary positions. Only
+        ``slots`` [N], on the CPU, are their cache slots (None: 0 … N − 1), ``positions`` [1 or b, N] their rotary positions. Only
         blocks that are not summarised yet are computed.
         """
         size = router.config.block_size

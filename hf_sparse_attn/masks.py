@@ -110,6 +110,19 @@ def _document_numbers(mask_function: Callable[..., Any], batch: int, length: int
     return first.long().cumsum(1).expand(batch, -1)
 
 
+def mask_if_it_hides(mask: Any, cache: Any, first: bool | None) -> Any:
+    """A padding ``mask`` [B, N] of `generate`, None if it hides nothing.
+
+    That is read at the ``first`` call with a prompt and noted at the ``cache``: what `generate` appends to a mask are ones, and
+    reading a value at every token would wait for an accelerator. Without being told which call is the first it is not asked here.
+    """
+    if first is None or not isinstance(mask, Tensor) or mask.ndim != 2 or mask.device.type == "cpu":
+        return mask
+    if first or not hasattr(cache, "rows_are_padded"):
+        cache.rows_are_padded = not bool(mask.all())
+    return mask if cache.rows_are_padded else None
+
+
 def of_the_caches_length(mask: Any, cache: Any) -> Any:
     """A padding ``mask`` [B, N] as long as a static ``cache``, so that one compiled graph serves all steps; any other as it is.
 

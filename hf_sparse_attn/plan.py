@@ -52,9 +52,12 @@ def make_plan(
     config: SparseAttentionConfig, grid: TileGrid, device: torch.device | str = "cpu", heads: HeadBudgets | None = None
 ) -> TilePlan:
     """Budgets of all tiles of a call; its tensors are on ``device``. With ``heads`` the largest ones of heads that are not dense."""
-    positions = zip(grid.first_positions().tolist(), grid.last_positions().tolist(), strict=True)
     bidirectional = None if grid.causal else grid.kv_len
-    budgets = tuple(tile_budget(config, first, last, bidirectional, heads) for first, last in positions)
+    start = grid.q_offset // grid.query_tile * grid.query_tile
+    budgets = tuple(
+        tile_budget(config, first, min(first + grid.query_tile, grid.kv_len) - 1, bidirectional, heads)
+        for first in range(start, start + grid.tiles * grid.query_tile, grid.query_tile)
+    )
     threshold = config.mass_threshold if heads is None else None
     return TilePlan(grid, min(-(-config.sink // config.block_size), grid.blocks), budgets, device, threshold)
 
@@ -62,6 +65,6 @@ def make_plan(
 def select_by_scores(plan: TilePlan, scores: Tensor) -> BlockSelection:
     """Keep each tile's best eligible blocks by ``scores`` [B, G, n, nb]: oracle, random and single-stage selections."""
     tiles = torch.arange(plan.grid.tiles, device=scores.device, dtype=torch.int64)
-    kept = plan.assemble(plan.best(scores, tiles, plan.free), tiles)
+    kept = plan.assemble(plan.best(scores, tiles, plan.free, plan.most("free")), tiles)
     mass = scores.float().gather(-1, kept.clamp(min=0, max=scores.shape[-1] - 1).long())
     return BlockSelection(kept.contiguous(), plan.grid, mass.masked_fill(kept < 0, torch.nan))

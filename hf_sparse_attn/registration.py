@@ -31,7 +31,7 @@ from .composite import asked_implementation, implementation, is_composite, store
 from .config import SparseAttentionConfig, StoredSettings
 from .dispatch import KEY, dispatcher
 from .made import MadeMixin, make_class
-from .masks import of_the_caches_length, sparse_attention_mask
+from .masks import mask_if_it_hides, of_the_caches_length, sparse_attention_mask
 from .numbering import NumberedLayersMixin, sparse_sites
 from .prefill import in_whole_tiles
 from .saving import SparseSavingMixin
@@ -212,7 +212,8 @@ def _adopting(prepare: Callable[..., Any]) -> Callable[..., Any]:
         if caches and model.config.get_text_config()._attn_implementation == ATTN_IMPLEMENTATION:
             adopt_layers(caches[0], [site.layer_idx for site in sparse_sites(model)])
             inputs = prepare(model, *args, **kwargs)
-            inputs["attention_mask"] = of_the_caches_length(inputs.get("attention_mask"), caches[0])
+            mask = mask_if_it_hides(inputs.get("attention_mask"), caches[0], kwargs.get("is_first_iteration"))
+            inputs["attention_mask"] = of_the_caches_length(mask, caches[0])
             return inputs
         return prepare(model, *args, **kwargs)
 

@@ -30,7 +30,7 @@ class RoutingInputs:
     ``q`` [B, H, Q, D] holds the queries of the last Q of the N tokens of ``k`` [B, G, N, D], both after RoPE, at the
     rotary ``positions`` [1 or B, N]. ``scale`` multiplies q·k. ``router_keys`` [B, G, >= N // S, R] are cached stage-1
     keys, or None. Without ``causal`` every query sees every key. ``v`` [B, G, N, D] are the values, where the layer gives them:
-    routers never read them, some teachers do.
+    routers never read them, some teachers do. ``consecutive``: whether the positions of the queries grow by one, None for unknown.
     """
 
     q: Tensor
@@ -40,6 +40,7 @@ class RoutingInputs:
     router_keys: Tensor | None = None
     causal: bool = True
     v: Tensor | None = None
+    consecutive: bool | None = None
 
     def grid(self, query_tile: int, block_size: int) -> TileGrid:
         return TileGrid(self.q.shape[2], self.k.shape[2], query_tile, block_size, self.causal)
@@ -167,10 +168,13 @@ class SparseRouter(nn.Module):
     def _rotate_features(self, x: Tensor, positions: Tensor) -> Tensor:
         return x if self.rotary is None else self.rotary.rotate(x, positions)
 
-    def query_features(self, q: Tensor, positions: Tensor, grid: TileGrid, tiles: Tensor) -> tuple[Tensor, Tensor]:
+    def query_features(
+        self, q: Tensor, positions: Tensor, grid: TileGrid, tiles: Tensor, consecutive: bool | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Stage-1 queries of the tiles (int64 [m]): (float32 [B, G, m, runs, R], boolean [m, runs]: the run has tokens).
 
-        ``q`` [B·G, m, Hg, T, D] are the tiles' queries, ``positions`` [1 or B, N] the rotary positions of all keys.
+        ``q`` [B·G, m, Hg, T, D] are the tiles' queries, zero where a tile has no token of the call, ``positions`` [1 or B, N] the
+        rotary positions of all keys, ``consecutive`` as in `RoutingInputs`.
         """
         runs = min(QUERY_RUNS, grid.query_tile)
         q = q.unflatten(0, (-1, self.groups))
@@ -182,33 +186,32 @@ class SparseRouter(nn.Module):
             return self._rotate_features(queries, positions[:, None]), torch.ones_like(first, dtype=torch.bool)[:, None]
         content = first[:, None] + torch.arange(grid.query_tile, device=q.device, dtype=torch.int64)
         real = (content >= grid.q_offset) & (content < grid.kv_len)
-        positions = positions[:, content.clamp(0, grid.kv_len - 1)].float()
+        token = content.clamp(grid.q_offset, grid.kv_len - 1)
+        positions = (positions[:, token] + (content - token)).float()  # those of no token go on from the call's first and last
         count = real.unflatten(-1, (runs, -1)).sum(-1)
         share = 1 / count.clamp(min=1).float()
-        sums = self._run_sums(q, positions, real, runs).transpose(3, 4).flatten(-2)
+        sums = self._run_sums(q, positions, runs, consecutive).transpose(3, 4).flatten(-2)
         centres = (positions * real).unflatten(-1, (runs, -1)).sum(-1) * share
         queries = torch.einsum("bgmrf,gof->bgmro", sums * share[..., None], self.wq.float())
         return self._rotate_features(queries, centres[:, None]), count > 0
 
-    def _run_sums(self, q: Tensor, positions: Tensor, real: Tensor, runs: int) -> Tensor:
+    def _run_sums(self, q: Tensor, positions: Tensor, runs: int, consecutive: bool | None) -> Tensor:
         """Sums of the un-rotated queries over the runs of each tile: float32 [B, G, m, Hg, runs, D].
 
-        ``q`` [B, G, m, Hg, T, D] and float ``positions`` [1 or B, m, T]; only tokens that are ``real`` [m, T] count.
+        ``q`` [B, G, m, Hg, T, D], zero where there is no token, and float ``positions`` [1 or B, m, T].
         """
-        complete = bool(real.all())
-        if self.rotary is None:
-            plain = q.float()
-            return (plain if complete else plain * real[:, None, :, None]).reshape(*q.shape[:4], runs, -1, q.shape[-1]).sum(5)
         length = q.shape[4] // runs
-        if complete and length > 1 and bool((positions.diff(dim=-1) == 1).all()):
+        if consecutive is None and q.device.type == "cpu":
+            consecutive = bool((positions.diff(dim=-1) == 1).all())  # reading it would wait for an accelerator
+        if self.rotary is not None and consecutive and length > 1:
             # consecutive positions turn alike around the middle of each run: one product per run, then one turn
             offsets = torch.arange(length, device=q.device, dtype=torch.float32) - (length - 1) / 2
             matrix = self.rotary.relative(offsets, q.shape[-1]).flatten(0, 1).to(q.dtype)
             sums = torch.matmul(q.unflatten(4, (runs, -1)).flatten(-2), matrix)
             middle = positions.unflatten(-1, (runs, -1)).mean(-1)
             return self.rotary.unrotate(sums, middle[:, None, :, None])
-        plain = self.rotary.unrotate(q, positions[:, None, :, None])
-        return (plain if complete else plain * real[:, None, :, None]).reshape(*q.shape[:4], runs, -1, q.shape[-1]).sum(5)
+        plain = q.float() if self.rotary is None else self.rotary.unrotate(q, positions[:, None, :, None])
+        return plain.reshape(*q.shape[:4], runs, -1, q.shape[-1]).sum(5)
 
     # -- stage 2 ---------------------------------------------------------------------------------------------------
 

@@ -17,16 +17,25 @@ class Segment:
     """Real tokens of one document: batch rows ``rows`` (all with the same layout) and their key slots.
 
     ``slots`` int64 [N'] in order, or None for all slots. ``queries`` of them, the last ones, have queries in this call.
+    ``slots_on_host`` are the same on the CPU. ``consecutive``: whether the positions of the queries grow by one, None for unknown.
     """
 
     rows: slice
     slots: Tensor | None
     queries: int
+    slots_on_host: Tensor | None = None
+    consecutive: bool | None = None
 
     def keys(self, x: Tensor) -> Tensor:
         """The segment's part of ``x`` [B, heads, N, D]."""
-        x = x[self.rows]
-        return x if self.slots is None else _take(x, self.slots, 2)
+        return self._take(x[self.rows], 2)
+
+    def _take(self, x: Tensor, dim: int) -> Tensor:
+        """The segment's slots of dimension ``dim``, as a view where they are consecutive."""
+        if self.slots is None or self.slots_on_host is None:
+            return x
+        first, last = (int(self.slots_on_host[at]) for at in (0, -1))
+        return x.narrow(dim, first, len(self.slots)) if last - first == len(self.slots) - 1 else x.index_select(dim, self.slots)
 
     def positions(self, positions: Tensor) -> Tensor:
         """The segment's part of ``positions`` [1 or B, N]."""
@@ -36,18 +45,16 @@ class Segment:
     def links(self, mask: Tensor) -> Tensor:
         """The segment's part of a ``mask`` [1 or B, 1 or heads, N, N] of a call without a past."""
         part = mask if mask.shape[0] == 1 else mask[self.rows]
-        return part if self.slots is None else _take(_take(part, self.slots, 2), self.slots, 3)
+        return self._take(self._take(part, 2), 3)
 
     def query_slots(self, q_len: int, kv_len: int) -> Tensor | None:
         """Indices of the segment's queries among the ``q_len`` of the call, None for all."""
         return None if self.slots is None else self.slots[len(self.slots) - self.queries :] - (kv_len - q_len)
 
-
-def _take(x: Tensor, index: Tensor, dim: int) -> Tensor:
-    """``index_select`` that is a view where the indices are consecutive."""
-    if len(index) and int(index[-1]) - int(index[0]) == len(index) - 1:
-        return x.narrow(dim, int(index[0]), len(index))
-    return x.index_select(dim, index)
+    def query_slots_on_host(self, q_len: int, kv_len: int) -> Tensor:
+        """`query_slots` on the CPU, of a segment that does not have all slots."""
+        assert self.slots_on_host is not None
+        return self.slots_on_host[len(self.slots_on_host) - self.queries :] - (kv_len - q_len)
 
 
 @dataclass(frozen=True)
@@ -82,28 +89,63 @@ class Layout:
         if plain_step or (self.mask is not None and self.mask.ndim == 4):
             return self._find_segments()
         global _last_answer
-        layout, found = _last_answer
-        if layout is None or not self._tells_the_same_as(layout):
+        layout, kept, found = _last_answer
+        if layout is None or not self._tells_the_same_as(layout, kept):
             found = self._find_segments()
-            told = (self.mask, self.position_ids, self.cu_seq_lens)
-            mask, position_ids, cu_seq_lens = (None if x is None else x.clone() for x in told)  # who owns them may change them
-            _last_answer = (replace(self, mask=mask, position_ids=position_ids, cu_seq_lens=cu_seq_lens), found)
+            contents = [None if x is None else x.clone() for x in self._told()]  # who owns them may change them
+        else:
+            contents = [None if noted is None else noted[1] for noted in kept]
+        noted = (
+            None if x is None or content is None else (_version(x), content) for x, content in zip(self._told(), contents, strict=True)
+        )
+        _last_answer = (self, tuple(noted), found)
         return found
 
-    def _tells_the_same_as(self, other: Layout) -> bool:
+    def _told(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.mask, self.position_ids, self.cu_seq_lens
+
+    def _tells_the_same_as(self, other: Layout, kept: _Kept) -> bool:
+        """Whether ``other``, whose tensors had the versions and contents ``kept``, was told the same.
+
+        The layers of a forward pass share tensors, which tell so without being read: on a GPU reading would wait for it.
+        """
         if (self.batch, self.q_len, self.kv_len, self.causal) != (other.batch, other.q_len, other.kv_len, other.causal):
             return False
-        pairs = ((getattr(self, name), getattr(other, name)) for name in ("mask", "position_ids", "cu_seq_lens"))
-        return all(
-            mine is theirs is None
-            if mine is None or theirs is None
-            else (mine.dtype, mine.device) == (theirs.dtype, theirs.device) and torch.equal(mine, theirs)
-            for mine, theirs in pairs
-        )
+        for mine, theirs, noted in zip(self._told(), other._told(), kept, strict=True):
+            if mine is None or noted is None:
+                if mine is not None or noted is not None:
+                    return False
+                continue
+            version, content = noted
+            if mine is theirs and version is not None and _version(mine) == version:
+                continue
+            if (mine.dtype, mine.device) != (content.dtype, content.device) or not torch.equal(mine, content):
+                return False
+        return True
 
     def _find_segments(self) -> list[Segment]:
         real, starts = self._told_by_mask()
-        return cut_documents(self.batch, self.q_len, self.kv_len, real, _join(starts, self._starts(real)))
+        found = cut_documents(self.batch, self.q_len, self.kv_len, real, _join(starts, self._starts(real)))
+        return [replace(segment, consecutive=consecutive) for segment, consecutive in zip(found, self._consecutive(found), strict=True)]
+
+    def _consecutive(self, segments: list[Segment]) -> list[bool | None]:
+        """Of each document whether the positions of its queries grow by one, None for unknown."""
+        positions = self.position_ids
+        if positions is None or self.q_len == 1:
+            return [True] * len(segments)
+        if positions.ndim != 2 or positions.shape[1] != self.q_len:
+            return [None] * len(segments)
+        if all(segment.slots is None for segment in segments):
+            return [bool((positions.diff() == 1).all())] * len(segments)
+        positions = positions.cpu()
+        return [
+            bool(
+                (
+                    positions[min(segment.rows.start, len(positions) - 1), segment.query_slots_on_host(self.q_len, self.kv_len)].diff() == 1
+                ).all()
+            )
+            for segment in segments
+        ]
 
     def packed(self) -> list[Segment] | None:
         """The documents for an attention that honours any 4D mask itself; None if a row has but one."""
@@ -180,7 +222,13 @@ class Layout:
         return starts[:total].cumsum(0).view(self.batch, self.kv_len)
 
 
-_last_answer: tuple[Layout | None, list[Segment]] = (None, [])  # exchanged as a whole, so that threads see one or the other
+_Kept = tuple[tuple[int | None, Tensor] | None, ...]  # version and copy of each tensor of a layout
+_last_answer: tuple[Layout | None, _Kept, list[Segment]] = (None, (), [])  # exchanged as a whole, so that threads see one or the other
+
+
+def _version(x: Tensor) -> int | None:
+    """How often a tensor was changed in place, None where torch does not count."""
+    return None if x.is_inference() else x._version
 
 
 def _join(one: Tensor | None, other: Tensor | None) -> Tensor | None:
@@ -205,7 +253,7 @@ def cut_documents(batch: int, q_len: int, kv_len: int, mask: Tensor | None, star
         for part in torch.tensor_split(slots, [c for c in cuts if c > 0]):
             queries = int((part >= kv_len - q_len).sum())
             if queries:
-                segments.append(Segment(slice(row, row + 1), part.to(device), queries))
+                segments.append(Segment(slice(row, row + 1), part.to(device), queries, part))
     return segments
 
 

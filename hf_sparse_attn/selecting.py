@@ -5,6 +5,7 @@ from __future__ import annotations
 import hf_sparse_attn_kernels as kernels
 import torch
 from hf_sparse_attn_kernels import BlockSelection, TileFeatures, TileGrid, TilePlan, to_tiles
+from hf_sparse_attn_kernels.planning import chunk_of
 from torch import Tensor
 
 from .head_budgets import HeadBudgets, allowed_blocks
@@ -108,17 +109,18 @@ class FeatureMaker:
         self.reps = router.representatives(grid, inputs.q.device)
 
     def runs(self, tiles: Tensor) -> tuple[Tensor, ...]:
-        """The tiles (int64 [m]) in runs whose features take about FEATURE_BYTES."""
+        """The tiles (int64 [m]) in runs whose features take about FEATURE_BYTES on a CPU, more on an accelerator."""
         rows = self.inputs.k.shape[0] * self.inputs.k.shape[1]
         tokens = self.grid.query_tile * self.q_tiles.shape[2]
-        step = max(1, FEATURE_BYTES // (4 * rows * tokens * self.router.head_dim))
+        step = max(1, chunk_of(FEATURE_BYTES, tiles.device) // (4 * rows * tokens * self.router.head_dim))
         return tuple(tiles[at : at + step] for at in range(0, len(tiles), step))
 
     def features(self, tiles: Tensor) -> TileFeatures:
         router, scale = self.router, self.inputs.scale
         batch, dtype = (-1, router.groups), self.keys.dtype
         heads = torch.arange(self.reps.shape[0], device=tiles.device, dtype=torch.int64)[:, None]
-        coarse, real = router.query_features(self.q_tiles[:, tiles], self.inputs.positions, self.grid, tiles)
+        told = (self.inputs.positions, self.grid, tiles, self.inputs.consecutive)
+        coarse, real = router.query_features(self.q_tiles[:, tiles], *told)
         sampled = self.q_tiles[:, tiles[:, None, None], heads, self.reps]
         queries = router.index_queries(sampled, self.fold).unflatten(0, batch)
         return TileFeatures((coarse * scale).to(dtype), real, self.router_keys, (queries * scale).to(dtype), self.reps, self.keys)

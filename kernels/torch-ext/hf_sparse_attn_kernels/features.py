@@ -28,7 +28,7 @@ def coarse_scores_torch(queries: Tensor, real: Tensor, router_keys: Tensor, scal
     scores = torch.einsum("bgmrf,bgnf->bgmrn", queries * scale, router_keys).float()
     if scores.shape[3] == 1:
         return scores[:, :, :, 0]
-    if not bool(real.all()):
+    if real.device.type != "cpu" or not bool(real.all()):  # reading a value would wait for an accelerator
         scores.masked_fill_(~real[..., None], -torch.inf)
     return scores.logsumexp(3)
 
@@ -71,7 +71,7 @@ def _hide(scores: Tensor, grid: TileGrid, blocks: Tensor, q_pos: Tensor) -> None
     last = q_pos[:, None] if grid.causal else torch.full_like(q_pos[:, None], grid.kv_len - 1)
     k_pos = (own[..., None] * grid.block_size + torch.arange(grid.block_size, device=blocks.device, dtype=torch.int64)).flatten(2)
     scores[:, :, -k_pos.shape[-1] :].masked_fill_(k_pos[..., None] > last, -torch.inf)
-    if bool((blocks < 0).any()):
+    if blocks.device.type != "cpu" or bool((blocks < 0).any()):
         scores.masked_fill_((blocks < 0).repeat_interleave(grid.block_size, -1)[..., None], -torch.inf)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 
@@ -14,6 +15,8 @@ logger = logging.getLogger(__name__)
 IMPLEMENTATIONS = ("reference", "torch", "cpp", "triton")
 SCORE_IMPLEMENTATIONS = ("torch", "cpp", "triton")
 
+_preferred: str | None = None
+
 
 @constant_when_traced
 def default_choice(device_type: str) -> tuple[str, str]:
@@ -21,7 +24,18 @@ def default_choice(device_type: str) -> tuple[str, str]:
 
     On a CPU this compiles the C++ kernels if that was never done on this machine.
     """
-    return _decide(device_type)
+    return _decide(device_type) if _preferred is None else (_preferred, "it was asked for")
+
+
+@contextmanager
+def preferred(impl: str) -> Iterator[None]:
+    """Within a ``with`` block operations for which no implementation is named run ``impl`` where it can, else "torch"."""
+    global _preferred
+    before, _preferred = _preferred, impl
+    try:
+        yield
+    finally:
+        _preferred = before
 
 
 @cache

@@ -11,6 +11,18 @@ from torch import Tensor
 
 from .selection import TileGrid, ordered_topk
 
+LAUNCH_CHUNKS = 64  # times as large are chunks on an accelerator, where a launch costs more than memory that leaves the caches
+
+
+def chunk_of(size: int, device: torch.device) -> int:
+    """The ``size`` of a chunk of a loop (bytes or entries), made for a processor's caches, on ``device``."""
+    return size if device.type == "cpu" else LAUNCH_CHUNKS * size
+
+
+def largest(counts: Tensor, bound: int) -> int:
+    """The largest of ``counts``; on an accelerator, which reading it would wait for, the ``bound`` on it that is known."""
+    return int(counts.max()) if counts.device.type == "cpu" else bound
+
 
 class TileBudget(NamedTuple):
     """Budget of one query tile, in blocks: ``[0, sink)`` and ``[near, last]`` are forced, ``free`` of the others may be kept.
@@ -81,6 +93,10 @@ class TilePlan:
         most = (budget.free if self.threshold is None else budget.candidates for budget in self.budgets)
         return max((blocks - budget.eligible + more for blocks, budget, more in zip(seen, self.budgets, most, strict=True)), default=0)
 
+    def most(self, field: str) -> int:
+        """The largest ``field`` of a tile's budget."""
+        return max((getattr(budget, field) for budget in self.budgets), default=0)
+
     @property
     def open(self) -> Tensor:
         """Boolean [n]: tiles that have more eligible blocks than they may keep, so that there is something to select."""
@@ -92,7 +108,7 @@ class TilePlan:
         Without causality the last column is the partial last block of the call, if there is one.
         """
         near, last = self.near[tiles][:, None], self.last[tiles][:, None]
-        width = int((last - near).max()) + 1
+        width = largest(last - near, max((budget.last - budget.near for budget in self.budgets), default=0)) + 1
         close = last - torch.arange(width - 1, -1, -1, device=near.device, dtype=torch.int64)
         close = torch.where(close >= near, close, -1)
         sink = torch.arange(self.sink, device=near.device, dtype=torch.int64).expand(len(tiles), -1)
@@ -116,20 +132,21 @@ class TilePlan:
         block = torch.arange(self.grid.blocks, device=tiles.device, dtype=torch.float32)
         return -((self.near[tiles] + self.last[tiles])[:, None].float() / 2 - block).abs()
 
-    def best(self, scores: Tensor, tiles: Tensor, count: Tensor) -> Tensor:
+    def best(self, scores: Tensor, tiles: Tensor, count: Tensor, most: int | None = None) -> Tensor:
         """The ``count`` [m] best eligible blocks by ``scores`` [B, G, m, nb or fewer]: int64 [B, G, m, max count], −1 = empty.
 
-        A block without a score (NaN) counts as 0.
+        A block without a score (NaN) counts as 0. ``most`` bounds ``count``, None: it is at most the number of candidates. On an
+        accelerator the result has so many columns.
         """
         mask = self.eligible_mask(tiles)[:, : scores.shape[-1]]
-        width = int(count.max())
+        width = min(largest(count, self.most("candidates") if most is None else most), scores.shape[-1])
         index = ordered_topk(torch.where(scores.isnan(), 0.0, scores).masked_fill(~mask, -torch.inf), width)
         return torch.where(torch.arange(width, device=tiles.device, dtype=torch.int64) < count[:, None], index, -1)
 
     def chosen(self, mass: Tensor, tiles: Tensor) -> Tensor:
         """Blocks that stage 2 decides for by its ``mass`` [B, G, m, nb] of the candidates, −inf elsewhere; as `best` gives them."""
         if self.threshold is None:
-            return self.best(mass, tiles, self.free[tiles])
+            return self.best(mass, tiles, self.free[tiles], self.most("free"))
         found = self.best(mass, tiles, self.candidates[tiles])
         enough = mass.gather(-1, found.clamp(min=0)) >= self.threshold
         return torch.where(enough | ~self.open[tiles][:, None], found, -1)

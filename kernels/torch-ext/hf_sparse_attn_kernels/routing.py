@@ -13,7 +13,7 @@ from .cpp_kernels.support import unsupported as unsupported_by_cpp
 from .gathered import hide_after
 from .gathering import Scratch, as_rows, gather_visible
 from .implementations import SCORE_IMPLEMENTATIONS, choose, only_causal
-from .planning import TileBudget, TilePlan
+from .planning import TileBudget, TilePlan, chunk_of, largest
 from .scoring import coarse_scores, fine_mass
 from .selection import ordered_topk
 
@@ -79,7 +79,7 @@ def select_blocks(features: TileFeatures, plan: TilePlan, tiles: Tensor, *, impl
 
 def stage_one_scores(features: TileFeatures, plan: TilePlan, tiles: Tensor, impl: str | None = None) -> Tensor:
     """Stage-1 scores of the blocks that any of the tiles may select: float32 [B, G, m, most near or all]."""
-    router_keys = features.router_keys[:, :, : int(plan.near[tiles].max()) if plan.grid.causal else None]
+    router_keys = features.router_keys[:, :, : largest(plan.near[tiles], plan.most("near")) if plan.grid.causal else None]
     return coarse_scores(features.coarse_queries, features.real, router_keys, 1.0, impl=impl)
 
 
@@ -91,7 +91,7 @@ def stage_two_mass(
     found = plan.best(coarse, tiles, plan.candidates[tiles])
     blocks = torch.cat([found, plan.forced_blocks(tiles).expand(*found.shape[:2], -1, -1)], -1)
     scores = blocks[:, :, 0].numel() * features.reps.numel() * plan.grid.block_size
-    step = max(1, FINE_BYTES // (scores * keys.element_size()))
+    step = max(1, chunk_of(FINE_BYTES, keys.device) // (scores * keys.element_size()))
     parts = [
         fine_mass(q, keys, plan.grid, part, index, features.reps, scratch=scratch, impl=impl)
         for part, index, q in zip(tiles.split(step), blocks.flatten(0, 1).split(step, 1), queries.split(step, 1), strict=True)
@@ -105,14 +105,14 @@ def stage_two_mass(
 def _select_tiles(features: TileFeatures, plan: TilePlan, tiles: Tensor, impl: str | None) -> tuple[Tensor, Tensor]:
     b, groups, m, runs = features.coarse_queries.shape[:4]
     scratch = Scratch()
-    step = max(1, COARSE_SCORES // (b * groups * runs * plan.grid.blocks))
+    step = max(1, chunk_of(COARSE_SCORES, tiles.device) // (b * groups * runs * plan.grid.blocks))
     kept, scores = [], []
     for start in range(0, m, step):
         which = slice(start, min(start + step, m))
         part, some = tiles[which], features.part(which)
         scored = plan.open[part][:, None]
         mass = torch.full((b, groups, len(part), plan.grid.blocks), torch.nan, device=part.device, dtype=torch.float32)
-        if bool(scored.any()):
+        if scored.device.type != "cpu" or bool(scored.any()):  # reading a value would wait for an accelerator
             found = stage_two_mass(some, plan, part, stage_one_scores(some, plan, part, impl), scratch, impl)
             mass = torch.where(scored, found, mass)
         indices = plan.assemble(plan.chosen(mass, part), part)
