@@ -68,7 +68,7 @@ def bench_model(model: PreTrainedModel, ids: Tensor, keys: int, *, decode_tokens
     Raises:
         BenchmarkError: with every block kept the logits are not the stock ones.
     """
-    n = ids.shape[1] - 2 * decode_tokens
+    n, device = ids.shape[1] - 2 * decode_tokens, str(model.device)
     verify_model(model, ids[:, :1500])
     prefill: dict[str, list[float]] = {"sparse": [], "stock": []}
     memory: dict[str, int] = {}
@@ -77,18 +77,18 @@ def bench_model(model: PreTrainedModel, ids: Tensor, keys: int, *, decode_tokens
         for _ in range(repeats):
             for name, implementation in (("sparse", ATTN_IMPLEMENTATION), ("stock", "sdpa")):
                 caches[name] = DynamicCache(config=model.config)
-                with _implementation(model, implementation), PeakMemory() as peak:
+                with _implementation(model, implementation), PeakMemory(device) as peak:
                     run = lambda: model(ids[:, :n], **{MODEL_ARGUMENT: caches[name]}, logits_to_keep=1)  # noqa: B023, E731
-                    prefill[name].append(timed(run))
+                    prefill[name].append(timed(run, device))
                 memory[name] = max(memory.get(name, 0), peak.bytes)
         decode: dict[str, list[float]] = {"sparse": [], "best_dense": [], "stock": []}
         for at in range(n, n + 2 * decode_tokens, 2):
             one, two = ids[:, at : at + 1], ids[:, at + 1 : at + 2]
             with _implementation(model, "sdpa"):
-                decode["stock"].append(timed(lambda: model(one, **{MODEL_ARGUMENT: caches["stock"]})))  # noqa: B023
+                decode["stock"].append(timed(lambda: model(one, **{MODEL_ARGUMENT: caches["stock"]}), device))  # noqa: B023
             dense = SparseCall(dense=True)
-            decode["best_dense"].append(timed(lambda: model(one, **{MODEL_ARGUMENT: caches["sparse"]}, sparse_call=dense)))  # noqa: B023
-            decode["sparse"].append(timed(lambda: model(two, **{MODEL_ARGUMENT: caches["sparse"]})))  # noqa: B023
+            decode["best_dense"].append(timed(lambda: model(one, **{MODEL_ARGUMENT: caches["sparse"]}, sparse_call=dense), device))  # noqa: B023
+            decode["sparse"].append(timed(lambda: model(two, **{MODEL_ARGUMENT: caches["sparse"]}), device))  # noqa: B023
     decode = {name: times[1:] or times for name, times in decode.items()}  # the first step warms up and grows the caches
     return {
         "length": n,
