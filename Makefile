@@ -34,6 +34,7 @@ test: $(STAMP) lint  ## lint, types and all tests
 test-full: $(TRITON) lint test-processors test-sanitizers test-interpreter test-quantized test-versions  ## everything, with the slow tests: an hour
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest --confcutdir tests/aot --timeout 2000 tests/aot
+	$(BIN)/python -m pytest --confcutdir tests/interpreter -m slow tests/interpreter
 
 test-quantized: $(QUANTIZED)  ## sparse attention in bitsandbytes, torchao and quanto models and caches
 	PYTHONPATH=$(QUANTIZED) $(BIN)/python -m pytest -k "quantised and not hqq" tests/test_tasks.py tests/test_cache_kinds.py
@@ -65,7 +66,7 @@ test-sanitizers: $(STAMP)  ## the C++ kernels' tests and 2,400 random calls unde
 
 # each in a process of its own: Triton reads TRITON_INTERPRET once, when it is imported
 test-interpreter: $(TRITON)  ## the Triton kernels on CPU tensors
-	$(PYTEST) --confcutdir tests/interpreter tests/interpreter
+	$(PYTEST) --confcutdir tests/interpreter -m "not slow" tests/interpreter
 
 test-aot: $(TRITON)  ## the Triton kernels compiled for four GPUs, none needed
 	$(PYTEST) --confcutdir tests/aot -m "not slow" tests/aot

@@ -13,7 +13,7 @@ from rich.table import Table
 from .cli_options import JsonOption, SavedDtypeOption, TextOption, checked_output, console, emit, integers, load, windows_of
 
 bench = typer.Typer(
-    help="Speed and memory against dense attention in one run, output verified before it is timed.", invoke_without_command=True
+    help="Speed and memory against dense attention in one run, output verified before it is timed. For a whole GPU see recipes/gpu."
 )
 
 LengthOption = Annotated[str, typer.Option(help="Comma-separated numbers of tokens.")]
@@ -27,27 +27,6 @@ PlotOption = Annotated[
 ]
 
 LONG = 32768  # tokens from which on three rounds are enough
-
-
-@bench.callback()
-def suite(
-    context: typer.Context,
-    suite: Annotated[str | None, typer.Option(help="A whole suite instead of one benchmark: gpu.")] = None,
-    seconds: Annotated[float, typer.Option(help="Time that the suite may take.")] = 520,
-    json_path: Annotated[
-        Path, typer.Option("--json", callback=checked_output, help="File of the suite's results, rewritten after every row.")
-    ] = Path("gpu-suite.json"),
-) -> None:
-    """Speed and memory against dense attention in one run, output verified before it is timed."""
-    if context.invoked_subcommand is not None:
-        return
-    if suite is None:
-        raise ValueError("bench needs a benchmark (attention, backward, decode, router, model, training) or --suite gpu")
-    if suite != "gpu":
-        raise ValueError(f"--suite is {suite!r}; supported: gpu")
-    from .profiling.suite import run_suite
-
-    run_suite(json_path, seconds)
 
 
 @bench.command()

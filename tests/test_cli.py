@@ -197,8 +197,6 @@ def test_bench_measures_a_model(distilled, text, invoke):
         (["bench", "attention", "--length", "300", "--keys", "10"], "min_keys is 10: must be >= 144"),
         (["bench", "attention", "--heads", "9"], "--heads is '9': must be query heads / KV heads"),
         (["bench", "router", "--candidate-factor", "two"], "--candidate-factor is 'two'"),
-        (["bench"], "bench needs a benchmark (attention, backward, decode, router, model, training) or --suite gpu"),
-        (["bench", "--suite", "tpu"], "--suite is 'tpu'; supported: gpu"),
         (["eval", "m", "--text", "t", "--budgets", "a"], "--budgets is 'a'"),
         (["eval", "m", "--text", "t", "--selections", "magic"], "names 'magic'; known: oracle"),
         (["run", "nothing/mine.yaml"], "nothing/mine.yaml: no such file, and no recipe of this package"),

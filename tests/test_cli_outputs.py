@@ -20,7 +20,6 @@ from hf_sparse_attn.cli_options import emit
 from hf_sparse_attn.locks import FolderInUseError, sole_use
 from hf_sparse_attn.outputs import OutputError
 from hf_sparse_attn.pipeline import engine
-from hf_sparse_attn.profiling import suite
 
 
 def call(*arguments):
@@ -40,7 +39,6 @@ VERBS = {
     "doctor": ["doctor"],
     **{f"bench {name}": ["bench", name, "model", "--text", "t"][: 5 if name in ("model", "training") else 2] for name in
        ("attention", "backward", "decode", "router", "model", "training")},
-    "bench": ["bench", "--suite", "gpu"],
 }  # fmt: skip
 OTHERS = {"eval": "--report", "lm-eval": "--report", "calibrate": "--report", "synth": "--report", "architectures": "--markdown"}
 OTHERS |= dict.fromkeys(("bench attention", "bench backward", "bench decode", "bench training"), "--plot")
@@ -112,15 +110,6 @@ def test_a_plot_goes_beside_a_file_only(tmp_path):
     assert beside(str(tmp_path / "a.json")) == tmp_path / "a.svg"
     assert beside(str(tmp_path / "a.svg")) == tmp_path / "a.svg.svg"  # not over the JSON
     assert [beside(path) for path in (None, "-", "/dev/stdout", "/dev/null")] == [None] * 4
-
-
-def test_a_row_of_the_suite_with_a_nan_costs_no_other_row(tmp_path):
-    path = tmp_path / "suite.json"
-    shape = suite._shape(128, 0.5, device="cpu")
-    row = {"passed": True, "shape": "x", "error": math.nan}
-    suite.run_suite(path, entries=iter([("check", shape, lambda _: row), ("check", shape, lambda _: {**row, "error": 1.0})]))
-    written = json.loads(path.read_text())
-    assert [r["error"] for r in written["rows"]] == [None, 1.0] and written["not_finite"] == ["rows[0].error is nan"]
 
 
 # -- runs ----------------------------------------------------------------------------------------------------------

@@ -24,7 +24,6 @@ from hf_sparse_attn.profiling import (
     crossover,
     meters,
     peers,
-    suite,
 )
 from hf_sparse_attn.profiling import attention as benchmarks
 from hf_sparse_attn.profiling import layer as layers
@@ -181,47 +180,6 @@ def test_a_plot_is_drawn_from_the_rows(tmp_path):
     plot_speedups(tmp_path / "plot.svg", rows)
     drawn = (tmp_path / "plot.svg").read_text()
     assert drawn.startswith("<?xml") and "bfloat16, with router" in drawn
-
-
-# -- the suite of a GPU ---------------------------------------------------------------------------------------------
-
-
-def test_a_suite_keeps_what_it_measured_when_an_entry_fails_or_time_runs_out(tmp_path):
-    path = tmp_path / "suite.json"
-    seen = []
-
-    def measure(sizes):
-        seen.append(json.loads(path.read_text())["rows"] if path.exists() else None)
-        if sizes.length == 301:
-            raise RuntimeError("out of memory")
-        return bench_attention(sizes, repeats=1)
-
-    entries = [("prefill", shape(n), measure) for n in (300, 301, 302)]
-    result = suite.run_suite(path, entries=iter(entries))
-    assert [row["length"] for row in result["rows"]] == [300, 302] and "out of memory" in result["failed"][0]["error"]
-    assert len(seen[1]) == 1 and json.loads(path.read_text())["rows"] == result["rows"]
-    result = suite.run_suite(path, seconds=-1, entries=iter(entries))
-    assert result["rows"] == [] and len(result["not_run"]) == 3
-
-
-def test_the_entries_of_the_suite_run_on_a_small_cpu_layer(tmp_path, monkeypatch):
-    """Every kind of entry on a CPU, where the implementation that is checked is the default one."""
-    monkeypatch.setattr(suite, "CHECKED", "torch")
-    monkeypatch.setattr(suite, "ROUNDS", 1)
-    kinds = {name: (name, measure) for name, _, measure in suite.gpu_entries()}
-    assert list(kinds) == ["check", "dense share", "prefill", "backward", "decode", "router", "grid"]
-    entries = [(name, shape(600, None if name == "prefill" else 256, density=0.5), measure) for name, measure in kinds.values()]
-    result = suite.run_suite(tmp_path / "suite.json", entries=iter(entries))
-    assert not result["failed"] and len(result["rows"]) == 7 and result["rows"][0]["passed"]
-    grid = [s for name, s, _ in suite.gpu_entries() if name == "grid"]
-    assert {s.length for s in grid} == {4096, 8192, 16384, 32768, 65536, 131072} and {s.batch for s in grid} == {1, 4}
-    assert {s.density for s in grid} == {0.05, 0.1, 0.25, 0.5} and {s.heads // s.groups for s in grid} == {1, 3, 4, 8, 16}
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_suite_of_a_gpu_says_that_there_is_none(tmp_path):
-    with pytest.raises(RuntimeError, match="needs a GPU"):
-        suite.run_suite(tmp_path / "suite.json")
 
 
 # -- a whole model --------------------------------------------------------------------------------------------------

@@ -8,7 +8,9 @@ import sys
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it deterministic products are refused
+else:
     if "triton" in sys.modules:
         pytest.exit(
             "triton was imported before TRITON_INTERPRET could be set: run pytest --confcutdir tests/interpreter tests/interpreter", 2
@@ -21,10 +23,16 @@ from hf_sparse_attn_kernels import BlockSelection, TileGrid, block_sparse_attent
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        for item in items:
+            item.add_marker(pytest.mark.filterwarnings("ignore:.*deterministic.*"))
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """Memory that nothing was written to reads as NaN."""
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())  # some products of torch have no such kernel there
     assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)

@@ -1,0 +1,49 @@
+"""What is measured on a GPU, dry: every stage with tiny sizes on the CPU, and the whole script."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hf_sparse_attn_kernels.implementations import preferred
+
+from hf_sparse_attn.profiling.gpu import causes, launch_grid, limits, models
+from hf_sparse_attn.profiling.gpu.rows import run_entries
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="dry runs are for machines without a GPU")
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "gpu"
+STAGES = {"limits": limits, "models": models, "causes": causes, "launches": launch_grid}
+ROWS = {"limits": 7, "models": 4, "causes": 4, "launches": 3}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_row_of_a_stage_is_measured(stage, tmp_path):
+    with preferred("triton"):
+        result = run_entries(tmp_path / "rows.json", STAGES[stage].entries(dry=True), 600)
+    assert not result["failed"] and not result["not_run"] and len(result["rows"]) == ROWS[stage]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_dry_run_of_the_script_passes_every_stage_and_is_read(tmp_path):
+    ran = subprocess.run(
+        ["bash", RECIPES / "run.sh", "--dry", tmp_path],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHON": sys.executable},
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert len(list(tmp_path.iterdir())) <= 8
+    for stage, count in ROWS.items():
+        result = json.loads((tmp_path / f"{stage}.json").read_text())
+        assert len(result["rows"]) == count and not result["failed"] and not result["not_run"], (stage, result["failed"], result["not_run"])
+    told = subprocess.run([sys.executable, RECIPES / "read.py", tmp_path], capture_output=True, text=True, check=True).stdout
+    assert "card: none (dry run)" in told and "FAILED" not in told and (tmp_path / "gpu-dry.json").exists()
