@@ -43,6 +43,7 @@ LAYERS = (
     ("untrained",),
     ("single",),
     ("selecting",),
+    ("mask_4d",),
     ("segments",),
     ("cache", "dense", "masks"),
     ("checks",),

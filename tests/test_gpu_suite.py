@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import runpy
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -109,7 +111,8 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_script_says_so_and_ends(tmp_path):
     def run(*arguments):
-        return subprocess.run(["bash", RECIPES / "run.sh", *arguments], capture_output=True, text=True, check=False)
+        environment = {**os.environ, "PYTHON": sys.executable}
+        return subprocess.run(["bash", RECIPES / "run.sh", *arguments], capture_output=True, text=True, env=environment, check=False)
 
     done = run(tmp_path / "out")
     assert done.returncode == 2 and "there is no GPU here" in done.stderr and "--dry" in done.stderr

@@ -86,8 +86,9 @@ def make(shape: Shape, dry: bool) -> PreTrainedModel:
 
 
 def random_ids(shape: Shape, rows: int, length: int, dry: bool, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, shape.vocabulary, (rows, length), generator=generator).to("cpu" if dry else "cuda")
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    ids = torch.randint(3, shape.vocabulary, (rows, length), generator=generator, dtype=torch.int64, device="cpu")
+    return ids.to("cpu" if dry else "cuda")
 
 
 def _sizes(shape: Shape, length: int, batch: int = 1) -> dict[str, Any]:
