@@ -7,7 +7,8 @@ import torch
 from hf_sparse_attn_kernels.implementations import preferred
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from hf_sparse_attn import set_sparse_attention, sparsify
+from hf_sparse_attn import sparsify
+from hf_sparse_attn.conversion import sparse_attention_as
 
 SETTINGS = {"block_size": 16, "query_tile": 64, "sink": 16, "local": 16, "dense_below": 0, "min_keys": 112, "max_keys": 112}
 
@@ -21,7 +22,7 @@ def on_triton():
 @pytest.fixture
 def model(device):
     config = LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2
     )
     torch.manual_seed(0)
     return sparsify(LlamaForCausalLM(config), SETTINGS).eval().to(device)
@@ -29,13 +30,13 @@ def model(device):
 
 @pytest.fixture
 def ids(device):
-    return torch.randint(3, 97, (1, 300), generator=torch.Generator().manual_seed(0)).to(device)
+    return torch.randint(3, 97, (1, 200), generator=torch.Generator().manual_seed(0)).to(device)
 
 
 @torch.no_grad()
 def test_with_every_block_kept_the_logits_are_those_of_dense_attention(model, ids):
     sparse = model(ids).logits
-    with set_sparse_attention(model, min_keys=300, max_keys=None):
+    with sparse_attention_as(model, min_keys=300, max_keys=None):
         every = model(ids).logits
     model.set_attn_implementation("sdpa")
     dense = model(ids).logits
@@ -54,7 +55,7 @@ def test_a_compiled_model_gives_the_eager_logits(model, ids):
 @torch.no_grad()
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_what_is_generated_is_what_forward_passes_without_a_cache_say(cache, model, ids):
-    prompt, count = ids[:, :256], 6  # whole tiles: without a cache the last tile is routed as a whole, so each token is one of its own
+    prompt, count = ids[:, :192], 3  # whole tiles: without a cache the last tile is routed as a whole, so each token is one of its own
     out = model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, do_sample=False, pad_token_id=0, cache_implementation=cache
     )
