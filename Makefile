@@ -16,6 +16,8 @@ QUANTIZERS := bitsandbytes==0.50.2 torchao==0.18.0 optimum-quanto==0.2.7 ninja==
 
 # the ends of the supported range of Transformers, beside the environment, which has the newest but one; a folder each, kept between targets
 ENDS := 5.17.0 5.24.0
+GPU_MACHINE := $(VENV)/gpu-machine
+GPU_PACKAGES := peft==0.21.2 accelerate==1.15.0 requests==2.34.2 pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0
 OVERLAYS := $(addprefix $(VENV)/transformers-,$(ENDS))
 BESIDE_5.17.0 := huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
 VERSION_TESTS := $(addprefix tests/test_,versions.py caches.py generation.py)
@@ -31,13 +33,13 @@ demo: $(STAMP)  ## the main job on real weights and text: runs/demo/report.html
 test: $(STAMP) lint  ## lint, types and all tests
 	$(PYTEST) -m "not slow and not gpu"
 
-test-full: $(TRITON) lint test-processors test-sanitizers test-interpreter test-quantized test-versions  ## everything, with the slow tests: an hour
-	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest --confcutdir tests/aot --timeout 2000 tests/aot
-	$(BIN)/python -m pytest --confcutdir tests/interpreter -m slow tests/interpreter
+test-full: $(TRITON) $(GPU_MACHINE) lint test-processors test-sanitizers test-interpreter test-quantized test-versions  ## everything, with the slow tests: two hours on two cores
+	$(PYTEST)
+	$(PYTEST) --confcutdir tests/aot --timeout 2000 tests/aot
+	for python in $(BIN)/python $(GPU_MACHINE)/bin/python; do $$python -m pytest --confcutdir tests/interpreter -m slow tests/interpreter || exit 1; done
 
 test-quantized: $(QUANTIZED)  ## sparse attention in bitsandbytes, torchao and quanto models and caches
-	PYTHONPATH=$(QUANTIZED) $(BIN)/python -m pytest -k "quantised and not hqq" tests/test_tasks.py tests/test_cache_kinds.py
+	PYTHONPATH=$(CURDIR)/$(QUANTIZED) $(BIN)/python -m pytest -k "quantised and not hqq" tests/test_tasks.py tests/test_cache_kinds.py
 
 test-versions: $(OVERLAYS)  ## every architecture, caches, generation and saving under each end of the supported Transformers and the pinned one
 	for folder in $(OVERLAYS) $(VENV)/none; do \
@@ -100,6 +102,11 @@ $(VENV)/transformers-%: $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --target $@.part transformers==$* $(BESIDE_$*)
 	PYTHONPATH=$@.part $(BIN)/python -c "import transformers; assert transformers.__version__ == '$*'"
 	mv $@.part $@
+
+# what a machine with a GPU may have: torch with CUDA, which brings its Triton, and the oldest Transformers; 5 GB
+$(GPU_MACHINE): $(STAMP)
+	rm -rf $@ && $(PYTHON) -m venv $@
+	$@/bin/python -m pip install --disable-pip-version-check torch==2.11.0 'numpy<2.4' transformers==5.17.0 $(BESIDE_5.17.0) $(GPU_PACKAGES)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
