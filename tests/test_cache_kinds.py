@@ -228,7 +228,7 @@ def test_a_quantised_cache_at_a_real_budget_decodes_over_what_it_returns(model_o
     with summaries_checked():
         _, cache = cached_logits(model, ids(), [PROMPT, *range(PROMPT + 1, PROMPT + NEW)], rounding(model.config))
         for layer in cache.layers:
-            layer.update = lambda *args, update=layer.update: seen.append(update(*args)) or seen[-1]
+            layer.update = lambda *args, update=layer.update, **kwargs: seen.append(update(*args, **kwargs)) or seen[-1]
         got = fed(model, ids()[:, -1:], cache)
     plain = DynamicCache([(keys[:, :, :-1], values[:, :, :-1]) for keys, values in seen])
     close(got, fed(model, ids()[:, -1:], plain), 1e-4)
