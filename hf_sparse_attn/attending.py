@@ -11,6 +11,8 @@ import torch
 from hf_sparse_attn_kernels import BlockSelection, block_sparse_attention
 from torch import Tensor, nn
 
+from . import static_decode
+from .asking import Attention
 from .cache import SparseCacheLayerMixin
 from .checks import refuse_split_sequences
 from .dense import dense_attention, stock_attention_of_documents, stock_mask
@@ -64,27 +66,6 @@ class SparseCall:
 
 
 @dataclass(frozen=True)
-class Attention:
-    """What a call asks of a layer, beside its queries, keys and values.
-
-    Attributes:
-        attention_mask: None, a padding mask [B, at least N] or 4D, see `Layout`.
-        position_ids: rotary positions [1 or B, Q] of the queries, None for the last of consecutive ones.
-        cu_seq_lens: first slots of packed documents and the end, int [documents + 1], or None.
-        filled: how many of the keys' slots are filled, int64 [], None for all.
-    """
-
-    scale: float
-    causal: bool
-    softcap: float | None = None
-    sinks: Tensor | None = None
-    attention_mask: Tensor | None = None
-    position_ids: Tensor | None = None
-    cu_seq_lens: Tensor | None = None
-    filled: Tensor | None = None
-
-
-@dataclass(frozen=True)
 class _Layer:
     """A layer and what is asked of it."""
 
@@ -131,10 +112,40 @@ def _attend_layer(
     kv_len = key.shape[2] if asked.filled is None else int(asked.filled)
     positions = _positions(asked, q_len, kv_len, cache, key.device)
     layout = Layout(query.shape[0], q_len, kv_len, asked.attention_mask, asked.causal, asked.position_ids, asked.cu_seq_lens)
+    if q_len > 1 and cache is not None and asked.filled is not None and static_decode.wanted(query.device):
+        _prepare_steps(cache, router, key, positions, asked, layout)
     if kv_len < router.config.dense_below:
+        if q_len == 1 and cache is not None:
+            cache.steps = cache.steps_by = None  # this step leaves no summary
         return _attend_as_stock(module, query, key, value, asked, layout)
     layer = _Layer(router, cache, call or SparseCall(), asked)
     return _attend_segments(layer, layout.segments(), query, key[:, :, :kv_len], value[:, :, :kv_len], positions)
+
+
+def _prepare_steps(
+    cache: SparseCacheLayerMixin, router: SparseRouter, key: Tensor, positions: Tensor, asked: Attention, layout: Layout
+) -> None:
+    """Let the steps that follow be those of `static_decode`, if it can make them: no row is padded, and positions run through."""
+    running, past = active_router(router), layout.kv_len - layout.q_len
+    plain = [(part.slots, part.consecutive) for part in layout.segments()] == [(None, True)]
+    goes_on = not past or (cache.steps is not None and bool((positions[:, past - 1 : past + 1].diff() == 1).all()))
+    if plain and goes_on and static_decode.supports(running, asked):
+        table = static_decode.budget_table(running.config, key.shape[2], key.device)
+        cache.prepare_steps(router, key[:, :, : layout.kv_len].detach(), positions, key.shape[2], table)
+    else:
+        cache.steps = cache.steps_by = None
+
+
+def made_on_the_device(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, asked: Attention, cache: SparseCacheLayerMixin | None
+) -> Tensor | None:
+    """Attention [B, 1, H, D] of a step after a static cache that waits for nothing, None where it has to be made by `attend`."""
+    if cache is None or cache.steps is None or cache.router_keys is None or query.shape[2] != 1:
+        return None
+    router = active_router(module.router)
+    if cache.steps_by is not router or not static_decode.supports(router, asked):
+        return None
+    return static_decode.decode(router, cache.router_keys, cache.steps, query, key, value, asked).transpose(1, 2)
 
 
 def _positions(asked: Attention, q_len: int, kv_len: int, cache: SparseCacheLayerMixin | None, device: torch.device) -> Tensor:

@@ -13,7 +13,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from .ambient import ambient_call
 from .architectures import SUPPORTED
-from .attending import Attention, SparseCall, attend
+from .asking import Attention
+from .attending import SparseCall, attend, made_on_the_device
 from .cache import SparseCacheLayerMixin, adopt, filled, found
 from .cache_arguments import CACHE_ARGUMENTS, accepted_names, is_cache
 from .checks import ATTN_IMPLEMENTATION, EXPORT, check_call, check_mask, refuse_export, refuse_without_router
@@ -154,6 +155,8 @@ def sparse_attention_forward(
         filled=filled(sparse_cache_layer),
     )
     cache = sparse_cache_layer if isinstance(sparse_cache_layer, SparseCacheLayerMixin) else None
+    if sparse_call is None and (out := made_on_the_device(module, query, key, value, asked, cache)) is not None:
+        return out, None
     if torch.compiler.is_compiling():
         if sparse_call is None:
             return attend_opaquely(module, query, key, value, asked, cache), None

@@ -41,9 +41,11 @@ class SparseCacheLayerMixin(MadeMixin):
 
     summarised_by: ref[SparseRouter] | None  # the router that made the summaries; a copy takes the first that asks
     number: Tensor  # by which an operator of a compiled graph finds this layer
+    steps: Any  # of a static layer: the budgets of `static_decode`, None as long as its steps cannot be made so
+    steps_by: SparseRouter | None  # the router that they are for
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "summarised_by": None}  # a weak reference cannot be copied
+        return {**self.__dict__, "summarised_by": None, "steps": None, "steps_by": None}  # a weak reference cannot be copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -53,13 +55,14 @@ class SparseCacheLayerMixin(MadeMixin):
         self.number = number(self)
 
     def start_summaries(self) -> None:
-        self.summarised_by = None
+        self.summarised_by = self.steps = self.steps_by = None
         self.slot_positions = self.router_keys = None
         self.position_buffer = None
         self.summarised, self.summarised_slots, self.layouts = [], [], []
 
     def forget_summaries(self) -> None:
         """All summaries are made anew at the next call."""
+        self.steps = self.steps_by = None
         self.summarised, self.summarised_slots = [0] * len(self.summarised), [-1] * len(self.summarised)
 
     def record_positions(self, positions: Tensor, slots: int) -> Tensor:
@@ -113,6 +116,14 @@ class SparseCacheLayerMixin(MadeMixin):
             self.layouts[row] = None if slots is None else slots[: need * size]
         return self.router_keys[rows, :, :need]
 
+    def prepare_steps(self, router: SparseRouter, keys: Tensor, positions: Tensor, slots: int, steps: Any) -> None:
+        """Make room for the summaries of all ``slots``, make those of ``keys`` [B, G, N, D], and note ``steps``: see `static_decode`."""
+        self.summaries(router, keys.shape[0], slice(0, keys.shape[0]), None, keys, positions)
+        assert self.router_keys is not None
+        blocks = -(-slots // router.config.block_size)
+        self.router_keys = F.pad(self.router_keys[:, :, :blocks], (0, 0, 0, max(blocks - self.router_keys.shape[2], 0)))
+        self.steps, self.steps_by = steps, active_router(router)
+
     def _laid_out(self, rows: slice, slots: Tensor | None, tokens: int) -> bool:
         """Whether the first ``tokens`` of ``slots``, which end alike, are those that were summarised: the past can be masked anew."""
         known = self.layouts[rows.start]
@@ -137,6 +148,7 @@ class SparseCacheLayerMixin(MadeMixin):
             self.slot_positions = self.slot_positions[index.to(self.slot_positions.device)]
         if self.router_keys is not None:
             self.router_keys = self.router_keys[index.to(self.router_keys.device)]
+            self.steps = self.steps_by = None
             picked = torch.arange(len(self.summarised), dtype=torch.int64, device="cpu")[index.cpu()].tolist()
             self.summarised = [self.summarised[i] for i in picked]
             self.summarised_slots = [self.summarised_slots[i] for i in picked]
@@ -154,6 +166,7 @@ class SparseCacheLayerMixin(MadeMixin):
         before = int(self.get_seq_length())  # type: ignore[attr-defined]
         super().crop(tokens_to_remove)  # type: ignore[misc]
         slots = int(self.get_seq_length())  # type: ignore[attr-defined]
+        self.steps = self.steps_by = None
         if slots < before:
             if self.slot_positions is not None:
                 self.slot_positions = self.slot_positions[:, :slots]

@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers.cache_utils import StaticLayer
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
+from . import static_decode
+
 OVERLAID = (
     "another mask lies over that of packed documents in a compiled model, such as images whose tokens see each other: "
     "run it without torch.compile, or without packing"
@@ -43,7 +45,8 @@ def sparse_attention_mask(
     # reads how much is filled, and so decides itself, where a graph is compiled that must not read values
     compiling = torch.compiler.is_compiling()
     static = isinstance(q_offset, Tensor)
-    filled = kv_length if not static else sparse["dense_below"] if compiling and sparse else int(q_offset) + q_length
+    unread = compiling or (static and q_length == 1 and static_decode.wanted(q_offset.device))
+    filled = kv_length if not static else sparse["dense_below"] if unread and sparse else int(q_offset) + q_length
     if sparse is None or local_size is not None or overlaid or filled < sparse["dense_below"]:
         if overlaid and local_size is None:
             kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attending import Attention, attend
+from .asking import Attention
+from .attending import attend
 from .cache import SparseCacheLayerMixin
 from .numbered import numbered
 

@@ -85,7 +85,7 @@ class Rotary:
         return self._as_matrix(self.unrotate, positions, dim)
 
     def _as_matrix(self, turn: Callable[[Tensor, Tensor], Tensor], positions: Tensor, dim: int) -> Tensor:
-        if positions.device.type != "cpu":  # reading positions back would wait for the device
+        if positions.device.type != "cpu" or torch.compiler.is_compiling():  # reading positions back would wait for the device
             return turn(torch.eye(dim, device=positions.device, dtype=torch.float32).expand(len(positions), -1, -1), positions)
         key = (turn.__name__, dim, *positions[:, 0].tolist())
         if key not in self._matrices:  # every layer of a step asks for the same two

@@ -143,10 +143,10 @@ class SparseRouter(nn.Module):
 
     # -- stage 1 ---------------------------------------------------------------------------------------------------
 
-    def pooled(self, k: Tensor, positions: Tensor) -> Tensor:
+    def pooled(self, k: Tensor, positions: Tensor, impl: str | None = None) -> Tensor:
         """Features of the whole blocks of ``k`` [B, G, N, D] (after RoPE): float32 [B, G, N // S, 3·D]."""
         plain = k.float() if self.rotary is None else self.rotary.unrotate(k, positions[:, None])
-        return pooled_features(plain, self.config.block_size)
+        return pooled_features(plain, self.config.block_size, impl=impl)
 
     def project_keys(self, features: Tensor, positions: Tensor) -> Tensor:
         """Stage-1 keys from `pooled` features: float32 [B, G, N // S, R], rotated at each block's centre."""
@@ -155,10 +155,13 @@ class SparseRouter(nn.Module):
         centres = positions[:, : keys.shape[2] * size : size].float() + (size - 1) / 2
         return self._rotate_features(keys, centres[:, None])
 
-    def router_keys(self, k: Tensor, positions: Tensor) -> Tensor:
-        """Stage-1 keys of the whole blocks of ``k`` [B, G, N, D] at ``positions`` [1 or B, N]: float32 [B, G, N // S, R]."""
+    def router_keys(self, k: Tensor, positions: Tensor, impl: str | None = None) -> Tensor:
+        """Stage-1 keys of the whole blocks of ``k`` [B, G, N, D] at ``positions`` [1 or B, N]: float32 [B, G, N // S, R].
+
+        ``impl`` names the implementation that pools them, None for the default.
+        """
         spans = [slice(at, at + KEY_CHUNK) for at in range(0, max(k.shape[2], 1), KEY_CHUNK)]
-        return torch.cat([self.project_keys(self.pooled(k[:, :, at], positions[:, at]), positions[:, at]) for at in spans], 2)
+        return torch.cat([self.project_keys(self.pooled(k[:, :, at], positions[:, at], impl), positions[:, at]) for at in spans], 2)
 
     def stage_one_keys(self, inputs: RoutingInputs) -> Tensor:
         """Stage-1 keys [B, G, at least N // S, R] in the dtype of the keys: those of the cache, or made from the keys."""

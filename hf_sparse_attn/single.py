@@ -19,8 +19,8 @@ def single_features(router: SparseRouter, inputs: RoutingInputs) -> TileFeatures
     """What the stages score for the one query per row of ``inputs``: `FeatureMaker.features` for a call with one tile of 1."""
     heads, keys = router.heads // router.groups, inputs.k
     real, reps = _constants(heads, keys.device)
-    queries = (_mapped_queries(router, inputs) * inputs.scale).to(keys.dtype)
-    coarse = (_coarse_queries(router, inputs) * inputs.scale).to(keys.dtype)
+    queries = (mapped_queries(router, inputs) * inputs.scale).to(keys.dtype)
+    coarse = (coarse_queries(router, inputs) * inputs.scale).to(keys.dtype)
     return TileFeatures(coarse[:, :, None], real, router.stage_one_keys(inputs), queries[:, :, None, :, None], reps, keys)
 
 
@@ -29,8 +29,8 @@ def _constants(heads: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.ones(1, 1, dtype=torch.bool, device=device), torch.zeros(heads, 1, dtype=torch.int64, device=device)
 
 
-def _coarse_queries(router: SparseRouter, inputs: RoutingInputs) -> Tensor:
-    """float32 [B, G, 1, R]."""
+def coarse_queries(router: SparseRouter, inputs: RoutingInputs) -> Tensor:
+    """The stage-1 query of every KV head: float32 [B, G, 1, R]."""
     batch, groups = inputs.k.shape[:2]
     q = inputs.q[:, :, 0].float()
     at = inputs.positions[:, -1:]
@@ -42,7 +42,7 @@ def _coarse_queries(router: SparseRouter, inputs: RoutingInputs) -> Tensor:
     return queries[:, :, None]
 
 
-def _mapped_queries(router: SparseRouter, inputs: RoutingInputs) -> Tensor:
+def mapped_queries(router: SparseRouter, inputs: RoutingInputs) -> Tensor:
     """The query of every head, mapped into index space and back so that it meets keys themselves: float32 [B, G, Hg, D]."""
     q = inputs.q.float().view(*inputs.k.shape[:2], -1, inputs.q.shape[-1])
     return q @ router.wq_index.float().transpose(1, 2) @ router.wk_index.float()

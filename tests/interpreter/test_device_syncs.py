@@ -12,9 +12,9 @@ import torch
 from hf_sparse_attn_kernels.implementations import preferred
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from hf_sparse_attn import segments, sparsify
+from hf_sparse_attn import segments, sparsify, static_decode
 
 SETTINGS = {"block_size": 16, "query_tile": 64, "sink": 16, "local": 64, "dense_below": 0, "min_keys": 256, "max_keys": 256}
 LAYERS = 3
@@ -56,12 +56,16 @@ class Waits(TorchDispatchMode):
         return [place for place in self.places if place.startswith(("hf_sparse_attn", "triton_kernels"))]
 
 
-@pytest.fixture(scope="module")
-def model():
+def tiny():
     config = LlamaConfig(
         vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2
     )
-    return sparsify(LlamaForCausalLM(config), SETTINGS).eval().to(DEVICE)
+    return sparsify(LlamaForCausalLM(config), SETTINGS).eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny().to(DEVICE)
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +96,24 @@ def test_a_decode_step_waits_for_nothing(model):
     with Waits() as waits:
         for _ in range(20):  # more than a block: summaries are made, too
             model(ids(1), past_key_values=cache)
+    assert not waits.places
+
+
+def test_a_step_after_a_static_cache_waits_for_nothing(monkeypatch):
+    """The prompt is read on the CPU, where its length is known; model and cache then go to the device."""
+    monkeypatch.setattr(static_decode, "wanted", lambda device: True)
+    here = tiny()
+    cache = StaticCache(config=here.config, max_cache_len=600)
+    with preferred("torch"):
+        here(torch.ones(1, 500, dtype=torch.long), past_key_values=cache)
+    here.to(DEVICE)
+    for layer in cache.layers:
+        for name in ("keys", "values", "router_keys", "cumulative_length"):
+            setattr(layer, name, getattr(layer, name).to(DEVICE))
+        layer.device, layer.steps = torch.device(DEVICE), layer.steps._replace(rows=layer.steps.rows.to(DEVICE))
+    with Waits() as waits:
+        for _ in range(20):
+            here(ids(1), position_ids=ids(1), past_key_values=cache)
     assert not waits.places
 
 

@@ -196,7 +196,8 @@ def ordered_topk(scores: Tensor, k: int) -> Tensor:
     clean = scores.float().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).add_(0.0)
     bits = clean.view(torch.int32)
     bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF))  # negative floats: more magnitude bits mean less
-    packed = bits.long().bitwise_left_shift_(32).add_(_descending(width, scores.device))
+    inverted = _descending.__wrapped__ if torch.compiler.is_compiling() else _descending  # a graph holds its own
+    packed = bits.long().bitwise_left_shift_(32).add_(inverted(width, scores.device))
     return packed.topk(k, dim=-1).values.bitwise_and_(0xFFFFFFFF).neg_().add_(width - 1)
 
 
