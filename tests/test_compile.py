@@ -39,6 +39,7 @@ def test_the_forward_compiles_as_one_graph_with_the_eager_logits(model, token_id
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("model", ["real_budget"], indirect=True)  # it compiles for most of a minute
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # inductor's own
 def test_inductor_gives_the_eager_logits(model, token_ids):
     ids = token_ids(1, 200)
@@ -149,7 +150,7 @@ def test_a_compiled_call_may_fill_a_static_cache(model, token_ids):
     torch.testing.assert_close(*(torch.cat(part, 1) for part in parts), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("model", "padded"), [("every_block", False), ("real_budget", True)], indirect=["model"])
 def test_generate_with_a_compiled_forward_gives_the_eager_tokens(model, padded, token_ids, monkeypatch):
     ids = token_ids(2, 150)
     mask = torch.ones_like(ids)

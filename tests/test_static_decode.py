@@ -59,8 +59,13 @@ def sparse(model_type, real_budget, **changes):
 STEPWISE = [PROMPT, *range(PROMPT + 1, PROMPT + STEPS)]
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("model_type", ["llama", "gpt_oss", "gemma2", "gpt_neox"])
+OTHERS = ("gpt_oss", "gemma2", "gpt_neox")  # sinks; a soft cap and sliding windows; a part of the head dim turned
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [*(("llama", name) for name in SETTINGS), *((other, name) for other in OTHERS for name in ("budget", "threshold"))],
+)
 def test_steps_give_the_logits_of_a_growing_cache(model_type, name, real_budget, used):
     model = sparse(model_type, real_budget, **SETTINGS[name])
     want = logits(model, DynamicCache(config=model.config), STEPWISE)
