@@ -15,7 +15,8 @@ from .ambient import ambient_call
 from .architectures import SUPPORTED
 from .asking import Attention
 from .attending import SparseCall, attend, made_on_the_device
-from .cache import SparseCacheLayerMixin, adopt, filled, found
+from .cache import SparseCacheLayerMixin
+from .cache_adoption import adopt, filled, found
 from .cache_arguments import CACHE_ARGUMENTS, accepted_names, is_cache
 from .checks import ATTN_IMPLEMENTATION, EXPORT, check_call, check_mask, refuse_export, refuse_without_router
 from .dense import is_causal, stock_attention_of_documents

@@ -24,7 +24,7 @@ from .adapters import SparseAdapterMixin
 from .ambient import taking_call
 from .architectures import SUPPORTED, refuse_unsupported
 from .attention import sparse_attention_forward
-from .cache import adopt_layers
+from .cache_adoption import adopt_layers
 from .checkpointing import without_reentrance
 from .checks import ATTN_IMPLEMENTATION
 from .composite import asked_implementation, implementation, is_composite, store_settings

@@ -47,6 +47,7 @@ LAYERS = (
     ("mask_4d",),
     ("segments",),
     ("cache", "dense", "masks"),
+    ("cache_adoption",),
     ("checks",),
     ("attending", "composite"),
     ("ambient", "opaque"),
