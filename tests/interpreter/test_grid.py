@@ -20,7 +20,7 @@ def _label(case):
     return f"{str(dtype).removeprefix('torch.')}-D{head_dim}-S{size}-{per_group}"
 
 
-@pytest.mark.parametrize("case", CASES if ON_GPU else CASES[::11], ids=_label)
+@pytest.mark.parametrize("case", CASES if ON_GPU else CASES[4:5], ids=_label)
 @pytest.mark.parametrize("kind", ["prefill", "documents", "decode"])
 def test_forward_and_gradients(inputs, select, judge, kind, case):
     dtype, head_dim, size, per_group = case
