@@ -143,7 +143,7 @@ def made_on_the_device(
     if cache is None or cache.steps is None or cache.router_keys is None or query.shape[2] != 1:
         return None
     router = active_router(module.router)
-    if cache.steps_by is not router or not static_decode.supports(router, asked):
+    if cache.steps_by is not router or cache.steps_config is not router.config or not static_decode.supports(router, asked):
         return None
     return static_decode.decode(router, cache.router_keys, cache.steps, query, key, value, asked).transpose(1, 2)
 

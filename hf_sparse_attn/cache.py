@@ -39,7 +39,8 @@ class SparseCacheLayerMixin(MadeMixin):
     summarised_by: ref[SparseRouter] | None  # the router that made the summaries; a copy takes the first that asks
     number: Tensor  # by which an operator of a compiled graph finds this layer
     steps: Any  # of a static layer: the budgets of `static_decode`, None as long as its steps cannot be made so
-    steps_by: SparseRouter | None  # the router that they are for
+    steps_by: SparseRouter | None  # the router that they are for, with the settings that it had
+    steps_config: Any
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "summarised_by": None, "steps": None, "steps_by": None}  # a weak reference cannot be copied
@@ -120,6 +121,7 @@ class SparseCacheLayerMixin(MadeMixin):
         blocks = -(-slots // router.config.block_size)
         self.router_keys = F.pad(self.router_keys[:, :, :blocks], (0, 0, 0, max(blocks - self.router_keys.shape[2], 0)))
         self.steps, self.steps_by = steps, active_router(router)
+        self.steps_config = self.steps_by.config
 
     def _laid_out(self, rows: slice, slots: Tensor | None, tokens: int) -> bool:
         """Whether the first ``tokens`` of ``slots``, which end alike, are those that were summarised: the past can be masked anew."""

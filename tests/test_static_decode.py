@@ -9,6 +9,7 @@ from agreement import assert_close_to_largest as close
 from transformers import DynamicCache, StaticCache
 
 from hf_sparse_attn import static_decode
+from hf_sparse_attn.conversion import sparse_attention_as
 
 SETTINGS = {
     "budget": {},
@@ -105,6 +106,18 @@ def test_a_cropped_and_a_reset_cache_are_not_taken_for_what_they_were(real_budge
     cache.reset()
     close(logits(model, cache, STEPWISE), want, 1e-5)
     assert len(used) == 2 * count
+
+
+def test_other_settings_after_the_prompt_are_followed(real_budget, used):
+    model = sparse("llama", real_budget)
+    found = []
+    with torch.no_grad():
+        for cache in (DynamicCache(config=model.config), static(model)):
+            model(input_ids=ids()[:, :PROMPT], past_key_values=cache)
+            with sparse_attention_as(model, min_keys=144):
+                found.append(model(input_ids=ids()[:, PROMPT : PROMPT + 1], past_key_values=cache).logits)
+        model(input_ids=ids()[:, PROMPT + 1 : PROMPT + 2], past_key_values=cache)
+    close(found[1], found[0], 1e-5)
 
 
 def test_padded_rows_and_positions_that_jump_are_made_elsewhere(real_budget, used):
