@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, NoReturn
 
+IGNORE_INDEX = -100  # label of a token that has no loss
 CONFIG_VERSION = 1
 MOST_KEYS = 2**31 - 1  # of lengths and budgets, which count tokens
 MOST_FEATURES = 2**16

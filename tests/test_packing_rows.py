@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_sparse_attn.data.packing import IGNORED, Packer, PackingOptions, PackingReport
+from hf_sparse_attn.data.packing import IGNORE_INDEX, Packer, PackingOptions, PackingReport
 from hf_sparse_attn.data.sources import SourceError
 
 PAD = 0
@@ -71,7 +71,7 @@ def test_rows_have_one_length_and_labels_for_all_but_first_tokens_and_padding(le
         assert list(row) == ["input_ids", "position_ids", "labels"]
         assert all(values.shape == (shape[0],) and values.dtype == np.int64 for values in row.values())
         unlearned = (row["position_ids"] == 0) | (row["input_ids"] == PAD)
-        assert np.array_equal(row["labels"], np.where(unlearned, IGNORED, row["input_ids"]))
+        assert np.array_equal(row["labels"], np.where(unlearned, IGNORE_INDEX, row["input_ids"]))
         assert row["position_ids"][0] == 0 and set(np.diff(row["position_ids"])[row["position_ids"][1:] != 0]) <= {1}
 
 
@@ -128,7 +128,9 @@ def test_padded_rows_hold_one_part_of_a_document_each(lengths, shape):
         assert np.array_equal(row["attention_mask"], np.arange(length) < count)
         ids = row["input_ids"][:count]
         assert len(set(document[ids - 1])) == 1 and (row["input_ids"][count:] == PAD).all()
-        assert row["labels"][0] == IGNORED and (row["labels"][count:] == IGNORED).all() and (row["labels"][1:count] == ids[1:]).all()
+        assert (
+            row["labels"][0] == IGNORE_INDEX and (row["labels"][count:] == IGNORE_INDEX).all() and (row["labels"][1:count] == ids[1:]).all()
+        )
         kept += ids.tolist()
     assert kept == list(range(1, sum(lengths) + 1)) and report.dropped == 0
     assert report.tokens + report.padding == report.rows * length
@@ -143,7 +145,7 @@ def test_a_long_document_fills_whole_rows_and_its_rest_is_packed_with_the_next()
 def test_a_tail_shorter_than_a_block_takes_a_block_along():
     rows, report = packed([40, 16], 32, 16)
     assert [[len(ids) for ids in segments(row)] for row in rows] == [[24], [16, 16]] and report.padding == 8
-    assert rows[0]["position_ids"].tolist() == [*range(24), *range(8)] and (rows[0]["labels"][24:] == IGNORED).all()
+    assert rows[0]["position_ids"].tolist() == [*range(24), *range(8)] and (rows[0]["labels"][24:] == IGNORE_INDEX).all()
 
 
 def test_what_does_not_fill_a_row_is_dropped_and_counted():

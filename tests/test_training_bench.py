@@ -15,7 +15,7 @@ from hf_sparse_attn.conversion import sparse_attention_as
 from hf_sparse_attn.profiling import BenchmarkError, bench_training, layouts, training
 from hf_sparse_attn.profiling import TrainingShape as Shape
 from hf_sparse_attn.profiling.contenders import DENSE, EAGER, SPARSE, STOCK, WITHOUT_KL, make_contenders, verify_training
-from hf_sparse_attn.profiling.layouts import IGNORED, packed_batch, padded_batch
+from hf_sparse_attn.profiling.layouts import IGNORE_INDEX, packed_batch, padded_batch
 from hf_sparse_attn.profiling.memory import peaks_in_a_fresh_process
 from hf_sparse_attn.profiling.plot import plot_training
 from hf_sparse_attn.training.adaptation import AdaptationConfig
@@ -186,7 +186,7 @@ def test_layouts_have_the_loss_of_the_documents_by_themselves(model, token_ids, 
         alone = [float(contender.loss({"input_ids": d[None], "labels": d[None]})[0]) * (len(d) - 1) for d in documents]
         want = sum(alone) / sum(len(d) - 1 for d in documents)
         for batch in (padded_batch(documents, left), packed_batch(documents)):
-            assert int((batch["labels"][:, 1:] != IGNORED).sum()) == sum(len(d) - 1 for d in documents)
+            assert int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) == sum(len(d) - 1 for d in documents)
             assert float(contender.loss(batch)[0]) == pytest.approx(want, rel=1e-5)
 
 

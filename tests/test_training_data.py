@@ -24,7 +24,7 @@ from transformers import ByT5Tokenizer, Trainer, TrainingArguments, default_data
 
 from hf_sparse_attn.data import row_stream, token_cache, tokens
 from hf_sparse_attn.data.formats import source_files
-from hf_sparse_attn.data.packing import IGNORED, PackingOptions, PackingReport
+from hf_sparse_attn.data.packing import IGNORE_INDEX, PackingOptions, PackingReport
 from hf_sparse_attn.data.row_stream import fingerprint
 from hf_sparse_attn.data.sources import SourceError
 from hf_sparse_attn.data.training_data import packing_report, share_of_rank, training_rows
@@ -116,7 +116,7 @@ def test_documents_stand_one_behind_the_other_each_with_an_end_of_text(streaming
 
 def test_a_document_does_not_predict_the_next_ones_first_token(rows_of):
     for row in rows_of():
-        assert (row["labels"][row["position_ids"] == 0] == IGNORED).all()
+        assert (row["labels"][row["position_ids"] == 0] == IGNORE_INDEX).all()
         learned = (row["position_ids"] > 0) & (row["input_ids"] != 0)
         assert torch.equal(row["labels"][learned], row["input_ids"][learned])
 
@@ -568,7 +568,7 @@ def test_the_same_loss_is_learned_from_packed_and_from_padded_rows(texts, tokeni
             with torch.no_grad():
                 logits = model(**{key: value[None] for key, value in row.items()}).logits[0]
             loss = torch.nn.functional.cross_entropy(logits[:-1], labels[1:], reduction="none")
-            found += loss[labels[1:] != IGNORED].tolist()
+            found += loss[labels[1:] != IGNORE_INDEX].tolist()
         return torch.tensor(found)
 
     packed, padded = losses(), losses(pad=True)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..training.chunked_loss import IGNORED
+from ..config import IGNORE_INDEX
 from .sources import SourceError
 
 Row = dict[str, NDArray[np.int64]]
@@ -126,8 +126,8 @@ class Packer:
         ids = np.concatenate([*parts, np.full(padding, self.pad_id, np.int32)]).astype(np.int64)
         starts = np.cumsum([0, *lengths])
         labels = ids.copy()
-        labels[starts[:-1]] = IGNORED
-        labels[starts[-1] :] = IGNORED
+        labels[starts[:-1]] = IGNORE_INDEX
+        labels[starts[-1] :] = IGNORE_INDEX
         if self.options.pad:
             return {"input_ids": ids, "attention_mask": (np.arange(len(ids)) < starts[-1]).astype(np.int64), "labels": labels}
         positions = np.concatenate([np.arange(n, dtype=np.int64) for n in (*lengths, padding)])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..training.chunked_loss import IGNORED
+from ..config import IGNORE_INDEX
 from .sources import SourceError
 from .windows import Window
 
@@ -64,6 +64,6 @@ def _question(window: Window, before: Tensor, between: Tensor, generator: torch.
         raise SourceError(f"window {window.document!r} repeats itself: no passage of {QUOTED} tokens stands in it once")
     quoted, answer = text[at : at + QUOTED], text[at + QUOTED : at + QUOTED + ANSWERED]
     input_ids = torch.cat([text, before, quoted, between, answer])
-    labels = torch.full_like(input_ids, IGNORED)
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
     labels[-ANSWERED:] = answer
     return Question(window.document, input_ids, labels, len(input_ids) - ANSWERED - at - QUOTED)

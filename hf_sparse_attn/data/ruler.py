@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..training.chunked_loss import IGNORED
+from ..config import IGNORE_INDEX
 from .questions import Question
 from .sources import SourceError
 from .windows import Window
@@ -126,7 +126,7 @@ def ruler(windows: Sequence[Window], tokenizer: PreTrainedTokenizerBase, seed: i
 def _question(window: Window, task: str, parts: Sequence[Tensor], answer: Tensor, needed: int) -> Question:
     """``needed`` is the position of the first token that the answer needs."""
     input_ids = torch.cat([*parts, answer])
-    labels = torch.full_like(input_ids, IGNORED)
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
     labels[-len(answer) :] = answer
     return Question(window.document, input_ids, labels, len(input_ids) - len(answer) - needed, task)
 

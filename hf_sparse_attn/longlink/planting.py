@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..training.chunked_loss import IGNORED
+from ..config import IGNORE_INDEX
 from .families import FIRST, MISSING, LongLinkConfig, LongLinkError
 
 TRIES = 200  # of placing a link
@@ -59,7 +59,7 @@ class _Sequence:
         self.shift = index % 2 if paired else 0  # of the first link's value
         self.ids = self.rng.integers(FIRST, FIRST + config.background, config.length)
         self.lost = self.rng.random(config.length) < config.missing
-        self.labels = np.full(config.length, IGNORED, dtype=np.int64)
+        self.labels = np.full(config.length, IGNORE_INDEX, dtype=np.int64)
         self.free = np.arange(config.length) >= config.first
         self.links: list[Link] = []
         keys = self.rng.permutation(config.keys).tolist()
@@ -68,7 +68,9 @@ class _Sequence:
             self._plant(keys, at, lag)
         for key in keys[config.needed_keys - config.distractors : config.needed_keys]:
             self._distract(key)
-        self.ids[self.lost & (self.labels == IGNORED) & ~np.isin(np.arange(config.length), [link.effect for link in self.links])] = MISSING
+        self.ids[self.lost & (self.labels == IGNORE_INDEX) & ~np.isin(np.arange(config.length), [link.effect for link in self.links])] = (
+            MISSING
+        )
 
     def _distance(self, half: bool = False) -> int:
         """A distance; at most ``half`` of the longest where all links of a sequence must find room at the same one."""

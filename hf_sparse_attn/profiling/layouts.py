@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..training.chunked_loss import IGNORED
+from ..config import IGNORE_INDEX
 from .contenders import SPARSE, STOCK, Contender
 from .meters import BenchmarkError, alternate, ratio, spread
 
@@ -26,16 +26,16 @@ def padded_batch(documents: Sequence[Tensor], left: bool = False) -> dict[str, T
     for row, document in enumerate(documents):
         at = slice(width - len(document), width) if left else slice(len(document))
         ids[row, at], mask[row, at] = document, 1
-    labels = ids.masked_fill(mask == 0, IGNORED)
+    labels = ids.masked_fill(mask == 0, IGNORE_INDEX)
     if left:
-        labels[torch.arange(len(documents), dtype=torch.int64, device="cpu"), mask.argmax(1)] = IGNORED  # a pad predicts nothing
+        labels[torch.arange(len(documents), dtype=torch.int64, device="cpu"), mask.argmax(1)] = IGNORE_INDEX  # a pad predicts nothing
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels}
 
 
 def packed_batch(documents: Sequence[Tensor]) -> dict[str, Tensor]:
     """The same documents one after the other in one row [1, sum], told apart by ``position_ids``; none predicts the next."""
-    labels = [torch.cat([ids.new_full((1,), IGNORED), ids[1:]]) for ids in documents]
+    labels = [torch.cat([ids.new_full((1,), IGNORE_INDEX), ids[1:]]) for ids in documents]
     positions = [torch.arange(len(ids), dtype=torch.int64, device="cpu") for ids in documents]
     rows = {"input_ids": list(documents), "position_ids": positions, "labels": labels}
     return {name: torch.cat(parts)[None] for name, parts in rows.items()}

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..config import IGNORE_INDEX
 from .carrying import Carried, carry
 from .late_logits import LateLogits
 
-IGNORED = -100  # label of a token that has no loss
 LOGITS_BYTES = 1 << 28  # float32 logits that may exist at a time
 CHECK_TOKENS = 16
 UNDO = "_chunked_loss"  # attribute of a model that holds what was there before
@@ -135,7 +135,7 @@ def _deferred_loss(head: _Head, own: Callable[..., Tensor]) -> Callable[..., Ten
         labels: Tensor | None,
         vocab_size: int | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        ignore_index: int = IGNORED,
+        ignore_index: int = IGNORE_INDEX,
         shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:

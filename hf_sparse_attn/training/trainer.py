@@ -17,9 +17,9 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..attending import SparseCall
+from ..config import IGNORE_INDEX
 from ..conversion import take_routers
 from ..environment import peak_process_bytes
-from .chunked_loss import IGNORED
 from .collecting import RouterStatistics, TrainingForward, mean_statistics
 from .objective import SparseObjective, split_parameters
 from .processes import mean_over_processes
@@ -119,7 +119,7 @@ class SparseTrainerMixin:
         if "shift_labels" not in inputs and self._loss_shifts_labels:  # type: ignore[attr-defined]
             labels = labels[..., 1:]
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return processes * labels.ne(IGNORED).sum() / num_items
+        return processes * labels.ne(IGNORE_INDEX).sum() / num_items
 
     def _undivided(self, num_items: Any) -> bool:
         """Whether Trainer takes the loss as it is, and does not divide it by the number of micro-batches: its rule in `training_step`."""
