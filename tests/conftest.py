@@ -17,10 +17,11 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from hf_sparse_attn import SparseAttentionConfig, attending, sparsify
-from hf_sparse_attn.precision import linear_rate
-from hf_sparse_attn.rotary import Rotary
-from hf_sparse_attn.router import RoutingInputs, SparseRouter
+from hf_sparse_attn import SparseAttentionConfig, sparsify
+from hf_sparse_attn.attention import layer
+from hf_sparse_attn.router.module import RoutingInputs, SparseRouter
+from hf_sparse_attn.router.rotary import Rotary
+from hf_sparse_attn.system.precision import linear_rate
 
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 
@@ -254,11 +255,11 @@ def llama_folder(stock_llama, word_tokenizer, tmp_path_factory):
 def count_calls(monkeypatch):
     """A list that grows by one for each call of the sparse attention."""
     calls = []
-    original = attending.block_sparse_attention
+    original = layer.block_sparse_attention
 
     def counted(q, k, v, selection, **options):
         calls.append(selection)
         return original(q, k, v, selection, **options)
 
-    monkeypatch.setattr(attending, "block_sparse_attention", counted)
+    monkeypatch.setattr(layer, "block_sparse_attention", counted)
     return calls

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_s
 
 import hf_sparse_attn
 from hf_sparse_attn import SparseObjective, SparseTrainingConfig, lora_config
-from hf_sparse_attn.training.processes import process_state
+from hf_sparse_attn.training.distributed import process_state
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -89,7 +89,7 @@ def plain(folder, settings, out):
     model = get_peft_model(model, lora_config(model, r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     said = []
-    logging.getLogger("hf_sparse_attn.untrained").addFilter(lambda record: said.append(record.getMessage()) or True)
+    logging.getLogger("hf_sparse_attn.attention.untrained").addFilter(lambda record: said.append(record.getMessage()) or True)
     data = [{"input_ids": ids, "labels": ids} for ids in rows(6)]
     Trainer(model, arguments, train_dataset=data).train()
     moved = [name for name, p in model.named_parameters() if not torch.equal(p.detach(), before[name])]

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from hf_sparse_attn import routers
-from hf_sparse_attn.cache import SparseCacheLayerMixin
+from hf_sparse_attn.attention.cache import SparseCacheLayerMixin
 
 
 @torch.no_grad()

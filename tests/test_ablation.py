@@ -15,21 +15,21 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from hf_sparse_attn import SparseAttentionConfig, SparseCall, routers
-from hf_sparse_attn.ablation import factors
-from hf_sparse_attn.ablation.costs import DENSE, Contender, capture, measure
-from hf_sparse_attn.ablation.factors import BASELINE, FACTORS, JOINT_KL, LEVELS, default_of, levels
-from hf_sparse_attn.ablation.readings import difference
-from hf_sparse_attn.ablation.residual import attend_with_residual
-from hf_sparse_attn.ablation.table import ablation_table
-from hf_sparse_attn.ablation.variants import vary
-from hf_sparse_attn.attending import learned_selector
-from hf_sparse_attn.cli import app
-from hf_sparse_attn.pipeline.recipe import RecipeError, load_recipe
-from hf_sparse_attn.pipeline.run import run_recipe
-from hf_sparse_attn.plan import make_plan
+from hf_sparse_attn.attention.layer import learned_selector
+from hf_sparse_attn.cli.commands import app
+from hf_sparse_attn.experiments.ablation import factors
+from hf_sparse_attn.experiments.ablation.costs import DENSE, Contender, capture, measure
+from hf_sparse_attn.experiments.ablation.factors import BASELINE, FACTORS, JOINT_KL, LEVELS, default_of, levels
+from hf_sparse_attn.experiments.ablation.level_table import ablation_table
+from hf_sparse_attn.experiments.ablation.pooled_residual import attend_with_residual
+from hf_sparse_attn.experiments.ablation.readings import difference
+from hf_sparse_attn.experiments.ablation.router_variants import vary
+from hf_sparse_attn.experiments.recipe import RecipeError, load_recipe
+from hf_sparse_attn.experiments.run import run_recipe
+from hf_sparse_attn.router.budget import make_plan
 from hf_sparse_attn.training.distillation import distill
 from hf_sparse_attn.training.distiller import DistillationConfig
-from hf_sparse_attn.training.targets import TARGETS, block_target
+from hf_sparse_attn.training.teachers import TARGETS, block_target
 
 N = 250
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -142,7 +142,7 @@ def test_a_router_after_rope_pools_the_keys_as_they_are(make_router, routing_inp
 
 @pytest.mark.parametrize(("q_len", "tile"), [(N, 16), (40, 16)])
 def test_the_residual_is_the_literal_softmax(q_len, tile, make_router, routing_inputs, monkeypatch):
-    monkeypatch.setattr("hf_sparse_attn.ablation.residual.RESIDUAL_SCORES", 1000)  # one tile at a time
+    monkeypatch.setattr("hf_sparse_attn.experiments.ablation.pooled_residual.RESIDUAL_SCORES", 1000)  # one tile at a time
     router, inputs = make_router(rotary=True), routing_inputs(N, q_len, batch=2)
     v = torch.randn(inputs.k.shape, generator=torch.Generator().manual_seed(2))
     inputs = type(inputs)(inputs.q, inputs.k, inputs.positions, inputs.scale, v=v)

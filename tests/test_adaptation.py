@@ -10,11 +10,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_sparse_attn import attending, routers
-from hf_sparse_attn.locks import FolderInUseError, sole_use
-from hf_sparse_attn.training.adaptation import AdaptationConfig, adapt, add_lora
-from hf_sparse_attn.training.collecting import TrainingForward
+from hf_sparse_attn import routers
+from hf_sparse_attn.attention import layer
+from hf_sparse_attn.system.locks import FolderInUseError, sole_use
 from hf_sparse_attn.training.distillation import backbone_hash, router_state
+from hf_sparse_attn.training.joint_forward import TrainingForward
+from hf_sparse_attn.training.lora import AdaptationConfig, adapt, add_lora
 from hf_sparse_attn.training.objective import SparseObjective
 from hf_sparse_attn.training.trainer import SparseTrainer, last_checkpoint
 
@@ -129,13 +130,13 @@ def test_windows_that_fit_the_budget_still_train_the_backbone(model, token_ids):
 
 @pytest.mark.parametrize("every", [0, 1, 2, 3])
 def test_every_so_many_steps_run_dense(model, batches, every, monkeypatch):
-    sparse, original = [], attending.block_sparse_attention
+    sparse, original = [], layer.block_sparse_attention
 
     def counted(*args, **options):
         sparse.append(1)
         return original(*args, **options)
 
-    monkeypatch.setattr(attending, "block_sparse_attention", counted)
+    monkeypatch.setattr(layer, "block_sparse_attention", counted)
     _, log = train(model, batches[:5], dense_every=every, gradient_checkpointing=False, chunked_loss=False)
     assert [row["dense"] for row in log] == [every > 0 and (step + 1) % every == 0 for step in range(5)]
     assert len(sparse) == 2 * sum(not row["dense"] for row in log)  # two layers

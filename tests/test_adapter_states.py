@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_sparse_attn import lora_config, routers
-from hf_sparse_attn.adapters import active_routers
+from hf_sparse_attn.models.adapters import active_routers
 
 # peft asks transformers for a property that the newest versions call by another name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -7,11 +7,10 @@ import pytest
 import torch
 from hf_sparse_attn_kernels import block_mass
 
-from hf_sparse_attn import SparseAttentionConfig, SparseCall, budgets
-from hf_sparse_attn.budgets import ByThreshold, KeptKeys
-from hf_sparse_attn.conversion import sparse_attention_as
+from hf_sparse_attn import SparseAttentionConfig, SparseCall
 from hf_sparse_attn.data.windows import Window
-from hf_sparse_attn.evaluation.allocations import (
+from hf_sparse_attn.evaluation.baselines import oracle, window
+from hf_sparse_attn.evaluation.budget_allocation import (
     FITTED,
     THRESHOLD,
     Allocations,
@@ -23,9 +22,11 @@ from hf_sparse_attn.evaluation.allocations import (
     oracle_candidates,
 )
 from hf_sparse_attn.evaluation.quality import evaluate_windows
-from hf_sparse_attn.evaluation.selectors import oracle, window
-from hf_sparse_attn.evaluation.shares import loss_above, quality_table
-from hf_sparse_attn.plan import make_plan
+from hf_sparse_attn.evaluation.statistics import loss_above, quality_table
+from hf_sparse_attn.models.convert import sparse_attention_as
+from hf_sparse_attn.router.budget import make_plan
+from hf_sparse_attn.training import mass_threshold
+from hf_sparse_attn.training.mass_threshold import ByThreshold, KeptKeys
 
 
 @pytest.fixture(scope="module", params=[(250, 250, 16), (250, 40, 16), (250, 5, 1), (250, 1, 1)], ids=str)
@@ -92,8 +93,8 @@ def test_budgets_by_head_are_those_of_the_head(router, case):
 
 
 def test_the_running_correction_brings_the_average_back():
-    counted = budgets.Histogram()
-    counted.counts[torch.linspace(0.001, 0.9, 4000).view(torch.int32).long() >> budgets.BITS] += 1
+    counted = mass_threshold.Histogram()
+    counted.counts[torch.linspace(0.001, 0.9, 4000).view(torch.int32).long() >> mass_threshold.BITS] += 1
     counted.tiles, counted.block_size = 40, 16
     correction = RunningCorrection(counted, 512)
     assert correction.aims == [512.0]
@@ -121,7 +122,7 @@ def test_every_allocation_keeps_the_budget_on_average_where_it_was_fitted(fitted
     model, batches, made = fitted
     meter = KeptKeys(160)
     with sparse_attention_as(model, min_keys=keys, max_keys=keys):
-        budgets.run_sparse(model, batches, SparseCall(selector=made.selectors[name], on_selection=meter))
+        mass_threshold.run_sparse(model, batches, SparseCall(selector=made.selectors[name], on_selection=meter))
     # a head's budget is whole blocks: of two layers with two heads each off by at most half a block
     assert meter.mean() == pytest.approx(keys, abs=8 if name == "two stages by head" else 0.01 * keys)
 

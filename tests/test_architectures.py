@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from hf_sparse_attn import SparseCall, architectures, routers, sparse_class, sparse_config, sparsify, to_dense
 from hf_sparse_attn.architectures import SUPPORTED, refuse_unsupported, supported_types
-from hf_sparse_attn.sites import attention_sites
+from hf_sparse_attn.models.attach import attention_sites
 
 pytestmark = pytest.mark.compat
 

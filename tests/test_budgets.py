@@ -12,11 +12,12 @@ from hf_sparse_attn_kernels.routing import stage_one_scores, stage_two_mass
 from transformers import AutoModelForCausalLM
 
 import hf_sparse_attn
-from hf_sparse_attn import KeptKeys, SparseCall, SparseTrainingConfig, budgets, fit_mass_threshold, routers, set_sparse_attention
-from hf_sparse_attn.conversion import sparse_attention_as
-from hf_sparse_attn.plan import make_plan
-from hf_sparse_attn.profiling import bench_budgets
-from hf_sparse_attn.selecting import FeatureMaker, select_blocks
+from hf_sparse_attn import KeptKeys, SparseCall, SparseTrainingConfig, fit_mass_threshold, routers, set_sparse_attention
+from hf_sparse_attn.benchmarks import bench_budgets
+from hf_sparse_attn.models.convert import sparse_attention_as
+from hf_sparse_attn.router.budget import make_plan
+from hf_sparse_attn.router.selection import FeatureMaker, select_blocks
+from hf_sparse_attn.training import mass_threshold
 from hf_sparse_attn.training.objective import SparseObjective
 
 CASES = {"prefill": (250, 250, 16), "chunk": (250, 40, 16), "tiles of one": (250, 5, 1), "decode": (250, 1, 1)}  # keys, queries, tile
@@ -269,7 +270,7 @@ def model(sparse_llama, real_budget):
 
 def kept_on(model, batches, first=0):
     meter = KeptKeys(first)
-    budgets.run_sparse(model, batches, SparseCall(on_selection=meter))
+    mass_threshold.run_sparse(model, batches, SparseCall(on_selection=meter))
     return meter.mean()
 
 
@@ -295,8 +296,8 @@ def test_a_fit_without_a_number_keeps_the_average_of_the_present_budget(model, b
 
 
 def test_a_histogram_finds_the_threshold_of_a_sort(router, routing_inputs):
-    found = budgets.candidates(router, routing_inputs(250, batch=2), 16)
-    histogram = budgets.Histogram()
+    found = mass_threshold.candidates(router, routing_inputs(250, batch=2), 16)
+    histogram = mass_threshold.Histogram()
     for _ in range(2):
         histogram.add(found, found.mass)
     values = found.mass[found.free].sort(descending=True).values
@@ -306,7 +307,7 @@ def test_a_histogram_finds_the_threshold_of_a_sort(router, routing_inputs):
         most = int(keys * rows / 16 - forced)
         threshold = histogram.threshold(keys)
         kept = int((values >= threshold).sum())
-        lower = (torch.tensor(threshold).view(torch.int32) - (1 << budgets.BITS)).view(torch.float32)
+        lower = (torch.tensor(threshold).view(torch.int32) - (1 << mass_threshold.BITS)).view(torch.float32)
         assert kept <= most < int((values >= lower).sum()) and lower > 0.999 * threshold
         assert histogram.kept_keys(threshold) == pytest.approx(16 * (forced + kept) / rows)
     assert histogram.asked_keys() == pytest.approx(16 * (forced + int(found.asked[found.counted].sum()) * 4) / rows)
@@ -394,7 +395,7 @@ def test_times_of_varying_and_uniform_budgets_are_taken_in_turns(model, batches,
 
 
 def test_as_many_blocks_hold_more_mass_by_a_threshold_than_by_a_uniform_budget(router, routing_inputs):
-    found = budgets.candidates(router, routing_inputs(250, batch=2), 16)
+    found = mass_threshold.candidates(router, routing_inputs(250, batch=2), 16)
     count = int(found.asked[found.counted].sum()) * 4
     best = torch.arange(found.mass.shape[-1]) < found.asked[:, None]
     uniform = found.mass.sort(descending=True).values.masked_fill(~best, 0)[:, :, found.counted].sum()

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from hf_sparse_attn import SparseCall, routers, set_sparse_attention, sparsify
-from hf_sparse_attn.profiling.model import cache_sizes
+from hf_sparse_attn.benchmarks.generation import cache_sizes
 
 NEW = 20
 

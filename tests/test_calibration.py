@@ -19,31 +19,31 @@ from transformers import AutoModel, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import hf_sparse_attn
-from hf_sparse_attn import (
-    SparseCall,
-    calibration,
-    cli_options,
-    remove_calibration,
-    routers,
-    set_sparse_attention,
-    sparse_attention_as,
-    sparsify,
-    use_calibration,
-)
-from hf_sparse_attn.adapters import active_routers
-from hf_sparse_attn.budgets import Candidates, fit_threshold
-from hf_sparse_attn.calibration import FILE, CalibrationError, read_calibration, write_calibration
-from hf_sparse_attn.cli import app
+from hf_sparse_attn import SparseCall, remove_calibration, routers, set_sparse_attention, sparse_attention_as, sparsify, use_calibration
+from hf_sparse_attn.cli import options as cli_options
+from hf_sparse_attn.cli.commands import app
 from hf_sparse_attn.data.questions import ask
 from hf_sparse_attn.data.windows import Window, batches
-from hf_sparse_attn.evaluation import calibrating, needs
-from hf_sparse_attn.evaluation.allocations import AtThreshold
-from hf_sparse_attn.evaluation.calibrating import calibrate, failures, uniform_budget, uniform_keys, uniform_share
-from hf_sparse_attn.evaluation.needs import KeptObserver, PlantedObserver, length_buckets, needed_share, tile_figures, visible_keys
-from hf_sparse_attn.head_budgets import HeadBudgets
-from hf_sparse_attn.outputs import OutputError
-from hf_sparse_attn.plan import make_plan
-from hf_sparse_attn.selecting import select_blocks
+from hf_sparse_attn.evaluation import calibrate as calibrate_module
+from hf_sparse_attn.evaluation import calibration_observers
+from hf_sparse_attn.evaluation.budget_allocation import AtThreshold
+from hf_sparse_attn.evaluation.calibrate import calibrate, failures, uniform_budget, uniform_keys, uniform_share
+from hf_sparse_attn.evaluation.calibration_observers import (
+    KeptObserver,
+    PlantedObserver,
+    length_buckets,
+    needed_share,
+    tile_figures,
+    visible_keys,
+)
+from hf_sparse_attn.models import calibration
+from hf_sparse_attn.models.adapters import active_routers
+from hf_sparse_attn.models.calibration import FILE, CalibrationError, read_calibration, write_calibration
+from hf_sparse_attn.router.budget import make_plan
+from hf_sparse_attn.router.head_budgets import HeadBudgets
+from hf_sparse_attn.router.selection import select_blocks
+from hf_sparse_attn.system.outputs import OutputError
+from hf_sparse_attn.training.mass_threshold import Candidates, fit_threshold
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -200,7 +200,7 @@ def test_a_planted_link_counts_for_the_heads_that_use_it(make_router, routing_in
 @pytest.fixture(scope="module", autouse=True)
 def short_buckets():
     with pytest.MonkeyPatch.context() as patch:
-        for module in (needs, calibrating):
+        for module in (calibration_observers, calibrate_module):
             patch.setattr(module, "FIRST_END", 256)
         yield
 
@@ -545,7 +545,7 @@ def test_generation_of_a_calibrated_model_follows_its_budgets(calibrated, texts)
 
 
 def test_the_verb_stores_the_calibration_and_writes_a_report(make_model, word_tokenizer, random_words, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibrating, "LEAST_RECALL", 0.5)  # at so small a mass links are lost
+    monkeypatch.setattr(calibrate_module, "LEAST_RECALL", 0.5)  # at so small a mass links are lost
     folder = tmp_path / "model"
     make_model().save_pretrained(folder)
     word_tokenizer.save_pretrained(folder)
@@ -566,7 +566,7 @@ def test_the_verb_stores_the_calibration_and_writes_a_report(make_model, word_to
     again = CliRunner().invoke(app, arguments, catch_exceptions=False)  # a model that has one already
     assert again.exit_code == 0 and (folder / FILE).read_bytes() == before
     with pytest.MonkeyPatch.context() as patch, pytest.raises(CalibrationError, match="was not calibrated: only"):
-        patch.setattr(calibrating, "LEAST_WITHIN", 1.1)
+        patch.setattr(calibrate_module, "LEAST_WITHIN", 1.1)
         CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert (folder / FILE).read_bytes() == before
     at = arguments.index("--mass")

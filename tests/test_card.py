@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 from hf_sparse_attn.data.package_cache import _seal
 from hf_sparse_attn.data.sources import model_licence
-from hf_sparse_attn.pipeline.card import PIPELINES, as_text, model_card, one_line, without_folders, write_card
+from hf_sparse_attn.experiments.reports.model_card import PIPELINES, as_text, model_card, one_line, without_folders, write_card
 
 RESULTS = Path(__file__).parents[1] / "recipes" / "results"
 

@@ -14,12 +14,12 @@ import yaml
 from rich.console import Console
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, LlamaForSequenceClassification
 
-from hf_sparse_attn.data.labelled import Labelled, classes_of, labelled_windows, read_labelled, split_labelled
+from hf_sparse_attn.data.class_labels import Labelled, classes_of, labelled_windows, read_labelled, split_labelled
 from hf_sparse_attn.data.sources import SourceError
-from hf_sparse_attn.evaluation.tasks import class_table, macro_f1
-from hf_sparse_attn.pipeline.classification import extended_positions
-from hf_sparse_attn.pipeline.recipe import RecipeError, load_recipe
-from hf_sparse_attn.pipeline.run import run_recipe
+from hf_sparse_attn.evaluation.task_scores import class_table, macro_f1
+from hf_sparse_attn.experiments.recipe import RecipeError, load_recipe
+from hf_sparse_attn.experiments.run import run_recipe
+from hf_sparse_attn.experiments.tasks.classification import extended_positions
 
 # peft asks transformers for a property that the newest versions call by another name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -14,8 +14,8 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from hf_sparse_attn.cli import app, guarded
-from hf_sparse_attn.pipeline.recipe import SELECTIONS
+from hf_sparse_attn.cli.commands import app, guarded
+from hf_sparse_attn.experiments.recipe import SELECTIONS
 
 SMALL = "block_size: 16, query_tile: 16, sink: 16, local: 16, dense_below: 0, min_keys: 80, density: 0.05, query_samples: 8"
 
@@ -218,7 +218,7 @@ def test_fields_of_sparse_attention_that_are_no_yaml_are_refused(llama_folder, t
 
 def test_a_bad_recipe_ends_the_program_with_code_1_and_no_traceback(tmp_path):
     (tmp_path / "mine.yaml").write_text("nam: x\n")
-    command = [sys.executable, "-m", "hf_sparse_attn.cli", "run", str(tmp_path / "mine.yaml")]
+    command = [sys.executable, "-m", "hf_sparse_attn.cli.commands", "run", str(tmp_path / "mine.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith(f"error: {tmp_path / 'mine.yaml'}: the recipe has no key 'nam'; keys: ablate, compare,")

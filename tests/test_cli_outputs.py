@@ -13,13 +13,13 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from hf_sparse_attn import cli_options
-from hf_sparse_attn.cli import app
-from hf_sparse_attn.cli_bench import beside
-from hf_sparse_attn.cli_options import emit
-from hf_sparse_attn.locks import FolderInUseError, sole_use
-from hf_sparse_attn.outputs import OutputError
-from hf_sparse_attn.pipeline import engine
+from hf_sparse_attn.cli import options as cli_options
+from hf_sparse_attn.cli.bench import beside
+from hf_sparse_attn.cli.commands import app
+from hf_sparse_attn.cli.options import emit
+from hf_sparse_attn.experiments import steps
+from hf_sparse_attn.system.locks import FolderInUseError, sole_use
+from hf_sparse_attn.system.outputs import OutputError
 
 
 def call(*arguments):
@@ -118,14 +118,14 @@ def test_a_plot_goes_beside_a_file_only(tmp_path):
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """A run of two steps; (its class, its folder, what it printed, which steps ran)."""
-    monkeypatch.setattr(engine, "LEAST_FREE_BYTES", 0)
+    monkeypatch.setattr(steps, "LEAST_FREE_BYTES", 0)
     out, ran = io.StringIO(), []
 
-    class Two(engine.Run):
+    class Two(steps.Run):
         loss = math.nan
 
         def steps(self):
-            return [engine.Step("one", self.one), engine.Step("two", self.two)]
+            return [steps.Step("one", self.one), steps.Step("two", self.two)]
 
         def one(self):
             ran.append("one")

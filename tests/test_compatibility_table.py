@@ -18,8 +18,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_M
 from hf_sparse_attn import routers, sparse_config, sparsify
 from hf_sparse_attn.architectures import SUPPORTED, refuse_unsupported
 from hf_sparse_attn.architectures.table import COMMAND, STATES, as_markdown, compatibility, compatibility_table, count_states
-from hf_sparse_attn.cli import app
-from hf_sparse_attn.registration import sparse_config_class
+from hf_sparse_attn.cli.commands import app
+from hf_sparse_attn.models.registration import sparse_config_class
 
 pytestmark = pytest.mark.compat
 

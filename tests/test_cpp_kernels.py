@@ -13,8 +13,8 @@ from agreement import assert_same_up_to_ties
 from hf_sparse_attn_kernels import BlockSelection, TileGrid, block_sparse_attention, implementations
 from hf_sparse_attn_kernels.cpp_kernels import compiling, support
 
-from hf_sparse_attn.plan import make_plan
-from hf_sparse_attn.selecting import FeatureMaker, select_blocks
+from hf_sparse_attn.router.budget import make_plan
+from hf_sparse_attn.router.selection import FeatureMaker, select_blocks
 
 ops = torch.ops.hf_sparse_attn_cpp
 

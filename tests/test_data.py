@@ -10,9 +10,9 @@ import torch
 import zstandard
 
 from hf_sparse_attn.data import sources
+from hf_sparse_attn.data.file_check import survey
 from hf_sparse_attn.data.formats import source_files
 from hf_sparse_attn.data.sources import Document, SourceError, free_bytes, read_documents, read_text
-from hf_sparse_attn.data.survey import survey
 from hf_sparse_attn.data.windows import batches, token_windows
 
 
@@ -70,7 +70,7 @@ def test_text_that_is_not_utf_8_is_read_as_latin_1(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".txt", ".csv", ".txt.gz"])
 def test_damaged_utf_8_is_refused_and_not_read_as_latin_1(suffix, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_sparse_attn.data.survey.CHUNK", 5)  # characters lie across parts
+    monkeypatch.setattr("hf_sparse_attn.data.file_check.CHUNK", 5)  # characters lie across parts
     raw = b"text\n" + "温度が高い".encode() + b"\xff" + "圧力".encode() + "\ufffd".encode() + b"\n"
     file = tmp_path / f"a{suffix}"
     file.write_bytes(gzip.compress(raw) if suffix.endswith(".gz") else raw)

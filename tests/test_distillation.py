@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from hf_sparse_attn import SparseCall, fit_mass_threshold, lora_config, routers
-from hf_sparse_attn.model_inputs import NonFiniteError
-from hf_sparse_attn.plan import make_plan
-from hf_sparse_attn.registration import SparseModelMixin
-from hf_sparse_attn.training import distillation, losses
+from hf_sparse_attn.data.model_inputs import NonFiniteError
+from hf_sparse_attn.models.registration import SparseModelMixin
+from hf_sparse_attn.router.budget import make_plan
+from hf_sparse_attn.training import distillation, router_loss
 from hf_sparse_attn.training.distillation import backbone_hash, distill, load_router_state, router_state
 from hf_sparse_attn.training.distiller import DistillationConfig
-from hf_sparse_attn.training.losses import kept_mass, masked_kl, tile_loss
-from hf_sparse_attn.training.svd import start_index
+from hf_sparse_attn.training.index_init import start_index
+from hf_sparse_attn.training.router_loss import kept_mass, masked_kl, tile_loss
 
 SETTINGS = DistillationConfig(lr=5e-3, index_lr=5e-3, warmup_steps=2, save_every=1)
 
@@ -338,13 +338,13 @@ def test_masked_kl_has_finite_gradients_where_everything_is_masked():
 def test_the_teacher_is_the_dense_softmax_over_all_visible_keys(make_router, routing_inputs, monkeypatch, query_tile):
     """Forced keys stay in the denominator, heads and tokens are averaged first, then forced blocks are dropped."""
     router, inputs = make_router(), routing_inputs(240, batch=2)
-    seen, kl = [], losses.masked_kl
+    seen, kl = [], router_loss.masked_kl
 
     def record(teacher, logits, mask):
         seen.append((teacher, logits, mask))
         return kl(teacher, logits, mask)
 
-    monkeypatch.setattr(losses, "masked_kl", record)
+    monkeypatch.setattr(router_loss, "masked_kl", record)
     loss = tile_loss(router, inputs, query_tile, 1000, torch.Generator())
     plan = make_plan(router.config, inputs.grid(query_tile, 16))
     tiles = plan.open.nonzero()[:, 0]

@@ -13,12 +13,12 @@ from hf_sparse_attn_kernels import block_mass
 
 from hf_sparse_attn import SparseCall, routers
 from hf_sparse_attn.data.windows import Window
-from hf_sparse_attn.evaluation import predictions, quality
+from hf_sparse_attn.evaluation import divergence, quality
+from hf_sparse_attn.evaluation.baselines import ByOtherRouters, fresh_routers, oracle, stage_one, standard_selectors, window
 from hf_sparse_attn.evaluation.quality import MassObserver, WindowResult, evaluate_windows, window_losses
-from hf_sparse_attn.evaluation.selectors import ByOtherRouters, fresh_routers, oracle, stage_one, standard_selectors, window
-from hf_sparse_attn.evaluation.shares import loss_share, quality_table, recovered_share
-from hf_sparse_attn.plan import make_plan
-from hf_sparse_attn.training.losses import kept_mass
+from hf_sparse_attn.evaluation.statistics import loss_share, quality_table, recovered_share
+from hf_sparse_attn.router.budget import make_plan
+from hf_sparse_attn.training.router_loss import kept_mass
 
 NAMES = ("oracle", "two stages", "stage 1 alone", "untrained", "mean-pool", "min-max", "window + sink", "random")
 N = 250  # the last tile and the last block are partial
@@ -189,7 +189,7 @@ def test_losses_of_a_selection_equal_uncached_passes(selector, sparse_llama, rea
 def test_losses_with_more_positions_than_are_held_at_a_time(sparse_llama, real_budget, token_ids, monkeypatch):
     model, ids = sparse_llama(real_budget), token_ids(1, 209)
     whole = window_losses(model, ids, SparseCall(), 16)
-    monkeypatch.setattr(predictions, "LOGIT_POSITIONS", 10)
+    monkeypatch.setattr(divergence, "LOGIT_POSITIONS", 10)
     assert window_losses(model, ids, SparseCall(), 16) == pytest.approx(whole, abs=1e-6)
 
 

@@ -16,8 +16,8 @@ import torch
 import transformers.modeling_utils
 from transformers import AutoModelForCausalLM
 
-from hf_sparse_attn import files
-from hf_sparse_attn.files import replaced_folder, write_atomically, write_json, write_text
+from hf_sparse_attn.system import files
+from hf_sparse_attn.system.files import replaced_folder, write_atomically, write_json, write_text
 
 
 def content(folder):

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_sparse_attn.data import checkpoints
 from hf_sparse_attn.data.sources import SourceError
-from hf_sparse_attn.files import copied_folder, replaced_folder
-from hf_sparse_attn.scratch import LOCK, SUFFIX, UNLOCKED_SECONDS, scratch_folder
+from hf_sparse_attn.system.files import copied_folder, replaced_folder
+from hf_sparse_attn.system.scratch import LOCK, SUFFIX, UNLOCKED_SECONDS, scratch_folder
 
 SHARDED = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json", "config.json"}
 SHARED_MEMORY = Path("/dev/shm")

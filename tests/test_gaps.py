@@ -11,12 +11,12 @@ import torch.nn.functional as F
 
 from hf_sparse_attn import SparseCall, set_sparse_attention
 from hf_sparse_attn.data.windows import Window
-from hf_sparse_attn.evaluation import selectors
-from hf_sparse_attn.evaluation.predictions import predictions
+from hf_sparse_attn.evaluation import baselines
+from hf_sparse_attn.evaluation.baselines import fresh_routers, min_max, oracle, random_blocks, standard_selectors, window
+from hf_sparse_attn.evaluation.divergence import predictions
 from hf_sparse_attn.evaluation.quality import MassObserver, WindowResult, evaluate_windows, recall
-from hf_sparse_attn.evaluation.selectors import fresh_routers, min_max, oracle, random_blocks, standard_selectors, window
-from hf_sparse_attn.evaluation.shares import quality_table, worst_head
-from hf_sparse_attn.plan import make_plan
+from hf_sparse_attn.evaluation.statistics import quality_table, worst_head
+from hf_sparse_attn.router.budget import make_plan
 
 N = 250
 
@@ -30,7 +30,7 @@ def chosen(selection, plan):
 
 @pytest.mark.parametrize(("q_len", "tile"), [(N, 16), (40, 16), (5, 1)])
 def test_min_max_is_the_literal_bound(q_len, tile, make_router, routing_inputs, monkeypatch):
-    monkeypatch.setattr(selectors, "BOUND_SCORES", 1000)  # one tile at a time
+    monkeypatch.setattr(baselines, "BOUND_SCORES", 1000)  # one tile at a time
     router, inputs = make_router(rotary=True), routing_inputs(N, q_len, batch=2)
     plan = make_plan(router.config, inputs.grid(tile, 16))
     found = chosen(min_max(router, inputs, tile), plan)
@@ -141,7 +141,7 @@ def test_predictions_do_not_depend_on_how_many_logits_are_held(measured, monkeyp
     model, text, _ = measured
     states = [torch.randn(1, 163, 64, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
     whole = predictions(model, text.ids, *states)
-    monkeypatch.setattr("hf_sparse_attn.evaluation.predictions.LOGIT_POSITIONS", 7)
+    monkeypatch.setattr("hf_sparse_attn.evaluation.divergence.LOGIT_POSITIONS", 7)
     parts = predictions(model, text.ids, *states)
     assert (parts.kl, parts.output_error) == pytest.approx((whole.kl, whole.output_error), rel=1e-5)
     assert parts.by_position == pytest.approx(whole.by_position, rel=1e-5)

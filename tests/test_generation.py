@@ -12,9 +12,10 @@ from agreement import assert_close_to_largest as close
 from summaries import assert_summaries_are_those_of_the_keys, fed, summaries_checked
 from transformers import DynamicCache, GenerationMixin
 
-from hf_sparse_attn import SparseCall, prefill
-from hf_sparse_attn.cache import GrowingLayerMixin
-from hf_sparse_attn.prefill import chunk_lengths
+from hf_sparse_attn import SparseCall
+from hf_sparse_attn.attention.cache import GrowingLayerMixin
+from hf_sparse_attn.models import prefill
+from hf_sparse_attn.models.prefill import chunk_lengths
 
 NEW = 20
 SAMPLING = {"do_sample": True, "temperature": 0.9, "top_k": 30}

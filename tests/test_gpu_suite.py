@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_sparse_attn.profiling.gpu.causes import read_counters
-from hf_sparse_attn.profiling.gpu.rows import run_entries
+from hf_sparse_attn.benchmarks.gpu.causes import read_counters
+from hf_sparse_attn.benchmarks.gpu.rows import run_entries
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "gpu"
 read = runpy.run_path(str(RECIPES / "read.py"))
@@ -97,7 +97,7 @@ def test_what_misses_a_target_is_told_with_the_limit_that_holds_it(speedup, miss
     assert "card: NVIDIA H100 80GB HBM3" in table and "right: not run" in table and "FAILED x: E" in table and "not run: y" in table
     assert f"| attention | 32768 | 10% |  | {speedup:.2f}x |" in "\n".join(read["readme_rows"](found))
     monkeypatch.setitem(read["write"].__globals__, "RESULTS", tmp_path)
-    monkeypatch.setattr("hf_sparse_attn.profiling.plot.plot_speedups", lambda path, rows: path.write_text("plot"))
+    monkeypatch.setattr("hf_sparse_attn.benchmarks.plot.plot_speedups", lambda path, rows: path.write_text("plot"))
     path = read["write"](found, tmp_path)
     assert path.name == "gpu-nvidia-h100-80gb-hbm3.json" and json.loads(path.read_text())["misses"] == lines
     assert path.with_suffix(".svg").read_text() == "plot"

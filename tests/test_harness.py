@@ -8,11 +8,11 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-import hf_sparse_attn.evaluation.harness as harness
-from hf_sparse_attn.cli import app
-from hf_sparse_attn.evaluation.harness import HarnessError, harness_rows, harness_table, load_tasks
-from hf_sparse_attn.evaluation.selectors import window
-from hf_sparse_attn.pipeline.card import model_card
+import hf_sparse_attn.evaluation.lm_eval_harness as harness
+from hf_sparse_attn.cli.commands import app
+from hf_sparse_attn.evaluation.baselines import window
+from hf_sparse_attn.evaluation.lm_eval_harness import HarnessError, harness_rows, harness_table, load_tasks
+from hf_sparse_attn.experiments.reports.model_card import model_card
 
 YAML = """
 task: {name}

@@ -20,8 +20,8 @@ import torch
 from huggingface_hub import ModelCard, RepoCard
 from safetensors.torch import load_file, save_file
 
-from hf_sparse_attn.conversion import mark_trained
-from hf_sparse_attn.pipeline.card import write_card
+from hf_sparse_attn.experiments.reports.model_card import write_card
+from hf_sparse_attn.models.convert import mark_trained
 
 RESULTS = Path(__file__).parents[1] / "recipes" / "results" / "demo.json"
 TRACES = (b"sparse_attention", b"hf-sparse", b"hf_sparse", b"router")
@@ -50,8 +50,8 @@ def finish(name):
 PUSH = """
 import hf_sparse_attn
 from huggingface_hub import HfApi, ModelCard
-from hf_sparse_attn.calibration import Calibration, made_with
-from hf_sparse_attn.training.adaptation import AdaptationConfig, add_lora
+from hf_sparse_attn.models.calibration import Calibration, made_with
+from hf_sparse_attn.training.lora import AdaptationConfig, add_lora
 
 def refused(push):
     try:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from hf_sparse_attn import SparseObjective, SparseTrainingConfig, lora_config, routers
-from hf_sparse_attn.adapters import active_routers
+from hf_sparse_attn.models.adapters import active_routers
 
 # peft asks transformers for a property that the newest versions call by another name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

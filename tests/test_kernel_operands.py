@@ -11,8 +11,8 @@ import torch
 from hf_sparse_attn_kernels import BlockSelection, TileGrid, block_sparse_attention
 from hf_sparse_attn_kernels.cpp_kernels import compiling
 
-from hf_sparse_attn.plan import make_plan
-from hf_sparse_attn.selecting import FeatureMaker
+from hf_sparse_attn.router.budget import make_plan
+from hf_sparse_attn.router.selection import FeatureMaker
 
 ops = torch.ops.hf_sparse_attn_cpp
 IMPLEMENTATIONS = ["reference", "torch", "cpp"]

@@ -19,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForSequenceClassification
 from transformers.models.auto import modeling_auto
 
-from hf_sparse_attn import calibration, lora_config, routers, sparsify, to_dense
-from hf_sparse_attn.conversion import mark_trained
+from hf_sparse_attn import lora_config, routers, sparsify, to_dense
+from hf_sparse_attn.models import calibration
+from hf_sparse_attn.models.convert import mark_trained
 
 needs_trl = pytest.mark.skipif(not importlib.util.find_spec("trl"), reason="needs trl: pip install 'hf_sparse_attn[trl]'")
 
@@ -142,7 +143,7 @@ def test_peft_finds_the_class_of_an_adapter_without_a_task(loaded, sparse_folder
 
     made = get_peft_model(loaded, lora_config(loaded, r=2, target_modules=["q_proj"]))
     made.save_pretrained(tmp_path)
-    again = AutoPeftModel.from_pretrained(tmp_path, import_allowlist=["hf_sparse_attn.registration"])
+    again = AutoPeftModel.from_pretrained(tmp_path, import_allowlist=["hf_sparse_attn.models.registration"])
     assert type(again.get_base_model()) is by_name(sparse_folder) and torch.equal(
         logits(again, token_ids(1, 200)), logits(made, token_ids(1, 200))
     )

@@ -11,14 +11,20 @@ import pytest
 from datasets import load_from_disk
 from typer.testing import CliRunner
 
-from hf_sparse_attn.cli import app
-from hf_sparse_attn.longlink.answers import accuracy, by_distance, pairs_told_apart, reach, right
-from hf_sparse_attn.longlink.ceilings import ceiling, chance, normalised
-from hf_sparse_attn.longlink.export import load, save
-from hf_sparse_attn.longlink.families import FAMILIES, MISSING, LongLinkConfig, LongLinkError
-from hf_sparse_attn.longlink.metrics import AveragePrecision, ChanceAdjustedRecall, NormalisedAccuracy, adjust, average_precision
-from hf_sparse_attn.longlink.planting import plant
-from hf_sparse_attn.longlink.study import study
+from hf_sparse_attn.cli.commands import app
+from hf_sparse_attn.experiments.longlink.ceilings import ceiling, chance, normalised
+from hf_sparse_attn.experiments.longlink.export import load, save
+from hf_sparse_attn.experiments.longlink.families import FAMILIES, MISSING, LongLinkConfig, LongLinkError
+from hf_sparse_attn.experiments.longlink.link_answers import accuracy, by_distance, pairs_told_apart, reach, right
+from hf_sparse_attn.experiments.longlink.link_metrics import (
+    AveragePrecision,
+    ChanceAdjustedRecall,
+    NormalisedAccuracy,
+    adjust,
+    average_precision,
+)
+from hf_sparse_attn.experiments.longlink.planting import plant
+from hf_sparse_attn.experiments.longlink.study import study
 
 SMALL = {"length": 600, "sequences": 6, "links": 5, "distractors": 3, "keys": 16}
 

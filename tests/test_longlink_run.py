@@ -9,10 +9,10 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
-from hf_sparse_attn.longlink.families import LongLinkConfig
-from hf_sparse_attn.longlink.learning import LearningConfig, Stage, learn
-from hf_sparse_attn.pipeline.recipe import load_recipe
-from hf_sparse_attn.pipeline.run import run_recipe
+from hf_sparse_attn.experiments.longlink.families import LongLinkConfig
+from hf_sparse_attn.experiments.longlink.learning import LearningConfig, Stage, learn
+from hf_sparse_attn.experiments.recipe import load_recipe
+from hf_sparse_attn.experiments.run import run_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SPARSE = {"block_size": 16, "query_tile": 16, "sink": 16, "local": 16, "dense_below": 0, "min_keys": 96, "max_keys": 96}

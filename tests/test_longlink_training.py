@@ -15,10 +15,10 @@ import torch
 from transformers import LlamaForCausalLM
 
 from hf_sparse_attn import SparseAttentionConfig
-from hf_sparse_attn.longlink.families import LongLinkConfig
-from hf_sparse_attn.longlink.learning import EVALUATED, LearningConfig, Stage, learn, with_routers
-from hf_sparse_attn.longlink.planting import plant
-from hf_sparse_attn.longlink.study import study
+from hf_sparse_attn.experiments.longlink.families import LongLinkConfig
+from hf_sparse_attn.experiments.longlink.learning import EVALUATED, LearningConfig, Stage, learn, with_routers
+from hf_sparse_attn.experiments.longlink.planting import plant
+from hf_sparse_attn.experiments.longlink.study import study
 
 LEARNED = Path(__file__).parent / "data" / "longlink"
 CONFIG = LongLinkConfig(length=2048)

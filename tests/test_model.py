@@ -37,7 +37,7 @@ from hf_sparse_attn import (
     sparsify,
     to_dense,
 )
-from hf_sparse_attn.conversion import mark_trained
+from hf_sparse_attn.models.convert import mark_trained
 
 
 @pytest.fixture(scope="module")

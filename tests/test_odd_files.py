@@ -12,10 +12,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from hf_sparse_attn.data import line_rows, pieces, survey
+from hf_sparse_attn.data import document_chunks, file_check, line_rows
+from hf_sparse_attn.data.class_labels import read_labelled
+from hf_sparse_attn.data.document_chunks import PieceReader
 from hf_sparse_attn.data.formats import source_files
-from hf_sparse_attn.data.labelled import read_labelled
-from hf_sparse_attn.data.pieces import PieceReader
 from hf_sparse_attn.data.row_stream import content
 from hf_sparse_attn.data.sources import SourceError, read_documents
 from hf_sparse_attn.data.tables import TableRows
@@ -127,7 +127,7 @@ def test_csv_that_does_not_tell_its_texts_is_refused(rows, message, texts_of):
 
 def test_a_line_that_does_not_end_is_refused_before_it_fills_the_memory(texts_of, monkeypatch):
     monkeypatch.setattr(line_rows, "LARGEST_WHOLE", 1000)
-    monkeypatch.setattr(survey, "CHUNK", 100)
+    monkeypatch.setattr(file_check, "CHUNK", 100)
     assert len(texts_of("a.jsonl", lines(*[{"text": "x" * 500}] * 9))) == 9
     with pytest.raises(SourceError, match=r"a\.jsonl has a line of more than 0 MB: a row is read as a whole"):
         texts_of("a.jsonl", lines({"text": "x" * 2000}))
@@ -149,7 +149,7 @@ def test_a_place_in_a_table_of_lines_is_found_without_reading_what_comes_before(
     state = json.loads(json.dumps(table.state()))
     some.close()
     again = TableRows(file, state)
-    monkeypatch.setattr(line_rows, "chunks", lambda file, offset=0: read.append(offset) or survey.chunks(file, offset))
+    monkeypatch.setattr(line_rows, "chunks", lambda file, offset=0: read.append(offset) or file_check.chunks(file, offset))
     assert list(again) == [(i, f"row {i}\né") for i in range(60, 100)] and read[0] > len(rows) / 2
 
 
@@ -194,7 +194,7 @@ def test_classes_and_texts_of_tables_are_not_converted(tmp_path):
 @pytest.mark.parametrize("before", ["", "one\n", "line\n" * 1000])
 @pytest.mark.parametrize("name", ["a.log", "a.jsonl", "a.csv"])
 def test_zero_bytes_are_told_wherever_they_stand(before, name, texts_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(survey, "CHUNK", 7)
+    monkeypatch.setattr(file_check, "CHUNK", 7)
     message = (
         rf"{name} holds zero bytes \(NUL\), the first at byte {len(before)}, line {before.count(chr(10)) + 1}\. .*`tr -d '\\000' < .*{name}"
     )
@@ -260,8 +260,8 @@ def test_a_content_is_the_same_under_another_name_and_time(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.parquet"])
 def test_a_file_that_changes_while_it_is_read_is_refused(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(survey, "CHUNK", 1000)
-    monkeypatch.setattr(pieces, "PIECE", 100)
+    monkeypatch.setattr(file_check, "CHUNK", 1000)
+    monkeypatch.setattr(document_chunks, "PIECE", 100)
     file, texts = tmp_path / name, [f"text {i}" for i in range(5000)]
     if name.endswith("parquet"):
         parquet.write_table(pyarrow.table({"text": texts}), file)
@@ -279,7 +279,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(name, tmp_path, monkeyp
 
 
 def test_a_file_that_changes_while_it_is_surveyed_or_tokenised_leaves_nothing_in_the_cache(tmp_path, word_tokenizer, monkeypatch):
-    file, survey_of, options = tmp_path / "a.txt", survey._survey, {"block_size": 16, "end_of_text": False, "progress": False}
+    file, survey_of, options = tmp_path / "a.txt", file_check._survey, {"block_size": 16, "end_of_text": False, "progress": False}
     file.write_text("w11 " * 200)
 
     def changed(source):
@@ -287,10 +287,10 @@ def test_a_file_that_changes_while_it_is_surveyed_or_tokenised_leaves_nothing_in
         file.write_text("w22 " * 200)
         return found
 
-    monkeypatch.setattr(survey, "_survey", changed)
+    monkeypatch.setattr(file_check, "_survey", changed)
     with pytest.raises(SourceError, match=r"a\.txt changed while it was read"):
         training_rows([str(file)], word_tokenizer, 64, **options)
-    monkeypatch.setattr(survey, "_survey", survey_of)
+    monkeypatch.setattr(file_check, "_survey", survey_of)
     reader = PieceReader.__iter__
 
     def replaced(self):
@@ -307,11 +307,11 @@ def test_a_file_that_changes_while_it_is_surveyed_or_tokenised_leaves_nothing_in
 def test_a_survey_that_was_cut_off_is_made_again(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     (file,) = source_files([str(tmp_path / "a.txt")])
-    found = survey.survey(file)
+    found = file_check.survey(file)
     (kept,) = (tmp_path / "cache/surveys").iterdir()
     for left in ("", "{}", "[1]", '{"enc'):
         kept.write_text(left)
-        assert survey.survey(file) == found
+        assert file_check.survey(file) == found
 
 
 # -- names ----------------------------------------------------------------------------------------------------------

@@ -10,10 +10,10 @@ import sys
 
 import pytest
 
-from hf_sparse_attn import files, outputs
-from hf_sparse_attn.files import write_json, write_text
-from hf_sparse_attn.locks import LOCK, FolderInUseError, sole_use
-from hf_sparse_attn.outputs import OutputError, check_output
+from hf_sparse_attn.system import files, outputs
+from hf_sparse_attn.system.files import write_json, write_text
+from hf_sparse_attn.system.locks import LOCK, FolderInUseError, sole_use
+from hf_sparse_attn.system.outputs import OutputError, check_output
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM, LlamaForSequenceClassification
 
 from hf_sparse_attn import distill, load_adapter, lora_config, register, routers, sparsify, to_dense
-from hf_sparse_attn.adapters import active_routers
+from hf_sparse_attn.models.adapters import active_routers
 from hf_sparse_attn.training.distillation import backbone_hash, router_state
 
 # peft asks transformers for a property that the newest versions call by another name

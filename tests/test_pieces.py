@@ -16,9 +16,9 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from hf_sparse_attn.data import pieces, survey, tables
+from hf_sparse_attn.data import document_chunks, file_check, tables
+from hf_sparse_attn.data.document_chunks import PieceReader, cut, stretches
 from hf_sparse_attn.data.formats import SourceFile, identity, source_files
-from hf_sparse_attn.data.pieces import PieceReader, cut, stretches
 from hf_sparse_attn.data.sources import SourceError
 
 TEXTS = ["first é", "second\nline", "NA", "007", ""]
@@ -35,7 +35,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Pieces of at most 40 bytes."""
-    monkeypatch.setattr(pieces, "PIECE", 40)
+    monkeypatch.setattr(document_chunks, "PIECE", 40)
 
 
 def table(suffix):
@@ -77,7 +77,7 @@ def test_each_row_of_a_table_is_a_document(suffix, compression, tmp_path):
 def test_a_text_file_is_one_document(suffix, compression, tmp_path):
     file = tmp_path / f"notes{suffix}{compression}"
     file.write_bytes(COMPRESS[compression]("a < b & <i>c\nd é".encode()))
-    assert read(file) == [pieces.Piece(str(file), "a < b & <i>c\nd é", True, True, 0, 1)]
+    assert read(file) == [document_chunks.Piece(str(file), "a < b & <i>c\nd é", True, True, 0, 1)]
 
 
 @pytest.mark.parametrize("compression", COMPRESS)
@@ -191,7 +191,7 @@ def test_what_must_be_read_as_a_whole_has_a_largest_size(tmp_path, monkeypatch):
     (tmp_path / "a.json").write_bytes(table(".json"))
     (tmp_path / "a.html").write_text("<p>text</p>" * 10)
     (tmp_path / "a.jsonl").write_bytes(LINES)
-    monkeypatch.setattr(survey, "LARGEST_WHOLE", 100)
+    monkeypatch.setattr(file_check, "LARGEST_WHOLE", 100)
     refused(r"a\.json is one JSON array of 0 MB, which can only be read as a whole: convert it to JSON lines", tmp_path / "a.json")
     refused(r"a\.html is HTML of 0 MB, which can only be read as a whole: convert it to text", tmp_path / "a.html")
     assert len(read(tmp_path / "a.jsonl")) == 5
@@ -220,13 +220,13 @@ def test_a_file_that_a_glob_reaches_by_links_is_read_once(tmp_path):
 
 @given(st.lists(st.sampled_from(["a", "é", "€", "😀", " ", "\n", "\r\n"]), max_size=400).map("".join), st.integers(1, 50))
 def test_stretches_are_whole_characters_in_order_and_know_their_place(text, step):
-    raw, before = text.encode(), pieces.PIECE
-    pieces.PIECE = 40
+    raw, before = text.encode(), document_chunks.PIECE
+    document_chunks.PIECE = 40
     try:
         found = list(stretches(iter(raw[i : i + step] for i in range(0, len(raw), step))))
         again = [list(stretches(iter([raw[offset:]]), offset, line)) for _, offset, line, _ in found]
     finally:
-        pieces.PIECE = before
+        document_chunks.PIECE = before
     assert b"".join(part for part, *_ in found) == raw and [last for *_, last in found] == [False] * (len(found) - 1) + [True]
     for i, (part, offset, line, _) in enumerate(found):
         part.decode()
@@ -332,26 +332,26 @@ def test_a_table_without_rows_has_no_documents(tmp_path):
 def test_a_file_is_surveyed_once_until_it_changes(tmp_path, monkeypatch):
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"text"))
     file, passes = source_files([str(tmp_path / "a.txt.gz")])[0], []
-    original = survey._survey
-    monkeypatch.setattr(survey, "_survey", lambda file: passes.append(file) or original(file))
-    assert survey.survey(file) == survey.survey(file) == survey.Survey("utf-8", 4) and len(passes) == 1
+    original = file_check._survey
+    monkeypatch.setattr(file_check, "_survey", lambda file: passes.append(file) or original(file))
+    assert file_check.survey(file) == file_check.survey(file) == file_check.Survey("utf-8", 4) and len(passes) == 1
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"caf\xe9 x"))
-    assert survey.survey(file) == survey.Survey("latin-1", 6) and len(passes) == 2
+    assert file_check.survey(file) == file_check.Survey("latin-1", 6) and len(passes) == 2
 
 
 @pytest.mark.parametrize("content", ["é" * 10, "x" * 19 + "é"])
 def test_utf_8_is_told_across_chunks_and_at_the_end(content, tmp_path, monkeypatch):
-    monkeypatch.setattr(survey, "CHUNK", 3)
+    monkeypatch.setattr(file_check, "CHUNK", 3)
     raw = content.encode()
     (tmp_path / "a.txt").write_bytes(raw)
     (tmp_path / "b.txt").write_bytes(raw[:-1])  # ends within a character
-    assert survey.survey(source_files([str(tmp_path / "a.txt")])[0]).encoding == "utf-8"
+    assert file_check.survey(source_files([str(tmp_path / "a.txt")])[0]).encoding == "utf-8"
     (cut,) = source_files([str(tmp_path / "b.txt")])
     if content.count("é") == 1:
-        assert survey.survey(cut).encoding == "latin-1"
+        assert file_check.survey(cut).encoding == "latin-1"
     else:  # the others are UTF-8
         with pytest.raises(SourceError, match=r"b\.txt is UTF-8 but for 1 damaged characters, the first at byte 18"):
-            survey.survey(cut)
+            file_check.survey(cut)
 
 
 def test_a_package_of_pypi_is_known_by_version_and_size(tmp_path):

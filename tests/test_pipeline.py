@@ -22,13 +22,12 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparse_attn import SparseAttentionConfig, routers
-from hf_sparse_attn.pipeline import engine
-from hf_sparse_attn.pipeline import language as run_module
-from hf_sparse_attn.pipeline import training as training_module
-from hf_sparse_attn.pipeline.language import LanguageRun as Run
-from hf_sparse_attn.pipeline.recipe import RecipeError, load_recipe
-from hf_sparse_attn.pipeline.run import run_recipe
-from hf_sparse_attn.profiling.planning import NotEnoughMemoryError
+from hf_sparse_attn.benchmarks.planner.plan import NotEnoughMemoryError
+from hf_sparse_attn.experiments import steps
+from hf_sparse_attn.experiments.recipe import RecipeError, load_recipe
+from hf_sparse_attn.experiments.run import run_recipe
+from hf_sparse_attn.experiments.tasks import distil_and_adapt, language_model
+from hf_sparse_attn.experiments.tasks.language_model import LanguageRun
 
 # peft asks transformers for a property that the newest versions call by another name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -82,7 +81,7 @@ def done(write_recipe, tmp_path_factory):
     """A run that was stopped between distillation and LoRA and in the middle of the quality step, then continued."""
     recipe, folder = load_recipe(write_recipe()), tmp_path_factory.mktemp("run") / "tiny"
     distilled, evaluated = [], []
-    distill, losses = training_module.distill, run_module.evaluate_windows
+    distill, losses = distil_and_adapt.distill, language_model.evaluate_windows
 
     def counted(*args, **options):
         distilled.append(1)
@@ -108,17 +107,17 @@ def done(write_recipe, tmp_path_factory):
         return losses(*args, on_result=note, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_module, "distill", counted)
-        patch.setattr(Run, "_lora", stop)
+        patch.setattr(distil_and_adapt, "distill", counted)
+        patch.setattr(LanguageRun, "_lora", stop)
         with pytest.raises(Stopped):
             run_recipe(recipe, folder, quiet())
         after_stop = sorted(p.name for p in (folder / "state").glob("*.json"))
         patch.undo()
-        patch.setattr(training_module, "distill", counted)
-        patch.setattr(run_module, "evaluate_windows", stop_in_the_middle)
+        patch.setattr(distil_and_adapt, "distill", counted)
+        patch.setattr(language_model, "evaluate_windows", stop_in_the_middle)
         with pytest.raises(Stopped):
             run_recipe(recipe, folder, quiet())
-        patch.setattr(run_module, "evaluate_windows", note_all)
+        patch.setattr(language_model, "evaluate_windows", note_all)
         results = run_recipe(recipe, folder, quiet())
     return SimpleNamespace(
         recipe=recipe, folder=folder, results=results, after_stop=after_stop, distilled=len(distilled), evaluated=evaluated
@@ -212,7 +211,7 @@ def test_no_leftovers_of_interrupted_writes(done):
 
 def test_a_second_call_does_nothing_again(done, monkeypatch):
     for name in STEPS:
-        monkeypatch.setattr(Run, f"_{name}", lambda self, name=name: pytest.fail(f"{name} ran again"))
+        monkeypatch.setattr(LanguageRun, f"_{name}", lambda self, name=name: pytest.fail(f"{name} ran again"))
     again = run_recipe(done.recipe, done.folder, quiet())
     assert {k: v for k, v in again.items() if k != "environment"} == {k: v for k, v in done.results.items() if k != "environment"}
 
@@ -226,7 +225,7 @@ def test_a_changed_recipe_is_refused_for_the_same_folder(done, write_recipe):
 
 
 def test_a_nearly_full_disk_is_refused_before_any_work(done, monkeypatch, tmp_path):
-    monkeypatch.setattr(engine, "free_bytes", lambda path: 1 << 20)
+    monkeypatch.setattr(steps, "free_bytes", lambda path: 1 << 20)
     with pytest.raises(RecipeError, match="less than 3 GB are free"):
         run_recipe(done.recipe, tmp_path / "run", quiet())
     assert not (tmp_path / "run").exists()
@@ -235,7 +234,7 @@ def test_a_nearly_full_disk_is_refused_before_any_work(done, monkeypatch, tmp_pa
 @pytest.mark.parametrize("prompt", ["w5 [/INST] w6", "w5 [bold] w6"])
 def test_square_brackets_in_a_prompt_are_text(done, prompt):
     console = quiet()
-    result = Run(replace(done.recipe, prompt=prompt), done.folder, console)._answer()
+    result = LanguageRun(replace(done.recipe, prompt=prompt), done.folder, console)._answer()
     assert result["prompt"] == prompt and prompt in console.file.getvalue()
 
 
@@ -277,9 +276,9 @@ def test_published_recipes_load(path):
 
 
 def test_a_recipe_for_more_memory_than_there_is_stops_before_it_trains(write_recipe, tmp_path, monkeypatch):
-    device_at = run_module.device_at
-    monkeypatch.setattr(run_module, "device_at", lambda *args: replace(device_at(*args), name="H100-80GB", memory_bytes=1 << 20))
-    monkeypatch.setattr(training_module, "distill", lambda *_, **__: pytest.fail("trained"))
+    device_at = language_model.device_at
+    monkeypatch.setattr(language_model, "device_at", lambda *args: replace(device_at(*args), name="H100-80GB", memory_bytes=1 << 20))
+    monkeypatch.setattr(distil_and_adapt, "distill", lambda *_, **__: pytest.fail("trained"))
     with pytest.raises(NotEnoughMemoryError, match=r"a sparse step on 1 × 256 tokens needs .* GB, H100-80GB has 0\.0 GB: .*shorter rows"):
         run_recipe(load_recipe(write_recipe()), tmp_path / "run", quiet())
 
@@ -288,9 +287,9 @@ def test_a_model_that_cannot_be_planned_runs_without_a_plan(done, monkeypatch):
     def refuse(*_, **__):
         raise ValueError("cannot be planned, its forward pass depends on values")
 
-    monkeypatch.setattr(run_module, "plan_training", refuse)
+    monkeypatch.setattr(language_model, "plan_training", refuse)
     console = quiet()
-    assert Run(done.recipe, done.folder, console)._plan() == {"unplanned": "cannot be planned, its forward pass depends on values"}
+    assert LanguageRun(done.recipe, done.folder, console)._plan() == {"unplanned": "cannot be planned, its forward pass depends on values"}
     assert "no plan of the memory: cannot be planned" in console.file.getvalue()
 
 

@@ -11,15 +11,15 @@ from transformers import AutoConfig, LlamaForCausalLM, Qwen3Config
 from typer.testing import CliRunner
 
 from hf_sparse_attn import SparseAttentionConfig, routers, sparsify
-from hf_sparse_attn.cli import app
-from hf_sparse_attn.profiling import NotEnoughMemoryError, check_memory, plan_training
-from hf_sparse_attn.profiling.contenders import DENSE, SPARSE, STOCK, make_contenders
-from hf_sparse_attn.profiling.devices import GPUS, available_memory, gpu
-from hf_sparse_attn.profiling.layer import LayerShape
-from hf_sparse_attn.profiling.planning import fits, longest_length
-from hf_sparse_attn.profiling.simulation import LOSS, simulate_step, stock_config, with_layers
-from hf_sparse_attn.profiling.work import AttentionShape, layer_work
-from hf_sparse_attn.training.adaptation import AdaptationConfig
+from hf_sparse_attn.benchmarks import NotEnoughMemoryError, check_memory, plan_training
+from hf_sparse_attn.benchmarks.contenders import DENSE, SPARSE, STOCK, make_contenders
+from hf_sparse_attn.benchmarks.layer_shape import LayerShape
+from hf_sparse_attn.benchmarks.planner.attention_cost import AttentionShape, layer_work
+from hf_sparse_attn.benchmarks.planner.devices import GPUS, available_memory, gpu
+from hf_sparse_attn.benchmarks.planner.meta_step import LOSS, simulate_step, stock_config, with_layers
+from hf_sparse_attn.benchmarks.planner.plan import fits, longest_length
+from hf_sparse_attn.cli.commands import app
+from hf_sparse_attn.training.lora import AdaptationConfig
 
 # peft asks transformers for a property that the newest versions call by another name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -108,7 +108,7 @@ def test_kept_activations_are_what_autograd_keeps(stock_llama, tiny_config, toke
 
 
 def make_lora(model, training):
-    from hf_sparse_attn.profiling.contenders import Contender, plain_lora
+    from hf_sparse_attn.benchmarks.contenders import Contender, plain_lora
 
     return Contender(STOCK, plain_lora(model, training), training, None).model
 
@@ -137,7 +137,7 @@ def test_the_chunked_loss_bounds_the_logits(plan):
 
 
 def test_selections_take_what_the_tensors_of_one_take(make_router, routing_inputs):
-    from hf_sparse_attn.selecting import select_blocks
+    from hf_sparse_attn.router.selection import select_blocks
 
     for length in (300, 512):
         router = make_router()
@@ -279,7 +279,7 @@ def test_devices_are_known_by_name():
 
 
 def test_the_cpu_is_measured(tiny_config):
-    from hf_sparse_attn.profiling.calibration import measure_cpu
+    from hf_sparse_attn.benchmarks.planner.cpu_rates import measure_cpu
 
     device = measure_cpu(tiny_config(), torch.float32)
     rates = [*device.products.values(), device.bytes_per_s, *device.attention, *device.sparse_attention, device.routing, device.teaching]
@@ -289,7 +289,7 @@ def test_the_cpu_is_measured(tiny_config):
 def test_the_cpu_is_measured_with_the_modules_that_are_trained():
     from transformers import GPTNeoXConfig
 
-    from hf_sparse_attn.profiling.calibration import measure_cpu
+    from hf_sparse_attn.benchmarks.planner.cpu_rates import measure_cpu
 
     config = GPTNeoXConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=97)
     lora = AdaptationConfig(target_modules=["query_key_value"], chunked_loss=False)
@@ -299,7 +299,7 @@ def test_the_cpu_is_measured_with_the_modules_that_are_trained():
 
 
 def test_the_better_rates_of_two_measurements_count():
-    from hf_sparse_attn.profiling.calibration import faster
+    from hf_sparse_attn.benchmarks.planner.cpu_rates import faster
 
     rates = {"products": {torch.float32: 5.0}, "attention": (1.0, 9.0), "bytes_per_s": 3.0, "routing": 7.0}
     slow = replace(H100, **rates)

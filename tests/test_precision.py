@@ -10,11 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from hf_sparse_attn import precision
-from hf_sparse_attn.cli import app
-from hf_sparse_attn.cli_options import load
-from hf_sparse_attn.environment import environment
-from hf_sparse_attn.precision import choice, computed_with, instruction_set, multiplies, of_saved, resolve
+from hf_sparse_attn.cli.commands import app
+from hf_sparse_attn.cli.options import load
+from hf_sparse_attn.system import precision
+from hf_sparse_attn.system.environment import environment
+from hf_sparse_attn.system.precision import choice, computed_with, instruction_set, multiplies, of_saved, resolve
 
 AVX2 = {"avx2": True, "fma3": True}
 AVX512 = {**AVX2, "avx512_f": True}

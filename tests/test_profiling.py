@@ -12,25 +12,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_sparse_attn import attending
-from hf_sparse_attn.profiling import (
+from hf_sparse_attn.attention import layer
+from hf_sparse_attn.benchmarks import (
     BenchmarkError,
     LayerShape,
+    attention_call,
     bench_attention,
     bench_backward,
     bench_decode,
     bench_model,
     bench_router,
     crossover,
-    meters,
-    peers,
+    dense_baselines,
+    generation,
+    layer_shape,
+    timing,
 )
-from hf_sparse_attn.profiling import attention as benchmarks
-from hf_sparse_attn.profiling import layer as layers
-from hf_sparse_attn.profiling import model as models
-from hf_sparse_attn.profiling.meters import spread, timed
-from hf_sparse_attn.profiling.peers import dense_peers
-from hf_sparse_attn.profiling.plot import plot_speedups
+from hf_sparse_attn.benchmarks.dense_baselines import dense_peers
+from hf_sparse_attn.benchmarks.plot import plot_speedups
+from hf_sparse_attn.benchmarks.timing import spread, timed
 
 IDEAL = (600 * 601 / 2) / (256 * 257 / 2 + 344 * 256)
 
@@ -83,7 +83,7 @@ def test_an_attention_benchmark_reports_speed_and_memory(dtype):
 
 def test_the_ideal_counts_the_pairs_of_the_selection():
     for sizes in (shape(300, 512), shape(600, 256), shape(1000, None, density=0.3)):
-        kept = (layers.Layer(sizes).select().indices >= 0).sum(-1)[0, 0] * 16
+        kept = (layer_shape.Layer(sizes).select().indices >= 0).sum(-1)[0, 0] * 16
         per_query = kept.repeat_interleave(64)[: sizes.length]
         assert sizes.kept_pairs == int(torch.minimum(per_query, torch.arange(1, sizes.length + 1)).sum())
     assert shape(300, 512).dense_pairs == shape(300, 512).kept_pairs
@@ -138,15 +138,15 @@ def last_group(out):
 )
 @pytest.mark.parametrize("bench", [bench_attention, bench_decode, bench_router, bench_backward])
 def test_a_wrong_attention_output_is_never_timed(bench, change, monkeypatch):
-    monkeypatch.setattr(layers, "block_sparse_attention", wrong(layers.block_sparse_attention, change))
-    never_timed(monkeypatch, meters, benchmarks)
+    monkeypatch.setattr(layer_shape, "block_sparse_attention", wrong(layer_shape.block_sparse_attention, change))
+    never_timed(monkeypatch, timing, attention_call)
     with pytest.raises(BenchmarkError, match=r"output differs from the float64 one by .* in tile \d"):
         bench(shape(), repeats=1)
 
 
 @pytest.mark.parametrize("which", ["q", "k", "v"])
 def test_a_wrong_gradient_is_never_timed(which, monkeypatch):
-    original = layers.block_sparse_attention
+    original = layer_shape.block_sparse_attention
 
     class Doubled(torch.autograd.Function):
         @staticmethod
@@ -162,14 +162,14 @@ def test_a_wrong_gradient_is_never_timed(which, monkeypatch):
         inputs[which] = Doubled.apply(inputs[which])
         return original(*inputs.values(), selection)
 
-    monkeypatch.setattr(layers, "block_sparse_attention", attend)
-    never_timed(monkeypatch, meters, benchmarks)
+    monkeypatch.setattr(layer_shape, "block_sparse_attention", attend)
+    never_timed(monkeypatch, timing, attention_call)
     with pytest.raises(BenchmarkError, match=f"gradient of {which}"):
         bench_backward(shape(), repeats=1)
 
 
 def test_the_dense_baseline_is_exact_attention():
-    layer = layers.Layer(shape(100, 512))
+    layer = layer_shape.Layer(shape(100, 512))
     (name, peer), *others = dense_peers(layer).items()
     assert name == "sdpa" and not others
     torch.testing.assert_close(peer(), layer.attend(layer.select()), rtol=1e-4, atol=1e-5)
@@ -210,8 +210,8 @@ def test_a_model_benchmark_reports_ratios_and_leaves_the_model_alone(model, toke
 
 def test_a_model_with_a_wrong_sparse_path_is_never_timed(model, token_ids, monkeypatch):
     before = settings_of(model)
-    monkeypatch.setattr(attending, "block_sparse_attention", wrong(attending.block_sparse_attention, lambda out: out * 1.001))
-    never_timed(monkeypatch, models)
+    monkeypatch.setattr(layer, "block_sparse_attention", wrong(layer.block_sparse_attention, lambda out: out * 1.001))
+    never_timed(monkeypatch, generation)
     with pytest.raises(BenchmarkError, match=r"with every block kept the logits differ from the stock model's by .* relative"):
         bench_model(model, token_ids(1, 300), 256, decode_tokens=2)
     assert settings_of(model) == before
@@ -221,7 +221,7 @@ def test_short_inputs_of_a_model_that_runs_dense_below_a_length_are_verified_on_
     sparse_llama, real_budget, token_ids, monkeypatch
 ):
     model = sparse_llama({**real_budget, "dense_below": 4096})
-    monkeypatch.setattr(attending, "block_sparse_attention", wrong(attending.block_sparse_attention, lambda out: out * 1.001))
+    monkeypatch.setattr(layer, "block_sparse_attention", wrong(layer.block_sparse_attention, lambda out: out * 1.001))
     with pytest.raises(BenchmarkError):
         bench_model(model, token_ids(1, 200), 256, decode_tokens=2)
 
@@ -231,7 +231,7 @@ def test_short_inputs_of_a_model_that_runs_dense_below_a_length_are_verified_on_
 
 METER = """
 import time, torch
-from hf_sparse_attn.profiling import PeakMemory
+from hf_sparse_attn.benchmarks import PeakMemory
 with PeakMemory() as memory:
     block = torch.ones((64 << 20) // 4)
     time.sleep(0.2)  # many samples long
@@ -271,7 +271,7 @@ def test_the_crossover_is_interpolated_between_the_lengths(speedups, want):
 
 def test_installed_sparse_peers_get_what_their_interfaces_ask_for(monkeypatch):
     """Stand-ins with the peers' interfaces: NSA's lists are checked by attending to them token by token."""
-    layer = layers.Layer(replace(shape(300, 256), heads=32, groups=2))
+    layer = layer_shape.Layer(replace(shape(300, 256), heads=32, groups=2))
     selection = layer.select()
 
     def parallel_nsa(q, k, v, *, block_indices, block_counts, block_size):
@@ -290,15 +290,15 @@ def test_installed_sparse_peers_get_what_their_interfaces_ask_for(monkeypatch):
         "adasplash": SimpleNamespace(adasplash=lambda q, k, v, alpha, is_causal: seen.append(k.shape) or q),
         "flash_sparse_attn": SimpleNamespace(flash_sparse_attn_func=lambda q, k, v, is_causal, softmax_threshold: q),
     }
-    monkeypatch.setattr(peers, "find_spec", lambda name: name)
-    monkeypatch.setattr(peers, "import_module", modules.__getitem__)
-    assert peers.sparse_peers(layer, selection) == {}  # on a CPU none of them runs
+    monkeypatch.setattr(dense_baselines, "find_spec", lambda name: name)
+    monkeypatch.setattr(dense_baselines, "import_module", modules.__getitem__)
+    assert dense_baselines.sparse_peers(layer, selection) == {}  # on a CPU none of them runs
     layer.shape = replace(layer.shape, device="cuda")
-    found = peers.sparse_peers(layer, selection)
+    found = dense_baselines.sparse_peers(layer, selection)
     assert list(found) == ["NSA", "AdaSplash", "flash-sparse-attn"]
     layer.verify(found["NSA"](), selection)
     assert found["AdaSplash"]().shape == layer.q.shape == found["flash-sparse-attn"]().shape and seen == [layer.q.shape]
 
     monkeypatch.setitem(modules, "adasplash", SimpleNamespace(adasplash=lambda *args, **kwargs: 1 / 0))
-    running, failed = benchmarks._checked_peers(layer, selection)
+    running, failed = attention_call._checked_peers(layer, selection)
     assert list(running) == ["NSA", "flash-sparse-attn"] and failed == {"AdaSplash": "ZeroDivisionError: division by zero"}

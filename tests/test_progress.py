@@ -8,8 +8,9 @@ import time
 import pytest
 from rich.console import Console
 
-from hf_sparse_attn import distill, progress
-from hf_sparse_attn.progress import Lines, bar, counted, line, step
+from hf_sparse_attn import distill
+from hf_sparse_attn.system import progress
+from hf_sparse_attn.system.progress import Lines, bar, counted, line, step
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_sparse_attn.pipeline.recipe import Quality, RecipeError, load_recipe
-from hf_sparse_attn.pipeline.recipe_values import HINTS, defaults
+from hf_sparse_attn.experiments.recipe import Quality, RecipeError, load_recipe
+from hf_sparse_attn.experiments.recipe_values import HINTS, defaults
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 LEAST = {"model": {"source": "some/model"}, "data": {"train": ["a.txt"], "eval": ["b.txt"]}}

@@ -22,8 +22,9 @@ from transformers import (
     LlamaModel,
 )
 
-from hf_sparse_attn import SparseObjective, SparseTrainingConfig, registration, routers, sparse_class, sparse_config, to_dense
-from hf_sparse_attn.made import MadeMixin
+from hf_sparse_attn import SparseObjective, SparseTrainingConfig, routers, sparse_class, sparse_config, to_dense
+from hf_sparse_attn.architectures.class_factory import MadeMixin
+from hf_sparse_attn.models import registration
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparse_attn import SparseCall, set_sparse_attention
 from hf_sparse_attn.data.windows import Window
-from hf_sparse_attn.evaluation.predictions import last_hidden, predictions
+from hf_sparse_attn.evaluation.divergence import last_hidden, predictions
 from hf_sparse_attn.evaluation.robustness import robustness_table
-from hf_sparse_attn.pipeline.recipe import RecipeError, load_recipe
-from hf_sparse_attn.pipeline.run import run_recipe
+from hf_sparse_attn.experiments.recipe import RecipeError, load_recipe
+from hf_sparse_attn.experiments.run import run_recipe
 from hf_sparse_attn.training.distillation import load_router_state
 
 RECIPES = Path(__file__).parents[1] / "recipes"

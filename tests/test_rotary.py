@@ -11,7 +11,7 @@ from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as glm_app
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_apply
 
 from hf_sparse_attn import routers
-from hf_sparse_attn.rotary import Rotary, find_rotary
+from hf_sparse_attn.router.rotary import Rotary, find_rotary
 
 ROPES = {
     "default": {},

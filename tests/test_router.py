@@ -9,9 +9,9 @@ import pytest
 import torch
 from hf_sparse_attn_kernels import TileGrid, block_mass, routing, stage_one_scores, to_tiles
 
-from hf_sparse_attn import selecting
-from hf_sparse_attn.plan import make_plan, select_by_scores
-from hf_sparse_attn.selecting import FeatureMaker, select_blocks
+from hf_sparse_attn.router import selection
+from hf_sparse_attn.router.budget import make_plan, select_by_scores
+from hf_sparse_attn.router.selection import FeatureMaker, select_blocks
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -135,7 +135,7 @@ def test_exact_fine_scores_are_the_softmax_over_the_candidates_and_the_forced_ke
 def test_chunk_sizes_do_not_change_the_selection(select, make_router, routing_inputs, monkeypatch, query_tile, run, coarse, fine):
     router, inputs = make_router(rotary=True, noise=0.1), routing_inputs(230, batch=2)
     want = select(router, inputs, query_tile)
-    monkeypatch.setattr(selecting, "FEATURE_BYTES", run)
+    monkeypatch.setattr(selection, "FEATURE_BYTES", run)
     monkeypatch.setattr(routing, "COARSE_SCORES", coarse)
     monkeypatch.setattr(routing, "FINE_BYTES", fine)
     got = select(router, inputs, query_tile)

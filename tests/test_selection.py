@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from hf_sparse_attn import SparseAttentionConfig
-from hf_sparse_attn.plan import make_plan, select_by_scores
+from hf_sparse_attn.router.budget import make_plan, select_by_scores
 
 # -- ordered_topk ---------------------------------------------------------------------------------------------------
 

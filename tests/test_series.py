@@ -17,11 +17,11 @@ from rich.console import Console
 from transformers import PatchTSTForPrediction
 
 import hf_sparse_attn
-from hf_sparse_attn.data.series import SeriesRows, evaluation_rows, read_series
 from hf_sparse_attn.data.sources import SourceError
-from hf_sparse_attn.evaluation.tasks import forecast_table
-from hf_sparse_attn.pipeline.recipe import RecipeError, load_recipe
-from hf_sparse_attn.pipeline.run import run_recipe
+from hf_sparse_attn.data.time_series import SeriesRows, evaluation_rows, read_series
+from hf_sparse_attn.evaluation.task_scores import forecast_table
+from hf_sparse_attn.experiments.recipe import RecipeError, load_recipe
+from hf_sparse_attn.experiments.run import run_recipe
 
 # peft asks transformers for a property that the newest versions call by another name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -369,7 +369,7 @@ def test_a_forecasting_run_ends_with_a_sparse_model_its_card_and_a_table(recipe,
 
 def test_a_run_continues_with_the_same_curves(recipe, tmp_path, monkeypatch):
     whole = run_recipe(recipe(), tmp_path / "whole", quiet())
-    from hf_sparse_attn.pipeline.forecasting import ForecastingRun
+    from hf_sparse_attn.experiments.tasks.forecasting import ForecastingRun
 
     evaluate = ForecastingRun._evaluate
 

@@ -14,11 +14,12 @@ import yaml
 from rich.console import Console
 from transformers import LlamaConfig
 
-from hf_sparse_attn.pipeline import language, sizing
-from hf_sparse_attn.pipeline.recipe import RecipeError, load_recipe
-from hf_sparse_attn.pipeline.run import run_recipe
-from hf_sparse_attn.pipeline.sizing import MARGIN, Work, at_size, fitted, seconds, size_of
-from hf_sparse_attn.profiling.devices import Device
+from hf_sparse_attn.benchmarks.planner.devices import Device
+from hf_sparse_attn.experiments import sizing
+from hf_sparse_attn.experiments.recipe import RecipeError, load_recipe
+from hf_sparse_attn.experiments.run import run_recipe
+from hf_sparse_attn.experiments.sizing import MARGIN, Work, at_size, fitted, seconds, size_of
+from hf_sparse_attn.experiments.tasks import language_model
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMOLLM2 = {
@@ -111,10 +112,10 @@ def test_a_run_says_what_it_left_out_and_goes_on_at_its_size(tiny, tmp_path, mon
     def stop(*_):
         raise InterruptedError
 
-    monkeypatch.setattr(language, "measured_work", slowed)
+    monkeypatch.setattr(language_model, "measured_work", slowed)
     said = Console(file=io.StringIO(), width=400)
     with monkeypatch.context() as patch:
-        patch.setattr(language.LanguageRun, "_quality", stop)
+        patch.setattr(language_model.LanguageRun, "_quality", stop)
         with pytest.raises(InterruptedError):
             run_recipe(load_recipe(tiny), tmp_path / "run", said)
     results = run_recipe(load_recipe(tiny), tmp_path / "run", said)

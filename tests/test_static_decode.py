@@ -8,8 +8,8 @@ import torch
 from agreement import assert_close_to_largest as close
 from transformers import DynamicCache, StaticCache
 
-from hf_sparse_attn import static_decode
-from hf_sparse_attn.conversion import sparse_attention_as
+from hf_sparse_attn.attention import static_decode
+from hf_sparse_attn.models.convert import sparse_attention_as
 
 SETTINGS = {
     "budget": {},

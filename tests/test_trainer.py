@@ -10,12 +10,14 @@ from agreement import assert_same_sums
 from peft import get_peft_model
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
 
-from hf_sparse_attn import SparseCall, SparseTrainer, SparseTrainingConfig, lora_config, routers, selecting, untrained
-from hf_sparse_attn.adapters import active_routers
-from hf_sparse_attn.training import collecting
+from hf_sparse_attn import SparseCall, SparseTrainer, SparseTrainingConfig, lora_config, routers
+from hf_sparse_attn.attention import untrained
+from hf_sparse_attn.models.adapters import active_routers
+from hf_sparse_attn.router import selection
+from hf_sparse_attn.training import joint_forward
 from hf_sparse_attn.training.distillation import router_state
-from hf_sparse_attn.training.losses import tile_loss
 from hf_sparse_attn.training.objective import SparseObjective
+from hf_sparse_attn.training.router_loss import tile_loss
 from hf_sparse_attn.training.trainer import NonFiniteLossError, SparseTrainerMixin, last_checkpoint
 
 pytestmark = pytest.mark.filterwarnings(
@@ -79,7 +81,7 @@ def kl_by_definition(model, ids, config, step):
     kls = []
 
     def observe(router, inputs):
-        seed = ((config.seed * collecting.STEP_STRIDE + step) * collecting.STEP_STRIDE + router.layer) % 2**63
+        seed = ((config.seed * joint_forward.STEP_STRIDE + step) * joint_forward.STEP_STRIDE + router.layer) % 2**63
         with torch.enable_grad():
             loss = tile_loss(router, inputs, 16, 3, torch.Generator().manual_seed(seed))
             kls.append(loss.coarse + loss.fine)
@@ -138,7 +140,7 @@ def test_packed_documents_weigh_by_their_tokens(model, token_ids):
         {"input_ids": ids, "position_ids": torch.arange(LENGTH).repeat(2)[None]},
         {"input_ids": ids.view(2, LENGTH)},
     ):
-        forward = collecting.TrainingForward(seed=0, step=0, kl_weight=1.0, tile_share=2, dense=False)
+        forward = joint_forward.TrainingForward(seed=0, step=0, kl_weight=1.0, tile_share=2, dense=False)
         model.train()(**batch, use_cache=False, sparse_call=forward.call)
         forward.kl_loss().backward()
         grads.append([p.grad.clone() for router in routers(model) for p in router.parameters()])
@@ -160,8 +162,8 @@ def test_checkpointing_changes_nothing_and_repeats_neither_routing_nor_kl(sparse
 
         return call
 
-    monkeypatch.setattr(selecting.kernels, "select_blocks", counted("select", selecting.kernels.select_blocks))
-    monkeypatch.setattr(collecting, "tile_loss", counted("kl", collecting.tile_loss))
+    monkeypatch.setattr(selection.kernels, "select_blocks", counted("select", selection.kernels.select_blocks))
+    monkeypatch.setattr(joint_forward, "tile_loss", counted("kl", joint_forward.tile_loss))
     seen = []
     for checkpointing in (False, True):
         model = sparse_llama(real_budget, noise=0.1)
@@ -195,13 +197,13 @@ def test_an_optimiser_of_the_user_stays_as_it_is(model, rows, tmp_path):
 
 
 def test_budgets_and_the_weight_of_the_kl_are_annealed(model, rows, tmp_path, monkeypatch):
-    made, original = [], collecting.TrainingForward.__post_init__
+    made, original = [], joint_forward.TrainingForward.__post_init__
 
     def note(self):
         made.append((self.step, round(self.kl_weight, 4), routers(model)[0].config.density, routers(model)[0].config.min_keys))
         original(self)
 
-    monkeypatch.setattr(collecting.TrainingForward, "__post_init__", note)
+    monkeypatch.setattr(joint_forward.TrainingForward, "__post_init__", note)
     settings = {"anneal": {"density": [1.0, 0.05], "min_keys": [160, 80], "kl_weight": [0.4, 0.1]}, "anneal_share": 0.75}
     trainer = trainer_of(model, rows, tmp_path, settings, max_steps=4)
     trainer.train()
@@ -253,7 +255,7 @@ def test_plain_trainer_leaves_routers_frozen_and_says_so_once(model, rows, tmp_p
     with caplog.at_level(logging.WARNING, logger="hf_sparse_attn"):
         trainer = Trainer(model, arguments(tmp_path, max_steps=3, weight_decay=0.1), train_dataset=rows)
         found = losses(trainer)
-    assert len(found) == 3 and [r.getMessage()[:36] for r in caplog.records if r.name == "hf_sparse_attn.untrained"] == [
+    assert len(found) == 3 and [r.getMessage()[:36] for r in caplog.records if r.name == "hf_sparse_attn.attention.untrained"] == [
         "the routers of this sparse model sta"
     ]
     for router, weights in zip(active_routers(model), before, strict=True):

@@ -9,16 +9,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hf_sparse_attn import attending
-from hf_sparse_attn.cli import app
-from hf_sparse_attn.conversion import sparse_attention_as
-from hf_sparse_attn.profiling import BenchmarkError, bench_training, layouts, training
-from hf_sparse_attn.profiling import TrainingShape as Shape
-from hf_sparse_attn.profiling.contenders import DENSE, EAGER, SPARSE, STOCK, WITHOUT_KL, make_contenders, verify_training
-from hf_sparse_attn.profiling.layouts import IGNORE_INDEX, packed_batch, padded_batch
-from hf_sparse_attn.profiling.memory import peaks_in_a_fresh_process
-from hf_sparse_attn.profiling.plot import plot_training
-from hf_sparse_attn.training.adaptation import AdaptationConfig
+from hf_sparse_attn.attention import layer
+from hf_sparse_attn.benchmarks import BenchmarkError, bench_training, padding_vs_packing, training_step
+from hf_sparse_attn.benchmarks import TrainingShape as Shape
+from hf_sparse_attn.benchmarks.contenders import DENSE, EAGER, SPARSE, STOCK, WITHOUT_KL, make_contenders, verify_training
+from hf_sparse_attn.benchmarks.memory import peaks_in_a_fresh_process
+from hf_sparse_attn.benchmarks.padding_vs_packing import IGNORE_INDEX, packed_batch, padded_batch
+from hf_sparse_attn.benchmarks.plot import plot_training
+from hf_sparse_attn.cli.commands import app
+from hf_sparse_attn.models.convert import sparse_attention_as
+from hf_sparse_attn.training.lora import AdaptationConfig
 
 # peft asks transformers for a property that the newest versions call by another name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -44,7 +44,7 @@ def row(model, windows):
 
 def never_timed(monkeypatch):
     for name in ("alternate", "measure_peaks", "peaks_in_a_fresh_process"):
-        monkeypatch.setattr(training, name, lambda *_: pytest.fail("a wrong step was measured"))
+        monkeypatch.setattr(training_step, name, lambda *_: pytest.fail("a wrong step was measured"))
 
 
 def test_a_row_holds_every_kind_with_its_times_memory_and_losses(row):
@@ -72,11 +72,11 @@ def test_the_recipe_is_the_average_of_its_steps(row):
     ends = [row["kinds"][kind][end] for kind in (SPARSE, DENSE) for end in ("min_s", "max_s")]
     assert min(ends) <= row["recipe"]["median_s"] <= max(ends)
     times = {SPARSE: [1.0, 2.0], WITHOUT_KL: [0.9, 1.8], DENSE: [5.0, 6.0], STOCK: [4.0, 8.0]}
-    made = training._ratios(times, 4, 100)
+    made = training_step._ratios(times, 4, 100)
     assert made["recipe"]["min_s"] == 2.0 and made["recipe"]["max_s"] == 3.0 and made["recipe"]["tokens_per_s"] == 40
     assert made["speedup"]["recipe"]["min"] == 2.0 and made["speedup"][SPARSE]["median"] == 4.0
     assert made["kl_share"] == pytest.approx(0.1) and "speedup_over_eager" not in made
-    assert training._ratios(times, 0, 100)["recipe"]["min_s"] == 1.0
+    assert training_step._ratios(times, 0, 100)["recipe"]["min_s"] == 1.0
 
 
 def test_a_benchmark_leaves_the_model_as_it_was(model, windows):
@@ -105,7 +105,7 @@ def test_memory_is_measured_in_a_fresh_process(model, windows, monkeypatch):
     assert list(peaks) == ["a", "b", "a again"] and all(value > 300_000 for value in peaks.values())
     assert peaks["a again"] == pytest.approx(peaks["a"], rel=0.5)
     seen = []
-    monkeypatch.setattr(training, "peaks_in_a_fresh_process", lambda *a: seen.append(a) or dict.fromkeys([s[0] for s in a[2]], 7))
+    monkeypatch.setattr(training_step, "peaks_in_a_fresh_process", lambda *a: seen.append(a) or dict.fromkeys([s[0] for s in a[2]], 7))
     row = bench_training(model, windows[:2], Shape(BUDGET, padded=True))
     assert row["kinds"][SPARSE]["peak_memory_bytes"] == row["layouts"]["stock sdpa, padded"]["peak_memory_bytes"] == 7 and len(seen) == 1
     with pytest.raises(BenchmarkError, match="the process that measures memory failed: KeyError"):
@@ -117,7 +117,7 @@ def test_measuring_memory_in_this_process_leaves_no_trace_in_the_losses(row, mod
 
 
 def test_eager_attention_is_left_out_of_long_rows(model, windows, monkeypatch):
-    monkeypatch.setattr(training, "EAGER_LENGTH", 299)
+    monkeypatch.setattr(training_step, "EAGER_LENGTH", 299)
     assert EAGER not in bench_training(model, windows[:2], TrainingShape(BUDGET, eager=True))["kinds"]
 
 
@@ -126,15 +126,15 @@ def test_eager_attention_is_left_out_of_long_rows(model, windows, monkeypatch):
 
 @pytest.mark.parametrize("short", [200, 300], ids=["dense below", "as given"])
 def test_a_wrong_attention_output_is_never_timed(model, token_ids, short, monkeypatch):
-    original = attending.block_sparse_attention
-    monkeypatch.setattr(attending, "block_sparse_attention", lambda *a, **o: (original(*a, **o)[0] * 1.001, None))
+    original = layer.block_sparse_attention
+    monkeypatch.setattr(layer, "block_sparse_attention", lambda *a, **o: (original(*a, **o)[0] * 1.001, None))
     never_timed(monkeypatch)
     with pytest.raises(BenchmarkError, match=r"with every block kept the (LoRA gradients differ|loss differs)"):
         bench_training(model, [token_ids(1, short)] * 2, TrainingShape(BUDGET))
 
 
 def test_a_wrong_gradient_is_never_timed(model, windows, monkeypatch):
-    original = attending.block_sparse_attention
+    original = layer.block_sparse_attention
 
     class Scaled(torch.autograd.Function):
         @staticmethod
@@ -145,7 +145,7 @@ def test_a_wrong_gradient_is_never_timed(model, windows, monkeypatch):
         def backward(ctx, grad):
             return grad * 1.01
 
-    monkeypatch.setattr(attending, "block_sparse_attention", lambda q, k, v, s, **o: original(Scaled.apply(q), k, v, s, **o))
+    monkeypatch.setattr(layer, "block_sparse_attention", lambda q, k, v, s, **o: original(Scaled.apply(q), k, v, s, **o))
     never_timed(monkeypatch)
     with pytest.raises(BenchmarkError, match=r"the LoRA gradients differ from the stock model's by .* relative"):
         bench_training(model, windows, TrainingShape(BUDGET))
@@ -194,7 +194,7 @@ def test_layouts_that_disagree_are_never_timed(model, windows, monkeypatch):
     def leaking(documents):
         return {name: x for name, x in packed_batch(documents).items() if name != "position_ids"}
 
-    monkeypatch.setattr(layouts, "packed_batch", leaking)
+    monkeypatch.setattr(padding_vs_packing, "packed_batch", leaking)
     with pytest.raises(BenchmarkError, match=r"the loss of .* is .* padded and .* packed"):
         bench_training(model, windows[:2], TrainingShape(BUDGET, padded=True))
 

@@ -22,7 +22,7 @@ from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader
 from transformers import ByT5Tokenizer, Trainer, TrainingArguments, default_data_collator
 
-from hf_sparse_attn.data import row_stream, token_cache, tokens
+from hf_sparse_attn.data import row_stream, token_cache, tokenization
 from hf_sparse_attn.data.formats import source_files
 from hf_sparse_attn.data.packing import IGNORE_INDEX, PackingOptions, PackingReport
 from hf_sparse_attn.data.row_stream import fingerprint
@@ -48,8 +48,8 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
     """Pieces of 100 bytes, five of them tokenised at a time, so that small texts have many of both."""
-    monkeypatch.setattr("hf_sparse_attn.data.pieces.PIECE", 100)
-    monkeypatch.setattr(tokens, "BATCH", 500)
+    monkeypatch.setattr("hf_sparse_attn.data.document_chunks.PIECE", 100)
+    monkeypatch.setattr(tokenization, "BATCH", 500)
 
 
 @pytest.fixture
@@ -151,10 +151,10 @@ def test_a_tokenizer_in_python_gives_the_same_kind_of_rows(texts):
 
 
 def test_many_short_documents_are_tokenised_a_bounded_number_at_a_time(rows_of, monkeypatch):
-    plain, counts, call = ids(rows_of(streaming=True)), [], tokens.Encoder.__call__
-    monkeypatch.setattr(tokens, "BATCH", 1 << 20)
-    monkeypatch.setattr(tokens, "PIECES", 3)
-    monkeypatch.setattr(tokens.Encoder, "__call__", lambda self, texts: counts.append(len(texts)) or call(self, texts))
+    plain, counts, call = ids(rows_of(streaming=True)), [], tokenization.Encoder.__call__
+    monkeypatch.setattr(tokenization, "BATCH", 1 << 20)
+    monkeypatch.setattr(tokenization, "PIECES", 3)
+    monkeypatch.setattr(tokenization.Encoder, "__call__", lambda self, texts: counts.append(len(texts)) or call(self, texts))
     assert ids(rows_of(streaming=True)) == plain and max(counts) <= 5  # three, the last of which may be a row of three pieces
 
 
@@ -192,7 +192,7 @@ def test_padded_rows_hold_one_document_each(rows_of):
 
 def test_what_was_tokenised_is_not_tokenised_again(rows_of, monkeypatch, cache):
     first = rows_of()
-    monkeypatch.setattr(tokens.Encoder, "__call__", lambda *args: pytest.fail("the tokenizer was called"))
+    monkeypatch.setattr(tokenization.Encoder, "__call__", lambda *args: pytest.fail("the tokenizer was called"))
     again = rows_of()
     same(first, again)
     assert packing_report(again) == packing_report(first)
@@ -246,20 +246,20 @@ def test_other_data_or_settings_are_tokenised_anew(change, texts, tokenizer, cac
 
 
 def test_an_interrupted_cache_is_made_again(rows_of, cache, monkeypatch):
-    call, calls = tokens.Encoder.__call__, itertools.count()
+    call, calls = tokenization.Encoder.__call__, itertools.count()
 
     def interrupted(self, texts):
         if next(calls) == 3:
             raise KeyboardInterrupt
         return call(self, texts)
 
-    monkeypatch.setattr(tokens.Encoder, "__call__", interrupted)
+    monkeypatch.setattr(tokenization.Encoder, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt):
         rows_of()
     (folder,) = (cache / "tokens").iterdir()
     assert not list(folder.glob("*.arrow")) and not list(folder.glob(".*.arrow*"))
     if not (pid := os.fork()):
-        monkeypatch.setattr(tokens.Encoder, "__call__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        monkeypatch.setattr(tokenization.Encoder, "__call__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         rows_of()
     os.waitpid(pid, 0)
     assert list(folder.glob(".rows.arrow.*"))
@@ -330,7 +330,7 @@ def test_without_a_cache_rows_are_made_and_that_is_said_once(rows_of, cache, cap
 
 
 def test_a_second_process_waits_for_the_first(texts, tokenizer, rows_of, cache):
-    name = fingerprint(source_files([texts]), tokens.Encoder(tokenizer), PackingOptions(LENGTH, BLOCK))
+    name = fingerprint(source_files([texts]), tokenization.Encoder(tokenizer), PackingOptions(LENGTH, BLOCK))
     folder, found = cache / "tokens" / name, []
     folder.mkdir(parents=True)
     with FileLock(folder / "lock"):
@@ -382,10 +382,10 @@ def test_going_on_reads_and_tokenises_only_what_comes_behind(rows_of, texts, tok
     iterator = iter(stream)
     for _ in range(20):
         next(iterator)
-    state, seen, call = stream.state_dict(), [], tokens.Encoder.__call__
+    state, seen, call = stream.state_dict(), [], tokenization.Encoder.__call__
     other = rows_of(streaming=True)
     other.load_state_dict(state)
-    monkeypatch.setattr(tokens.Encoder, "__call__", lambda self, texts: seen.extend(texts) or call(self, texts))
+    monkeypatch.setattr(tokenization.Encoder, "__call__", lambda self, texts: seen.extend(texts) or call(self, texts))
     list(other)
     first, size = source_files([texts])[0], sum(map(len, seen))
     everything = "".join(content(file) for file in source_files([texts]))
@@ -603,7 +603,7 @@ def test_a_tokenizer_without_a_needed_token_is_refused(streaming, texts, word_to
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_bad_file_is_refused_before_the_files_before_it_are_tokenised(streaming, tmp_path, texts, tokenizer, monkeypatch):
-    monkeypatch.setattr(tokens.Encoder, "__call__", lambda *args: pytest.fail("the tokenizer was called"))
+    monkeypatch.setattr(tokenization.Encoder, "__call__", lambda *args: pytest.fail("the tokenizer was called"))
     (tmp_path / "z.txt.gz").write_bytes(b"\x1f\x8b")
     (tmp_path / "z.jsonl").write_text('{"body": "a"}\n')
     for name, message in {"z.txt.gz": "is truncated", "z.jsonl": "has no column 'text' but body", "none.txt": "no such file"}.items():

@@ -11,10 +11,10 @@ from hf_sparse_attn_kernels import block_mass, block_sparse_attention
 from hf_sparse_attn_kernels import select_blocks as kernel_select
 
 from hf_sparse_attn import distill, sparsify
-from hf_sparse_attn.evaluation.selectors import oracle, window
-from hf_sparse_attn.plan import make_plan
-from hf_sparse_attn.selecting import FeatureMaker, select_blocks
-from hf_sparse_attn.training.losses import kept_mass
+from hf_sparse_attn.evaluation.baselines import oracle, window
+from hf_sparse_attn.router.budget import make_plan
+from hf_sparse_attn.router.selection import FeatureMaker, select_blocks
+from hf_sparse_attn.training.router_loss import kept_mass
 
 LENGTHS = (208, 205, 193, 40, 7)
 

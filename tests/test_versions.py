@@ -14,14 +14,16 @@ from hf_sparse_attn_kernels import default_choice
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from hf_sparse_attn import attention, kept_tests, routers, self_test, sparse_class, sparse_config, sparsify
-from hf_sparse_attn.cache import SparseCacheLayerMixin
-from hf_sparse_attn.cache_arguments import CACHE_ARGUMENTS, MODEL_ARGUMENT, accepted_names, is_cache
-from hf_sparse_attn.cli import app
-from hf_sparse_attn.registration import SparseConfigMixin
-from hf_sparse_attn.self_test import SelfTestError, require_self_test, run_self_test
-from hf_sparse_attn.sites import sparse_attention_class
-from hf_sparse_attn.versions import check_transformers, checked_transformers, is_tested
+from hf_sparse_attn import routers, sparse_class, sparse_config, sparsify
+from hf_sparse_attn.architectures.cache_arguments import CACHE_ARGUMENTS, MODEL_ARGUMENT, accepted_names, is_cache
+from hf_sparse_attn.architectures.versions import check_transformers, checked_transformers, is_tested
+from hf_sparse_attn.attention import interface
+from hf_sparse_attn.attention.cache import SparseCacheLayerMixin
+from hf_sparse_attn.cli.commands import app
+from hf_sparse_attn.models import self_test, self_test_results
+from hf_sparse_attn.models.attach import sparse_attention_class
+from hf_sparse_attn.models.registration import SparseConfigMixin
+from hf_sparse_attn.models.self_test import SelfTestError, require_self_test, run_self_test
 
 NEWER = "5.99.0"
 
@@ -83,7 +85,7 @@ def test_a_newer_version_imports_with_one_warning_and_makes_a_model(tmp_path, ll
     script = (
         f"import transformers, logging; transformers.__version__ = {NEWER!r}\n"
         "import hf_sparse_attn\n"
-        "from hf_sparse_attn import self_test\n"
+        "from hf_sparse_attn.models import self_test\n"
         "original, seen = self_test._differences, []\n"
         "self_test._differences = lambda: seen.append(1) or original()\n"
         "import os, pathlib, tempfile\n"
@@ -140,7 +142,7 @@ def test_stock_models_and_tested_versions_need_none(runs, llama_folder, stock_ll
 def test_where_it_fails_the_model_is_refused_with_what_differed(newer, runs, stock_llama, real_budget, monkeypatch):
     stock = stock_llama()
     with monkeypatch.context() as changed:
-        changed.setattr(attention, "CACHE_ARGUMENTS", ())
+        changed.setattr(interface, "CACHE_ARGUMENTS", ())
         with pytest.raises(SelfTestError) as refused:
             sparsify(stock, real_budget)
         for part in (NEWER, "5.17 to 5.24", "Decoding with a cache", "under the name", "pip install 'transformers==5.24.*'", "doctor"):
@@ -156,7 +158,7 @@ def test_where_it_fails_the_model_is_refused_with_what_differed(newer, runs, sto
 @pytest.mark.parametrize(
     ("where", "name", "broken", "differs"),
     [
-        (attention, "attend", lambda module, query, *rest: torch.zeros_like(query.transpose(1, 2)), "ran 0 times in 2 layers"),
+        (interface, "attend", lambda module, query, *rest: torch.zeros_like(query.transpose(1, 2)), "ran 0 times in 2 layers"),
         (DynamicCache, "update", lambda self, k, v, *rest, **options: (k, v), "DynamicCache: "),
         (SparseConfigMixin, "to_dict", lambda self: self.values_without_settings(), "a LlamaForCausalLM was loaded"),
     ],
@@ -174,7 +176,7 @@ def test_it_finds_what_a_changed_version_breaks(where, name, broken, differs, ne
 def test_the_newest_version_that_passed_here_is_named(newer, stock_llama, real_budget, monkeypatch):
     for version in ("5.27.0", "5.26.0"):
         monkeypatch.setattr(transformers, "__version__", version)
-        kept_tests.keep([])
+        self_test_results.keep([])
     monkeypatch.setattr(transformers, "__version__", NEWER)
     monkeypatch.setattr(self_test, "_differences", lambda: ["Saving: other weights"])
     with pytest.raises(SelfTestError, match=r"Saving: other weights\n.*pip install 'transformers==5.27.0'"):
@@ -182,20 +184,20 @@ def test_the_newest_version_that_passed_here_is_named(newer, stock_llama, real_b
 
 
 def test_a_result_that_others_could_have_written_or_that_is_cut_off_counts_for_nothing(newer):
-    kept_tests.keep([])
+    self_test_results.keep([])
     (kept,) = newer.iterdir()
-    assert kept_tests.kept_pass()
+    assert self_test_results.kept_pass()
     for mode, expected in ((0o666, False), (0o620, False), (0o600, True)):
         kept.chmod(mode)
-        assert kept_tests.kept_pass() == expected
+        assert self_test_results.kept_pass() == expected
     whole = kept.read_text()
     for text in ("", whole[:-9], "[]", whole.replace('"differences": []', '"differences": ["x"]')):
         kept.write_text(text)
-        assert not kept_tests.kept_pass()
+        assert not self_test_results.kept_pass()
     kept.unlink()
     (newer / "elsewhere").write_text(whole)
     kept.symlink_to(newer / "elsewhere")
-    assert not kept_tests.kept_pass()
+    assert not self_test_results.kept_pass()
 
 
 def test_it_works_where_nothing_can_be_kept(newer, runs, caplog):
@@ -223,12 +225,12 @@ def test_what_the_caller_has_set_neither_matters_nor_changes(newer):
 
 def test_doctor_runs_it_and_keeps_the_result(newer, runs, capsys, monkeypatch):
     app(["doctor", "--json", "-"], standalone_mode=False)
-    assert json.loads(capsys.readouterr().out)["self_test"] == "passed" and len(runs) == 1 and kept_tests.kept_pass()
+    assert json.loads(capsys.readouterr().out)["self_test"] == "passed" and len(runs) == 1 and self_test_results.kept_pass()
     monkeypatch.setattr(self_test, "_differences", lambda: ["Saving: other weights"])
     app(["doctor", "--json", "-"], standalone_mode=False)
     found = json.loads(capsys.readouterr().out)
     assert found["self_test"] == ["Saving: other weights"] and found["supported_transformers"] == ["5.17", "5.24"]
-    assert not kept_tests.kept_pass()
+    assert not self_test_results.kept_pass()
 
 
 # -- the names of caches --------------------------------------------------------------------------------------------
@@ -308,7 +310,7 @@ def test_keys_that_were_kept_in_a_way_of_ones_own_raise(sparse_llama, real_budge
     site = sparse_llama(real_budget).model.layers[0].self_attn
     q, k = torch.zeros(1, 4, 1, 16), torch.zeros(1, 2, 40, 16)
     with pytest.raises(ValueError, match="attends to 40 keys with 1 queries, but handed no cache on"):
-        attention.sparse_attention_forward(site, q, k, k, None)
+        interface.sparse_attention_forward(site, q, k, k, None)
 
 
 def test_names_come_from_signatures_and_from_what_replaces_old_ones():

@@ -23,20 +23,20 @@ from importlib.metadata import distribution
 from importlib.resources import files
 for module in (hf_sparse_attn, hf_sparse_attn_kernels):
     assert module.__file__.startswith(target), module.__file__
-import hf_sparse_attn.cli, hf_sparse_attn.training.distillation, hf_sparse_attn.evaluation.shares, hf_sparse_attn.data.windows
-import json, hf_sparse_attn.pipeline.report
-from hf_sparse_attn.pipeline.card import model_card
+import hf_sparse_attn.cli.commands, hf_sparse_attn.training.distillation, hf_sparse_attn.evaluation.statistics, hf_sparse_attn.data.windows
+import json, hf_sparse_attn.experiments.reports.html_report
+from hf_sparse_attn.experiments.reports.model_card import model_card
 from transformers import LlamaConfig, LlamaForCausalLM
 import torch
 config = LlamaConfig(vocab_size=20, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
 model = hf_sparse_attn.sparsify(LlamaForCausalLM(config), {"dense_below": 0})
 assert model(torch.arange(18)[None]).logits.isfinite().all()
-assert "<html" in files("hf_sparse_attn").joinpath("templates", "report.html").read_text()
+assert "<html" in files("hf_sparse_attn.experiments.reports").joinpath("templates", "report.html").read_text()
 assert "## Limits" in str(model_card(json.load(open(results)), "demo"))
-assert [e.value for e in distribution("hf_sparse_attn").entry_points] == ["hf_sparse_attn.cli:main"]
+assert [e.value for e in distribution("hf_sparse_attn").entry_points] == ["hf_sparse_attn.cli.commands:main"]
 import pathlib
-from hf_sparse_attn.pipeline.recipe import load_recipe
-from hf_sparse_attn.pipeline.recipe_values import recipe_names, shipped_recipes
+from hf_sparse_attn.experiments.recipe import load_recipe
+from hf_sparse_attn.experiments.recipe_values import recipe_names, shipped_recipes
 assert str(shipped_recipes()).startswith(target) and len(recipe_names()) > 10
 assert load_recipe("demo").name == "demo"
 pathlib.Path("own.yaml").write_text("name: own\\nmodel: {source: x}\\ndata: {train: [a.txt], split: 0.5}\\n")
@@ -78,7 +78,7 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel):
         assert f"{package}/py.typed" in names
     sources = ROOT / "kernels" / "torch-ext" / "hf_sparse_attn_kernels" / "cpp_kernels" / "source"
     assert {f"hf_sparse_attn_kernels/cpp_kernels/source/{p.name}" for p in sources.iterdir()} <= set(names)
-    assert {"hf_sparse_attn/templates/report.html", "hf_sparse_attn/model_cards/template.md.jinja"} <= set(names)
+    assert {"hf_sparse_attn/experiments/reports/templates/report.html", "hf_sparse_attn/model_cards/template.md.jinja"} <= set(names)
     shipped = {f"hf_sparse_attn/recipes/{p.relative_to(ROOT / 'recipes')}" for p in (ROOT / "recipes").rglob("*.yaml")}
     assert shipped <= set(names) and "hf_sparse_attn/recipes/defaults.yaml" in shipped
     assert not any("recipes/results" in n for n in names)

@@ -8,9 +8,9 @@ import json
 from collections.abc import Generator, Iterator
 from typing import Any
 
+from .file_check import LARGEST_WHOLE, Survey, chunks, survey
 from .formats import SourceFile
 from .sources import SourceError
-from .survey import LARGEST_WHOLE, Survey, chunks, survey
 
 SEPARATORS = {"csv": ",;\t|", "tsv": "\t,;|"}  # its own first
 LISTED = 20  # columns that an error names

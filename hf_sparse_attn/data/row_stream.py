@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from .document_chunks import Piece, PieceReader
+from .file_check import content
 from .formats import SourceFile
 from .packing import Packer, PackingOptions, PackingReport, Row
-from .pieces import Piece, PieceReader
 from .sources import SourceError
-from .survey import content
-from .tokens import Encoder, piece_batches
+from .tokenization import Encoder, piece_batches
 
 VERSION = 2  # counted up whenever the same files give other rows
 

@@ -156,9 +156,9 @@ def read_text(file: Path) -> str:
     Raises:
         SourceError: the file cannot be read, changes meanwhile, is packed and not whole, or is no text (see `EncodingCheck`).
     """
-    from .encodings import EncodingCheck  # these stand on this module
+    from .decoding import EncodingCheck  # these stand on this module
+    from .file_check import chunks
     from .formats import source_files
-    from .survey import chunks
 
     raw = b"".join(part for source in source_files([str(file)]) for part in chunks(source))
     seen = EncodingCheck(str(file))

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from hf_sparse_attn_kernels.caching import cache_folder
 
-from ..files import write_atomically
+from ..system.files import write_atomically
+from .file_check import chunks, survey
 from .formats import SourceFile, changed, stamp
 from .line_rows import CsvRows, column_error, json_rows
 from .sources import SourceError
-from .survey import chunks, survey
 
 if TYPE_CHECKING:
     from datasets import IterableDataset

@@ -23,16 +23,16 @@ from datasets import Dataset, DatasetInfo
 from filelock import FileLock
 from hf_sparse_attn_kernels.caching import VARIABLE, cache_folder, say_once
 
-from ..files import read_json, write_atomically, write_json
-from ..outputs import check_folder, close_to_others, is_own
-from ..progress import bar
+from ..system.files import read_json, write_atomically, write_json
+from ..system.outputs import check_folder, close_to_others, is_own
+from ..system.progress import bar
+from .file_check import survey
 from .formats import SourceFile, changed, identity
 from .packing import PackingOptions, PackingReport, Row
+from .row_dataset import row_features
 from .row_stream import RowStream, fingerprint, no_row
 from .sources import SourceError
-from .streaming import row_features
-from .survey import survey
-from .tokens import Encoder
+from .tokenization import Encoder
 
 logger = logging.getLogger(__name__)
 

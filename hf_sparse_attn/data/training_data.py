@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedTokenizerBase
 
 from ..config import SparseAttentionConfig
+from .file_check import survey
 from .formats import SourceFile, source_files
 from .packing import PackingOptions, PackingReport
-from .survey import survey
 from .tables import TableRows
-from .tokens import Encoder
+from .tokenization import Encoder
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -64,7 +64,7 @@ def training_rows(
     for file in files:
         _check(file)
     if streaming:
-        from .streaming import stream_rows
+        from .row_dataset import stream_rows
 
         return stream_rows(files, encoder, options, seed, shuffle_window)
     from .token_cache import cached_rows
@@ -85,7 +85,7 @@ def packing_report(rows: Dataset | IterableDataset) -> PackingReport:
     """What became of the tokens: of all when the rows are a cache, of those read so far when they are a stream."""
     from datasets import Dataset
 
-    from .streaming import stream_report
+    from .row_dataset import stream_report
     from .token_cache import cache_report
 
     return cache_report(rows) if isinstance(rows, Dataset) else stream_report(rows)
@@ -104,6 +104,6 @@ def share_of_rank(rows: Dataset | IterableDataset, rank: int, world_size: int) -
 
     if isinstance(rows, Dataset):
         return rows.select(range(rank, len(rows) - len(rows) % world_size, world_size))
-    from .streaming import equal_share
+    from .row_dataset import equal_share
 
     return equal_share(rows, rank, world_size)

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..attending import Selector, SparseCall
-from ..conversion import sparse_attention_as
+from ..attention.layer import Selector, SparseCall
 from ..data.questions import Question
-from .selectors import fixed_budget, selection_calls
-from .shares import loss_above
+from ..models.convert import sparse_attention_as
+from .baselines import fixed_budget, selection_calls
+from .statistics import loss_above
 
 Row = dict[str, Any]  # what one question gave under one selection
 

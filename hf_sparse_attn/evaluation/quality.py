@@ -11,18 +11,18 @@ from hf_sparse_attn_kernels import BlockSelection, TileGrid, block_mass
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ..attending import Selector, SparseCall
-from ..budgets import KeptKeys
-from ..cache_arguments import MODEL_ARGUMENT
+from ..architectures.cache_arguments import MODEL_ARGUMENT
+from ..attention.layer import Selector, SparseCall
 from ..config import SparseAttentionConfig
-from ..conversion import sparse_attention_as
 from ..data.windows import Window
-from ..plan import make_plan
-from ..progress import counted
-from ..router import RoutingInputs, SparseRouter
-from ..sites import routers
-from ..training.losses import kept_mass
-from .predictions import predictions, token_losses
+from ..models.attach import routers
+from ..models.convert import sparse_attention_as
+from ..router.budget import make_plan
+from ..router.module import RoutingInputs, SparseRouter
+from ..system.progress import counted
+from ..training.mass_threshold import KeptKeys
+from ..training.router_loss import kept_mass
+from .divergence import predictions, token_losses
 
 MASS_TILE_STRIDE = 4  # kept mass is measured on every fourth tile
 

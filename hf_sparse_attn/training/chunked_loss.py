@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attention.carried_gradients import Carried, carry
 from ..config import IGNORE_INDEX
-from .carrying import Carried, carry
 from .late_logits import LateLogits
 
 LOGITS_BYTES = 1 << 28  # float32 logits that may exist at a time

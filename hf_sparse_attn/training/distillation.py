@@ -17,17 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import active_routers
 from ..architectures import SUPPORTED
-from ..attending import SparseCall
-from ..conversion import mark_trained
-from ..files import write_atomically
-from ..model_inputs import NonFiniteError, model_inputs
-from ..progress import bar
-from ..router import SparseRouter
-from ..sites import routers
+from ..attention.layer import SparseCall
+from ..data.model_inputs import NonFiniteError, model_inputs
+from ..models.adapters import active_routers
+from ..models.attach import routers
+from ..models.convert import mark_trained
+from ..router.module import SparseRouter
+from ..system.files import write_atomically
+from ..system.progress import bar
 from .distiller import DistillationConfig, Distiller
-from .processes import from_main, rank_and_size, same_everywhere
+from .distributed import from_main, rank_and_size, same_everywhere
 from .run_identity import backbone_parameters, batches_hash, differences, model_identity, weights_hash
 
 logger = logging.getLogger(__name__)

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from ..model_inputs import NonFiniteError, check_finite
-from ..router import RoutingInputs, SparseRouter, active_router
-from .losses import TileLoss, tile_loss
-from .processes import average_gradients, mean_over_processes
-from .svd import start_index
-from .targets import TARGETS
+from ..data.model_inputs import NonFiniteError, check_finite
+from ..router.module import RoutingInputs, SparseRouter, active_router
+from .distributed import average_gradients, mean_over_processes
+from .index_init import start_index
+from .router_loss import TileLoss, tile_loss
+from .teachers import TARGETS
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from typing import Any
 
 from torch import nn
 
-from ..adapters import active_routers
-from ..checks import refuse_split_sequences
-from ..conversion import mark_trained, set_sparse_attention
-from .collecting import TrainingForward
-from .processes import materialize_trained
+from ..attention.checks import refuse_split_sequences
+from ..models.adapters import active_routers
+from ..models.convert import mark_trained, set_sparse_attention
+from .distributed import materialize_trained
+from .joint_forward import TrainingForward
 from .schedule import SparseTrainingConfig
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import SparseAttentionConfig
-from ..sites import routers
+from ..models.attach import routers
 
 STREAMED_ROWS = 2
 SAMPLED_ROWS = 16  # of a dataset, spread over it: reading all rows of a large one would take longer than a step

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..attending import SparseCall
+from ..attention.layer import SparseCall
 from ..config import IGNORE_INDEX
-from ..conversion import take_routers
-from ..environment import peak_process_bytes
-from .collecting import RouterStatistics, TrainingForward, mean_statistics
+from ..models.convert import take_routers
+from ..system.environment import peak_process_bytes
+from .distributed import mean_over_processes
+from .joint_forward import RouterStatistics, TrainingForward, mean_statistics
 from .objective import SparseObjective, split_parameters
-from .processes import mean_over_processes
 from .schedule import SparseTrainingConfig
 
 PREVIEW_TOKENS = 12  # of a batch that gave no finite loss

@@ -156,7 +156,7 @@ def _limit(row: dict[str, Any], ceilings: dict[str, Any] | None) -> str:
 
 def write(found: dict[str, Any], folder: Path) -> Path:
     """The result file and its plot; those of a dry run beside what they were read from."""
-    from hf_sparse_attn.files import write_json
+    from hf_sparse_attn.system.files import write_json
 
     machine = found["machine"]
     card = "dry" if machine["dry"] else re.sub(r"[^a-z0-9]+", "-", machine["card"].lower()).strip("-")
@@ -164,7 +164,7 @@ def write(found: dict[str, Any], folder: Path) -> Path:
     write_json(path, {**found, "misses": misses(found)})
     drawn = [row for row in rows(found, "limits") if row["benchmark"] == "attention"]
     if drawn:
-        from hf_sparse_attn.profiling.plot import plot_speedups
+        from hf_sparse_attn.benchmarks.plot import plot_speedups
 
         try:
             plot_speedups(path.with_suffix(".svg"), drawn)

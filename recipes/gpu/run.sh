@@ -37,7 +37,7 @@ stage() {
     return "$code"
 }
 
-measure() { stage "$1" "$2" "$python" -m hf_sparse_attn.profiling.gpu "$1" "$out" --seconds "$(($2 - 10))" "${dry[@]}"; }
+measure() { stage "$1" "$2" "$python" -m hf_sparse_attn.benchmarks.gpu "$1" "$out" --seconds "$(($2 - 10))" "${dry[@]}"; }
 
 measure machine 60 || exit
 if [ "${#dry[@]}" -gt 0 ]; then

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from hf_sparse_attn import segments, sparsify, static_decode
+from hf_sparse_attn import sparsify
+from hf_sparse_attn.attention import documents, static_decode
 
 SETTINGS = {"block_size": 16, "query_tile": 64, "sink": 16, "local": 64, "dense_below": 0, "min_keys": 256, "max_keys": 256}
 LAYERS = 3
@@ -70,7 +71,7 @@ def model():
 
 @pytest.fixture(autouse=True)
 def on_the_device(monkeypatch):
-    monkeypatch.setattr(segments, "_last_answer", (None, (), []))  # what other tests have asked
+    monkeypatch.setattr(documents, "_last_answer", (None, (), []))  # what other tests have asked
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # which does not know this device
     with preferred("triton"), torch.no_grad():
         yield

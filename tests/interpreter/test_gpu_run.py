@@ -12,13 +12,13 @@ import pytest
 import torch
 from hf_sparse_attn_kernels.implementations import preferred
 
-from hf_sparse_attn.profiling.gpu import causes, launch_grid, limits, models
-from hf_sparse_attn.profiling.gpu.rows import run_entries
+from hf_sparse_attn.benchmarks.gpu import causes, launch_grid, limits, whole_models
+from hf_sparse_attn.benchmarks.gpu.rows import run_entries
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="dry runs are for machines without a GPU")
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "gpu"
-STAGES = {"limits": limits, "models": models, "causes": causes, "launches": launch_grid}
+STAGES = {"limits": limits, "models": whole_models, "causes": causes, "launches": launch_grid}
 ROWS = {"limits": 7, "models": 4, "causes": 4, "launches": 3}
 
 

@@ -10,9 +10,9 @@ from hf_sparse_attn_kernels import TileGrid, implementations
 from hf_sparse_attn_kernels.triton_kernels import routing
 
 from hf_sparse_attn import SparseAttentionConfig
-from hf_sparse_attn.plan import make_plan
-from hf_sparse_attn.router import RoutingInputs, SparseRouter
-from hf_sparse_attn.selecting import FeatureMaker, select_blocks
+from hf_sparse_attn.router.budget import make_plan
+from hf_sparse_attn.router.module import RoutingInputs, SparseRouter
+from hf_sparse_attn.router.selection import FeatureMaker, select_blocks
 
 
 def make_router(device, tile, size, heads=6, groups=2, head_dim=16, min_keys=512):

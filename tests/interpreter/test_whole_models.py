@@ -8,7 +8,7 @@ from hf_sparse_attn_kernels.implementations import preferred
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from hf_sparse_attn import sparsify
-from hf_sparse_attn.conversion import sparse_attention_as
+from hf_sparse_attn.models.convert import sparse_attention_as
 
 SETTINGS = {"block_size": 16, "query_tile": 64, "sink": 16, "local": 16, "dense_below": 0, "min_keys": 112, "max_keys": 112}
 

@@ -1,0 +1,168 @@
+"""The attention function that Transformers calls, and the thin subclass of its attention modules."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin
+
+from ..architectures import SUPPORTED
+from ..architectures.cache_arguments import CACHE_ARGUMENTS, accepted_names, is_cache
+from ..architectures.class_factory import MadeMixin
+from ..router.module import active_router
+from .cache import SparseCacheLayerMixin
+from .cache_adoption import adopt, filled, found
+from .call import Attention
+from .call_context import ambient_call
+from .checks import ATTN_IMPLEMENTATION, EXPORT, check_call, check_mask, refuse_export, refuse_without_router
+from .custom_op import attend_opaquely, register
+from .dense import is_causal, stock_attention_of_documents
+from .documents import Layout
+from .layer import SparseCall, attend, made_on_the_device
+from .object_registry import number
+from .untrained import leave_routers
+
+
+class SparseAttentionMixin(MadeMixin):
+    """In front of a stock attention class: hands the layer's cache on to the attention function, nothing else."""
+
+    sparse_number: Tensor  # by which an operator of a compiled graph finds this module
+    accepted: tuple[str, ...]  # names of the arguments of the stock `forward`, those of its parameters first, in their order
+    keeps_positions: bool  # whether the stock `forward` takes position_ids as a parameter: it need not hand them on
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if SparseAttentionMixin in cls.__bases__:
+            cls.accepted = accepted_names(super().forward)[1:]  # type: ignore[misc]
+            taken = inspect.signature(super().forward).parameters.values()  # type: ignore[misc]
+            hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken)
+            cls.keeps_positions = hands_on and any(parameter.name == "position_ids" for parameter in taken)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        self.take_number()  # a copy is not its original
+
+    def take_number(self) -> None:
+        """Make this module known to the operator of compiled graphs."""
+        register()
+        self.sparse_number = number(self)
+
+    def __prepare_scriptable__(self) -> Any:
+        raise ValueError(EXPORT)  # torch.jit.script asks for this before it reads any code
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.config._attn_implementation == ATTN_IMPLEMENTATION:  # type: ignore[attr-defined]
+            refuse_export()
+            cache = self.taken_cache((hidden_states, *args), kwargs)
+            if cache is not None:
+                take = found if torch.compiler.is_compiling() else adopt
+                kwargs["sparse_cache_layer"] = take(cache, self.layer_idx)  # type: ignore[attr-defined]
+            if self.keeps_positions:
+                kwargs["sparse_position_ids"] = kwargs.get("position_ids")
+        elif kwargs.pop("sparse_call", None) is not None:
+            raise ValueError(
+                f"sparse_call was passed, but attn_implementation is {self.config._attn_implementation!r}: "  # type: ignore[attr-defined]
+                f'call model.set_attn_implementation("{ATTN_IMPLEMENTATION}") first'
+            )
+        with _onloaded(self.router):  # type: ignore[attr-defined]
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+
+    def taken_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The cache among the arguments of a call, None if there is none.
+
+        Raises:
+            ValueError: there is a cache under a name that the stock `forward` does not take it by: it would run without.
+        """
+        cache = None
+        for name, value in (*zip(self.accepted, args, strict=False), *kwargs.items()):
+            if name in CACHE_ARGUMENTS and name in self.accepted:
+                if cache is not None and value is not None and value is not cache:
+                    raise ValueError(f"{type(self).__name__} was called with two caches, one of them as {name}: pass one")
+                cache = value if cache is None else cache
+            elif is_cache(name, value):
+                names = " or ".join(known for known in CACHE_ARGUMENTS if known in self.accepted) or "nothing, it has none"
+                raise ValueError(
+                    f"{type(self).__name__} was called with a cache ({type(value).__name__}) under the name {name!r}, by which sparse "
+                    f"attention does not know it, and would run without it. In Transformers {transformers.__version__} its cache is called "
+                    f"{names}: pass it by that name, or none with use_cache=False"
+                )
+        return cache
+
+
+def _onloaded(router: nn.Module) -> AbstractContextManager[None]:
+    """Accelerate loads offloaded weights when a module is called, but a router is asked through its methods."""
+    router = active_router(router)
+    if not hasattr(router, "_hf_hook"):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(router)  # type: ignore[no-any-return]
+
+
+def sparse_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sparse_call: SparseCall | None = None,
+    sparse_cache_layer: CacheLayerMixin | None = None,
+    sparse_position_ids: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention function registered as ``attn_implementation="hf_sparse"``.
+
+    ``query`` [B, H, Q, D], ``key`` and ``value`` [B, G, N, D] after RoPE and cache update; returns ([B, Q, H, D], None).
+
+    Raises:
+        ValueError: the layer has no router, or something is asked for that sparse attention cannot give.
+    """
+    router = getattr(module, "router", None)
+    if router is None:
+        refuse_without_router(module, kwargs)
+        told = (is_causal(module, kwargs), kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q"))
+        layout, segments = Layout(query.shape[0], query.shape[2], key.shape[2], attention_mask, *told), None
+        if torch.compiler.is_compiling():  # a graph must not depend on where documents start
+            attention_mask = layout.mask_of_documents()
+        else:
+            segments = layout.packed()
+        return stock_attention_of_documents(module, query, key, value, attention_mask, scaling, dropout, segments, **kwargs)
+    if torch.is_autocast_enabled(query.device.type):  # queries and keys were rotated in float32, values were not
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
+    if not SUPPORTED[module.config.model_type].hands_on:  # type: ignore[union-attr, index]
+        sparse_call = ambient_call()
+    check_call(router, module, query, key, value, dropout, kwargs)
+    check_mask(attention_mask)
+    if sparse_cache_layer is None and key.shape[2] > query.shape[2]:
+        raise ValueError(
+            f"{type(module).__name__} attends to {key.shape[2]} keys with {query.shape[2]} queries, but handed no cache on: it keeps keys "
+            'in a way that sparse attention does not know. Run dense with model.set_attn_implementation("sdpa")'
+        )
+    asked = Attention(
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        causal=is_causal(module, kwargs),
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+        attention_mask=attention_mask,
+        position_ids=kwargs.get("position_ids", sparse_position_ids),
+        cu_seq_lens=kwargs.get("cu_seq_lens_q"),
+        filled=filled(sparse_cache_layer),
+    )
+    cache = sparse_cache_layer if isinstance(sparse_cache_layer, SparseCacheLayerMixin) else None
+    if sparse_call is None and (out := made_on_the_device(module, query, key, value, asked, cache)) is not None:
+        return out, None
+    if torch.compiler.is_compiling():
+        if sparse_call is None:
+            return attend_opaquely(module, query, key, value, asked, cache), None
+        return sparse_call.attend(module, query, key, value, asked, cache, sparse_call), None
+    out = attend(module, query, key, value, asked, cache, sparse_call)
+    if sparse_call is None and module.training and torch.is_grad_enabled():
+        out = leave_routers(router, out)
+    return out, None

@@ -1,0 +1,232 @@
+"""One call of a layer's attention: documents, routing, attention over the selection."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from hf_sparse_attn_kernels import BlockSelection, block_sparse_attention
+from torch import Tensor, nn
+
+from ..router.module import RoutingInputs, SparseRouter, active_router
+from ..router.selection import select_blocks
+from . import static_decode
+from .cache import SparseCacheLayerMixin
+from .call import Attention
+from .checks import refuse_split_sequences
+from .dense import dense_attention, stock_attention_of_documents, stock_mask
+from .documents import Layout, Segment
+from .gradients import attach
+
+
+class Selector(Protocol):
+    """Makes a selection: a `SparseRouter` wrapped by `learned_selector`, or a baseline."""
+
+    def __call__(self, router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection: ...
+
+
+def learned_selector(router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection:
+    """The layer's own two-stage router."""
+    return select_blocks(router, inputs, query_tile)
+
+
+@dataclass(frozen=True)
+class SparseCall:
+    """Options of one forward call, passed as ``model(..., sparse_call=SparseCall(...))``.
+
+    Attributes:
+        dense: attend densely in every layer (observers still see every layer's queries and keys).
+        selector: makes the selection instead of the layer's router.
+        observer: called as ``observer(router, inputs)`` for every document of every sparse layer.
+        on_selection: called as ``on_selection(router, inputs, selection)`` for every selection that is used.
+        on_layer: called as ``on_layer(router)`` first thing in every sparse layer, also where it runs the stock attention;
+            a tensor that it returns is attached to the layer's output, see `attach`.
+        decode_from: content position from which queries are routed singly (tiles of 1), as cached decoding does.
+        attention: computes the output [b, H, Q, D] of the queries as ``attention(router, inputs, selection)`` in place of the
+            attention over the kept keys; its inputs are detached.
+    """
+
+    dense: bool = False
+    selector: Selector = learned_selector
+    observer: Callable[[SparseRouter, RoutingInputs], None] | None = None
+    on_selection: Callable[[SparseRouter, RoutingInputs, BlockSelection], None] | None = None
+    on_layer: Callable[[SparseRouter], Tensor | None] | None = None
+    decode_from: int | None = None
+    attention: Callable[[SparseRouter, RoutingInputs, BlockSelection], Tensor] | None = None
+    attend: Callable[..., Tensor] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # what a call observes or selects is Python: a compiled model leaves its graph for it. Marked here, outside of any
+        # graph; where the compiler is not loaded nothing is compiled, and loading it takes a second
+        made = torch.compiler.disable(attend) if "torch._dynamo" in sys.modules else attend
+        object.__setattr__(self, "attend", made)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer and what is asked of it."""
+
+    router: SparseRouter
+    cache: SparseCacheLayerMixin | None
+    call: SparseCall
+    asked: Attention
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    asked: Attention,
+    cache: SparseCacheLayerMixin | None = None,
+    call: SparseCall | None = None,
+) -> Tensor:
+    """Attention of the layer ``module``: sparse, or as the stock model computes it below ``dense_below`` keys.
+
+    ``query`` [B, H, Q, D], ``key`` and ``value`` [B, G, N, D], of which ``asked.filled`` slots hold tokens: [B, Q, H, D].
+    """
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # its products would round what the router keeps in float32
+        with torch.autocast(device, enabled=False):
+            return attend(module, query, key, value, asked, cache, call)
+    refuse_split_sequences()
+    attached = None if call is None or call.on_layer is None else call.on_layer(active_router(module.router))
+    out = _attend_layer(module, query, key, value, asked, cache, call)
+    return attach(out, [attached]) if attached is not None and out.requires_grad else out  # a frozen backbone needs no graph
+
+
+def _attend_layer(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    asked: Attention,
+    cache: SparseCacheLayerMixin | None,
+    call: SparseCall | None,
+) -> Tensor:
+    router: SparseRouter = module.router  # type: ignore[assignment]
+    q_len = query.shape[2]
+    kv_len = key.shape[2] if asked.filled is None else int(asked.filled)
+    positions = _positions(asked, q_len, kv_len, cache, key.device)
+    layout = Layout(query.shape[0], q_len, kv_len, asked.attention_mask, asked.causal, asked.position_ids, asked.cu_seq_lens)
+    if q_len > 1 and cache is not None and asked.filled is not None and static_decode.wanted(query.device):
+        _prepare_steps(cache, router, key, positions, asked, layout)
+    if kv_len < router.config.dense_below:
+        if q_len == 1 and cache is not None:
+            cache.steps = cache.steps_by = None  # this step leaves no summary
+        return _attend_as_stock(module, query, key, value, asked, layout)
+    layer = _Layer(router, cache, call or SparseCall(), asked)
+    return _attend_segments(layer, layout.segments(), query, key[:, :, :kv_len], value[:, :, :kv_len], positions)
+
+
+def _prepare_steps(
+    cache: SparseCacheLayerMixin, router: SparseRouter, key: Tensor, positions: Tensor, asked: Attention, layout: Layout
+) -> None:
+    """Let the steps that follow be those of `static_decode`, if it can make them: no row is padded, and positions run through."""
+    running, past = active_router(router), layout.kv_len - layout.q_len
+    plain = [(part.slots, part.consecutive) for part in layout.segments()] == [(None, True)]
+    goes_on = not past or (cache.steps is not None and bool((positions[:, past - 1 : past + 1].diff() == 1).all()))
+    if plain and goes_on and static_decode.supports(running, asked):
+        table = static_decode.budget_table(running.config, key.shape[2], key.device)
+        cache.prepare_steps(router, key[:, :, : layout.kv_len].detach(), positions, key.shape[2], table)
+    else:
+        cache.steps = cache.steps_by = None
+
+
+def made_on_the_device(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, asked: Attention, cache: SparseCacheLayerMixin | None
+) -> Tensor | None:
+    """Attention [B, 1, H, D] of a step after a static cache that waits for nothing, None where it has to be made by `attend`."""
+    if cache is None or cache.steps is None or cache.router_keys is None or query.shape[2] != 1:
+        return None
+    router = active_router(module.router)
+    if cache.steps_by is not router or cache.steps_config is not router.config or not static_decode.supports(router, asked):
+        return None
+    return static_decode.decode(router, cache.router_keys, cache.steps, query, key, value, asked).transpose(1, 2)
+
+
+def _positions(asked: Attention, q_len: int, kv_len: int, cache: SparseCacheLayerMixin | None, device: torch.device) -> Tensor:
+    """Rotary positions [1 or B, N] of all keys."""
+    position_ids = asked.position_ids
+    if position_ids is None:
+        position_ids = torch.arange(kv_len - q_len, kv_len, device=device, dtype=torch.int64)[None]
+    if cache is not None:
+        return cache.record_positions(position_ids, kv_len)
+    past = kv_len - position_ids.shape[1]
+    before = position_ids[:, :1] + torch.arange(-past, 0, device=device, dtype=torch.int64)
+    return torch.cat([before, position_ids], 1) if past else position_ids
+
+
+def _attend_as_stock(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, asked: Attention, layout: Layout) -> Tensor:
+    mask = asked.attention_mask
+    if mask is None or mask.ndim == 2:
+        mask = stock_mask(mask, layout.q_len, layout.kv_len, key.shape[2], asked.causal, key.device)
+    options = {"softcap": asked.softcap, "s_aux": asked.sinks, "is_causal": asked.causal}
+    return stock_attention_of_documents(module, query, key, value, mask, asked.scale, 0.0, layout.packed(), **options)[0]
+
+
+def _attend_segments(layer: _Layer, segments: list[Segment], query: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> Tensor:
+    """Attention of every document: [B, Q, H, D]; queries that are padding get zeros."""
+    if len(segments) == 1 and segments[0].slots is None:
+        out = _attend(layer, _inputs(layer, segments[0], query, key, positions), value)
+        return out.transpose(1, 2).contiguous()
+    out = query.new_zeros(query.shape)
+    if not segments:  # only padding
+        out = attach(out, (query, key, value))
+    for segment in segments:
+        at = segment.query_slots(query.shape[2], key.shape[2])
+        inputs = _inputs(layer, segment, query[:, :, at], key, positions)
+        out[segment.rows, :, at] = _attend(layer, inputs, segment.keys(value))
+    return out.transpose(1, 2).contiguous()
+
+
+def _inputs(layer: _Layer, segment: Segment, query: Tensor, key: Tensor, positions: Tensor) -> RoutingInputs:
+    k, pos = segment.keys(key), segment.positions(positions)
+    summaries = None
+    if layer.cache is not None:
+        summaries = layer.cache.summaries(layer.router, query.shape[0], segment.rows, segment.slots_on_host, k.detach(), pos)
+    asked = layer.asked
+    return RoutingInputs(query[segment.rows], k, pos, asked.scale, summaries, asked.causal, consecutive=segment.consecutive)
+
+
+def _attend(layer: _Layer, inputs: RoutingInputs, value: Tensor) -> Tensor:
+    """Attention of one document: [b, H, Q, D]."""
+    router, call = layer.router, layer.call
+    detached = replace(inputs, q=inputs.q.detach(), k=inputs.k.detach(), v=value.detach())
+    if call.observer is not None:
+        call.observer(router, detached)
+    if call.dense or router.layer in router.config.dense_layers or (router.budgets is not None and router.budgets.is_dense):
+        return dense_attention(inputs.q, inputs.k, value, layer.asked.scale, layer.asked.causal, layer.asked.softcap, layer.asked.sinks)
+    outputs = []
+    for start, stop, query_tile in query_spans(router, inputs, call.decode_from):
+        span = detached.span(start, stop)
+        selection = call.selector(router, span, query_tile)
+        if call.on_selection is not None:
+            call.on_selection(router, span, selection)
+        if call.attention is not None:
+            outputs.append(call.attention(router, span, selection))
+            continue
+        kv_len = span.k.shape[2]
+        outputs.append(_attend_selection(layer, inputs.q[:, :, start:stop], inputs.k[:, :, :kv_len], value[:, :, :kv_len], selection))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+
+
+def _attend_selection(layer: _Layer, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> Tensor:
+    asked = layer.asked
+    return block_sparse_attention(q, k, v, selection, scale=asked.scale, softcap=asked.softcap, sinks=asked.sinks)[0]
+
+
+def query_spans(router: SparseRouter, inputs: RoutingInputs, decode_from: int | None) -> list[tuple[int, int, int]]:
+    """Runs of queries that are routed alike: (start, stop, query tile).
+
+    A call that continues a cache with fewer than ``query_tile`` new tokens decodes: tiles of 1.
+    """
+    q_len, kv_len = inputs.q.shape[2], inputs.k.shape[2]
+    tile = router.config.query_tile
+    if q_len < kv_len and q_len < tile:
+        return [(0, q_len, 1)]
+    cut = q_len if decode_from is None else min(max(decode_from - (kv_len - q_len), 0), q_len)
+    return [span for span in ((0, cut, tile), (cut, q_len, 1)) if span[0] < span[1]]

@@ -1,0 +1,291 @@
+"""Memory and time of a training step before anyone pays for it: from a model's config, a length and a device."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from ...config import SparseAttentionConfig
+from ...models.attach import routers
+from ...models.convert import sparsify
+from ...training.lora import AdaptationConfig
+from .attention_cost import AttentionShape, LayerWork, layer_work
+from .devices import Device
+from .meta_step import BACKWARD, FORWARD, LOSS, Simulated, simulate_step, stock_config, with_layers
+
+FEW, MORE = 2, 4  # layers of the two steps that are simulated; all others are like those between
+LONGEST = 1 << 21  # tokens: no longer rows are looked for
+GRAIN, TRIES = 256, 12  # tokens of a step, and plans, in the search for the longest rows
+STATES = 2  # of AdamW for each trained weight, beside the weight and its gradient
+SLACK = 512 * 1024**2  # bytes on a CPU that must stay free for the process itself
+
+
+class NotEnoughMemoryError(RuntimeError):
+    """A training step that needs more memory than the device has."""
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Predicted need of a training step; bytes and seconds.
+
+    Attributes:
+        attention: "sparse" (a step with the KL), "dense" (the recipe's dense step) or "stock".
+        parameters: numbers of weights of the backbone, of LoRA and of the routers.
+        static: bytes between steps by what they are for; ``step`` the same of the peak within a step.
+        time: seconds of a step by what they are for.
+    """
+
+    attention: str
+    length: int
+    batch: int
+    dtype: str
+    device: str
+    parameters: dict[str, int]
+    static: dict[str, int]
+    step: dict[str, int]
+    time: dict[str, float]
+    fragmentation: float = 1.0
+    reserved_bytes: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def static_bytes(self) -> int:
+        return sum(self.static.values())
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak above the static bytes."""
+        return sum(self.step.values())
+
+    @property
+    def total_bytes(self) -> int:
+        """What the device must have, the allocator's overhead and the context included."""
+        return int((self.static_bytes + self.peak_bytes) * self.fragmentation) + self.reserved_bytes
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.time.values())
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.batch * self.length / self.seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, totals included."""
+        names = ("static_bytes", "peak_bytes", "total_bytes", "seconds", "tokens_per_s")
+        return {**asdict(self), **{name: getattr(self, name) for name in names}}
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What a plan needs of a model beside its simulated steps."""
+
+    shape: AttentionShape
+    layers: int
+    sparse_layers: int
+    window_layers: int  # whose attention reads ``window`` keys at most
+    window: int
+    router_weights: int
+    sparse: SparseAttentionConfig
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step that is planned: what it runs, and the work of one of its sparse layers."""
+
+    model: _Model
+    simulated: Simulated
+    work: LayerWork
+    attention: str
+    length: int
+    training: AdaptationConfig
+
+    @property
+    def learns(self) -> bool:
+        """Whether the routers learn in it."""
+        return self.attention != "stock" and self.training.kl_weight > 0
+
+
+def plan_training(
+    config: PreTrainedConfig,
+    device: Device,
+    length: int,
+    *,
+    batch: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    attention: str = "sparse",
+    sparse_attention: SparseAttentionConfig | Mapping[str, Any] | None = None,
+    training: AdaptationConfig | None = None,
+    padded: bool = False,
+) -> TrainingPlan:
+    """Predict memory and time of a training step on ``batch`` rows of ``length`` tokens.
+
+    Args:
+        config: of the model, stock or sparse; nothing else of it is read.
+        attention: "sparse", "dense" or "stock".
+        sparse_attention: settings; by default those of ``config``, or the library's.
+        training: LoRA, gradient checkpointing, chunked loss, the KL's share of tiles.
+        padded: rows with padding, for which stock SDPA builds a mask of N×N.
+
+    Raises:
+        ValueError: impossible sizes, or an architecture that is not supported or whose layers depend on values.
+    """
+    if attention not in ("sparse", "dense", "stock"):
+        raise ValueError(f"attention is {attention!r}: must be sparse, dense or stock")
+    for name, value in (("length", length), ("batch", batch)):
+        if value < 1:
+            raise ValueError(f"{name} is {value!r}: must be >= 1")
+    training = training or AdaptationConfig()
+    stock = stock_config(config)
+    model = _describe(stock, batch, _settings(config, sparse_attention))
+    simulated = _simulate(stock, model.layers, dtype, training, batch, length)
+    share = training.kl_tile_share if training.kl_weight > 0 else 0
+    step = _Step(model, simulated, layer_work(model.sparse, model.shape, length, share, dtype.itemsize), attention, length, training)
+    sizes = (attention, length, batch, str(dtype).removeprefix("torch."), device.name)
+    needs = (_parameters(step), _static(step), _peak(step, padded), _time(step, device))
+    settings = {"gradient_checkpointing": training.gradient_checkpointing, "chunked_loss": training.chunked_loss, "rank": training.rank}
+    return TrainingPlan(*sizes, *needs, device.fragmentation, device.reserved_bytes, settings)
+
+
+def _simulate(stock: Any, layers: int, dtype: torch.dtype, training: AdaptationConfig, batch: int, length: int) -> Simulated:
+    """The step of all layers; of many from two with few."""
+    if layers <= MORE:
+        return simulate_step(stock, dtype, training, batch, length)
+    few, more = (simulate_step(with_layers(stock, n), dtype, training, batch, length) for n in (FEW, MORE))
+    return more.beyond(few, (layers - MORE) / (MORE - FEW))
+
+
+def _settings(config: Any, given: Any) -> SparseAttentionConfig:
+    own = getattr(config, "sparse_attention", None)
+    return SparseAttentionConfig.coerce(given if given is not None else own if own is not None else {})
+
+
+def _describe(stock: Any, batch: int, sparse: SparseAttentionConfig) -> _Model:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(stock))  # which sparsify would change
+    found = routers(sparsify(model, sparse))
+    router = found[0]
+    shape = AttentionShape(batch, router.heads, router.groups, router.head_dim)
+    weights = sum(p.numel() for r in found for p in r.parameters())
+    text = stock.get_text_config()
+    layers, window = int(text.num_hidden_layers), int(getattr(text, "sliding_window", None) or 0)
+    return _Model(shape, layers, len(found) - len(sparse.dense_layers), layers - len(found) if window else 0, window, weights, sparse)
+
+
+def _parameters(step: _Step) -> dict[str, int]:
+    routers = 0 if step.attention == "stock" else step.model.router_weights
+    return {"backbone": step.simulated.parameters, "lora": step.simulated.trained, "routers": routers}
+
+
+def _static(step: _Step) -> dict[str, int]:
+    static = {"weights": step.simulated.weight_bytes, "lora": (1 + STATES) * step.simulated.trained_bytes}
+    if step.attention != "stock":  # the frozen original, the adapter's copy, and where it learns its optimiser's states
+        static["routers"] = 4 * step.model.router_weights * (2 + (STATES if step.learns else 0))
+    return static
+
+
+def _peak(step: _Step, padded: bool) -> dict[str, int]:
+    """The largest phase of a step: what it holds by when that was made, and what sparse attention adds to it."""
+    sparse, model, work = step.attention == "sparse", step.model, step.work
+    held = {"selections": work.selection_bytes * model.sparse_layers} if sparse else {}
+    if padded and step.attention == "stock":
+        held["mask"] = model.shape.batch * step.length**2
+    names = {FORWARD: "kept activations", LOSS: "logits and loss", BACKWARD: "recomputed layer and gradients"}
+    phases = []
+    for phase, labels in step.simulated.peaks.items():
+        needs = {names[label]: int(size) for label, size in labels.items() if size}
+        if step.learns:
+            needs["router gradients"] = 4 * model.router_weights * (2 if phase == BACKWARD else 1)  # carried, then handed over, too
+        if phase == FORWARD and step.attention != "stock":
+            teaching, routing = work.teaching_bytes if step.learns else 0, work.routing_bytes if sparse else 0
+            needs["KL" if step.learns else "routing"] = max(teaching, routing)
+        phases.append({**needs, **held})
+    return max(phases, key=lambda needs: sum(needs.values()))
+
+
+def _time(step: _Step, device: Device) -> dict[str, float]:
+    """Seconds by part: every operation takes what its products or its bytes take, whichever is longer."""
+    model, work = step.model, step.work
+    slowest = min(device.products.values())
+    time = {"products": 0.0, "element-wise": 0.0}
+    for op, count in step.simulated.operations.items():
+        by_products = op.flops / device.products.get(op.dtype, slowest)
+        by_bytes = op.bytes / device.bytes_per_s
+        time["products" if by_products > by_bytes else "element-wise"] += count * max(by_products, by_bytes, device.operation_seconds)
+    sparse_layers = model.sparse_layers if step.attention == "sparse" else 0
+    layers = (
+        ("dense attention", model.layers - sparse_layers - model.window_layers, work.dense_pairs, device.attention),
+        ("attention in a window", model.window_layers, min(step.length * model.window, work.dense_pairs), device.attention),
+        ("sparse attention", sparse_layers, work.kept_pairs, device.sparse_attention),
+    )
+    forwards = 2 if step.training.gradient_checkpointing else 1
+    per_pair = 4 * model.shape.batch * model.shape.heads * model.shape.head_dim
+    for name, count, pairs, (forward, backward) in layers:
+        if count:
+            time[name] = count * per_pair * pairs * (forwards / forward + 2.5 / backward)
+    if sparse_layers:
+        time["routing"] = sparse_layers * work.routing / device.routing
+    if step.learns:
+        time["KL"] = model.sparse_layers * work.teaching / device.teaching
+    return time
+
+
+def longest_length(device: Device, most: int = LONGEST, **options: Any) -> int:
+    """The longest rows that fit, to a thirty-second, in multiples of 256 tokens up to ``most``; 0 if none do.
+
+    Memory is nearly a straight line in the length, or grows with its square: the next length that is planned is where the
+    line through two plans meets what the device has, in turn with the geometric mean of one that fits and one that does not.
+
+    ``options`` are those of `plan_training`.
+    """
+    have = room(device)
+    needs = {n: plan_training(device=device, length=n, **options).total_bytes for n in (GRAIN, 16 * GRAIN)}
+    for attempt in range(TRIES):
+        low, high = (
+            max((n for n, need in needs.items() if need <= have), default=0),
+            min((n for n in needs if needs[n] > have), default=0),
+        )
+        if low >= most or high == GRAIN or (high and high - low <= max(GRAIN, low // 32)):
+            break
+        a, b = (low, high) if high else sorted(needs)[-2:]
+        guess = a + (have - needs[a]) * (b - a) // (needs[b] - needs[a])
+        if high and attempt % 2:
+            guess = int((low * high) ** 0.5)
+        guess = max(guess // GRAIN * GRAIN, low + GRAIN)
+        guess = min(guess, high - GRAIN if high else most)
+        needs[guess] = plan_training(device=device, length=guess, **options).total_bytes
+    return max((min(n, most) for n, need in needs.items() if need <= have), default=0)
+
+
+def room(device: Device) -> int:
+    """Bytes that a training step may take."""
+    return device.memory_bytes - (SLACK if device.name == "cpu" else 0)
+
+
+def fits(plan: TrainingPlan, device: Device) -> bool:
+    return plan.total_bytes <= room(device)
+
+
+def check_memory(plan: TrainingPlan, device: Device) -> None:
+    """Raise NotEnoughMemoryError, with the way out, if the step of ``plan`` needs more than ``device`` has."""
+    if fits(plan, device):
+        return
+    fixes = ["shorter rows"]
+    if plan.batch > 1:
+        fixes.append("a smaller batch with accumulation")
+    if not plan.settings["gradient_checkpointing"]:
+        fixes.append("gradient_checkpointing: true")
+    if not plan.settings["chunked_loss"]:
+        fixes.append("chunked_loss: true")
+    have = room(device)
+    raise NotEnoughMemoryError(
+        f"a {plan.attention} step on {plan.batch} × {plan.length} tokens needs {plan.total_bytes / 1e9:.1f} GB, {device.name} has "
+        f"{have / 1e9:.1f} GB: {(plan.total_bytes - have) / 1e9:.1f} GB are missing. Use {', '.join(fixes)}, or a larger device"
+    )

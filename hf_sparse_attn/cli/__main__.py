@@ -1,0 +1,6 @@
+"""``python -m hf_sparse_attn.cli``."""
+
+from . import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+"""Verbs that measure a model: eval, lm-eval, calibrate, synth."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from .options import (
+    JsonOption,
+    ReportOption,
+    SavedDtypeOption,
+    TextOption,
+    checked_output,
+    command_line,
+    console,
+    emit,
+    integers,
+    load,
+    load_uncalibrated,
+    reserving,
+    sparse_options,
+    windows_of,
+    yaml_fields,
+)
+
+SMALL_SPARSE = "block_size: 16, query_tile: 16, sink: 16, local: 16, dense_below: 0, min_keys: 160, max_keys: 160"
+SparseOption = Annotated[str, typer.Option(help="Fields of SparseAttentionConfig to change, e.g. 'query_samples: 32'.")]
+HARNESS_SELECTIONS = "oracle, two stages, window + sink"
+QUESTIONS = 4  # with a planted link, of each window that a calibration is checked on
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Hub id or local folder of a sparse model.")],
+    text: TextOption,
+    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 4096,
+    windows: Annotated[int, typer.Option(help="Number of windows.")] = 4,
+    budgets: Annotated[str, typer.Option(help="Comma-separated budgets in keys.")] = "512,1024",
+    selections: Annotated[str | None, typer.Option(help="Comma-separated selections; default all that need no fit.")] = None,
+    decode_tokens: Annotated[int, typer.Option(help="Tokens fed through the cache one query a tile; 0 = none.")] = 0,
+    sparse: SparseOption = "",
+    dtype: SavedDtypeOption = "auto",
+    report: ReportOption = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Log-loss, kept mass and predictions of a model's routers against other selections at equal budget.
+
+    The selection "two stages by threshold" is the model's own mass_threshold, at the budget that this was fitted for.
+    """
+    from ..evaluation.baselines import fresh_routers, standard_selectors
+    from ..evaluation.budget_allocation import fitted_selectors
+    from ..evaluation.quality import evaluate_windows
+    from ..evaluation.statistics import quality_table
+    from ..experiments.recipe import SELECTIONS, Quality
+    from ..experiments.reports.html_report import write_evaluation_report
+    from ..models.convert import set_sparse_attention
+    from ..system.environment import Cost, environment
+
+    names = SELECTIONS if selections is None else tuple(name.strip() for name in selections.split(","))
+    checked = Quality(length, windows, tuple(integers(budgets, "--budgets")), decode_tokens, names)
+    with Cost() as cost:
+        loaded, tokenizer = load(model, dtype, "")
+        config = set_sparse_attention(loaded, **sparse_options(sparse))
+        known = standard_selectors(fresh_routers(loaded)) | fitted_selectors(config, names, checked.budgets)
+        found = windows_of(text, tokenizer, length, windows, loaded)
+        chosen = {name: known[name] for name in names}
+        results = evaluate_windows(loaded, found, checked.budgets, chosen, decode_tokens=decode_tokens, on_result=_show)
+    table = quality_table(results)
+    _print_quality(table)
+    made = {"model": Path(model).name, "command": command_line(), "environment": environment(), "sparse_attention": config.to_dict()}
+    measured = {**made, **cost.figures, "table": table, "windows": [r.to_dict() for r in results]}
+    emit(measured, json_path, None if report is None else partial(write_evaluation_report, report, measured))
+
+
+def harness(
+    model: Annotated[str, typer.Argument(help="Hub id or local folder of a sparse model.")],
+    tasks: Annotated[str, typer.Option(help="Comma-separated tasks, groups or tags of lm-eval, e.g. niah_single_1,ruler_vt.")],
+    limit: Annotated[int, typer.Option(help="Documents of a task.")] = 8,
+    length: Annotated[int | None, typer.Option(help="Tokens of a question, for tasks that make their own (RULER).")] = None,
+    budgets: Annotated[str, typer.Option(help="Comma-separated budgets in keys.")] = "512",
+    selections: Annotated[str, typer.Option(help="Comma-separated selections beside dense attention.")] = HARNESS_SELECTIONS,
+    sparse: SparseOption = "",
+    dtype: SavedDtypeOption = "auto",
+    seed: Annotated[int, typer.Option(help="Of the questions that tasks make.")] = 0,
+    include: Annotated[Path | None, typer.Option(help="Folder of tasks of one's own, YAML as lm-eval has it.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder of answers that are not made again when a run is continued.")] = None,
+    report: ReportOption = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Scores of the lm-evaluation-harness under dense attention and other selections; needs lm-eval ([lm-eval] of this package)."""
+    from importlib.metadata import version
+
+    from ..evaluation.baselines import fresh_routers, standard_selectors
+    from ..evaluation.lm_eval_harness import harness_rows, harness_table, harness_tables, load_tasks
+    from ..experiments.reports.html_report import write_harness_report
+    from ..models.convert import set_sparse_attention
+    from ..system.environment import Cost, environment
+
+    keys = integers(budgets, "--budgets")
+    if limit < 1:
+        raise ValueError(f"--limit is {limit}: must be an integer >= 1")
+    with Cost() as cost:
+        loaded, tokenizer = load(model, dtype, "")
+        config = set_sparse_attention(loaded, **sparse_options(sparse))
+        known = standard_selectors(fresh_routers(loaded))
+        names = [name.strip() for name in selections.split(",")]
+        if wrong := set(names) - set(known):
+            raise ValueError(f"--selections has {sorted(wrong)}: must be of {', '.join(known)}")
+        asked = load_tasks([name.strip() for name in tasks.split(",")], model, length, seed, include)
+        rows = harness_rows(loaded, tokenizer, asked, limit, keys, {name: known[name] for name in names}, cache=cache)
+    scores = harness_table(rows)
+    tables = harness_tables(scores)
+    _print_tables(tables)
+    made: dict[str, Any] = {"model": Path(model).name, "command": command_line(), "environment": environment()}
+    made |= {"lm_eval": version("lm_eval"), "sparse_attention": config.to_dict(), "seed": seed, **cost.figures}
+    made |= {"tables": tables, "scores": scores, "rows": rows}
+    emit(made, json_path, None if report is None else partial(write_harness_report, report, made))
+
+
+@reserving("folder", made=False)
+def calibrate(
+    folder: Annotated[Path, typer.Argument(help="Folder of a saved sparse model; the calibration is written into it.")],
+    text: TextOption,
+    held_out: Annotated[str, typer.Option(help="Sources of other texts, on which the budgets are checked; as --text.")],
+    preset: Annotated[
+        str, typer.Option(help="fast, balanced or safe: 95 % of the tiles keep 0.95, 0.98 or 0.99 of their mass.")
+    ] = "balanced",
+    mass: Annotated[float | None, typer.Option(help="That share itself, in (0, 1], in place of a preset; 1 = dense.")] = None,
+    keys: Annotated[int | None, typer.Option(help="In place of both: an average budget, shared out over layers and KV heads.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a window: the longest input that the budgets are found for.")] = 8192,
+    windows: Annotated[int, typer.Option(help="Windows on which the budgets are found.")] = 10,
+    checked: Annotated[int, typer.Option(help="Windows on which they are checked.")] = 4,
+    dtype: SavedDtypeOption = "auto",
+    report: ReportOption = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Find the smallest safe budget of every layer, KV head and length, check it, and store it beside the model's config.
+
+    Nothing is written into the folder if a check fails; what was found is stored there before it is reported.
+    """
+    from ..data.questions import ask
+    from ..evaluation.calibrate import PRESETS, failures
+    from ..evaluation.calibrate import calibrate as find
+    from ..experiments.reports.html_report import write_calibration_report
+    from ..models.calibration import FILE, CalibrationError, write_calibration
+    from ..system.environment import Cost, environment
+    from ..system.outputs import check_output
+
+    if preset not in PRESETS:
+        raise ValueError(f"--preset is {preset!r}: must be {', '.join(PRESETS)}")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no folder of a saved model: save the sparse model first, e.g. with hf-sparse-attn distill")
+    for file in (FILE, "config.json"):
+        check_output(folder / file)
+    with Cost() as cost:
+        loaded, tokenizer = load_uncalibrated(folder, dtype)
+        found = windows_of(text, tokenizer, length, windows, loaded)
+        others = windows_of(held_out, tokenizer, length, checked, loaded)
+        share, name = (PRESETS[preset], preset) if mass is None and keys is None else (mass, None)
+        questions = [question for seed in range(QUESTIONS) for question in ask(others, tokenizer, seed)]
+        made = find(loaded, found, others, questions, mass=share, keys=keys, preset=name, on_step=console.print)
+    missed = failures(made)
+    result: dict[str, Any] = {"model": folder.absolute().name, "command": command_line(), "environment": environment(), **cost.figures}
+    result |= {"calibration": made.to_dict(), "failures": missed}
+    try:
+        if not missed:
+            write_calibration(folder, made)
+            console.print(f"{_summary(made)}: {folder}", highlight=False, markup=False)
+    finally:
+        emit(result, json_path, None if report is None else partial(write_calibration_report, report, result))
+    if missed:
+        raise CalibrationError(f"{folder} was not calibrated: {'; '.join(missed)}")
+
+
+@reserving("out")
+def synth(
+    out: Annotated[Path, typer.Argument(help="Folder to write the set into.")],
+    settings: Annotated[str, typer.Option("--set", help="Fields of LongLinkConfig, e.g. 'family: two_hops, keys: 20'.")] = "",
+    seed: Annotated[int, typer.Option(help="The same seed and settings give the same set.")] = 0,
+    learn: Annotated[bool, typer.Option("--learn", help="Train a small model on such sets, distil its routers, and measure them.")] = False,
+    sparse: Annotated[str, typer.Option(help="Fields of SparseAttentionConfig for --learn.")] = SMALL_SPARSE,
+    report: Annotated[
+        Path | None, typer.Option(callback=checked_output, help="Write what --learn found as one HTML page to this path.")
+    ] = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Make a LongLink set: sequences with planted long-range links, as datasets, with a table of the links.
+
+    With --learn also shows what a small model and its routers make of such sets, dense and under every selection.
+    """
+    from ..config import SparseAttentionConfig
+    from ..experiments.longlink.export import save
+    from ..experiments.longlink.families import LongLinkConfig
+    from ..experiments.longlink.learning import EVALUATED, LearningConfig, with_routers
+    from ..experiments.longlink.learning import learn as train
+    from ..experiments.longlink.planting import plant
+    from ..experiments.longlink.study import study
+    from ..experiments.reports.html_report import write_longlink_report
+    from ..system.environment import Cost, environment
+
+    if report is not None and not learn:
+        raise ValueError("--report shows what --learn found: give both")
+    try:
+        config = LongLinkConfig(**yaml_fields(settings, "--set"))
+    except TypeError as error:
+        raise ValueError(f"--set {settings!r}: {error}") from error
+    save(plant(config, seed), out)
+    console.print(f"{config.sequences} sequences of {config.length} tokens, {config.links} links each: {out}", markup=False)
+    if not learn:
+        emit({"config": asdict(config), "seed": seed, "folder": str(out)}, json_path)
+        return
+    learning = LearningConfig.up_to(config.length, seed)
+    with Cost() as cost:
+        model = train(config, learning)
+        with_routers(model, SparseAttentionConfig.from_dict(sparse_options(sparse)), config, learning)
+        found = study(model, config, EVALUATED * (seed + 7))
+    made = {"command": command_line(), "environment": environment(), "sparse_attention": model.config.sparse_attention, **cost.figures}
+    _print_links(found)
+    made |= found
+    emit(made, json_path, None if report is None else partial(write_longlink_report, report, made))
+
+
+def _summary(calibration: Any) -> str:
+    verified = calibration.verified
+    within = "" if calibration.mass is None else f"{verified['heads_within']:.1%} of the heads within {calibration.mass} − 0.01, "
+    return f"{verified['density']:.1%} of the keys are kept, {within}log-loss {verified['added_loss']:+.2%}"
+
+
+def _show(result: Any) -> None:
+    console.print(result.line(), markup=False)
+
+
+def _print_quality(rows: list[dict[str, Any]]) -> None:
+    table = Table("tokens", "keys", "selection", "n", "log-loss", "share", "recovered share")
+    for row in rows:
+        share = f"{row['prefill_share']['share']:.2f}" if "prefill_share" in row else ""
+        recovered = f"{row['recovered_share']['share']:.2f}" if "recovered_share" in row else ""
+        table.add_row(
+            str(row["length"]), str(row["keys"] or "all"), row["selection"], str(row["n"]), f"{row['prefill']:.4f}", share, recovered
+        )
+    console.print(table)
+
+
+def _print_tables(tables: list[dict[str, Any]]) -> None:
+    for shown in tables:
+        table = Table(*map(escape, shown["columns"]), title=escape(shown["title"]))
+        for row in shown["rows"]:
+            table.add_row(*map(escape, row))
+        console.print(table)
+
+
+def _print_links(found: dict[str, Any]) -> None:
+    table = Table("selection", "accuracy", "normalised", "D50", "D90", "recall above chance")
+    for row in found["answers"]:
+        recall = found["routing"]["recall"].get(row["selection"], {}).get("chance_adjusted_recall")
+        figures = (f"{row['accuracy']:.3f} ± {row['error']:.3f}", "" if row["normalised"] is None else f"{row['normalised']:.3f}")
+        table.add_row(row["selection"], *figures, str(row["d50"]), str(row["d90"]), "" if recall is None else f"{recall:.3f}")
+    console.print(table)

@@ -1,0 +1,31 @@
+"""One average number of keys, shared out over layers and KV heads: what one threshold on the estimated mass keeps of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..attention.layer import SparseCall
+from ..data.windows import Window, batches
+from ..models.convert import sparse_attention_as
+from ..training.mass_threshold import KeptKeys, fit_threshold, run_sparse
+from .budget_allocation import AtThreshold
+
+
+def shared_out(model: PreTrainedModel, windows: Sequence[Window], keys: int) -> dict[int, Tensor]:
+    """What tiles keep on average under the one threshold that keeps ``keys`` of all, by layer: float64 [G], forced keys included.
+
+    A block costs every head the same, so a total of kept keys holds most mass where all stop at the same mass of their next block.
+    Tiles count from the middle of the windows on, as in a recipe's fit.
+
+    Raises:
+        ValueError: ``keys`` is no possible budget, or the windows have nothing to select.
+    """
+    middle = windows[0].ids.shape[1] // 2
+    with sparse_attention_as(model, min_keys=keys, max_keys=keys, mass_threshold=None):
+        threshold, _ = fit_threshold(model, batches(windows), middle)
+        kept = KeptKeys(middle)
+        run_sparse(model, batches(windows), SparseCall(selector=AtThreshold(threshold), on_selection=kept))
+    return kept.by_layer()

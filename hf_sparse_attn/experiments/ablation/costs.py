@@ -1,0 +1,108 @@
+"""What a level costs on one layer's real queries, keys and values, in turn with the default."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hf_sparse_attn_kernels import block_sparse_attention
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ...attention.dense import dense_attention
+from ...attention.layer import Selector, SparseCall
+from ...benchmarks.timing import PeakMemory, alternate, ratio, spread
+from ...models.attach import routers
+from ...router.module import RoutingInputs, SparseRouter
+from .pooled_residual import attend_with_residual
+
+DENSE = "dense attention"
+
+
+class Captured(Exception):
+    """Ends a forward pass once the layer's inputs are there."""
+
+
+@torch.no_grad()
+def capture(model: PreTrainedModel, ids: Tensor, layer: int) -> RoutingInputs:
+    """Queries, keys and values of a layer on ``ids`` [1, N], from a dense pass."""
+    found: list[RoutingInputs] = []
+
+    def observe(router: SparseRouter, inputs: RoutingInputs) -> None:
+        if router.layer == layer:
+            found.append(inputs)
+            raise Captured
+
+    try:
+        model.base_model(ids, use_cache=False, sparse_call=SparseCall(dense=True, observer=observe))
+    except Captured:
+        return found[0]
+    raise ValueError(f"{type(model).__name__} has no sparse layer {layer}: it has {[router.layer for router in routers(model)]}")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What runs: a layer's router, how it selects, and whether cut blocks are replaced by pooled ones."""
+
+    router: SparseRouter
+    selector: Selector
+    residual: bool = False
+    dense_share: float = 0.0  # of the model's layers
+
+    def __call__(self, inputs: RoutingInputs) -> Tensor:
+        selection = self.selector(self.router, inputs, self.router.config.query_tile)
+        if self.residual:
+            return attend_with_residual(self.router, inputs, selection)
+        assert inputs.v is not None
+        return block_sparse_attention(inputs.q, inputs.k, inputs.v, selection, scale=inputs.scale)[0]
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(weight.nbytes for weight in self.router.weights)
+
+    def summary_bytes(self, inputs: RoutingInputs) -> int:
+        """Of the stage-1 keys that a cache of this input holds."""
+        keys = self.router.router_keys(inputs.k, inputs.positions)
+        return keys.numel() * inputs.k.element_size()
+
+
+@torch.no_grad()
+def measure(contenders: Mapping[str, Contender], baseline: str, inputs: RoutingInputs, layers: int, repeats: int) -> dict[str, Any]:
+    """Milliseconds and megabytes of every contender, each in turn with the baseline, and of dense attention.
+
+    Selection and attention of one layer's prefill, times the model's sparse ``layers``; a contender with dense layers takes the
+    dense time for those. ``over_default`` is the ratio of the times, median, least and most over the rounds. ``mb`` is the peak of
+    one layer above its inputs, beside the routers' weights and the cached stage-1 keys of all layers.
+    """
+    dense = _run_dense(inputs)
+    found: dict[str, Any] = {}
+    for name, contender in contenders.items():
+        run: Callable[[], object] = lambda: contender(inputs)  # noqa: B023, E731
+        base: Callable[[], object] = lambda: contenders[baseline](inputs)  # noqa: E731
+        alternate({"warm": run, "base": base}, 1)
+        times = alternate({"own": run, "base": base, "dense": dense}, repeats)
+        share = contender.dense_share
+        own = [(1 - share) * a + share * b for a, b in zip(times["own"], times["dense"], strict=True)]
+        with PeakMemory() as peak:
+            run()
+        found[name] = _figures(own, times["base"], layers) | {
+            "mb": (peak.bytes + layers * (contender.weight_bytes + contender.summary_bytes(inputs))) / 2**20,
+            "peak_bytes": peak.bytes,
+            "weight_bytes": layers * contender.weight_bytes,
+            "summary_bytes": layers * contender.summary_bytes(inputs),
+        }
+        if name == baseline:
+            found[DENSE] = _figures(times["dense"], times["base"], layers)
+    return found
+
+
+def _run_dense(inputs: RoutingInputs) -> Callable[[], object]:
+    v = inputs.v
+    assert v is not None
+    return lambda: dense_attention(inputs.q, inputs.k, v, inputs.scale, inputs.causal, None, None)
+
+
+def _figures(own: list[float], base: list[float], layers: int) -> dict[str, Any]:
+    return {"ms": 1e3 * layers * spread(own)["median_s"], "over_default": ratio(own, base), "n": len(own)}

@@ -1,0 +1,198 @@
+"""Whether a router finds the blocks where LongLink's causes stand, for the heads that use them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from hf_sparse_attn_kernels import BlockSelection, block_mass
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ...attention.layer import Selector, SparseCall
+from ...router.budget import make_plan
+from ...router.module import RoutingInputs, SparseRouter
+from ...training.mass_threshold import candidates
+from .link_answers import predicted, right, sequences_at_once
+from .link_metrics import adjust, average_precision
+from .planting import Link, Planted
+
+USES = 0.5  # of a question's softmax mass on the blocks of its causes, on average over links: such a head uses them
+Head = tuple[int, int]  # layer, KV head
+
+
+class ByRow:
+    """Links of the sequences of one call, by the row of the batch."""
+
+    def __init__(self, planted: Planted) -> None:
+        self.links: dict[int, list[Link]] = defaultdict(list)
+        for link in planted.links:
+            self.links[link.sequence].append(link)
+        self.start = 0
+
+    def rows(self, inputs: RoutingInputs) -> list[list[Link]]:
+        return [self.links[self.start + row] for row in range(inputs.q.shape[0])]
+
+
+def _passes(model: PreTrainedModel, planted: Planted, rows: ByRow, observer: Any) -> None:
+    ids, sequences = torch.from_numpy(planted.input_ids).to(model.device), sequences_at_once(planted)
+    for rows.start in range(0, len(ids), sequences):
+        batch = ids[rows.start : rows.start + sequences]
+        with torch.no_grad():
+            model.base_model(batch, use_cache=False, sparse_call=SparseCall(dense=True, observer=observer))
+
+
+def using_heads(model: PreTrainedModel, planted: Planted) -> dict[Head, float]:
+    """Mean dense mass of questions on the blocks of their causes, of the heads where it is at least half: found without any router."""
+    rows, found = ByRow(planted), defaultdict(list)
+
+    def observe(router: SparseRouter, inputs: RoutingInputs) -> None:
+        size = router.config.block_size
+        for row, links in enumerate(rows.rows(inputs)):
+            effects = sorted({link.effect for link in links})
+            tiles = torch.tensor(effects, device=inputs.q.device, dtype=torch.int64)
+            one = (inputs.q[row : row + 1], inputs.k[row : row + 1])
+            mass = block_mass(*one, inputs.grid(1, size), tiles, inputs.scale)[0]  # [G, effects, blocks]
+            for link in links:
+                blocks = sorted({cause // size for cause in link.causes})
+                for head, value in enumerate(mass[:, effects.index(link.effect), blocks].sum(-1).tolist()):
+                    found[router.layer, head].append(value)
+
+    _passes(model, planted, rows, observe)
+    means = {head: float(np.mean(values)) for head, values in sorted(found.items())}
+    return {head: mass for head, mass in means.items() if mass >= USES}
+
+
+@dataclass
+class LinkScores:
+    """Figures of one selection over the links and heads: whether a cause's block was kept, and the share of blocks that were."""
+
+    kept: list[float] = field(default_factory=list)
+    share: list[float] = field(default_factory=list)
+
+    def summary(self) -> dict[str, Any]:
+        """Recall, what a random choice of as many blocks has, the recall above that, and how many causes of links and heads there were."""
+        if not self.kept:
+            return {"recall": None, "chance": None, "chance_adjusted_recall": None, "n": 0}
+        recall, base = float(np.mean(self.kept)), float(np.mean(self.share))
+        return {"recall": recall, "chance": base, "chance_adjusted_recall": adjust(recall, base), "n": len(self.kept)}
+
+
+class LinkObserver:
+    """Recall of several selections, and the average precision of the router's ranking, on a dense pass; of ``heads`` only.
+
+    Both count the causes whose blocks are not forced in the tile of the question.
+    """
+
+    def __init__(self, rows: ByRow, selectors: Mapping[str, Selector], heads: Mapping[Head, float]) -> None:
+        self.rows, self.selectors, self.heads = rows, selectors, heads
+        self.scores = {name: LinkScores() for name in selectors}
+        self.precision: list[float] = []
+        self.best: list[float] = []  # of the dense mass itself as a ranking
+
+    def __call__(self, router: SparseRouter, inputs: RoutingInputs) -> None:
+        heads = [head for layer, head in self.heads if layer == router.layer]
+        if not heads:
+            return
+        tile, size = router.config.query_tile, router.config.block_size
+        plan = make_plan(router.config, inputs.grid(tile, size), inputs.q.device)
+        eligible = plan.eligible_mask(torch.arange(plan.grid.tiles, device=inputs.q.device, dtype=torch.int64)) & plan.open[:, None]
+        ranked = _estimates(candidates(router, inputs, tile).every)
+        teacher = block_mass(
+            inputs.q, inputs.k, plan.grid, torch.arange(plan.grid.tiles, device=inputs.q.device, dtype=torch.int64), inputs.scale
+        )
+        kept = {name: selector(router, inputs, tile).kept() for name, selector in self.selectors.items()}
+        for row, links in enumerate(self.rows.rows(inputs)):
+            wanted = _wanted(links, tile, size)
+            for t, blocks in wanted.items():
+                free = eligible[t].nonzero()[:, 0]
+                hit = torch.isin(free, torch.tensor(sorted(blocks), device=free.device, dtype=torch.int64))
+                if not bool(hit.any()):
+                    continue
+                for head in heads:
+                    for found, ranking in ((self.precision, ranked), (self.best, teacher)):
+                        found.append(average_precision(ranking[row, head, t, free].cpu().numpy(), hit.int().cpu().numpy()))
+                    for name, chosen in kept.items():
+                        mine = chosen[row, head, t, free].float()
+                        self.scores[name].kept += mine[hit].tolist()
+                        self.scores[name].share += [float(mine.mean())] * int(hit.sum())
+
+
+def _wanted(links: list[Link], tile: int, size: int) -> dict[int, set[int]]:
+    """Blocks of the causes, by the tile of the question."""
+    found: dict[int, set[int]] = defaultdict(set)
+    for link in links:
+        found[link.effect // tile] |= {cause // size for cause in link.causes}
+    return found
+
+
+def _estimates(every: BlockSelection) -> Tensor:
+    """The router's estimate of each block's mass [B, G, n, nb], −1 for a block that stage 1 did not pass on."""
+    assert every.scores is not None
+    shape = (*every.indices.shape[:3], every.grid.blocks + 1)
+    out = every.scores.new_full(shape, -1.0).scatter_(-1, every.indices.long() + 1, every.scores.nan_to_num(-1.0))
+    return out[..., 1:]
+
+
+def link_scores(model: PreTrainedModel, planted: Planted, selectors: Mapping[str, Selector], heads: Mapping[Head, float]) -> dict[str, Any]:
+    """Recall of every selection at the model's budget, and the router's average precision, over ``heads`` (of `using_heads`)."""
+    rows = ByRow(planted)
+    observer = LinkObserver(rows, selectors, heads)
+    _passes(model, planted, rows, observer)
+    precision, best = (float(np.mean(found)) if found else None for found in (observer.precision, observer.best))
+    ranking = {"average_precision": precision, "oracle_average_precision": best, "n": len(observer.precision)}
+    return {**ranking, "recall": {n: s.summary() for n, s in observer.scores.items()}}
+
+
+class Without:
+    """A selection without some blocks: those of the causes of each question's tile, or as many others of the kept ones at random."""
+
+    def __init__(self, selector: Selector, rows: ByRow, causes: bool, seed: int = 0) -> None:
+        self.selector, self.rows, self.causes = selector, rows, causes
+        self.generator = torch.Generator(device="cpu").manual_seed(seed)
+
+    def __call__(self, router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection:
+        found = self.selector(router, inputs, query_tile)
+        plan = make_plan(router.config, found.grid, inputs.q.device)
+        eligible = plan.eligible_mask(torch.arange(plan.grid.tiles, device=found.indices.device, dtype=torch.int64))
+        indices = found.indices.clone()
+        for row, links in enumerate(self.rows.rows(inputs)):
+            for t, blocks in _wanted(links, query_tile, found.grid.block_size).items():
+                for head in range(indices.shape[1]):
+                    self._cut(indices[row, head, t], eligible[t], blocks)
+        return BlockSelection(indices.sort(-1).values, found.grid)
+
+    def _cut(self, kept: Tensor, eligible: Tensor, blocks: set[int]) -> None:
+        free = (kept >= 0) & eligible[kept.clamp(min=0).long()]
+        is_cause = torch.isin(kept, torch.tensor(sorted(blocks), dtype=kept.dtype, device="cpu")) & free
+        if self.causes:
+            kept[is_cause] = -1
+            return
+        others = (free & ~is_cause).nonzero()[:, 0]
+        order = torch.randperm(len(others), generator=self.generator, dtype=torch.int64, device="cpu")
+        kept[others[order[: int(is_cause.sum())]]] = -1
+
+
+def necessity(model: PreTrainedModel, planted: Planted, selector: Selector) -> dict[str, float]:
+    """Accuracy with the selection, without the blocks of the causes, and without as many others: only the first cut costs needed links."""
+    found, sequences = {}, sequences_at_once(planted)
+    for name, cut in (("whole", None), ("without causes", True), ("without others", False)):
+        rows = ByRow(planted)
+        chosen = selector if cut is None else Without(selector, rows, cut)
+        hits = []
+        for rows.start in range(0, planted.config.sequences, sequences):
+            part = _part(planted, rows.start, sequences)
+            hits.append(right(part, predicted(model, part, SparseCall(selector=chosen))))
+        found[name] = float(np.concatenate(hits).mean())
+    return found
+
+
+def _part(planted: Planted, start: int, count: int) -> Planted:
+    """Some of the sequences, counted from 0 again."""
+    links = [replace(link, sequence=link.sequence - start) for link in planted.links if start <= link.sequence < start + count]
+    part = slice(start, start + count)
+    return replace(planted, input_ids=planted.input_ids[part], labels=planted.labels[part], links=tuple(links))

@@ -1,0 +1,77 @@
+"""Self-contained HTML reports, rendered from results alone."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ...system.files import write_text
+from .figures import ablation_plot, budget_plot, distance_plot, noise_plot, quality_plots, share_plot, speed_plot, training_plot
+from .rendering import render
+
+
+def _write(path: str | Path, template: str, **values: Any) -> None:
+    write_text(path, render(files(__package__).joinpath("templates", template), **values))
+
+
+def write_report(path: str | Path, results: dict[str, Any]) -> None:
+    """Write the HTML report of `results`: tables, plots, limits, environment; it needs no network."""
+    table = results["quality"]["table"]
+    plots = {
+        **quality_plots(table),
+        "training": training_plot(results["distill"]["log"]),
+        "speed": speed_plot(results["speed"]) if results["speed"].get("model") else None,
+    }
+    _write(path, "report.html", r=results, table=table, plots=plots, **_origin(results))
+
+
+def write_task_report(path: str | Path, results: dict[str, Any]) -> None:
+    """Write the HTML report of a task other than language modelling: its ``tables``, the distillation, environment."""
+    _write(path, "task.html", r=results, training=training_plot(results["distill"]["log"]), **_origin(results))
+
+
+def write_evaluation_report(path: str | Path, results: dict[str, Any]) -> None:
+    """Write the HTML report of what the verb ``eval`` measured: the table of the gaps, plots, limits, the command that gives it again."""
+    documents = dict.fromkeys(window["document"] for window in results["windows"])
+    _write(path, "evaluation.html", r=results, table=results["table"], plots=quality_plots(results["table"]), documents=documents)
+
+
+def write_harness_report(path: str | Path, results: dict[str, Any]) -> None:
+    """Write the HTML report of what the verb ``lm-eval`` measured: scores by task, limits, the command that gives it again."""
+    _write(path, "harness.html", r=results)
+
+
+def write_calibration_report(path: str | Path, results: dict[str, Any]) -> None:
+    """Write the HTML report of what the verb ``calibrate`` found: figures, budgets by layer and head, limits, the command."""
+    found = results["calibration"]
+    _write(path, "calibration.html", r=results, c=found, v=found["verified"], budgets=budget_plot(found))
+
+
+def write_longlink_report(path: str | Path, results: dict[str, Any]) -> None:
+    """Write the HTML report of a LongLink study: answers, routing, distances, noise, limits, the command."""
+    plots = {"distance": distance_plot(results["answers"]), "noise": noise_plot(results["noise"])}
+    _write(path, "longlink.html", r=results, plots=plots)
+
+
+def write_ablation_report(path: str | Path, results: dict[str, Any]) -> None:
+    """Write the HTML report of an ablation: the table by factor, the plot of quality against time, limits, environment."""
+    table = results["table"]
+    factors = {factor: [row for row in table if row["factor"] == factor] for factor in dict.fromkeys(row["factor"] for row in table)}
+    documents = dict.fromkeys(reading["document"] for reading in results["default-default"]["readings"])
+    plots = {"table": ablation_plot(table)}
+    _write(path, "ablation.html", r=results, factors=factors, documents=documents, plots=plots, **_origin(results))
+
+
+def write_robustness_report(path: str | Path, results: dict[str, Any]) -> None:
+    """Write the HTML report of a robustness run: shares by kind of text and by length, limits, environment."""
+    plots = {"lengths": share_plot(results["lengths"])}
+    _write(path, "robustness.html", r=results, plots=plots, **_origin(results))
+
+
+def _origin(results: dict[str, Any]) -> dict[str, Any]:
+    """What a report says of how it was made: the steps of the run, and the recipe."""
+    steps = {name: step for name, step in results.items() if isinstance(step, dict) and "seconds" in step}
+    return {"steps": steps, "recipe": yaml.safe_dump(results["recipe"], sort_keys=False)}

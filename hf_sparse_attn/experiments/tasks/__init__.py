@@ -1,0 +1,1 @@
+"""What a recipe may run, a task a file."""

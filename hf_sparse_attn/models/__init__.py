@@ -1,0 +1,1 @@
+"""Sparse model classes: made, attached, converted, saved, calibrated, with adapters."""

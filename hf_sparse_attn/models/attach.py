@@ -1,0 +1,146 @@
+"""The attention modules of a stock model that get a router, and putting routers there."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from ..architectures import SUPPORTED, Architecture
+from ..architectures.class_factory import make_class
+from ..attention.interface import SparseAttentionMixin
+from ..config import SparseAttentionConfig
+from ..router.module import SparseRouter
+from ..router.rotary import Rotary, find_rotary
+from .layer_numbers import number_layers, sparse_sites
+
+
+def routers(model: nn.Module) -> list[SparseRouter]:
+    """The routers of a sparse model, by layer."""
+    number_layers(model)
+    return [m for m in model.modules() if isinstance(m, SparseRouter)]
+
+
+@cache
+def calls_interface(forward: Callable[..., Any]) -> bool:
+    """Whether the ``forward`` of a module calls Transformers' attention interface."""
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    return code is not None and "get_interface" in code.co_names
+
+
+def attention_sites(model: nn.Module) -> dict[str, Any]:
+    """The modules of ``model`` with full self-attention that sparse attention serves, by name.
+
+    Layers with a sliding window keep their own attention. Of a composite model only the text part is served.
+    """
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if calls_interface(type(module).forward)
+        and getattr(module, "config", None) is not None
+        and module.config.model_type in SUPPORTED
+        and not getattr(module, "is_cross_attention", False)
+        and _window(module) is None
+    }
+
+
+def _window(site: Any) -> int | None:
+    """The sliding window of an attention module: its own attribute, else the config's where its forward passes that on."""
+    if getattr(site, "is_sliding", True) is False:
+        return None
+    if hasattr(site, "sliding_window"):
+        return site.sliding_window  # type: ignore[no-any-return]
+    constants = inspect.unwrap(type(site).forward).__code__.co_consts
+    passes = any(isinstance(names, tuple) and "sliding_window" in names for names in constants)
+    return getattr(site.config, "sliding_window", None) if passes else None
+
+
+def attach_routers(model: Any, config: SparseAttentionConfig, device: torch.device | None = None) -> None:
+    """Give every attention layer of a stock ``model`` a router (weights uninitialised, on ``device``) and the thin subclass.
+
+    Raises:
+        ValueError: no layer can be served, ``config`` does not fit the model, or a layer has a feature that is not supported.
+    """
+    sites = attention_sites(model)
+    if not sites:
+        raise ValueError(
+            f"{type(model).__name__} has no attention layer that sparse attention can serve: all of its layers "
+            "have a sliding window, or none calls Transformers' attention interface"
+        )
+    layers = {name: int(getattr(site, "layer_idx", None) or 0) or at for at, (name, site) in enumerate(sites.items())}
+    beyond = [layer for layer in config.dense_layers if layer not in layers.values()]
+    if beyond:
+        raise ValueError(
+            f"sparse_attention.dense_layers is {config.dense_layers!r}: the layers that can be sparse are {sorted(layers.values())}"
+        )
+    # an inner model that an Auto class made from a sparse config is sparse already
+    stock = {name: site for name, site in sites.items() if not isinstance(site, SparseAttentionMixin)}
+    rotaries: dict[Any, Rotary] = {}
+    made = {name: _make_router(model, name, site, config, layers[name], rotaries, device) for name, site in stock.items()}
+    for name, router in made.items():
+        sites[name].router = router
+        sites[name].__class__ = sparse_attention_class(type(sites[name]))
+        sites[name].take_number()
+
+
+def detach_routers(model: Any) -> None:
+    """Remove what `attach_routers` added."""
+    for module in sparse_sites(model):
+        del module.router, module.sparse_number
+        module.__class__ = type(module).__bases__[1]
+
+
+def sparse_attention_class(stock: type) -> type:
+    """The thin subclass of a stock attention class."""
+    return make_class(SparseAttentionMixin, stock)
+
+
+def _make_router(
+    model: nn.Module,
+    name: str,
+    site: Any,
+    config: SparseAttentionConfig,
+    layer: int,
+    rotaries: dict[Any, Rotary],
+    device: torch.device | None,
+) -> SparseRouter:
+    refuse_features(site)
+    if not getattr(site, "is_causal", True):
+        config.check_two_sided()
+    architecture = SUPPORTED[site.config.model_type]
+    heads, groups, head_dim = _shape(site)
+    rotary = _rotary(model, name, site, architecture)
+    if rotary is not None:  # layers that share an embedding share its view, which keeps the rotations of a decode step
+        rotary = rotaries.setdefault((id(rotary.module), rotary.prefix, rotary.interleaved), rotary)
+    return SparseRouter(config, heads, groups, head_dim, rotary, layer, device)
+
+
+def refuse_features(site: Any) -> None:
+    """Raise ValueError naming a feature of an attention module or its config that sparse attention cannot honour."""
+    config = site.config
+    for field in ("is_encoder_decoder", "add_cross_attention"):
+        if getattr(config, field, False):
+            raise ValueError(
+                f"{type(site).__name__} with {field}=True is not supported: sparse attention serves self-attention only. "
+                f"Set {field}=False, or load the model without sparse_attention"
+            )
+
+
+def _rotary(model: nn.Module, name: str, site: Any, architecture: Architecture) -> Rotary | None:
+    return find_rotary(model, site, name, architecture.interleaved) if architecture.rotates(site) else None
+
+
+def _shape(site: Any) -> tuple[int, int, int]:
+    """(query heads, KV heads, head dim) of an attention module."""
+    config: PreTrainedConfig = site.config
+    heads = int(config.num_attention_heads)
+    own = (getattr(site, name, None) for name in ("head_dim", "attention_head_size", "head_size"))
+    head_dim = int(next((dim for dim in own if dim is not None), None) or config.hidden_size // heads)
+    if hasattr(site, "k_proj"):
+        return heads, int(site.k_proj.out_features) // head_dim, head_dim
+    return heads, heads // int(getattr(site, "num_key_value_groups", 1)), head_dim

@@ -1,0 +1,157 @@
+"""Converting a model that is already in memory, back again, and changing its budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..config import BUDGET_FIELDS, FIXED_FIELDS, SparseAttentionConfig
+from .adapters import refuse_adapters
+from .attach import attach_routers, routers
+from .composite import implementation, is_composite, parts, store_settings
+from .config_dispatch import KEY
+from .registration import (
+    SparseModelMixin,
+    become,
+    make_stock,
+    name_sparse_classes,
+    name_stock_classes,
+    sparse_class,
+    sparse_config_class,
+)
+
+
+def sparsify(model: PreTrainedModel, sparse_attention: SparseAttentionConfig | Mapping[str, Any]) -> PreTrainedModel:
+    """Give a stock model in memory routers and sparse attention, in place; returns it.
+
+    Raises:
+        ValueError: the architecture is not supported, the config is impossible, the model is sparse already or has adapters.
+    """
+    if isinstance(model, SparseModelMixin):
+        raise ValueError(f"{type(model).__name__} is sparse already; change its budget with set_sparse_attention, or call to_dense first")
+    refuse_adapters(model, "sparsify")
+    config = SparseAttentionConfig.coerce(sparse_attention)
+    target = sparse_class(type(model))
+    sparse_config_class(type(model.config))  # refuses a model that runs on another type's config, before anything is changed
+    attach_routers(model, config, model.device)
+    for router in routers(model):  # in float32, as after from_pretrained
+        router.train(model.training)
+        router.init_weights()
+    model.config.__class__ = sparse_config_class(type(model.config))
+    name_sparse_classes(model.config)
+    store_settings(model.config, config)
+    become(model, target)
+    model.set_attn_implementation(implementation(type(model.config)))
+    model.add_model_tags(["hf-sparse-attn"])
+    return model
+
+
+def to_dense(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo `sparsify` (or loading as sparse), in place: the stock class and config, without routers; returns it.
+
+    Raises:
+        ValueError: the model is not sparse, or has adapters.
+    """
+    refuse_adapters(model, "to_dense")
+    if not isinstance(model, SparseModelMixin):
+        raise ValueError(f"{type(model).__name__} is not a sparse model")
+    stock = "sdpa" if model._supports_sdpa else "eager"
+    model.set_attn_implementation({"text_config": stock} if is_composite(type(model.config)) else stock)
+    for part in parts(model.config):
+        delattr(part, KEY)
+    name_stock_classes(model.config)
+    model.config.__class__ = _stock(type(model.config))
+    make_stock(model)
+    model.model_tags = [tag for tag in (model.model_tags or []) if tag != "hf-sparse-attn"]
+    return model
+
+
+def take_routers(model: PreTrainedModel, source: nn.Module) -> PreTrainedModel:
+    """Give ``model``, a reference of ``source`` with or without routers, frozen copies of the routers of ``source``; returns it.
+
+    Raises:
+        ValueError: ``model`` is wrapped or sharded (FSDP, DeepSpeed), or another architecture than ``source``.
+    """
+    if not isinstance(model, PreTrainedModel) or [p.shape for p in _backbone(model)] != [p.shape for p in _backbone(source)]:
+        raise ValueError(
+            f"the reference model ({type(model).__name__}) cannot take the routers of {type(source).__name__}: it is sharded, or another "
+            "model. Save the sparse model, load it from there, and train that one"
+        )
+    if not routers(model):
+        sparsify(model, routers(source)[0].config)
+    for router, theirs in zip(routers(model), routers(source), strict=True):
+        router.load_state_dict(theirs.state_dict())
+        router.requires_grad_(False)
+        router.config, router.budgets, router.fresh = theirs.config, theirs.budgets, theirs.fresh
+    store_settings(model.config, routers(source)[0].config)
+    return model
+
+
+def _backbone(model: nn.Module) -> list[nn.Parameter]:
+    return [weight for name, weight in model.named_parameters() if ".router." not in f".{name}"]
+
+
+def _stock(cls: type) -> type:
+    return cls.__bases__[1]
+
+
+def set_sparse_attention(model: nn.Module, **changes: Any) -> SparseAttentionConfig:
+    """Change fields of a sparse model's config, e.g. ``min_keys=1024, max_keys=1024``; returns the new config.
+
+    Raises:
+        ValueError: an unknown field, an impossible value, a field that the routers' weights depend on, no routers, another
+            budget than the model's ``mass_threshold`` was fitted for, without a new one, or the model has a calibration.
+    """
+    found = routers(model)
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no routers: convert it with hf_sparse_attn.sparsify first")
+    config = found[0].config.changed(**changes)
+    for name in FIXED_FIELDS:
+        if getattr(config, name) != getattr(found[0].config, name):
+            raise ValueError(
+                f"sparse_attention.{name} cannot change from {getattr(found[0].config, name)!r} to {getattr(config, name)!r}: "
+                "the routers' weights depend on it. Convert the dense model anew"
+            )
+    moved = [name for name in BUDGET_FIELDS if getattr(config, name) != getattr(found[0].config, name)]
+    if moved and found[0].config.mass_threshold is not None and "mass_threshold" not in changes:
+        raise ValueError(
+            f"sparse_attention.{moved[0]} cannot change alone: mass_threshold={config.mass_threshold} was fitted for the budget there is. "
+            "Fit it anew with hf_sparse_attn.fit_mass_threshold(model, batches, keys=…), or pass mass_threshold=None, too"
+        )
+    if found[0].budgets is not None and replace(config, bookkeeping=found[0].config.bookkeeping) != found[0].config:
+        raise ValueError(
+            f"sparse_attention cannot change ({', '.join(changes)}): the model was calibrated for the settings there are. "
+            "Call hf_sparse_attn.remove_calibration(model) first, and calibrate it anew afterwards"
+        )
+    for router in found:
+        router.config = config
+    store_settings(model.config, config)
+    return config
+
+
+@contextmanager
+def sparse_attention_as(model: nn.Module, **changes: Any) -> Iterator[SparseAttentionConfig]:
+    """Change fields for the length of a ``with`` block; a ``mass_threshold`` that is fitted within ends with it.
+
+    A calibration of the model is set aside for as long.
+    """
+    found = routers(model)
+    before, budgets = found[0].config, [router.budgets for router in found]
+    try:
+        for router in found:
+            router.budgets = None
+        yield set_sparse_attention(model, **changes)
+    finally:
+        set_sparse_attention(model, **{name: getattr(before, name) for name in (*changes, "mass_threshold")})
+        for router, own in zip(found, budgets, strict=True):
+            router.budgets = own
+
+
+def mark_trained(model: nn.Module) -> None:
+    """Note in the config that the routers were trained."""
+    set_sparse_attention(model, bookkeeping=routers(model)[0].config.mark_trained().bookkeeping)

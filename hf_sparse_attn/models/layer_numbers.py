@@ -1,0 +1,64 @@
+"""The numbers of a model's sparse layers, which follow the model when its layers are copied, repeated or moved."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
+
+from torch import nn
+
+from ..attention.interface import SparseAttentionMixin
+from ..router.module import SparseRouter
+from .composite import store_settings
+from .config_dispatch import KEY
+
+
+def sparse_sites(model: nn.Module) -> list[Any]:
+    """The attention modules that have a router."""
+    return [module for module in model.modules() if isinstance(module, SparseAttentionMixin)]
+
+
+def number_layers(model: Any) -> None:
+    """Give every sparse layer of ``model`` a number of its own: its ``layer_idx`` where these differ, else its place.
+
+    A copy of a layer (PEFT's ``layer_replication``, depth up-scaling) brings the number of its original along.
+    Layers that were dense, and their copies, stay dense: ``dense_layers`` is told their new numbers.
+    """
+    sites = sparse_sites(model)
+    held = [[part for part in site.router.modules() if isinstance(part, SparseRouter)] for site in sites]
+    known: list[int | None] = [routers[0].layer for routers in held]
+    own = _distinct([getattr(site, "layer_idx", None) for site in sites]) or _distinct(known) or list(range(len(sites)))
+    if own == known:
+        return
+    settings = held[0][0].config
+    dense = tuple(sorted(new for new, old in zip(own, known, strict=True) if old in settings.dense_layers))
+    for number, routers in zip(own, held, strict=True):
+        for router in routers:
+            router.layer, router.config = number, replace(router.config, dense_layers=dense)
+    if _configs(model):
+        store_settings(model.config, replace(settings, dense_layers=dense))
+
+
+def _distinct(numbers: list[int | None]) -> list[int] | None:
+    """``numbers`` if all are there and differ."""
+    found = [number for number in numbers if number is not None]
+    return found if len(set(found)) == len(numbers) else None
+
+
+def _configs(model: Any) -> list[Any]:
+    """The configs of ``model`` that hold settings: its own, and that of its text part."""
+    config = getattr(model, "config", None)
+    parts = [] if config is None else [config, config.get_text_config()]
+    return [part for part in {id(part): part for part in parts}.values() if getattr(part, KEY, None) is not None]
+
+
+class NumberedLayersMixin:
+    """In front of a stock model class: what is set for the model is set for copies of layers, too."""
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """As the stock method, which does not reach the configs that copied layers brought along."""
+        super().set_attn_implementation(*args, **kwargs)  # type: ignore[misc]
+        for config in _configs(self):
+            for site in sparse_sites(cast(nn.Module, self)):
+                if site.config is not config and type(site.config) is type(config):
+                    site.config._attn_implementation = config._attn_implementation

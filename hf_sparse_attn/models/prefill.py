@@ -1,0 +1,85 @@
+"""Chunked prefill of sparse models: chunks end where query tiles do, so that they select what an uncut prompt does."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any
+
+from torch import Tensor
+
+from ..architectures.cache_arguments import CACHE_ARGUMENTS
+from ..attention.checks import ATTN_IMPLEMENTATION
+from .attach import routers
+
+logger = logging.getLogger(__name__)
+
+
+def in_whole_tiles(prefill: Callable[..., Any]) -> Callable[..., Any]:
+    """``_prefill`` of Transformers' GenerationMixin with ``prefill_chunk_size`` (tokens) rounded so that no chunk cuts a query tile."""
+    # older versions read a cached prompt again, newer ones its new tokens only
+    continues = "prefill_ids" in inspect.unwrap(prefill).__code__.co_varnames
+
+    @wraps(prefill)
+    def prefill_tiles(
+        model: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        size = generation_config.prefill_chunk_size
+        sparse = model.config.get_text_config()._attn_implementation == ATTN_IMPLEMENTATION
+        if size is not None and sparse and model_kwargs.get("inputs_embeds") is None:
+            mask, length = model_kwargs.get("attention_mask"), input_ids.shape[1]
+            past = _past(model_kwargs) if continues else 0
+            whole = length if mask is None else mask.shape[1]
+            start = past if whole == length else whole - length  # else the ids are the new ones
+            if start < whole:
+                tile = routers(model)[0].config.query_tile
+                generation_config = copy.copy(generation_config)
+                generation_config.prefill_chunk_size = chunk_lengths(start, whole, size, tile, _first_tile(mask, tile))
+        return prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    return prefill_tiles
+
+
+def chunk_lengths(start: int, end: int, size: int, tile: int, offset: int = 0) -> list[int]:
+    """Lengths of chunks of about ``size`` slots from slot ``start`` to ``end``, cut at ``offset`` plus multiples of ``tile`` only.
+
+    A call that continues a cache with fewer than ``tile`` tokens would route them singly, as decoding does: no such chunk is made.
+    """
+    cuts = [start]
+    while end - cuts[-1] > size:
+        at = cuts[-1]
+        cut = at + size - (at + size - offset) % tile
+        while cut < at + (tile if at else 1):
+            cut += tile
+        if end - cut < tile:  # the rest goes with the last chunk, or with half of it
+            cut -= tile
+        if cut < at + (tile if at else 1) or cut >= end:
+            break
+        cuts.append(cut)
+    return [stop - first for first, stop in zip(cuts, [*cuts[1:], end], strict=True)]
+
+
+def _past(model_kwargs: dict[str, Any]) -> int:
+    found = next((model_kwargs[name] for name in CACHE_ARGUMENTS if model_kwargs.get(name) is not None), None)
+    return 0 if found is None else int(found.get_seq_length())
+
+
+def _first_tile(mask: Tensor | None, tile: int) -> int:
+    """The slot below ``tile`` at which tiles begin and end: they are counted from each row's first token."""
+    if mask is None or mask.ndim != 2:
+        return 0
+    offsets = (mask.ne(0).int().argmax(1) % tile).tolist()
+    if len(set(offsets)) > 1:
+        _say_rows_differ()
+    return int(max(offsets, key=offsets.count))
+
+
+@cache
+def _say_rows_differ() -> None:
+    logger.warning(
+        "prefill_chunk_size with a padded batch: query tiles begin at each row's first token, so chunks cannot end with the tiles of all "
+        "rows. A tile that is cut selects with a part of its queries. Pad to a multiple of query_tile, or leave prefill_chunk_size out"
+    )

@@ -1,0 +1,1 @@
+"""What files, processes and machines need: writes that survive a kill, progress, the environment."""

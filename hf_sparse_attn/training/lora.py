@@ -1,0 +1,249 @@
+"""Stage B: LoRA on the backbone and the routers together, with the sparse forward pass, by `SparseTrainer`.
+
+Loss = task loss + ``kl_weight`` · KL. The router's inputs are detached: routers learn from the KL only, the backbone
+from the task only. A share of the steps runs dense, so that gradients also reach links that the routers would cut.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..models.adapters import lora_config
+from ..system.files import write_json
+from ..system.locks import sole_use
+from .arguments import check_arguments
+from .chunked_loss import chunk_loss, whole_loss
+from .distributed import from_main, rank_and_size
+from .run_identity import differences, model_identity, rows_hash, weights_hash
+from .schedule import SparseTrainingConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AdaptationConfig(SparseTrainingConfig):
+    """Settings of `adapt`: those of the joint stage, of LoRA, and of the optimiser.
+
+    Raises:
+        ValueError: a field has an impossible value.
+    """
+
+    rank: int = 8  # of LoRA
+    alpha: int = 16  # of LoRA
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    lr: float = 2e-4  # of LoRA; AdamW
+    batch_size: int = 1  # rows of a micro-batch on each device
+    accumulation: int = 1  # micro-batches of an optimiser step
+    max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = True  # where the model supports it
+    offload_activations: bool = False  # what checkpointing keeps waits in the CPU's memory; GPUs only
+    chunked_loss: bool = True  # causal models: the logits of all tokens never exist
+    save_every: int = 2  # optimiser steps between checkpoints, if a folder is given
+    training_arguments: Mapping[str, Any] = field(default_factory=dict)  # further fields of TrainingArguments, see arguments.py
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        for name in ("rank", "alpha", "lr", "batch_size", "accumulation", "max_grad_norm", "save_every"):
+            if not getattr(self, name) > 0:
+                self._refuse(name, "> 0")
+        taken = sorted(set(self.training_arguments) & OWN_ARGUMENTS)
+        if taken:
+            raise ValueError(f"lora.training_arguments names {', '.join(taken)}: set the recipe's own fields instead")
+        check_arguments(self.training_arguments, "lora.training_arguments")
+
+
+LOGGED = ("kl", "kept_mass", "recovered_share", "router_entropy", "density", "grad_norm", "tokens_per_second", "peak_memory_bytes")
+OWN_ARGUMENTS = {
+    *("output_dir", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "max_grad_norm"),
+    *("activation_checkpointing", "gradient_checkpointing", "save_steps", "save_strategy", "seed", "disable_tqdm"),
+}
+
+
+def add_lora(model: PreTrainedModel, config: AdaptationConfig, task_type: str | None = "CAUSAL_LM") -> Any:
+    """A PeftModel of the sparse ``model``: LoRA on ``target_modules``, the routers trained and saved with the adapter."""
+    from peft import get_peft_model  # heavy, and needed in this stage only
+
+    targets = list(config.target_modules)
+    return get_peft_model(model, lora_config(model, r=config.rank, lora_alpha=config.alpha, target_modules=targets, task_type=task_type))
+
+
+def adapt(
+    model: PreTrainedModel,
+    rows: Any,
+    config: AdaptationConfig | None = None,
+    *,
+    steps: int | None = None,
+    folder: str | Path | None = None,
+    task_type: str | None = "CAUSAL_LM",
+    progress: bool = True,
+) -> tuple[Any, list[dict[str, Any]]]:
+    """Train LoRA and routers of ``model`` on ``rows``, e.g. of `hf_sparse_attn.data.training_rows`.
+
+    Args:
+        rows: a dataset (or list) of rows of one length: ``input_ids`` [N], ``labels`` [N] (default: the same) and what else
+            the model's forward takes; a streaming dataset needs ``steps``.
+        steps: optimiser steps; by default one epoch of ``rows``.
+        folder: where checkpoints go, and the adapter in the end; a run that was stopped continues from the last complete one.
+        task_type: of PEFT; None for models that are no language models.
+
+    Returns:
+        (the PeftModel, one log row per step). Call ``merge_and_unload()`` on it for a plain sparse model.
+
+    Raises:
+        ValueError: no rows, or ``folder`` holds a run of another model, other rows, other settings or another number of steps.
+        FolderInUseError: another process trains in ``folder``.
+        NonFiniteLossError: a loss that is NaN or infinite.
+    """
+    config = config or AdaptationConfig()
+    steps = _check_rows(rows, config, steps)
+    torch.manual_seed(config.seed)
+    peft_model = add_lora(model, config, task_type)
+    use_cache = getattr(model.config, "use_cache", None)
+    if folder is None:
+        with tempfile.TemporaryDirectory() as output:
+            log = _train(peft_model, rows, config, steps, Path(output), saved=False, progress=progress)
+    else:
+        with sole_use(folder) if rank_and_size()[0] == 0 else nullcontext():
+            log = _train_or_load(peft_model, rows, config, steps, Path(folder), progress)
+    peft_model.eval()
+    if use_cache is not None:
+        model.config.use_cache = use_cache  # Trainer turns it off, and it would be saved so
+    return peft_model, log
+
+
+def _train_or_load(model: Any, rows: Any, config: AdaptationConfig, steps: int, folder: Path, progress: bool) -> list[dict[str, Any]]:
+    """The log of the training that ``folder`` holds, done as far as it is not; Trainer itself would train one step too many at the end."""
+    _claim(folder, model, rows, config, steps)
+    finished = folder / "log.json"
+    if finished.exists():
+        model.load_adapter(str(folder / "adapter"), "default")
+        return json.loads(finished.read_text())  # type: ignore[no-any-return]
+    log = _train(model, rows, config, steps, folder, saved=True, progress=progress)
+    if rank_and_size()[0] == 0:
+        write_json(finished, log, finite=False)
+    return log
+
+
+def _train(
+    model: Any, rows: Any, config: AdaptationConfig, steps: int, folder: Path, *, saved: bool, progress: bool
+) -> list[dict[str, Any]]:
+    """Train to the end, from the last complete checkpoint in ``folder`` if there is one; the log's rows of all steps."""
+    from .progress_callback import BarCallback  # Trainer is heavy, and needed in this stage only
+    from .trainer import last_checkpoint
+
+    trainer = make_trainer(model, rows, config, steps, str(folder), saved=saved, progress=progress)
+    checkpoint = last_checkpoint(folder, below=steps)
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        trainer.pop_callback(BarCallback).close()
+        whole_loss(model)
+    if saved:
+        trainer.save_model(str(folder / "adapter"))
+    return [log_row(row, config) for row in trainer.state.log_history if "loss" in row]
+
+
+def _check_rows(rows: Any, config: AdaptationConfig, steps: int | None) -> int:
+    """The number of optimiser steps."""
+    if not hasattr(rows, "__len__"):
+        if steps is None:
+            raise ValueError("rows are a stream, whose length is not known: give steps")
+        return steps
+    if not len(rows):
+        raise ValueError("adapt got no rows: give at least one document")
+    return steps or max(1, len(rows) // (config.batch_size * config.accumulation))
+
+
+def make_trainer(model: Any, rows: Any, config: AdaptationConfig, steps: int, folder: str, *, saved: bool, progress: bool) -> Any:
+    """The `SparseTrainer` of `adapt`."""
+    from transformers import PrinterCallback, TrainingArguments
+
+    from .progress_callback import BarCallback
+    from .trainer import SparseTrainer
+
+    arguments = TrainingArguments(
+        output_dir=folder,
+        max_steps=steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.lr,
+        max_grad_norm=config.max_grad_norm,
+        save_strategy="steps" if saved else "no",
+        save_steps=config.save_every,
+        seed=config.seed,
+        disable_tqdm=True,
+        **_checkpointing(model, config),
+        **{
+            **{"lr_scheduler_type": "constant", "logging_steps": 1, "report_to": [], "save_total_limit": 2, "dataloader_pin_memory": False},
+            **config.training_arguments,
+        },
+    )
+    if config.chunked_loss and model.get_output_embeddings() is not None:
+        chunk_loss(model)
+    trainer = SparseTrainer(model, arguments, collate_rows, rows, sparse_training=config)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(BarCallback(progress))
+    return trainer
+
+
+def _checkpointing(model: Any, config: AdaptationConfig) -> dict[str, Any]:
+    from transformers import TrainingArguments
+
+    if config.offload_activations and not torch.accelerator.is_available():
+        raise ValueError("lora.offload_activations needs a GPU: on a CPU activations are in its memory already")
+    if not (config.gradient_checkpointing and getattr(model, "supports_gradient_checkpointing", False)):
+        return {}
+    name = "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"  # before 5.23
+    options = {"use_reentrant": False, **({"offload": True} if config.offload_activations else {})}
+    return {name: True, f"{name}_kwargs": options}
+
+
+def collate_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """A batch of rows of one length; ``labels`` are ``input_ids`` where there are none."""
+    batch = {name: torch.stack([torch.as_tensor(row[name], device="cpu") for row in rows]) for name in rows[0]}
+    return {**({"labels": batch["input_ids"]} if "input_ids" in batch else {}), **batch}
+
+
+def log_row(row: Mapping[str, Any], config: SparseTrainingConfig) -> dict[str, Any]:
+    """What a run records of a step, from Trainer's log."""
+    step = int(row["step"])
+    measured = {name: row[name] for name in LOGGED if name in row}
+    return {"step": step, "dense": config.is_dense(step - 1), "loss": row["task_loss"], **measured}
+
+
+def _claim(folder: Path, model: Any, rows: Any, config: AdaptationConfig, steps: int) -> None:
+    """Raise ValueError if ``folder`` holds the checkpoints of another run; the main process looks, whose weights are whole."""
+    different = from_main(_claimed_by_another(folder, model, rows, config, steps) if rank_and_size()[0] == 0 else None)
+    if different:
+        raise ValueError(f"{folder} holds checkpoints of another run, different in {different}: remove it or give another folder")
+
+
+def _claimed_by_another(folder: Path, model: Any, rows: Any, config: AdaptationConfig, steps: int) -> str:
+    """In what the run that ``folder`` belongs to is another one; it belongs to this one if that is nothing."""
+    frozen = weights_hash((name, p) for name, p in model.named_parameters() if not p.requires_grad and ".router." not in name)
+    learned = [[name, list(p.shape)] for name, p in model.named_parameters() if p.requires_grad]
+    made = {
+        "settings": {**asdict(config), "steps": steps},
+        "the model's frozen weights": frozen,
+        **model_identity(model),
+        "what is trained": hashlib.sha256(json.dumps(learned).encode()).hexdigest(),
+        "the rows": rows_hash(rows),
+    }
+    known = folder / "run.json"
+    if known.exists() and (different := differences(json.loads(known.read_text()), json.loads(json.dumps(made)))):
+        return different
+    write_json(known, made)
+    return ""

@@ -1,0 +1,168 @@
+"""The distillation loss: KL from the teacher's block mass to the router, for both stages, on a few tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from hf_sparse_attn_kernels import TilePlan, block_mass, coarse_scores, fine_mass, ordered_topk, to_tiles
+from torch import Tensor
+
+from ..attention.carried_gradients import Carried, carry
+from ..router.budget import make_plan
+from ..router.module import RoutingInputs, SparseRouter
+from .teachers import block_target
+
+SCORE_BYTES = 1 << 22  # of the stage-2 scores that exist at a time
+
+
+@dataclass(frozen=True)
+class TileLoss:
+    """Losses of one layer on a few tiles, and what the router would have kept there.
+
+    ``coarse`` and ``fine`` are scalar float32 KL divergences with gradient; ``kept``, ``window`` and ``oracle`` are
+    the mean softmax mass of the selections at equal budget (every tile its own, whatever ``mass_threshold`` is).
+    """
+
+    coarse: Tensor
+    fine: Tensor
+    kept: float
+    window: float
+    oracle: float
+    entropy: float  # of stage 1's distribution over the eligible blocks, nats, mean over rows
+
+
+def sample_tiles(plan: TilePlan, count: int, generator: torch.Generator) -> Tensor:
+    """Up to ``count`` random tiles that have something to select (int64, sorted)."""
+    open_tiles = plan.open.cpu().nonzero()[:, 0]
+    picked = torch.randperm(len(open_tiles), generator=generator, dtype=torch.int64, device="cpu")[:count]
+    return open_tiles[picked].sort().values.to(plan.near.device)
+
+
+def tile_loss(
+    router: SparseRouter, inputs: RoutingInputs, query_tile: int, count: int, generator: torch.Generator, target: str = "mass"
+) -> TileLoss | None:
+    """KL(teacher ‖ router) of both stages on ``count`` random tiles; None if no tile has anything to select.
+
+    Gradient flows to the router's weights only. The teacher is the dense softmax mass per block over all visible keys (or another
+    ``target``, see `block_target`), averaged over a tile's tokens and the group's heads, without the forced blocks and renormalised.
+    Stage 1 is trained over all eligible blocks, stage 2 over its candidates and the teacher's best; its softmax includes the forced keys.
+    """
+    plan = make_plan(router.config, inputs.grid(query_tile, router.config.block_size), inputs.q.device)
+    tiles = sample_tiles(plan, count, generator)
+    if not len(tiles):
+        return None
+    mass = block_mass(inputs.q, inputs.k, plan.grid, tiles, inputs.scale)
+    teacher = mass if target == "mass" else block_target(inputs, plan.grid, tiles, target)
+    eligible = plan.eligible_mask(tiles)
+    q_tiles = to_tiles(inputs.q, plan.grid, router.groups)[:, tiles]
+
+    queries, real = router.query_features(q_tiles, inputs.positions, plan.grid, tiles)
+    scores = coarse_scores(queries, real, router.router_keys(inputs.k, inputs.positions), inputs.scale)
+    whole = scores.shape[-1]  # an eligible block is never partial
+    coarse = masked_kl(teacher[..., :whole], scores, eligible[:, :whole])
+
+    candidates = plan.best(scores.detach(), tiles, plan.candidates[tiles])
+    chosen = _union(candidates, plan.best(teacher, tiles, plan.free[tiles]), plan.grid.blocks)
+    fine, estimate = _fine_loss(router, inputs, plan, tiles, q_tiles, chosen, teacher)
+
+    seen = _by_block(estimate, chosen, plan.grid.blocks)
+    passed = _members(candidates, plan.grid.blocks)  # inference sees the candidates only
+    kept = _mean_kept(mass, plan.assemble(plan.best(seen.masked_fill(~passed, -torch.inf), tiles, plan.free[tiles]), tiles))
+    oracle = _mean_kept(mass, plan.assemble(plan.best(mass, tiles, plan.free[tiles]), tiles))
+    entropy = _entropy(scores.detach().masked_fill(~eligible[:, :whole], -torch.inf))
+    return TileLoss(coarse, fine, kept, _mean_kept(mass, window_blocks(plan, tiles, mass)), oracle, entropy)
+
+
+def _entropy(logits: Tensor) -> float:
+    log_p = F.log_softmax(logits.float(), -1)
+    return float(-(log_p.exp() * log_p.clamp(min=-1e4)).sum(-1).mean())
+
+
+def masked_kl(teacher: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
+    """Mean KL(teacher ‖ softmax(logits)) over rows, both restricted to ``mask`` and renormalised.
+
+    ``teacher`` >= 0 and ``logits`` are [..., n]; rows whose teacher has no mass inside the mask are left out.
+    """
+    weight = teacher.float() * mask
+    total = weight.sum(-1, keepdim=True)
+    p = weight / total.clamp(min=1e-20)
+    log_q = F.log_softmax(logits.float().masked_fill(~mask, -torch.inf), -1).masked_fill(~mask, 0.0)
+    kl = (torch.xlogy(p, p) - p * log_q).sum(-1)
+    rows = _taught(teacher, mask)[..., 0]
+    return (kl * rows).sum() / rows.sum().clamp(min=1)
+
+
+def _taught(teacher: Tensor, mask: Tensor) -> Tensor:
+    """1 for the rows whose teacher has mass inside ``mask``, else 0: float32 [..., 1]."""
+    return ((teacher.float() * mask).sum(-1, keepdim=True) > 1e-12).float()
+
+
+def window_blocks(plan: TilePlan, tiles: Tensor, mass: Tensor) -> Tensor:
+    """Blocks that window + sink keeps at equal budget: the forced ones and the nearest of the others."""
+    return plan.assemble(plan.best(plan.nearness(tiles).expand_as(mass), tiles, plan.free[tiles]), tiles)
+
+
+def _mean_kept(mass: Tensor, kept: Tensor) -> float:
+    return float(kept_mass(mass, kept).mean())
+
+
+def kept_mass(mass: Tensor, kept: Tensor) -> Tensor:
+    """Mass [B, G, m, nb] that the blocks ``kept`` [B, G, m, K] (−1 = empty) hold: [B, G, m]."""
+    return mass.gather(-1, kept.long().clamp(min=0)).masked_fill(kept < 0, 0.0).sum(-1)
+
+
+def _members(index: Tensor, blocks: int) -> Tensor:
+    """Boolean [..., blocks]: which blocks ``index`` [..., n] (−1 = empty) names."""
+    member = torch.zeros(*index.shape[:-1], blocks + 1, dtype=torch.bool, device=index.device)
+    return member.scatter_(-1, index + 1, True)[..., 1:]
+
+
+def _by_block(values: Tensor, index: Tensor, blocks: int) -> Tensor:
+    """``values`` of the blocks ``index`` [..., n] (−1 = empty) as [..., blocks], −inf elsewhere."""
+    out = torch.full((*index.shape[:-1], blocks + 1), -torch.inf, device=values.device, dtype=values.dtype)
+    return out.scatter_(-1, index + 1, values)[..., 1:]
+
+
+def _union(a: Tensor, b: Tensor, blocks: int) -> Tensor:
+    """Distinct blocks of ``a`` and ``b`` [..., n] (−1 = empty): [..., width], ascending, −1 last."""
+    member = (_members(a, blocks) | _members(b, blocks)).float()
+    index = ordered_topk(member, int(member.sum(-1).max()))
+    return torch.where(member.gather(-1, index) > 0, index, -1)
+
+
+def _fine_loss(
+    router: SparseRouter, inputs: RoutingInputs, plan: TilePlan, tiles: Tensor, q_tiles: Tensor, chosen: Tensor, wanted: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(stage 2's KL over the blocks ``chosen`` [B, G, m, L], its estimate of their mass, of the same shape).
+
+    A few tiles at a time, each with its gradient: the scores of all tiles would take memory that grows with the square of
+    the length at a fixed density.
+    """
+    batch, width, size = chosen.shape[:2], chosen.shape[-1], plan.grid.block_size
+    blocks = torch.cat([chosen, plan.forced_blocks(tiles).expand(*batch, -1, -1)], -1)
+    reps = router.representatives(plan.grid, tiles.device)
+    heads = torch.arange(reps.shape[0], device=tiles.device, dtype=torch.int64)[:, None]
+    queries = router.index_queries(q_tiles[:, :, heads, reps], fold=True) * inputs.scale
+    keys = inputs.k.float().flatten(0, 1).contiguous()
+    teacher, valid = wanted.gather(-1, chosen.clamp(min=0)), chosen >= 0
+    rows = _taught(teacher, valid).sum((0, 1, 3))  # of each tile
+    step = max(1, SCORE_BYTES // (4 * blocks[:, :, 0].numel() * size * reps.numel()))
+    learns = torch.is_grad_enabled() and queries.requires_grad
+    total, carried, parts, of_queries = queries.new_zeros(()), Carried(rows.sum().clamp(min=1)), [], []
+    for at in range(0, len(tiles), step):
+        part = slice(at, at + step)
+        leaf = queries[:, part].detach().requires_grad_(learns)
+        found = fine_mass(leaf, keys, plan.grid, tiles[part], blocks[:, :, part].flatten(0, 1), reps)
+        found = found.view(*batch, *found.shape[1:])[..., :width]
+        loss = masked_kl(teacher[:, :, part], found.clamp(min=1e-20).log(), valid[:, :, part]) * rows[part].sum()
+        if learns:
+            of_queries.append(torch.autograd.grad(loss, leaf)[0])
+        total += loss.detach()
+        parts.append(found.detach())
+    mean = total / carried.weight
+    if learns:
+        carried.grads = [torch.cat(of_queries, 1)]
+        mean = carry(mean, carried, [queries])
+    return mean, torch.cat(parts, 2)
