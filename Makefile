@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TRITON := $(VENV)/.triton
 QUANTIZED := $(VENV)/quantized
-CPP_TESTS := $(addprefix tests/test_,attention_kernels.py attention_options.py kernel_operands.py router.py scoring.py selection.py)
+CPP_TESTS := $(addprefix tests/operators/test_,attention.py attention_options.py operands.py scoring.py selection.py) tests/router/test_router.py
 # tests run on one thread each, so two processes share two cores; a file's tests stay together, as its fixtures are made once
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 export HF_HUB_OFFLINE ?= 1
@@ -20,8 +20,8 @@ GPU_MACHINE := $(VENV)/gpu-machine
 GPU_PACKAGES := peft==0.21.2 accelerate==1.15.0 requests==2.34.2 pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0
 OVERLAYS := $(addprefix $(VENV)/transformers-,$(ENDS))
 BESIDE_5.17.0 := huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
-VERSION_TESTS := $(addprefix tests/test_,versions.py caches.py generation.py)
-SAVING_TESTS := $(addprefix tests/test_,model.py cache_kinds.py masks.py hub.py)
+VERSION_TESTS := $(addprefix tests/,architectures/test_transformers_versions.py attention/test_cache_summaries.py models/test_generation.py)
+SAVING_TESTS := $(addprefix tests/,models/test_sparse_models.py attention/test_cache_kinds.py attention/test_padding_masks.py models/test_hub.py)
 # one model type of each kind: plain, an argument of its own for the cache, sliding windows, experts, two-sided, time series
 KINDS := llama or gpt_neox or gemma2 or qwen3_moe or modernbert or patchtst
 
@@ -39,7 +39,7 @@ test-full: $(TRITON) $(GPU_MACHINE) lint test-processors test-sanitizers test-in
 	for python in $(BIN)/python $(GPU_MACHINE)/bin/python; do $$python -m pytest --confcutdir tests/interpreter -m slow tests/interpreter || exit 1; done
 
 test-quantized: $(QUANTIZED)  ## sparse attention in bitsandbytes, torchao and quanto models and caches
-	PYTHONPATH=$(CURDIR)/$(QUANTIZED) $(BIN)/python -m pytest -k "quantised and not hqq" tests/test_tasks.py tests/test_cache_kinds.py
+	PYTHONPATH=$(CURDIR)/$(QUANTIZED) $(BIN)/python -m pytest -k "quantised and not hqq" tests/models/test_heads_and_pipelines.py tests/attention/test_cache_kinds.py
 
 test-versions: $(OVERLAYS)  ## every architecture, caches, generation and saving under each end of the supported Transformers and the pinned one
 	for folder in $(OVERLAYS) $(VENV)/none; do \
@@ -49,7 +49,7 @@ test-versions: $(OVERLAYS)  ## every architecture, caches, generation and saving
 test-versions-ends: $(OVERLAYS)  ## the part of it that differs most between versions, under each end: a few minutes
 	for folder in $(OVERLAYS); do \
 		PYTHONPATH=$(CURDIR)/$$folder $(PYTEST) $(VERSION_TESTS) && \
-		PYTHONPATH=$(CURDIR)/$$folder $(PYTEST) -k "(stock_checkpoint or cached_decoding) and ($(KINDS))" tests/test_architectures.py || exit 1; \
+		PYTHONPATH=$(CURDIR)/$$folder $(PYTEST) -k "(stock_checkpoint or cached_decoding) and ($(KINDS))" tests/architectures/test_supported_types.py || exit 1; \
 	done
 
 # the kernels are compiled for the processor at hand: here for older ones too

@@ -6,10 +6,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.paths import RECIPES
 from hf_sparse_attn_kernels.implementations import preferred
 
 from hf_sparse_attn.benchmarks.gpu import causes, launch_grid, limits, whole_models
@@ -17,7 +17,7 @@ from hf_sparse_attn.benchmarks.gpu.rows import run_entries
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="dry runs are for machines without a GPU")
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "gpu"
+RECIPES = RECIPES / "gpu"
 STAGES = {"limits": limits, "models": whole_models, "causes": causes, "launches": launch_grid}
 ROWS = {"limits": 7, "models": 4, "causes": 4, "launches": 3}
 

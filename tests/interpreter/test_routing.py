@@ -5,7 +5,7 @@ from __future__ import annotations
 import hf_sparse_attn_kernels as plain
 import pytest
 import torch
-from agreement import assert_same_up_to_ties
+from helpers.agreement import assert_same_up_to_ties
 from hf_sparse_attn_kernels import TileGrid, implementations
 from hf_sparse_attn_kernels.triton_kernels import routing
 

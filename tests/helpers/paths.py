@@ -1,0 +1,7 @@
+"""Where the repository's folders are."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = ROOT / "recipes"
+RESULTS = RECIPES / "results"
