@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
-from hf_sparse_attn_kernels import BlockSelection, TileGrid, block_sparse_attention
+from hf_sparse_attn_kernels import BlockSelection, TileGrid, block_sparse_attention, join_documents
 from hf_sparse_attn_kernels.triton_kernels import support
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -61,6 +63,101 @@ def test_each_document_is_computed_as_if_it_were_alone(impl):
         BlockSelection(selection.indices[:2], grid, None, torch.tensor([(0, 3, 9), (0, 8, 12)])).check(q, k, values=True)
     with pytest.raises(ValueError, match="int64"):
         BlockSelection(selection.indices, grid, None, torch.tensor(documents).int()).check(q, k)
+
+
+DOCUMENTS = {  # padding on the left, on the right, packed with gaps, in any order and with one that has no queries
+    "left": [(0, 0, 130), (1, 30, 130)],
+    "right": [(0, 0, 130), (1, 0, 95)],
+    "packed": [(1, 57, 120), (0, 33, 41), (0, 50, 130), (1, 0, 57), (1, 120, 125), (0, 0, 33)],
+}
+
+
+def alone(tensors, selection, softcap, dtype):
+    """What `gradients` gives, of every document by itself in the reference: sliced by hand, in ``dtype``."""
+    q, k, v, sinks = (x if x is None else x.to(dtype) for x in tensors)
+    offset = selection.grid.q_offset
+    results = [torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf), *(torch.zeros_like(x) for x in (q, k, v))]
+    results += [] if sinks is None else [torch.zeros_like(sinks)]
+    generator = torch.Generator().manual_seed(7)
+    weights, lse_weights = (torch.randn(x.shape, generator=generator).to(dtype) for x in results[:2])
+    for row, first, part in selection.by_document(len(q)):
+        end = first + part.grid.kv_len
+        slots, at = (slice(row, row + 1), slice(None), slice(first, end)), (slice(row, row + 1), slice(None))
+        at = (*at, slice(end - part.grid.q_len - offset, end - offset))
+        leaves = [x.clone().requires_grad_() for x in (q[at], k[slots], v[slots])]
+        sink = None if sinks is None else sinks.clone().requires_grad_()
+        out, lse = block_sparse_attention(*leaves, part, softcap=softcap, sinks=sink, impl="reference", return_lse=True)
+        ((out * weights[at]).sum() + (lse.masked_fill(lse == -torch.inf, 0) * lse_weights[at]).sum()).backward()
+        for whole, where, x in zip(results, (at, at, at, slots, slots), (out, lse, *(leaf.grad for leaf in leaves)), strict=False):
+            whole[where] = x.detach()
+        if sink is not None:
+            results[5] += sink.grad
+    return results
+
+
+@pytest.mark.parametrize("layout", DOCUMENTS)
+@pytest.mark.parametrize("with_options", [False, True])
+@pytest.mark.parametrize(
+    ("q_len", "tiling", "causal"), [(130, (64, 16), True), (90, (16, 32), True), (130, (64, 16), False), (9, (1, 16), True)]
+)
+@pytest.mark.parametrize("impl", ["reference", *FAST])
+def test_documents_have_the_gradients_of_separate_ones(impl, q_len, tiling, causal, with_options, layout):
+    """Query heads share KV heads; with a soft cap and sinks or without."""
+    grid = TileGrid(q_len, 130, *tiling, causal)
+    softcap, sinks = (2.0, torch.linspace(-1, 3, 6)) if with_options else (None, None)
+    tensors, selection = (*qkv(grid, batch=2), sinks), packed(5, grid, DOCUMENTS[layout])
+    selection.check(*tensors[:2], values=True)
+    want = alone(tensors, selection, softcap, torch.float64)
+    for a, b in zip(gradients(tensors, selection, impl, softcap), want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", DOCUMENTS)
+@pytest.mark.parametrize("impl", FAST)
+def test_documents_in_bfloat16_err_no_more_than_eager_ones(impl, layout):
+    grid = TileGrid(90, 130, 64, 16)
+    tensors, selection = (*(x.bfloat16() for x in qkv(grid, batch=2)), None), packed(5, grid, DOCUMENTS[layout])
+    exact = alone(tensors, selection, None, torch.float64)
+    results = [gradients(tensors, selection, name, None, torch.bfloat16) for name in (impl, "reference")]
+    for got, eager, want in zip(*results, exact, strict=True):
+        error, allowed = ((x.double() - want)[want > -torch.inf].square().mean().sqrt().item() for x in (got, eager))
+        assert error <= 1.1 * allowed + 1e-6
+
+
+@pytest.mark.parametrize("impl", ["reference", *FAST])
+def test_documents_that_the_call_does_not_hold_are_refused(impl):
+    grid = TileGrid(90, 130, 64, 16)
+    q, k, v = qkv(grid, batch=2)
+    good = packed(5, grid, DOCUMENTS["packed"])
+    for place in ((2, 0, 9), (-1, 0, 9), (0, -1, 9), (0, 20, 131), (0, 9, 9), (0, 9, 3), (0, 1 << 62, 3), (1 << 62, 0, 3)):
+        documents = good.documents.clone()
+        documents[1] = torch.tensor(place)
+        with pytest.raises(ValueError, match=rf"documents holds \[{place[0]}, {place[1]}, {place[2]}\]: must lie in 2 rows of 130 slots"):
+            block_sparse_attention(q, k, v, BlockSelection(good.indices, grid, None, documents), impl=impl)
+    with pytest.raises(ValueError, match=r"1 tiles, but .*document.* has 2"):
+        block_sparse_attention(q, k, v, BlockSelection(good.indices[:, :, :1], grid, None, good.documents), impl=impl)
+
+
+def test_documents_that_share_slots_are_refused_by_the_kernels_that_would_write_them_twice():
+    grid = TileGrid(90, 130, 64, 16)
+    q, k, v = qkv(grid, batch=2)
+    selection = packed(5, grid, [(1, 50, 130), (0, 0, 20), (1, 0, 51)])
+    with pytest.raises(ValueError, match=r"documents holds \[1, 50, 130\] after \[1, 0, 51\]: must share no slot"):
+        block_sparse_attention(q, k, v, selection, impl="cpp")
+
+
+def test_joined_documents_are_taken_apart_again():
+    grid = TileGrid(90, 130, 64, 16)
+    selection = packed(5, grid, DOCUMENTS["packed"])
+    places = selection.documents[[0, 1, 2, 3, 4]]  # the last has no queries
+    parts = [part for _, _, part in selection.by_document()]
+    joined = join_documents(parts, places, 90, 130)
+    assert joined.grid == grid and joined.documents is places
+    for (_, _, got), want in zip(joined.by_document(), parts, strict=True):
+        assert got.grid == want.grid and torch.equal(got.indices, want.indices)
+    other = BlockSelection(parts[1].indices, dataclasses.replace(parts[1].grid, query_tile=16))
+    with pytest.raises(ValueError, match=r"are \[\(16, 16, True\), \(64, 16, True\)\]: must be the same for all"):
+        join_documents([parts[0], other], places[:2], 90, 130)
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -72,14 +72,14 @@ def test_attention_refuses_operands_that_do_not_fit_each_other(impl, name):
 def test_the_operator_itself_refuses_them_too(name):
     q, k, v, indices = WRONG[name](*qkv(GRID), every_block(GRID, 2, 2).indices)
     with pytest.raises(ValueError):
-        ops.forward(q, k, v, indices.contiguous(), None, 16, 16, True, 0.3, 0.0)
+        ops.forward(q, k, v, indices.contiguous(), None, None, 16, 16, True, 0.3, 0.0)
 
 
 def test_an_operand_that_does_not_fit_is_named_with_what_would():
     q, k, v = qkv(GRID)
     indices = every_block(GRID, 2, 2).indices
     with pytest.raises(ValueError, match=r"v is Float \[2, 2, 40, 8\] on cpu: must be Float \[2, 2, 60, \*\] on cpu"):
-        ops.forward(q, k, v[:, :, :40], indices, None, 16, 16, True, 0.3, 0.0)
+        ops.forward(q, k, v[:, :, :40], indices, None, None, 16, 16, True, 0.3, 0.0)
     with pytest.raises(ValueError, match=r"v \(2, 2, 40, 8\): must be \[B, H, Q, D\] and twice \[B, G, N, D\]"):
         block_sparse_attention(q, k, v[:, :, :40], BlockSelection(indices, GRID))
     for change, message in (
@@ -90,20 +90,20 @@ def test_an_operand_that_does_not_fit_is_named_with_what_would():
     ):
         sizes = {"sinks": None, "query_tile": 16, "block_size": 16, **change}
         with pytest.raises(ValueError, match=message):
-            ops.forward(q, k, v, indices, **sizes, causal=True, scale=0.3, softcap=0.0)
+            ops.forward(q, k, v, indices, None, **sizes, causal=True, scale=0.3, softcap=0.0)
     with pytest.raises(ValueError, match="the last dimension must be contiguous"):
-        ops.forward(q, k, v.transpose(2, 3).contiguous().transpose(2, 3), indices, None, 16, 16, True, 0.3, 0.0)
+        ops.forward(q, k, v.transpose(2, 3).contiguous().transpose(2, 3), indices, None, None, 16, 16, True, 0.3, 0.0)
 
 
 def test_the_backward_operator_refuses_what_does_not_fit():
     q, k, v = qkv(GRID)
     indices, options = every_block(GRID, 2, 2).indices, (16, 16, True, 0.3, 0.0)
-    out, lse = ops.forward(q, k, v, indices, None, *options)
+    out, lse = ops.forward(q, k, v, indices, None, None, *options)
     good = {"grad_out": out, "grad_lse": lse, "q": q, "k": k, "v": v, "out": out, "lse": lse, "indices": indices}
-    ops.backward(*good.values(), *options)
+    ops.backward(*good.values(), None, *options)
     for name in ("grad_out", "grad_lse", "out", "lse", "indices"):
         with pytest.raises(ValueError, match=f"^{name} is"):
-            ops.backward(*{**good, name: good[name][:, :, :1].contiguous()}.values(), *options)
+            ops.backward(*{**good, name: good[name][:, :, :1].contiguous()}.values(), None, *options)
 
 
 @pytest.fixture

@@ -8,11 +8,21 @@ from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import math
 import random
 
 import torch
-from hf_sparse_attn_kernels import BlockSelection, TileGrid, block_mass, block_sparse_attention, coarse_scores, fine_mass, pooled_features
+from hf_sparse_attn_kernels import (
+    BlockSelection,
+    TileGrid,
+    block_mass,
+    block_sparse_attention,
+    coarse_scores,
+    fine_mass,
+    join_documents,
+    pooled_features,
+)
 from hf_sparse_attn_kernels.cpp_kernels import compiling
 from hf_sparse_attn_kernels.features import block_mass_torch, coarse_scores_torch, fine_mass_torch, pooled_features_torch
 
@@ -67,13 +77,31 @@ class Case:
             if self.draw.random() < 0.15 and x.numel():
                 x.view(-1)[self.draw.randrange(x.numel())] = min(max(value, -6e4), 6e4) if x.dtype == torch.float16 else value
 
-    def selection(self):
-        grid = self.grid
+    def lists(self, grid, batch):
+        """Random lists of every row of a call."""
         block = torch.arange(grid.blocks)
         last = (grid.last_positions() // grid.block_size)[:, None] if grid.causal else torch.full((grid.tiles, 1), grid.blocks - 1)
-        shape = (self.batch, self.groups, grid.tiles, grid.blocks)
+        shape = (batch, self.groups, grid.tiles, grid.blocks)
         keep = (torch.rand(shape, generator=self.generator) < self.draw.random()) & (block <= last)
         return torch.where(keep, block, -1).sort(-1).values.int()[..., self.draw.randint(0, grid.blocks) :].contiguous()
+
+    def selection(self):
+        """Random lists of every row, or of documents: rows cut at random, with gaps, in any order."""
+        if self.draw.random() < 0.5:
+            return BlockSelection(self.lists(self.grid, self.batch), self.grid)
+        grid, places = self.grid, []
+        for row in range(self.batch):
+            cuts = sorted({0, grid.kv_len, *(self.draw.randint(0, grid.kv_len) for _ in range(self.draw.randint(0, 4)))})
+            places += [(row, first, end) for first, end in itertools.pairwise(cuts) if self.draw.random() < 0.8]
+        self.draw.shuffle(places)
+        if not places:
+            return BlockSelection(torch.empty(0, self.groups, 0, 1, dtype=torch.int32), grid, None, torch.empty(0, 3, dtype=torch.int64))
+        parts = []
+        for _, first, end in places:
+            queries = max(end - max(first, grid.q_offset), 0)
+            part = TileGrid(queries, end - first, grid.query_tile, grid.block_size, grid.causal)
+            parts.append(BlockSelection(self.lists(part, 1), part))
+        return join_documents(parts, torch.tensor(places), grid.q_len, grid.kv_len)
 
     def samples(self):
         """(queries [B, G, m, Hg, r, E], reps, tiles) of some tiles."""
@@ -133,13 +161,13 @@ def attention(case, wrong):
     grid, heads = case.grid, case.groups * case.per_group
     q = case.tensor(case.batch, heads, grid.q_len, case.width)
     k, v = (case.tensor(case.batch, case.groups, grid.kv_len, case.width) for _ in range(2))
-    indices = case.selection()
+    selection = case.selection()
     sinks = torch.randn(heads, generator=case.generator) if case.draw.random() < 0.3 else None
     softcap = case.draw.choice([None, None, 2.0])
     scale = case.draw.choice([None, 0.2, -0.3, 0.0])
     if wrong:
         options = (grid.query_tile, grid.block_size, grid.causal, 0.2, softcap or 0.0)
-        ops.forward(*spoiled(case, (q, k, v, indices, sinks, *options)))
+        ops.forward(*spoiled(case, (q, k, v, selection.indices, selection.documents, sinks, *options)))
         return
     spoil = case.draw.random() < 0.3
     if spoil:
@@ -149,12 +177,12 @@ def attention(case, wrong):
     for dtype, impl in ((case.dtype, "cpp"), (torch.float64, "reference")):
         leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
         extra = None if sinks is None else sinks.clone().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
-        out, lse = block_sparse_attention(
-            *leaves, BlockSelection(indices, grid), scale=scale, softcap=softcap, sinks=extra, impl=impl, return_lse=True
-        )
+        out, lse = block_sparse_attention(*leaves, selection, scale=scale, softcap=softcap, sinks=extra, impl=impl, return_lse=True)
         seen = lse.isfinite()
-        (out.masked_fill(~seen[..., None], 0).sum() + lse.masked_fill(~seen, 0).sum()).backward()
-        results.append([out, lse, *(leaf.grad for leaf in leaves)])
+        loss = out.masked_fill(~seen[..., None], 0).sum() + lse.masked_fill(~seen, 0).sum()
+        if loss.requires_grad:  # documents of the reference that have no queries leave no graph
+            loss.backward()
+        results.append([out, lse, *(leaf.new_zeros(leaf.shape) if leaf.grad is None else leaf.grad for leaf in leaves)])
     for name, got, want in list(zip(("out", "lse", "dq", "dk", "dv"), *results, strict=True))[: 2 if spoil else 5]:
         compare(name, got, want, torch.float32 if name == "lse" and case.dtype == torch.float32 else case.dtype)
 
@@ -166,9 +194,10 @@ def gradients(case, wrong):
     k, v = (case.tensor(case.batch, case.groups, grid.kv_len, case.width) for _ in range(2))
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     options = (grid.query_tile, grid.block_size, grid.causal, 0.2, 0.0)
-    indices = case.selection()
-    out, lse = ops.forward(q, k, v, indices, None, *options)
-    arguments = (torch.randn_like(out), lse.new_zeros(lse.shape), q, k, v, out, lse, indices, *options)
+    selection = case.selection()
+    lists = (selection.indices, selection.documents)
+    out, lse = ops.forward(q, k, v, *lists, None, *options)
+    arguments = (torch.randn_like(out), lse.new_zeros(lse.shape), q, k, v, out, lse, *lists, *options)
     ops.backward(*(spoiled(case, arguments) if wrong else arguments))
 
 
@@ -203,7 +232,7 @@ def fine(case, wrong):
     queries, reps, tiles = case.samples()
     keys = case.tensor(case.batch, case.groups, grid.kv_len, case.width)
     last = (grid.last_positions() // grid.block_size)[tiles][:, None]
-    listed = case.selection()[:, :, tiles].long()
+    listed = case.lists(grid, case.batch)[:, :, tiles].long()
     listed = torch.where(listed <= last - grid.own_blocks, listed, -1).sort(-1).values
     own = (last - torch.arange(grid.own_blocks - 1, -1, -1)).clamp(min=-1).expand(case.batch, case.groups, -1, -1)
     blocks = torch.cat([listed, own], -1).flatten(0, 1)

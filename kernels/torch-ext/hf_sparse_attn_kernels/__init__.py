@@ -9,7 +9,7 @@ from .implementations import IMPLEMENTATIONS, default_choice
 from .planning import TileBudget, TilePlan
 from .routing import TileFeatures, select_blocks, stage_one_scores
 from .scoring import block_mass, coarse_scores, fine_mass, pooled_features
-from .selection import BlockSelection, TileGrid, ordered_topk
+from .selection import BlockSelection, TileGrid, join_documents, ordered_topk
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -24,6 +24,7 @@ __all__ = [
     "coarse_scores",
     "default_choice",
     "fine_mass",
+    "join_documents",
     "ordered_topk",
     "pooled_features",
     "select_blocks",

@@ -80,7 +80,7 @@ def block_sparse_attention(
 
         return block_sparse_attention_triton(q, k, v, selection, options, return_lse)
     attend = ATTEND[chosen]
-    if selection.documents is not None:
+    if selection.documents is not None and chosen != "cpp":
         return _by_document(attend, q, k, v, selection, options, return_lse)
     return attend(q, k, v, selection, options, return_lse)
 

@@ -7,7 +7,7 @@ tile, S block size, n query tiles, nb key blocks, K kept blocks of a tile.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -183,6 +183,25 @@ class BlockSelection:
         shape = (*self.indices.shape[:3], self.grid.blocks + 1)
         mask = torch.zeros(shape, dtype=torch.bool, device=self.indices.device)
         return mask.scatter_(3, (self.indices.long() + 1), True)[..., 1:]
+
+
+def join_documents(selections: Sequence[BlockSelection], documents: Tensor, q_len: int, kv_len: int) -> BlockSelection:
+    """The selection of a call, the last Q of N slots, from those [1, G, n, K] of its ``documents`` int64 [R, 3].
+
+    What `BlockSelection.by_document` takes apart; scores are left out, which attention does not read.
+
+    Raises:
+        ValueError: tiles or blocks of two documents differ in size, or one is causal and another is not.
+    """
+    grids = {(s.grid.query_tile, s.grid.block_size, s.grid.causal) for s in selections}
+    if len(grids) != 1:
+        raise ValueError(f"documents are joined whose (query_tile, block_size, causal) are {sorted(grids)}: must be the same for all")
+    lists = [s.indices for s in selections]
+    tiles, width = (max(x.shape[dim] for x in lists) for dim in (2, 3))
+    indices = lists[0].new_full((len(lists), lists[0].shape[1], tiles, width), -1)
+    for r, x in enumerate(lists):  # ascending lists have their empty entries first
+        indices[r, :, : x.shape[2], width - x.shape[3] :] = x[0]
+    return BlockSelection(indices, replace(selections[0].grid, q_len=q_len, kv_len=kv_len), documents=documents)
 
 
 def ordered_topk(scores: Tensor, k: int) -> Tensor:

@@ -21,18 +21,24 @@ def _fake_backward(grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tens
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, indices, sinks, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, indices, sinks, *output)
+    q, k, v, indices, documents, sinks, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, indices, documents, sinks, *output)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, indices, sinks, out, lse = ctx.saved_tensors
+    q, k, v, indices, documents, sinks, out, lse = ctx.saved_tensors
     grad_out = torch.zeros_like(out) if grad_out is None else unit_stride(grad_out)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    dq, dk, dv, delta = torch.ops.hf_sparse_attn_cpp.backward(grad_out, grad_lse, q, k, v, out, lse, indices, *ctx.options)
-    dsinks = None if sinks is None else -(torch.exp(sinks[:, None] - lse) * delta).sum((0, 2))
-    return dq, dk, dv, None, dsinks, *(None for _ in ctx.options)
+    operands = (grad_out, grad_lse, q, k, v, out, lse, indices, documents)
+    dq, dk, dv, delta = torch.ops.hf_sparse_attn_cpp.backward(*operands, *ctx.options)
+    dsinks = None
+    if sinks is not None:
+        weight = torch.exp(sinks[:, None] - lse)
+        if documents is not None:
+            weight = weight.masked_fill(lse == -torch.inf, 0)  # of a query of no document
+        dsinks = -(weight * delta).sum((0, 2))
+    return dq, dk, dv, None, None, dsinks, *(None for _ in ctx.options)
 
 
 def register() -> None:
@@ -45,12 +51,13 @@ def register() -> None:
 def block_sparse_attention_cpp(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: ScoreOptions, return_lse: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """See `block_sparse_attention`; the selection has no documents."""
+    """See `block_sparse_attention`."""
     grid = selection.grid
     q, k, v = (unit_stride(x) for x in (q, k, v))
+    documents = None if selection.documents is None else selection.documents.contiguous()
     sinks = None if options.sinks is None else options.sinks.float().contiguous()
     out, lse = torch.ops.hf_sparse_attn_cpp.forward(
-        *(q, k, v, selection.indices.contiguous(), sinks, grid.query_tile, grid.block_size, grid.causal),
+        *(q, k, v, selection.indices.contiguous(), documents, sinks, grid.query_tile, grid.block_size, grid.causal),
         *(options.scale, options.softcap or 0.0),
     )
     return out, lse if return_lse else None

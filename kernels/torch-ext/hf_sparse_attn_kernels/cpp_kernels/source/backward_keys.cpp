@@ -6,20 +6,37 @@
 namespace hsa {
 namespace {
 
-// The tiles that kept each block of each row of (batch, group), ascending.
+// A block of keys of a document's KV head, from key `first` on; the tiles that kept it are `count` of the inverse's from `start` on.
+struct KeyBlock {
+  int64_t group, first, start, count;
+};
+
+// The tiles that kept each block, ascending; the most popular blocks first: whoever takes one last would work alone.
 struct Inverse {
   std::vector<int32_t> tiles;
-  std::vector<int64_t> starts;  // [rows · blocks + 1]
+  std::vector<KeyBlock> blocks;
 
-  Inverse(const int32_t* indices, int64_t rows, int64_t tiles_of_row, int64_t kept, int64_t blocks) : starts(rows * blocks + 1) {
-    const int64_t count = rows * tiles_of_row * kept;
-    for (int64_t i = 0; i < count; ++i)
-      if (indices[i] >= 0) ++starts[i / (tiles_of_row * kept) * blocks + indices[i] + 1];
-    for (int64_t bin = 0; bin < rows * blocks; ++bin) starts[bin + 1] += starts[bin];
-    tiles.resize(starts.back());
-    std::vector<int64_t> next(starts.begin(), starts.end() - 1);
-    for (int64_t i = 0; i < count; ++i)
-      if (indices[i] >= 0) tiles[next[i / (tiles_of_row * kept) * blocks + indices[i]]++] = i / kept % tiles_of_row;
+  template <class T>
+  explicit Inverse(const Attention<T>& call) {
+    const int64_t groups = call.documents.size() * call.groups;
+    std::vector<int64_t> first_block;  // of each group
+    for (int64_t group = 0; group < groups; ++group) {
+      first_block.push_back(blocks.size());
+      for (int64_t first = 0; first < call.document(group).grid.kv_len; first += call.grid.block_size)
+        blocks.push_back({group, first, 0, 0});
+    }
+    const auto for_each_link = [&](const auto& visit) {
+      for (int64_t group = 0; group < groups; ++group)
+        for (int64_t tile = 0; tile < call.document(group).grid.tiles; ++tile)
+          for (int64_t i = 0; i < call.kept; ++i)
+            if (const int32_t block = call.list(group, tile)[i]; block >= 0) visit(blocks[first_block[group] + block], tile);
+    };
+    for_each_link([](KeyBlock& block, int64_t) { ++block.count; });
+    int64_t start = 0;
+    for (KeyBlock& block : blocks) block.start = start, start += block.count, block.count = 0;
+    tiles.resize(start);
+    for_each_link([&](KeyBlock& block, int64_t tile) { tiles[block.start + block.count++] = static_cast<int32_t>(tile); });
+    std::stable_sort(blocks.begin(), blocks.end(), [](const KeyBlock& a, const KeyBlock& b) { return a.count > b.count; });
   }
 };
 
@@ -44,12 +61,14 @@ class KeyStrip {
         lse_(rows_),
         delta_(rows_) {}
 
-  // Keys [first, first + L) of a row; `tiles` kept their block.
+  // Keys [first, first + L) of a document's KV head; `tiles` kept their block.
   void run(int64_t group, int64_t first, const int32_t* tiles, const int32_t* end) {
-    const int64_t b = group / call_.groups, g = group % call_.groups;
-    const Matrix<T> k = call_.k.rows(b, g), v = call_.v.rows(b, g);
+    const Document& document = call_.document(group);
+    const Grid& grid = document.grid;
+    const int64_t g = group % call_.groups;
+    const Matrix<T> k = call_.keys(group), v = call_.values(group);
     for (int l = 0; l < L; ++l) {
-      const bool there = first + l < call_.grid.kv_len;
+      const bool there = first + l < grid.kv_len;
       to_lane<Format>(there ? k.row(first + l) : nullptr, call_.d, L, l, keys_);
       to_lane<Format>(there ? v.row(first + l) : nullptr, call_.dv, L, l, values_);
       key_[l] = static_cast<int32_t>(first + l);
@@ -57,9 +76,9 @@ class KeyStrip {
     std::fill_n(dk_, call_.d * L, 0.0f);
     std::fill_n(dv_, call_.dv * L, 0.0f);
     for (; tiles < end; ++tiles) {
-      const int64_t base = call_.grid.first(*tiles) - call_.grid.q_offset();
-      const int64_t from = std::max<int64_t>(base, 0), to = std::min(base + call_.grid.query_tile, call_.grid.q_len);
-      for (int64_t head = g * call_.grid.heads; head < (g + 1) * call_.grid.heads; ++head) visit(b, head, from, to - from);
+      const int64_t base = grid.first(*tiles) - grid.q_offset();
+      const int64_t from = std::max<int64_t>(base, 0), to = std::min(base + grid.query_tile, grid.q_len);
+      for (int64_t head = 0; head < grid.heads; ++head) visit(document, g, head, from, to - from);
     }
     write(gradients_.dk, dk_, group, first, call_.d);
     write(gradients_.dv, dv_, group, first, call_.dv);
@@ -69,10 +88,12 @@ class KeyStrip {
   int64_t width() const { return std::max(call_.d, call_.dv); }
 
   // Adds what `count` queries of a head from `query` on give to the keys.
-  void visit(int64_t b, int64_t head, int64_t query, int count) {
-    const Matrix<T> q = call_.q.rows(b, head), grad = gradients_.grad_out.rows(b, head);
+  void visit(const Document& document, int64_t g, int64_t head, int64_t query, int count) {
+    const int64_t of_call = g * document.grid.heads + head;
+    const Matrix<T> q = call_.q.rows(document.row, of_call, document.query);
+    const Matrix<T> grad = gradients_.grad_out.rows(document.row, of_call, document.query);
     const int rows = (count + Format::PACK - 1) / Format::PACK * Format::PACK;
-    const int64_t at = (b * call_.heads() + head) * call_.grid.q_len + query;
+    const int64_t at = call_.row(document, g, head, query);
     for (int i = 0; i < rows; ++i) {
       lse_[i] = i < count ? base2(call_.lse[at + i]) : -HIDDEN;
       delta_[i] = i < count ? gradients_.delta[at + i] : 0;
@@ -81,7 +102,7 @@ class KeyStrip {
     const Word* left = key_rows<Format>(q, query, count, rows, call_.d, row_room_, &stride);
     product<Format, NV>(left, stride, rows, call_.d / Format::PACK, keys_, weights_);
     Softmax<NV>(call_.logits).transform(weights_, rows);
-    hide(query, rows);
+    hide(document.grid, query, rows);
     left = key_rows<Format>(grad, query, count, rows, call_.dv, row_room_, &stride);
     product<Format, NV>(left, stride, rows, call_.dv / Format::PACK, values_, dweights_);
     differentiate(rows);
@@ -95,11 +116,11 @@ class KeyStrip {
   }
 
   // Hide from weights_ [rows][L] the keys that a query does not see.
-  void hide(int64_t query, int rows) {
-    const int64_t end = call_.grid.kv_len - 1, position = query + call_.grid.q_offset();
-    if (key_[L - 1] <= (call_.grid.causal ? position : end)) return;
+  void hide(const Grid& grid, int64_t query, int rows) {
+    const int64_t end = grid.kv_len - 1, position = query + grid.q_offset();
+    if (key_[L - 1] <= (grid.causal ? position : end)) return;
     for (int i = 0; i < rows; ++i) {
-      const int32_t last = static_cast<int32_t>(call_.grid.causal ? std::min(position + i, end) : end);
+      const int32_t last = static_cast<int32_t>(grid.causal ? std::min(position + i, end) : end);
       for (int v = 0; v < NV; ++v) {
         IVec key;
         std::memcpy(&key, key_ + v * LANES, sizeof(key));
@@ -128,9 +149,11 @@ class KeyStrip {
   }
 
   void write(T* out, const float* sums, int64_t group, int64_t first, int64_t width) const {
-    const int64_t count = std::min<int64_t>(L, call_.grid.kv_len - first);
+    const Document& document = call_.document(group);
+    const int64_t count = std::min<int64_t>(L, document.grid.kv_len - first);
+    const int64_t row = (document.row * call_.groups + group % call_.groups) * call_.grid.kv_len + document.first + first;
     for (int64_t l = 0; l < count; ++l) {
-      T* to = out + (group * call_.grid.kv_len + first + l) * width;
+      T* to = out + (row + l) * width;
       for (int64_t d = 0; d < width; ++d) to[d] = static_cast<T>(sums[d * L + l]);
     }
   }
@@ -147,18 +170,14 @@ class KeyStrip {
 template <class T, class Format, int NV>
 void key_strips(const Gradients<T>& gradients, const Inverse& inverse) {
   const Attention<T>& call = gradients.call;
-  const int64_t size = call.grid.block_size, blocks = (call.grid.kv_len + size - 1) / size, strips = size / (NV * LANES);
-  // the most popular blocks first: whoever takes one last would work alone
-  std::vector<int64_t> order(call.batch * call.groups * blocks);
-  for (size_t i = 0; i < order.size(); ++i) order[i] = i;
-  const auto visits = [&](int64_t bin) { return inverse.starts[bin + 1] - inverse.starts[bin]; };
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return visits(a) > visits(b); });
+  const int64_t strips = call.grid.block_size / (NV * LANES);
   for_each_item(
-      order.size() * strips, [&] { return std::make_unique<KeyStrip<T, Format, NV>>(gradients); },
+      inverse.blocks.size() * strips, [&] { return std::make_unique<KeyStrip<T, Format, NV>>(gradients); },
       [&](auto& strip, int64_t item) {
-        const int64_t bin = order[item / strips], first = bin % blocks * size + item % strips * NV * LANES;
-        const int32_t* tiles = inverse.tiles.data();
-        if (first < call.grid.kv_len) strip->run(bin / blocks, first, tiles + inverse.starts[bin], tiles + inverse.starts[bin + 1]);
+        const KeyBlock& block = inverse.blocks[item / strips];
+        const int64_t first = block.first + item % strips * NV * LANES;
+        const int32_t* tiles = inverse.tiles.data() + block.start;
+        if (first < call.document(block.group).grid.kv_len) strip->run(block.group, first, tiles, tiles + block.count);
       });
 }
 
@@ -166,9 +185,8 @@ void key_strips(const Gradients<T>& gradients, const Inverse& inverse) {
 
 template <class T, class Format>
 void backward_keys(const Gradients<T>& gradients) {
-  const Attention<T>& call = gradients.call;
-  const int64_t size = call.grid.block_size;
-  const Inverse inverse(call.indices, call.batch * call.groups, call.grid.tiles, call.kept, (call.grid.kv_len + size - 1) / size);
+  const int64_t size = gradients.call.grid.block_size;
+  const Inverse inverse(gradients.call);
   if (size >= REGISTERS * LANES)
     key_strips<T, Format, REGISTERS>(gradients, inverse);
   else if (size == 2 * LANES)

@@ -25,31 +25,31 @@ class QueryStrip {
         key_room_(room_.take(keys_ * call_.d)) {}
 
   void run(int64_t group, int64_t tile, int64_t first_row) {
-    const int64_t b = group / call_.groups, g = group % call_.groups;
-    const Lanes<NV> lanes = rows_of<NV>(call_.grid, tile, first_row);
-    lanes.template load_queries<Format>(call_.q, b, g, call_.d, queries_);
-    lanes.template load_queries<Format>(gradients_.grad_out, b, g, call_.dv, grads_);
-    load_statistics(lanes, b, g);
+    const Document& document = call_.document(group);
+    const int64_t g = group % call_.groups;
+    const Lanes<NV> lanes = rows_of<NV>(document.grid, tile, first_row);
+    lanes.template load_queries<Format>(call_.q, document, g, call_.d, queries_);
+    lanes.template load_queries<Format>(gradients_.grad_out, document, g, call_.dv, grads_);
+    load_statistics(lanes, document, g);
     std::fill_n(dq_, call_.d * L, 0.0f);
-    const int32_t *list = call_.indices + (group * call_.grid.tiles + tile) * call_.kept, *end = list + call_.kept;
-    list = call_.grid.checked(list, end, tile);
+    const int32_t *list = call_.list(group, tile), *end = list + call_.kept;
+    list = document.grid.checked(list, end, tile);
     const int64_t step = std::max<int64_t>(1, CHUNK / size_);
-    for (; list < end; list += step) chunk(call_.k.rows(b, g), call_.v.rows(b, g), lanes, list, std::min<int64_t>(step, end - list));
+    for (; list < end; list += step) chunk(group, lanes, list, std::min<int64_t>(step, end - list));
     for (int l = 0; l < L; ++l) {
       if (lanes.query(l) < 0) continue;
-      T* to = gradients_.dq + call_.row(b, g, lanes.head(l), lanes.query(l)) * call_.d;
+      T* to = gradients_.dq + call_.row(document, g, lanes.head(l), lanes.query(l)) * call_.d;
       for (int64_t d = 0; d < call_.d; ++d) to[d] = static_cast<T>(dq_[d * L + l]);
     }
   }
 
  private:
-  void load_statistics(const Lanes<NV>& lanes, int64_t b, int64_t g) {
+  void load_statistics(const Lanes<NV>& lanes, const Document& document, int64_t g) {
     for (int l = 0; l < L; ++l) {
       lse_[l] = -HIDDEN, delta_[l] = 0;
       if (lanes.query(l) < 0) continue;
-      const int64_t at = call_.row(b, g, lanes.head(l), lanes.query(l));
-      const T *out = call_.out + at * call_.dv,
-              *grad = gradients_.grad_out.rows(b, g * call_.grid.heads + lanes.head(l)).row(lanes.query(l));
+      const int64_t at = call_.row(document, g, lanes.head(l), lanes.query(l)), head = g * call_.grid.heads + lanes.head(l);
+      const T *out = call_.out + at * call_.dv, *grad = gradients_.grad_out.rows(document.row, head, document.query).row(lanes.query(l));
       float delta = gradients_.grad_lse ? -gradients_.grad_lse[at] : 0;
       for (int64_t d = 0; d < call_.dv; ++d) delta += static_cast<float>(out[d]) * static_cast<float>(grad[d]);
       gradients_.delta[at] = delta_[l] = delta;
@@ -57,13 +57,15 @@ class QueryStrip {
     }
   }
 
-  void chunk(Matrix<T> k, Matrix<T> v, const Lanes<NV>& lanes, const int32_t* list, int64_t blocks) {
+  void chunk(int64_t group, const Lanes<NV>& lanes, const int32_t* list, int64_t blocks) {
+    const Matrix<T> k = call_.keys(group), v = call_.values(group);
+    const int64_t kv_len = call_.document(group).grid.kv_len;
     Run keys[CHUNK];
     int64_t stride;
     const Softmax<NV> softmax(call_.logits);
     for (int64_t j = 0; j < blocks; ++j) {
       const int64_t first = int64_t{list[j]} * size_, at = j * size_ * L;
-      const int count = std::min<int64_t>(size_, call_.grid.kv_len - first);
+      const int count = std::min(size_, kv_len - first);
       const Word* rows = key_rows<Format>(k, first, count, size_, call_.d, row_room_, &stride);
       product<Format, NV>(rows, stride, size_, call_.d / Format::PACK, queries_, scores_ + at);
       softmax.transform(scores_ + at, size_);

@@ -1,6 +1,7 @@
 // The operators that Python sees.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "backward.h"
@@ -29,22 +30,30 @@ void dispatch(at::ScalarType dtype, const Run& run) {
     TORCH_CHECK_VALUE(false, "dtype ", dtype, " is not supported; supported: Float, BFloat16, Half");
 }
 
+// Where an attention call's queries lie, and which of its tokens attend to each other.
+struct Places {
+  Grid grid;
+  std::vector<Document> documents;
+};
+
 // What the tensors of an attention call must have in common.
-Grid attention_grid(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& indices, int64_t query_tile,
-                    int64_t block_size, bool causal) {
-  const Grid grid = grid_of(q.dim() == 4 ? q.size(2) : 0, k.dim() == 4 ? k.size(2) : 0, query_tile, block_size, causal, query_heads(q, k));
+Places attention_places(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& indices,
+                        const std::optional<at::Tensor>& documents, int64_t query_tile, int64_t block_size, bool causal) {
+  Grid grid = grid_of(q.dim() == 4 ? q.size(2) : 0, k.dim() == 4 ? k.size(2) : 0, query_tile, block_size, causal, query_heads(q, k));
   const at::ScalarType dtype = q.scalar_type();
   expect_rows("q", q, dtype, {k.size(0), ANY, ANY, ANY});
   expect_rows("k", k, dtype, {ANY, ANY, ANY, q.size(3)});
   expect_rows("v", v, dtype, {k.size(0), k.size(1), k.size(2), ANY});
   expect_even("q", q);
   expect_even("v", v);
-  expect_whole("indices", indices, at::kInt, {k.size(0), k.size(1), grid.tiles, ANY});
-  return grid;
+  if (documents) expect_whole("documents", *documents, at::kLong, {ANY, 3});
+  expect_whole("indices", indices, at::kInt, {documents ? documents->size(0) : k.size(0), k.size(1), documents ? ANY : grid.tiles, ANY});
+  grid.tiles = indices.size(2);
+  return {grid, documents ? documents_of(*documents, grid, k.size(0)) : whole_rows(grid, k.size(0))};
 }
 
 template <class T>
-Attention<T> attention_of(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& indices, const Grid& grid,
+Attention<T> attention_of(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& indices, const Places& places,
                           const float* sinks, double scale, double softcap, const at::Tensor& out, const at::Tensor& lse) {
   return {heads_of<T>(q),
           heads_of<T>(k),
@@ -53,26 +62,32 @@ Attention<T> attention_of(const at::Tensor& q, const at::Tensor& k, const at::Te
           sinks,
           out.data_ptr<T>(),
           lse.data_ptr<float>(),
-          grid,
+          places.grid,
           {static_cast<float>(scale), static_cast<float>(softcap)},
-          k.size(0),
+          places.documents,
           k.size(1),
           indices.size(3),
           q.size(3),
           v.size(3)};
 }
 
+// Memory for what every document writes its part of; zero where there may be tokens of no document.
+at::Tensor room_for(at::IntArrayRef sizes, const at::TensorOptions& options, bool documents) {
+  return documents ? at::zeros(sizes, options) : at::empty(sizes, options);
+}
+
 std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& indices,
-                                           const std::optional<at::Tensor>& sinks, int64_t query_tile, int64_t block_size, bool causal,
-                                           double scale, double softcap) {
-  const Grid grid = attention_grid(q, k, v, indices, query_tile, block_size, causal);
+                                           const std::optional<at::Tensor>& documents, const std::optional<at::Tensor>& sinks,
+                                           int64_t query_tile, int64_t block_size, bool causal, double scale, double softcap) {
+  const Places places = attention_places(q, k, v, indices, documents, query_tile, block_size, causal);
   if (sinks) expect_whole("sinks", *sinks, at::kFloat, {q.size(1)});
-  at::Tensor out = at::empty({q.size(0), q.size(1), q.size(2), v.size(3)}, q.options());
+  at::Tensor out = room_for({q.size(0), q.size(1), q.size(2), v.size(3)}, q.options(), documents.has_value());
   at::Tensor lse = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
+  if (documents) lse.fill_(-INFINITY);
   const float* logits = sinks ? sinks->const_data_ptr<float>() : nullptr;
   dispatch(q.scalar_type(), [&](auto element, auto format) {
     using T = decltype(element);
-    if (lse.numel()) attend<T, decltype(format)>(attention_of<T>(q, k, v, indices, grid, logits, scale, softcap, out, lse));
+    if (lse.numel()) attend<T, decltype(format)>(attention_of<T>(q, k, v, indices, places, logits, scale, softcap, out, lse));
   });
   return {out, lse};
 }
@@ -80,21 +95,21 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_out, const std::optional<at::Tensor>& grad_lse,
                                                                     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                                                     const at::Tensor& out, const at::Tensor& lse, const at::Tensor& indices,
-                                                                    int64_t query_tile, int64_t block_size, bool causal, double scale,
-                                                                    double softcap) {
-  const Grid grid = attention_grid(q, k, v, indices, query_tile, block_size, causal);
+                                                                    const std::optional<at::Tensor>& documents, int64_t query_tile,
+                                                                    int64_t block_size, bool causal, double scale, double softcap) {
+  const Places places = attention_places(q, k, v, indices, documents, query_tile, block_size, causal);
   const std::array<int64_t, 4> shape{q.size(0), q.size(1), q.size(2), v.size(3)};
   const at::IntArrayRef rows(shape.data(), 3);
   expect_rows("grad_out", grad_out, q.scalar_type(), shape);
   expect_whole("out", out, q.scalar_type(), shape);
   expect_whole("lse", lse, at::kFloat, rows);
   if (grad_lse) expect_whole("grad_lse", *grad_lse, at::kFloat, rows);
-  at::Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options()), dv = at::empty(v.sizes(), v.options());
-  at::Tensor delta = at::empty(lse.sizes(), lse.options());
+  const auto room_like = [&](const at::Tensor& x) { return room_for(x.sizes(), x.options(), documents.has_value()); };
+  at::Tensor dq = room_like(q), dk = room_like(k), dv = room_like(v), delta = room_like(lse);
   if (!lse.numel()) return {dq, dk.zero_(), dv.zero_(), delta};
   dispatch(q.scalar_type(), [&](auto element, auto format) {
     using T = decltype(element);
-    const Gradients<T> gradients{attention_of<T>(q, k, v, indices, grid, nullptr, scale, softcap, out, lse),
+    const Gradients<T> gradients{attention_of<T>(q, k, v, indices, places, nullptr, scale, softcap, out, lse),
                                  heads_of<T>(grad_out),
                                  grad_lse ? grad_lse->const_data_ptr<float>() : nullptr,
                                  delta.data_ptr<float>(),
@@ -244,11 +259,11 @@ at::Tensor features(const at::Tensor& k, int64_t block_size) {
 
 TORCH_LIBRARY(hf_sparse_attn_cpp, m) {
   m.def(
-      "forward(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor? sinks, int query_tile, int block_size, bool causal, float scale, "
-      "float softcap) -> (Tensor, Tensor)");
+      "forward(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor? documents, Tensor? sinks, int query_tile, int block_size, "
+      "bool causal, float scale, float softcap) -> (Tensor, Tensor)");
   m.def(
-      "backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor indices, int query_tile, "
-      "int block_size, bool causal, float scale, float softcap) -> (Tensor, Tensor, Tensor, Tensor)");
+      "backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor indices, "
+      "Tensor? documents, int query_tile, int block_size, bool causal, float scale, float softcap) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "select(Tensor coarse_queries, Tensor real, Tensor router_keys, Tensor queries, Tensor reps, Tensor keys, Tensor tiles, int q_len, "
       "int query_tile, int block_size, int sink, Tensor budgets, int width, float? threshold) -> (Tensor, Tensor)");

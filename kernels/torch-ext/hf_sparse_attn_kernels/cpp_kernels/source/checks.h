@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <sstream>
+#include <vector>
 
 #include "tiles.h"
 
@@ -64,6 +65,39 @@ inline Grid grid_of(int64_t q_len, int64_t kv_len, int64_t query_tile, int64_t b
   Grid grid{q_len, kv_len, query_tile, block_size, causal, 0, heads};
   grid.tiles = q_len ? (grid.q_offset() % query_tile + q_len + query_tile - 1) / query_tile : 0;
   return grid;
+}
+
+// Every row of a call of `grid`.
+inline std::vector<Document> whole_rows(const Grid& grid, int64_t batch) {
+  std::vector<Document> rows;
+  for (int64_t row = 0; row < batch; ++row) rows.push_back({row, 0, 0, grid});
+  return rows;
+}
+
+// The documents [R, 3], (batch row, first slot, end slot), of a call of `grid`, each of which has at most `grid.tiles` tiles.
+inline std::vector<Document> documents_of(const at::Tensor& documents, const Grid& grid, int64_t batch) {
+  std::vector<Document> parts;
+  for (int64_t r = 0; r < documents.size(0); ++r) {
+    const int64_t *place = documents.const_data_ptr<int64_t>() + r * 3, row = place[0], first = place[1], end = place[2];
+    TORCH_CHECK_VALUE(0 <= row && row < batch && 0 <= first && first < end && end <= grid.kv_len, "documents holds [", row, ", ", first,
+                      ", ", end, "]: must lie in ", batch, " rows of ", grid.kv_len, " slots");
+    const int64_t begin = std::max(first, grid.q_offset());
+    const Grid within = grid_of(std::max<int64_t>(end - begin, 0), end - first, grid.query_tile, grid.block_size, grid.causal, grid.heads);
+    TORCH_CHECK_VALUE(within.tiles <= grid.tiles, "indices has ", grid.tiles, " tiles, but document [", row, ", ", first, ", ", end,
+                      "] has ", within.tiles);
+    parts.push_back({row, first, begin - grid.q_offset(), within});
+  }
+  std::vector<const Document*> ordered;
+  for (const Document& part : parts) ordered.push_back(&part);
+  std::sort(ordered.begin(), ordered.end(),
+            [](const Document* a, const Document* b) { return std::pair(a->row, a->first) < std::pair(b->row, b->first); });
+  for (size_t i = 1; i < ordered.size(); ++i) {
+    const Document &before = *ordered[i - 1], &part = *ordered[i];
+    TORCH_CHECK_VALUE(before.row != part.row || before.first + before.grid.kv_len <= part.first, "documents holds [", part.row, ", ",
+                      part.first, ", ", part.first + part.grid.kv_len, "] after [", before.row, ", ", before.first, ", ",
+                      before.first + before.grid.kv_len, "]: must share no slot with another document");
+  }
+  return parts;
 }
 
 // Numbers [m] of tiles of a call of `grid`, ascending.

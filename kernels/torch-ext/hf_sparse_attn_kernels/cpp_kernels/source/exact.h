@@ -41,11 +41,12 @@ class ExactQuery {
 
   // Weights of the keys it sees, `keys()`; returns the log-sum-exp.
   double weigh(int64_t group, int64_t tile, int64_t head, int64_t query) {
-    const Grid& grid = call_.grid;
-    const int64_t b = group / call_.groups, g = group % call_.groups;
-    const T* q = call_.q.rows(b, g * grid.heads + head).row(query);
-    const Matrix<T> k = call_.k.rows(b, g);
-    const int32_t *list = call_.indices + (group * grid.tiles + tile) * call_.kept, *end = list + call_.kept;
+    const Document& document = call_.document(group);
+    const Grid& grid = document.grid;
+    const int64_t g = group % call_.groups;
+    const T* q = call_.q.rows(document.row, g * grid.heads + head, document.query).row(query);
+    const Matrix<T> k = call_.keys(group);
+    const int32_t *list = call_.list(group, tile), *end = list + call_.kept;
     const int64_t seen = grid.causal ? query + grid.q_offset() + 1 : grid.kv_len;
     keys_.clear();
     weights_.clear();
@@ -61,10 +62,10 @@ class ExactQuery {
   const std::vector<double>& weights() const { return weights_; }
 
   void attend(int64_t group, int64_t tile, int64_t head, int64_t query) {
-    const int64_t b = group / call_.groups, g = group % call_.groups, row = call_.row(b, g, head, query);
+    const int64_t row = call_.row(call_.document(group), group % call_.groups, head, query);
     call_.lse[row] = static_cast<float>(weigh(group, tile, head, query));
     out_.assign(call_.dv, 0.0);
-    const Matrix<T> v = call_.v.rows(b, g);
+    const Matrix<T> v = call_.values(group);
     for (size_t i = 0; i < keys_.size(); ++i) {
       if (weights_[i] == 0) continue;  // hides even a NaN or infinite value
       const T* value = v.row(keys_[i]);

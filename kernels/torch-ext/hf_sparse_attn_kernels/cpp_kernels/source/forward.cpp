@@ -25,18 +25,16 @@ class Strip {
 
   // Rows [first_row, first_row + L) of a tile.
   void run(int64_t group, int64_t tile, int64_t first_row) {
-    const Lanes<NV> lanes = rows_of<NV>(call_.grid, tile, first_row);
-    lanes.template load_queries<Format>(call_.q, group / call_.groups, group % call_.groups, call_.d, queries_);
+    const Grid& grid = call_.document(group).grid;
+    const Lanes<NV> lanes = rows_of<NV>(grid, tile, first_row);
+    lanes.template load_queries<Format>(call_.q, call_.document(group), group % call_.groups, call_.d, queries_);
     Softmax<NV> softmax(call_.logits);
-    if (call_.sinks) softmax.start(lanes, call_.sinks + group % call_.groups * call_.grid.heads);
-    const int32_t* list = call_.indices + (group * call_.grid.tiles + tile) * call_.kept;
-    const int32_t* end = list + call_.kept;
-    list = call_.grid.checked(list, end, tile);
+    if (call_.sinks) softmax.start(lanes, call_.sinks + group % call_.groups * grid.heads);
+    const int32_t *list = call_.list(group, tile), *end = list + call_.kept;
+    list = grid.checked(list, end, tile);
     std::fill_n(out_, call_.dv * L, 0.0f);
-    const Matrix<T> k = call_.k.rows(group / call_.groups, group % call_.groups);
-    const Matrix<T> v = call_.v.rows(group / call_.groups, group % call_.groups);
-    const int64_t step = std::max<int64_t>(1, CHUNK / call_.grid.block_size);
-    for (; list < end; list += step) chunk(k, v, lanes, list, std::min<int64_t>(step, end - list), softmax);
+    const int64_t step = std::max<int64_t>(1, CHUNK / grid.block_size);
+    for (; list < end; list += step) chunk(group, lanes, list, std::min<int64_t>(step, end - list), softmax);
     if (softmax.extreme() || !all_finite<NV>(out_, call_.dv))  // 0 times such a value must be 0 where the query does not see it
       exactly(lanes, group, tile);
     else
@@ -44,12 +42,13 @@ class Strip {
   }
 
  private:
-  void chunk(Matrix<T> k, Matrix<T> v, const Lanes<NV>& lanes, const int32_t* list, int64_t blocks, Softmax<NV>& softmax) {
-    const int size = call_.grid.block_size;
+  void chunk(int64_t group, const Lanes<NV>& lanes, const int32_t* list, int64_t blocks, Softmax<NV>& softmax) {
+    const Matrix<T> k = call_.keys(group), v = call_.values(group);
+    const int64_t size = call_.grid.block_size, kv_len = call_.document(group).grid.kv_len;
     Run values[CHUNK];
     for (int64_t j = 0; j < blocks; ++j) {
       const int64_t first = int64_t{list[j]} * size;
-      const int count = std::min<int64_t>(size, call_.grid.kv_len - first);
+      const int count = std::min(size, kv_len - first);
       int64_t stride;
       const Word* rows = key_rows<Format>(k, first, count, size, call_.d, key_room_, &stride);
       float* scores = scores_ + j * size * L;
@@ -65,13 +64,12 @@ class Strip {
   }
 
   void finish(const Lanes<NV>& lanes, const Softmax<NV>& softmax, int64_t group) {
-    const int64_t b = group / call_.groups, g = group % call_.groups;
     float inverse[L], lse[L];
     softmax.finish(inverse, lse);
     for (int l = 0; l < L; ++l) {
       const int64_t query = lanes.query(l);
       if (query < 0) continue;
-      const int64_t row = call_.row(b, g, lanes.head(l), query);
+      const int64_t row = call_.row(call_.document(group), group % call_.groups, lanes.head(l), query);
       call_.lse[row] = lse[l];
       T* to = call_.out + row * call_.dv;
       for (int64_t d = 0; d < call_.dv; ++d) to[d] = static_cast<T>(out_[d * L + l] * inverse[l]);

@@ -1,6 +1,8 @@
 // What the forward pass of an attention call is told.
 #pragma once
 
+#include <vector>
+
 #include "softmax.h"
 
 namespace hsa {
@@ -8,17 +10,23 @@ namespace hsa {
 template <class T>
 struct Attention {
   Heads<T> q, k, v;
-  const int32_t* indices;  // [B, G, tiles, kept], ascending, -1 = empty first
+  const int32_t* indices;  // [R, G, tiles, kept], ascending, -1 = empty first
   const float* sinks;      // [H] or null
   T* out;                  // [B, H, Q, Dv]
   float* lse;              // [B, H, Q]
-  Grid grid;
+  Grid grid;               // of all slots, with the most tiles of a document
   Logits logits;
-  int64_t batch, groups, kept, d, dv;
+  std::vector<Document> documents;  // R
+  int64_t groups, kept, d, dv;
   int64_t heads() const { return groups * grid.heads; }
-  // number of a query of a head of KV head g among the rows of out and lse
-  int64_t row(int64_t b, int64_t g, int64_t head, int64_t query) const {
-    return (b * heads() + g * grid.heads + head) * grid.q_len + query;
+  // `group` counts documents and KV heads: r * groups + g
+  const Document& document(int64_t group) const { return documents[group / groups]; }
+  const int32_t* list(int64_t group, int64_t tile) const { return indices + (group * grid.tiles + tile) * kept; }
+  Matrix<T> keys(int64_t group) const { return k.rows(document(group).row, group % groups, document(group).first); }
+  Matrix<T> values(int64_t group) const { return v.rows(document(group).row, group % groups, document(group).first); }
+  // number of a document's query of a head of KV head g among the rows of out and lse
+  int64_t row(const Document& document, int64_t g, int64_t head, int64_t query) const {
+    return (document.row * heads() + g * grid.heads + head) * grid.q_len + document.query + query;
   }
 };
 
@@ -29,9 +37,10 @@ void for_each_strip(const Attention<T>& call, const Visit& visit) {
   const int64_t vectors = (call.grid.rows() + LANES - 1) / LANES, whole = vectors / REGISTERS, rest = vectors % REGISTERS;
   const auto pass = [&](auto size, int64_t first_row, int64_t count) {
     visit(size, [&](const auto& make) {
-      for_each_item(call.batch * call.groups * call.grid.tiles * count, make, [&](auto& worker, int64_t item) {
-        const int64_t tile = item / count;
-        worker->run(tile / call.grid.tiles, tile % call.grid.tiles, first_row + item % count * size() * LANES);
+      const int64_t tiles = call.grid.tiles;
+      for_each_item(call.documents.size() * call.groups * tiles * count, make, [&](auto& worker, int64_t item) {
+        const int64_t group = item / count / tiles, tile = item / count % tiles;
+        if (tile < call.document(group).grid.tiles) worker->run(group, tile, first_row + item % count * size() * LANES);
       });
     });
   };

@@ -27,7 +27,10 @@ template <class T>
 struct Heads {  // [B, heads, N, D]
   const T* data;
   int64_t batch_stride, head_stride, row_stride;
-  Matrix<T> rows(int64_t b, int64_t head) const { return {data + b * batch_stride + head * head_stride, row_stride}; }
+  // rows of a head from row `first` on
+  Matrix<T> rows(int64_t b, int64_t head, int64_t first = 0) const {
+    return {data + b * batch_stride + head * head_stride + first * row_stride, row_stride};
+  }
 };
 
 // Whether tensors of T are words of the format as they stand.

@@ -39,16 +39,16 @@ class Lanes {
     }
   }
 
-  // index of the lane's query in the call, -1 for an empty lane; its head within the group
+  // index of the lane's query in its document, -1 for an empty lane; its head within the group
   int64_t query(int lane) const { return query_[lane]; }
   int64_t head(int lane) const { return head_[lane]; }
   // position of the last key that it sees
   int64_t last(int lane) const { return last_[lane]; }
 
   template <class Format, class Tensor>
-  void load_queries(const Tensor& q, int64_t b, int64_t g, int64_t width, float* to) const {
+  void load_queries(const Tensor& q, const Document& document, int64_t g, int64_t width, float* to) const {
     for (int l = 0; l < L; ++l) {
-      const auto* from = query_[l] < 0 ? nullptr : q.rows(b, g * grid_.heads + head_[l]).row(query_[l]);
+      const auto* from = query_[l] < 0 ? nullptr : q.rows(document.row, g * grid_.heads + head_[l], document.query).row(query_[l]);
       to_lane<Format>(from, width, L, l, to);
     }
   }

@@ -49,6 +49,13 @@ struct Grid {
   }
 };
 
+// Tokens of a batch row that attend to each other only: `grid` counts from slot `first`, its queries are those of the call from
+// `query` on. Without documents a batch row is one.
+struct Document {
+  int64_t row, first, query;
+  Grid grid;
+};
+
 // Memory of one worker, aligned to a cache line.
 class Room {
  public:
