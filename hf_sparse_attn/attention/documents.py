@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,8 @@ class Segment:
     """Real tokens of one document: batch rows ``rows`` (all with the same layout) and their key slots.
 
     ``slots`` int64 [N'] in order, or None for all slots. ``queries`` of them, the last ones, have queries in this call.
-    ``slots_on_host`` are the same on the CPU. ``consecutive``: whether the positions of the queries grow by one, None for unknown.
+    ``slots_on_host`` are the same on the CPU, ``place`` int64 [3] is (batch row, first slot, end slot), on the device: both None where
+    ``slots`` is. ``consecutive``: whether the positions of the queries grow by one, None for unknown.
     """
 
     rows: slice
@@ -25,6 +27,15 @@ class Segment:
     queries: int
     slots_on_host: Tensor | None = None
     consecutive: bool | None = None
+    place: Tensor | None = None
+
+    @cached_property
+    def extent(self) -> tuple[int, int] | None:
+        """First slot and end slot, None where the segment has all slots or there are others between its own."""
+        if self.slots_on_host is None:
+            return None
+        first, last = (int(self.slots_on_host[at]) for at in (0, -1))
+        return (first, last + 1) if last - first == len(self.slots_on_host) - 1 else None
 
     def keys(self, x: Tensor) -> Tensor:
         """The segment's part of ``x`` [B, heads, N, D]."""
@@ -32,24 +43,27 @@ class Segment:
 
     def _take(self, x: Tensor, dim: int) -> Tensor:
         """The segment's slots of dimension ``dim``, as a view where they are consecutive."""
-        if self.slots is None or self.slots_on_host is None:
+        if self.slots is None:
             return x
-        first, last = (int(self.slots_on_host[at]) for at in (0, -1))
-        return x.narrow(dim, first, len(self.slots)) if last - first == len(self.slots) - 1 else x.index_select(dim, self.slots)
+        return x.index_select(dim, self.slots) if self.extent is None else x.narrow(dim, self.extent[0], len(self.slots))
 
     def positions(self, positions: Tensor) -> Tensor:
         """The segment's part of ``positions`` [1 or B, N]."""
-        part = positions if positions.shape[0] == 1 else positions[self.rows]
-        return part if self.slots is None else part[:, self.slots]
+        return self._take(positions if positions.shape[0] == 1 else positions[self.rows], 1)
 
     def links(self, mask: Tensor) -> Tensor:
         """The segment's part of a ``mask`` [1 or B, 1 or heads, N, N] of a call without a past."""
         part = mask if mask.shape[0] == 1 else mask[self.rows]
         return self._take(self._take(part, 2), 3)
 
-    def query_slots(self, q_len: int, kv_len: int) -> Tensor | None:
-        """Indices of the segment's queries among the ``q_len`` of the call, None for all."""
-        return None if self.slots is None else self.slots[len(self.slots) - self.queries :] - (kv_len - q_len)
+    def query_slots(self, q_len: int, kv_len: int) -> slice | Tensor:
+        """Indices of the segment's queries among the ``q_len`` of the call."""
+        if self.slots is None:
+            return slice(None)
+        if self.extent is None:
+            return self.slots[len(self.slots) - self.queries :] - (kv_len - q_len)
+        end = self.extent[1] - (kv_len - q_len)
+        return slice(end - self.queries, end)
 
     def query_slots_on_host(self, q_len: int, kv_len: int) -> Tensor:
         """`query_slots` on the CPU, of a segment that does not have all slots."""
@@ -241,7 +255,7 @@ def cut_documents(batch: int, q_len: int, kv_len: int, mask: Tensor | None, star
     starts = None if starts is None or not bool(starts.any()) else starts
     if starts is None and (mask is None or bool(mask.all())):
         return [Segment(slice(0, batch), None, q_len)]
-    segments = []
+    segments, places = [], []
     told = starts if mask is None else mask
     assert told is not None
     device = told.device
@@ -255,7 +269,9 @@ def cut_documents(batch: int, q_len: int, kv_len: int, mask: Tensor | None, star
             queries = int((part >= kv_len - q_len).sum())
             if queries:
                 segments.append(Segment(slice(row, row + 1), part.to(device), queries, part))
-    return segments
+                places.append((row, int(part[0]), int(part[-1]) + 1))
+    on_device = torch.tensor(places, dtype=torch.int64, device="cpu").to(device)  # one copy for all layers and documents
+    return [replace(segment, place=place) for segment, place in zip(segments, on_device, strict=True)]
 
 
 def _starts_where(new: Callable[[Tensor, Tensor], Tensor], told: Tensor, real: Tensor | None) -> Tensor:

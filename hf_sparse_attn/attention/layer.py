@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import reduce
 from typing import Protocol
 
 import torch
-from hf_sparse_attn_kernels import BlockSelection, block_sparse_attention
+from hf_sparse_attn_kernels import BlockSelection, block_sparse_attention, join_documents
 from torch import Tensor, nn
 
 from ..router.module import RoutingInputs, SparseRouter, active_router
@@ -20,6 +21,8 @@ from .checks import refuse_split_sequences
 from .dense import dense_attention, stock_attention_of_documents, stock_mask
 from .documents import Layout, Segment
 from .gradients import attach
+
+PADDED_TILES = 1 << 14  # so many tiles of documents of all lengths may always be joined: their lists take some megabytes
 
 
 class Selector(Protocol):
@@ -169,48 +172,100 @@ def _attend_as_stock(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
 
 
 def _attend_segments(layer: _Layer, segments: list[Segment], query: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> Tensor:
-    """Attention of every document: [B, Q, H, D]; queries that are padding get zeros."""
-    if len(segments) == 1 and segments[0].slots is None:
-        out = _attend(layer, _inputs(layer, segments[0], query, key, positions), value)
-        return out.transpose(1, 2).contiguous()
-    out = query.new_zeros(query.shape)
-    if not segments:  # only padding
-        out = attach(out, (query, key, value))
+    """Attention of every document: [B, Q, H, D]; queries that are padding get zeros.
+
+    Each document is routed by itself. All whose slots are a run without holes are then attended in one call.
+    """
+    q_len, kv_len = query.shape[2], key.shape[2]
+    apart: Tensor | None = None
+    routed: list[tuple[Tensor, BlockSelection]] = []
     for segment in segments:
-        at = segment.query_slots(query.shape[2], key.shape[2])
-        inputs = _inputs(layer, segment, query[:, :, at], key, positions)
-        out[segment.rows, :, at] = _attend(layer, inputs, segment.keys(value))
-    return out.transpose(1, 2).contiguous()
+        at = segment.query_slots(q_len, kv_len)
+        inputs = _inputs(layer, segment, query[segment.rows, :, at], key, value, positions)
+        selections = _route(layer, inputs)
+        if segment.place is None:
+            return _attend(layer, inputs, selections).transpose(1, 2).contiguous()
+        if segment.extent is not None and len(selections) == 1 and layer.call.attention is None:
+            routed.append((segment.place, selections[0]))
+            continue
+        apart = query.new_zeros(query.shape) if apart is None else apart
+        apart[segment.rows, :, at] = _attend(layer, inputs, selections)
+    outputs = [_attend_selection(layer, query, key, value, selection) for selection in joint_selections(routed, q_len, kv_len)]
+    if apart is not None:
+        outputs.append(apart)
+    if not outputs:  # only padding
+        outputs.append(attach(query.new_zeros(query.shape), (query, key, value)))
+    return reduce(torch.add, outputs).transpose(1, 2).contiguous()
 
 
-def _inputs(layer: _Layer, segment: Segment, query: Tensor, key: Tensor, positions: Tensor) -> RoutingInputs:
+def _inputs(layer: _Layer, segment: Segment, q: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> RoutingInputs:
+    """One document's queries ``q``, and its part of the rest."""
     k, pos = segment.keys(key), segment.positions(positions)
     summaries = None
     if layer.cache is not None:
-        summaries = layer.cache.summaries(layer.router, query.shape[0], segment.rows, segment.slots_on_host, k.detach(), pos)
+        summaries = layer.cache.summaries(layer.router, key.shape[0], segment.rows, segment.slots_on_host, k.detach(), pos)
     asked = layer.asked
-    return RoutingInputs(query[segment.rows], k, pos, asked.scale, summaries, asked.causal, consecutive=segment.consecutive)
+    return RoutingInputs(q, k, pos, asked.scale, summaries, asked.causal, segment.keys(value), segment.consecutive)
 
 
-def _attend(layer: _Layer, inputs: RoutingInputs, value: Tensor) -> Tensor:
-    """Attention of one document: [b, H, Q, D]."""
-    router, call = layer.router, layer.call
-    detached = replace(inputs, q=inputs.q.detach(), k=inputs.k.detach(), v=value.detach())
+def _route(layer: _Layer, inputs: RoutingInputs) -> list[BlockSelection]:
+    """What each span of a document's queries keeps, see `query_spans`; nothing where the layer attends densely."""
+    router, call, inputs = layer.router, layer.call, inputs.detached()
     if call.observer is not None:
-        call.observer(router, detached)
+        call.observer(router, inputs)
     if call.dense or router.layer in router.config.dense_layers or (router.budgets is not None and router.budgets.is_dense):
-        return dense_attention(inputs.q, inputs.k, value, layer.asked.scale, layer.asked.causal, layer.asked.softcap, layer.asked.sinks)
-    outputs = []
+        return []
+    selections = []
     for start, stop, query_tile in query_spans(router, inputs, call.decode_from):
-        span = detached.span(start, stop)
-        selection = call.selector(router, span, query_tile)
+        span = inputs.span(start, stop)
+        selections.append(call.selector(router, span, query_tile))
         if call.on_selection is not None:
-            call.on_selection(router, span, selection)
-        if call.attention is not None:
-            outputs.append(call.attention(router, span, selection))
-            continue
-        kv_len = span.k.shape[2]
-        outputs.append(_attend_selection(layer, inputs.q[:, :, start:stop], inputs.k[:, :, :kv_len], value[:, :, :kv_len], selection))
+            call.on_selection(router, span, selections[-1])
+    return selections
+
+
+def joint_selections(routed: list[tuple[Tensor, BlockSelection]], q_len: int, kv_len: int) -> Iterator[BlockSelection]:
+    """The ``routed`` documents, (place of a `Segment`, selection), of a call, the last Q of N slots, in as few selections as may be.
+
+    One selection has one query tile, and its lists are padded to the number of tiles of its longest document: where that
+    would be many, the shorter documents are joined apart.
+    """
+    group: list[tuple[Tensor, BlockSelection]] = []
+    tiles = 0
+    for place, selection in sorted(routed, key=lambda part: (part[1].grid.query_tile, part[1].grid.tiles), reverse=True):
+        grid = selection.grid
+        if group:
+            longest = group[0][1].grid
+            padded = longest.tiles * (len(group) + 1)
+            if grid.query_tile != longest.query_tile or padded > max(PADDED_TILES, 4 * (tiles + grid.tiles)):
+                yield _joined(group, q_len, kv_len)
+                group, tiles = [], 0
+        group.append((place, selection))
+        tiles += grid.tiles
+    if group:
+        yield _joined(group, q_len, kv_len)
+
+
+def _joined(group: list[tuple[Tensor, BlockSelection]], q_len: int, kv_len: int) -> BlockSelection:
+    places, selections = zip(*group, strict=True)
+    return join_documents(selections, torch.stack(places), q_len, kv_len)
+
+
+def _attend(layer: _Layer, inputs: RoutingInputs, selections: list[BlockSelection]) -> Tensor:
+    """Attention of one document over what its spans of queries keep, dense without any: [b, H, Q, D]."""
+    assert inputs.v is not None
+    if not selections:
+        asked = layer.asked
+        return dense_attention(inputs.q, inputs.k, inputs.v, asked.scale, asked.causal, asked.softcap, asked.sinks)
+    outputs, start = [], 0
+    for selection in selections:
+        span = inputs.span(start, start + selection.grid.q_len)
+        start += selection.grid.q_len
+        assert span.v is not None
+        if layer.call.attention is not None:
+            outputs.append(layer.call.attention(layer.router, span.detached(), selection))
+        else:
+            outputs.append(_attend_selection(layer, span.q, span.k, span.v, selection))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 
 

@@ -45,6 +45,10 @@ class RoutingInputs:
     def grid(self, query_tile: int, block_size: int) -> TileGrid:
         return TileGrid(self.q.shape[2], self.k.shape[2], query_tile, block_size, self.causal)
 
+    def detached(self) -> RoutingInputs:
+        """The same without gradients."""
+        return replace(self, q=self.q.detach(), k=self.k.detach(), v=None if self.v is None else self.v.detach())
+
     def span(self, start: int, stop: int) -> RoutingInputs:
         """The queries ``[start, stop)`` of this call with the keys up to the last of them."""
         kv_len = self.k.shape[2] - self.q.shape[2] + stop
