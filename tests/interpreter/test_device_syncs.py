@@ -16,6 +16,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 
 from hf_sparse_attn import sparsify
 from hf_sparse_attn.attention import documents, static_decode
+from hf_sparse_attn.attention import layer as layers
 
 SETTINGS = {"block_size": 16, "query_tile": 64, "sink": 16, "local": 64, "dense_below": 0, "min_keys": 256, "max_keys": 256}
 LAYERS = 3
@@ -50,11 +51,11 @@ class Waits(TorchDispatchMode):
     def _note(self):
         """Where it happened, below torch's own frames."""
         frame = next(frame for frame in reversed(traceback.extract_stack()[:-2]) if "/torch/" not in frame.filename)
-        self.places.append(f"{'/'.join(frame.filename.split('/')[-2:])}:{frame.lineno} {frame.line}")
+        self.places.append(f"{frame.filename}:{frame.lineno} {frame.line}")
 
     @property
     def ours(self):
-        return [place for place in self.places if place.startswith(("hf_sparse_attn", "triton_kernels"))]
+        return [place for place in self.places if "/hf_sparse_attn" in place]
 
 
 def tiny():
@@ -123,6 +124,26 @@ def test_a_prefill_waits_twice_whatever_its_layers(model):
     with Waits() as waits:
         model(ids(2000), past_key_values=DynamicCache(config=model.config))
     assert len(waits.places) == 2
+
+
+@pytest.mark.parametrize("count", [2, 20])
+def test_packed_documents_that_are_known_wait_for_nothing_and_are_attended_once_a_layer(model, monkeypatch, count):
+    """Where they start is read once, see above; here they are given."""
+    slots = torch.arange(2000).chunk(count)
+    places = torch.empty(count, 3, dtype=torch.long, device=DEVICE)
+    of_one_row = [
+        documents.Segment(slice(0, 1), part.to(DEVICE), len(part), part, True, place) for part, place in zip(slots, places, strict=True)
+    ]
+    selections, attend = [], layers.block_sparse_attention
+    monkeypatch.setattr(documents.Layout, "segments", lambda _: of_one_row)
+    monkeypatch.setattr(
+        layers,
+        "block_sparse_attention",
+        lambda q, k, v, selection, **options: selections.append(selection) or attend(q, k, v, selection, **options),
+    )
+    with Waits() as waits:
+        model(ids(2000), use_cache=False)
+    assert not waits.ours and [len(selection.documents) for selection in selections] == [count] * LAYERS
 
 
 def test_generation_reads_the_mask_at_the_prompt_only(model):
