@@ -116,11 +116,4 @@ def dense_attention(
 
 def _every_block(grid: TileGrid, k: Tensor) -> BlockSelection:
     """All blocks that each tile sees."""
-    block = torch.arange(grid.blocks, dtype=torch.int32, device=k.device)
-    last = (
-        grid.last_positions(k.device) // grid.block_size
-        if grid.causal
-        else torch.full((grid.tiles,), grid.blocks, device=k.device, dtype=torch.int64)
-    )
-    kept = torch.where(block <= last[:, None], block, -1).sort(-1).values
-    return BlockSelection(kept.expand(*k.shape[:2], -1, -1).contiguous(), grid)
+    return BlockSelection(grid.visible_blocks(k.device).expand(*k.shape[:2], -1, -1).contiguous(), grid)

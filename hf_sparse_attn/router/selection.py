@@ -42,16 +42,9 @@ def _select(router: SparseRouter, inputs: RoutingInputs, plan: TilePlan, impl: s
     return BlockSelection(indices, grid, scores)
 
 
-def visible_blocks(plan: TilePlan) -> Tensor:
-    """The blocks that each tile sees, −1 before them: int32 [n, nb]."""
-    block = torch.arange(plan.grid.blocks, device=plan.device, dtype=torch.int32)
-    seen = plan.last[:, None] if plan.grid.causal else plan.grid.blocks - 1
-    return torch.where(block <= seen, block, -1).expand(plan.grid.tiles, -1).sort(-1).values
-
-
 def everything(plan: TilePlan, inputs: RoutingInputs) -> BlockSelection:
     """Every block that a tile sees, where no tile has more of them than its budget."""
-    indices = visible_blocks(plan).expand(*inputs.k.shape[:2], -1, -1).contiguous()
+    indices = plan.grid.visible_blocks(plan.device).expand(*inputs.k.shape[:2], -1, -1).contiguous()
     return BlockSelection(indices, plan.grid, torch.full(indices.shape, torch.nan, device=plan.device, dtype=torch.float32))
 
 
@@ -88,7 +81,7 @@ def within_budgets(selection: BlockSelection, plan: TilePlan, budgets: HeadBudge
 
 def _with_dense_heads(indices: Tensor, scores: Tensor, plan: TilePlan, dense: Tensor) -> tuple[Tensor, Tensor]:
     """Indices and scores [B, G, n, K], with every block that a tile sees where ``dense`` [G, n] says so."""
-    seen = visible_blocks(plan).expand(*indices.shape[:3], -1)
+    seen = plan.grid.visible_blocks(plan.device).expand(*indices.shape[:3], -1)
     width = max(seen.shape[-1], indices.shape[-1])
     pad = torch.nn.functional.pad
     indices, seen = (pad(x, (width - x.shape[-1], 0), value=-1) for x in (indices, seen))

@@ -159,6 +159,18 @@ def test_select_by_scores_keeps_the_forced_and_the_best(case, seed):
     assert torch.equal(selection.scores[valid], gathered[valid])
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("q_len", "past"), [(1, 0), (1, 200), (77, 0), (130, 41), (0, 30), (0, 0)])
+@pytest.mark.parametrize("tiling", [(64, 16), (16, 64), (1, 16)])
+def test_visible_blocks_are_those_with_a_key_that_some_query_of_the_tile_sees(q_len, past, tiling, causal):
+    grid = TileGrid(q_len, past + q_len, *tiling, causal)
+    lists = grid.visible_blocks()
+    assert lists.dtype == torch.int32 and lists.shape == (grid.tiles, grid.blocks)
+    for row, last in zip(lists.tolist(), grid.last_positions().tolist(), strict=True):
+        seen = [block for block in range(grid.blocks) if not causal or block * grid.block_size <= last]
+        assert row == [-1] * (grid.blocks - len(seen)) + seen
+
+
 def test_kept_marks_exactly_the_listed_blocks():
     grid = TileGrid(100, 100, 64, 16)
     indices = torch.tensor([[[[-1, 0, 3], [1, 2, 6]], [[-1, -1, -1], [-1, -1, 0]]]], dtype=torch.int32)

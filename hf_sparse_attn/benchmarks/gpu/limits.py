@@ -90,9 +90,7 @@ def dense_share(sizes: LayerShape, dry: bool) -> dict[str, Any]:
     """The sparse kernel with every block kept against the best dense kernel: the share of its rate that sparsity starts from."""
     layer = Layer(sizes)
     grid = TileGrid(sizes.length, sizes.length, layer.router.config.query_tile, sizes.block_size)
-    block = torch.arange(grid.blocks, device=layer.q.device, dtype=torch.int64)
-    visible = block <= (grid.last_positions(layer.q.device) // sizes.block_size)[:, None]
-    indices = torch.where(visible, block, -1).sort(-1).values.int().expand(sizes.batch, sizes.groups, -1, -1).contiguous()
+    indices = grid.visible_blocks(layer.q.device).expand(sizes.batch, sizes.groups, -1, -1).contiguous()
     selection = BlockSelection(indices, grid)
     layer.verify(layer.attend(selection), selection)
     peers = dense_peers(layer)

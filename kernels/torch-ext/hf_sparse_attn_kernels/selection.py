@@ -72,6 +72,17 @@ class TileGrid:
         """Content position of each tile's last query, ``[n]`` (int64)."""
         return (self.first_positions(device) + self.query_tile - 1).clamp_(max=self.kv_len - 1)
 
+    def visible_blocks(self, device: torch.device | str = "cpu") -> Tensor:
+        """Lists of all blocks that each tile sees, ``[n, nb]`` (int32), ascending, −1 first.
+
+        Entry j of a list of nb blocks, of which a tile sees m, is j − (nb − m).
+        """
+        block = torch.arange(self.blocks, device=device, dtype=torch.int32)
+        if not self.causal:
+            return block.expand(self.tiles, -1)
+        seen = self.last_positions(device).int() // self.block_size + 1
+        return (block - self.blocks + seen[:, None]).clamp_(min=-1)
+
 
 @dataclass(frozen=True)
 class BlockSelection:
