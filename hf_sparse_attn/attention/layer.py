@@ -183,7 +183,7 @@ def _attend_segments(layer: _Layer, segments: list[Segment], query: Tensor, key:
         at = segment.query_slots(q_len, kv_len)
         inputs = _inputs(layer, segment, query[segment.rows, :, at], key, value, positions)
         selections = _route(layer, inputs)
-        if segment.place is None:
+        if segment.place is None:  # the only one, which has all slots
             return _attend(layer, inputs, selections).transpose(1, 2).contiguous()
         if segment.extent is not None and len(selections) == 1 and layer.call.attention is None:
             routed.append((segment.place, selections[0]))

@@ -115,9 +115,10 @@ def test_the_operators_pass_opcheck(layer, make_router, routing_inputs):
     q, k, v, selection = layer
     names = ("test_schema", "test_autograd_registration", "test_faketensor")
     tensors = [x.detach().requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(
-        ops.forward.default, (*tensors, selection.indices, torch.zeros(6, requires_grad=True), 64, 16, True, 0.2, 0.0), test_utils=names
-    )
+    options = (torch.zeros(6, requires_grad=True), 64, 16, True, 0.2, 0.0)
+    empty, documents = torch.full_like(selection.indices, -1), torch.tensor([[0, 0, 300], [1, 7, 363]])
+    for lists in ((selection.indices, None), (empty, documents)):
+        torch.library.opcheck(ops.forward.default, (*tensors, *lists, *options), test_utils=names)
     router, inputs = make_router(mass_threshold=0.01), routing_inputs(230)
     plan, tiles = make_plan(router.config, inputs.grid(16, 16)), torch.arange(15)
     with torch.no_grad():
