@@ -5,7 +5,7 @@ from __future__ import annotations
 import hf_sparse_attn_kernels as kernels
 import torch
 from hf_sparse_attn_kernels import BlockSelection, TileFeatures, TileGrid, TilePlan, to_tiles
-from hf_sparse_attn_kernels.planning import chunk_of
+from hf_sparse_attn_kernels.plan import chunk_of
 from torch import Tensor
 
 from .budget import make_plan

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hf_sparse_attn_kernels import Scratch, TileGrid, coarse_scores, features, fine_mass
+from hf_sparse_attn_kernels import Scratch, TileGrid, coarse_scores, fine_mass
+from hf_sparse_attn_kernels.torch_kernels import scoring as features
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from hf_sparse_attn_kernels import BlockSelection, TileGrid, block_mass, features, ordered_topk, pooled_features
+from hf_sparse_attn_kernels import BlockSelection, TileGrid, block_mass, ordered_topk, pooled_features
+from hf_sparse_attn_kernels.torch_kernels import scoring as features
 from hypothesis import assume, given
 from hypothesis import strategies as st
 

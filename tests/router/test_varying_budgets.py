@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hf_sparse_attn_kernels import BlockSelection, TileGrid, block_sparse_attention, gathered
+from hf_sparse_attn_kernels import BlockSelection, TileGrid, block_sparse_attention
 from hf_sparse_attn_kernels.routing import stage_one_scores, stage_two_mass
+from hf_sparse_attn_kernels.torch_kernels import attention as gathered
 from transformers import AutoModelForCausalLM
 
 import hf_sparse_attn

@@ -24,7 +24,7 @@ from hf_sparse_attn_kernels import (
     pooled_features,
 )
 from hf_sparse_attn_kernels.cpp_kernels import compiling
-from hf_sparse_attn_kernels.features import block_mass_torch, coarse_scores_torch, fine_mass_torch, pooled_features_torch
+from hf_sparse_attn_kernels.torch_kernels.scoring import block_mass_torch, coarse_scores_torch, fine_mass_torch, pooled_features_torch
 
 ops = torch.ops.hf_sparse_attn_cpp
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}

@@ -6,7 +6,7 @@ import math
 
 import torch
 from hf_sparse_attn_kernels import BlockSelection, block_sparse_attention, to_tiles
-from hf_sparse_attn_kernels.gathering import from_tiles
+from hf_sparse_attn_kernels.tiles import from_tiles
 from torch import Tensor
 
 from ...router.budget import make_plan

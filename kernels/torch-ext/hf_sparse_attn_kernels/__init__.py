@@ -4,12 +4,12 @@ Imports only the standard library, torch and itself.
 """
 
 from .attention import block_sparse_attention
-from .gathering import Scratch, to_tiles
 from .implementations import IMPLEMENTATIONS, default_choice
-from .planning import TileBudget, TilePlan
+from .plan import TileBudget, TilePlan
 from .routing import TileFeatures, select_blocks, stage_one_scores
 from .scoring import block_mass, coarse_scores, fine_mass, pooled_features
 from .selection import BlockSelection, TileGrid, join_documents, ordered_topk
+from .tiles import Scratch, to_tiles
 
 __all__ = [
     "IMPLEMENTATIONS",

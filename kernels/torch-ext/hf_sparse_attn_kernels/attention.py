@@ -11,11 +11,11 @@ from torch import Tensor
 from .checking import check_attention
 from .cpp_kernels.attention import block_sparse_attention_cpp
 from .cpp_kernels.support import unsupported as unsupported_by_cpp
-from .gathered import block_sparse_attention_torch
 from .implementations import IMPLEMENTATIONS, choose
 from .options import ScoreOptions
 from .reference import block_sparse_attention_reference
 from .selection import BlockSelection
+from .torch_kernels.attention import block_sparse_attention_torch
 from .triton_kernels.support import unsupported as unsupported_by_triton
 
 Attend = Callable[[Tensor, Tensor, Tensor, BlockSelection, ScoreOptions, bool], tuple[Tensor, Tensor | None]]

@@ -10,7 +10,7 @@ from torch import Tensor
 from .selection import TileGrid
 
 if TYPE_CHECKING:
-    from .planning import TilePlan
+    from .plan import TilePlan
     from .routing import TileFeatures
 
 Sizes = tuple[int | None, ...]  # None: as many as it has

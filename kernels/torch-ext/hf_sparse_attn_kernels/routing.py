@@ -10,12 +10,12 @@ from torch import Tensor
 
 from .checking import check_features
 from .cpp_kernels.support import unsupported as unsupported_by_cpp
-from .gathered import hide_after
-from .gathering import Scratch, as_rows, gather_visible
 from .implementations import SCORE_IMPLEMENTATIONS, choose, only_causal
-from .planning import TileBudget, TilePlan, chunk_of, largest
+from .plan import TileBudget, TilePlan, chunk_of, largest
 from .scoring import coarse_scores, fine_mass
 from .selection import ordered_topk
+from .tiles import Scratch, as_rows, gather_visible
+from .torch_kernels.attention import hide_after
 
 COARSE_SCORES = 1 << 20  # stage-1 scores of one chunk of tiles, 4 MB
 FINE_BYTES = 1 << 22  # memory for the stage-2 scores of one chunk

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from .checking import check_block_mass, check_coarse_scores, check_fine_mass, check_pooled_features
 from .cpp_kernels.support import unsupported_scores as unsupported_by_cpp
-from .features import block_mass_torch, coarse_scores_torch, fine_mass_torch, pooled_features_torch
-from .gathering import Scratch
 from .implementations import SCORE_IMPLEMENTATIONS, choose, only_causal
 from .selection import TileGrid
+from .tiles import Scratch
+from .torch_kernels.scoring import block_mass_torch, coarse_scores_torch, fine_mass_torch, pooled_features_torch
 from .triton_kernels.support import unsupported_scores as unsupported_by_triton
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..gathering import unit_stride
 from ..options import ScoreOptions
 from ..selection import BlockSelection
+from ..tiles import unit_stride
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

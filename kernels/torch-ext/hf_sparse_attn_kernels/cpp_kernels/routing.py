@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..checking import expect_within
-from ..gathering import to_tiles, unit_stride
-from ..planning import TilePlan
+from ..plan import TilePlan
 from ..selection import TileGrid
+from ..tiles import to_tiles, unit_stride
 
 if TYPE_CHECKING:
     from ..routing import TileFeatures

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..gathering import unit_stride
 from ..options import ScoreOptions
 from ..selection import BlockSelection
+from ..tiles import unit_stride
 from .backward_keys import dkv_kernel, reduce_kernel
 from .backward_queries import delta_kernel, dq_kernel
 from .forward import combine_kernel, forward_kernel

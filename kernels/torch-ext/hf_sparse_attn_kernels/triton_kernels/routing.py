@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..gathering import to_tiles, unit_stride
 from ..selection import TileGrid
+from ..tiles import to_tiles, unit_stride
 from .launch import SIMPLE, padded, scoring_launch
 from .scoring import coarse_kernel, features_kernel, mass_kernel, row_lse_kernel
 

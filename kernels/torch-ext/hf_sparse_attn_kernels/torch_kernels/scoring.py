@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gathering import Scratch, all_finite, as_rows, gather_blocks, to_tiles, wide
-from .selection import TileGrid
+from ..selection import TileGrid
+from ..tiles import Scratch, all_finite, as_rows, gather_blocks, to_tiles, wide
 
 SMALLEST_TOTAL = 1e-26  # of unshifted exponentials: below it the largest score is under −60
 MASS_SCORES = 1 << 22  # scores of one chunk of the teacher: 16 MB in float32

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .gathering import Scratch, all_finite, as_rows, as_tiles, from_tiles, gather_blocks, gather_visible, scatter_blocks, to_tiles, wide
-from .options import ScoreOptions
-from .reference import weighted_values
-from .selection import BlockSelection, TileGrid
+from ..options import ScoreOptions
+from ..reference import weighted_values
+from ..selection import BlockSelection, TileGrid
+from ..tiles import Scratch, all_finite, as_rows, as_tiles, from_tiles, gather_blocks, gather_visible, scatter_blocks, to_tiles, wide
 
 CHUNK_SCORES = 1 << 21  # scores of one chunk: 4 MB in bf16, 8 MB in float32; of 2^20 to 2^24 the fastest or close to it
 

@@ -1,0 +1,1 @@
+"""The operators in torch alone: bounded memory, any torch device."""
