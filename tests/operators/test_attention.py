@@ -209,7 +209,7 @@ def test_memory_of_a_chunk_does_not_grow_with_the_length(monkeypatch):
     sizes = []
     gather = torch_attention.gather_blocks
     monkeypatch.setattr(torch_attention, "CHUNK_SCORES", 1 << 16)
-    monkeypatch.setattr(gathered, "gather_blocks", lambda *args: sizes.append((out := gather(*args)).numel()) or out)
+    monkeypatch.setattr(torch_attention, "gather_blocks", lambda *args: sizes.append((out := gather(*args)).numel()) or out)
     largest = []
     for length in (256, 768):
         grid = TileGrid(length, length, 64, 16)
