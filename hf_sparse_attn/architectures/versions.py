@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import transformers
 from packaging.version import InvalidVersion, Version
 
-VERSION = "0.1.0"  # of this package
+VERSION = "0.2.0"  # of this package; pyproject.toml reads it from here
 SUPPORTED_TRANSFORMERS = (Version("5.17"), Version("5.24"))  # the oldest and the newest release that the tests run under, both included
 
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
+import tomllib
 import zipfile
 
 import pytest
 from helpers.paths import ROOT
+
+import hf_sparse_attn
+
+EARLIEST = 315532800  # seconds: where neither git nor SOURCE_DATE_EPOCH tells a time
 
 CHECK = """
 import sys
@@ -51,23 +59,61 @@ def run(*command, **options):
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    source, out = tmp_path_factory.mktemp("source") / "tree", tmp_path_factory.mktemp("dist")
-    source.mkdir()
+def build(folder):
+    """sdist and wheel of a copy of the source tree in ``folder``."""
+    source, out = folder / "tree", folder / "dist"
+    source.mkdir(parents=True)
     leave = shutil.ignore_patterns("__pycache__", "*.pyc")
-    for name in ("hf_sparse_attn", "kernels", "model_cards", "recipes"):
-        shutil.copytree(ROOT / name, source / name, ignore=leave)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    run("-m", "build", "--wheel", "--no-isolation", "--outdir", out, source, cwd=out)
-    (built,) = out.glob("*.whl")
-    return built
+    for name in (".ci", "hf_sparse_attn", "kernels", "model_cards", "recipes"):
+        shutil.copytree(ROOT / name, source / name, ignore=leave, copy_function=shutil.copyfile)  # modes and times of this copy
+    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE"):
+        shutil.copyfile(ROOT / name, source / name)
+    run("-m", "build", "--no-isolation", "--outdir", out, source, cwd=folder)
+    return {path.name: path for path in out.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("first"))
+
+
+@pytest.fixture(scope="module")
+def wheel(built):
+    return next(path for name, path in built.items() if name.endswith(".whl"))
+
+
+def test_two_builds_have_the_same_bytes(built, tmp_path):
+    former = os.umask(0o077)  # another user's habits, another place and another time
+    try:
+        again = build(tmp_path / "elsewhere")
+    finally:
+        os.umask(former)
+    assert set(built) == set(again) and len(built) == 2
+    assert {name: path.read_bytes() for name, path in built.items()} == {name: path.read_bytes() for name, path in again.items()}
+
+
+def test_archives_hold_the_time_of_the_source(built):
+    sdist = next(path for name, path in built.items() if name.endswith(".tar.gz"))
+    with tarfile.open(sdist) as archive:
+        members = archive.getmembers()
+    assert {member.mtime for member in members} == {EARLIEST} and {(member.uid, member.uname) for member in members} == {(0, "")}
+    assert any(member.name.endswith(".ci/build_backend.py") for member in members), "the sdist cannot build itself"
+
+
+def test_the_version_stands_in_one_place():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["project"]["dynamic"] == ["version"] and "version" not in project["project"]
+    module, name = project["tool"]["setuptools"]["dynamic"]["version"]["attr"].rsplit(".", 1)
+    assert getattr(importlib.import_module(module), name) == hf_sparse_attn.__version__
 
 
 def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert {n.split("/")[0] for n in names} == {"hf_sparse_attn", "hf_sparse_attn_kernels", "hf_sparse_attn-0.1.0.dist-info"}
+    assert {n.split("/")[0] for n in names} == {
+        "hf_sparse_attn",
+        "hf_sparse_attn_kernels",
+        f"hf_sparse_attn-{hf_sparse_attn.__version__}.dist-info",
+    }
     for folder, package in ((ROOT, "hf_sparse_attn"), (ROOT / "kernels" / "torch-ext", "hf_sparse_attn_kernels")):
         code = {str(p.relative_to(folder)) for p in (folder / package).rglob("*.py")}
         if package == "hf_sparse_attn":
