@@ -1,7 +1,7 @@
-"""The build backend of pyproject.toml: setuptools, whose archives have the same bytes whenever and wherever they are built.
+"""Build backend of pyproject.toml: setuptools, but its archives have the same bytes whenever and wherever they are made.
 
-Times in the archives are SOURCE_DATE_EPOCH, by default the time of the last commit. Entries belong to no particular user and are readable
-by all, whatever the umask was; those of an sdist are sorted.
+Times in the archives are SOURCE_DATE_EPOCH, by default the time of the last commit. Entries belong to no particular
+user and are readable by all, whatever the umask was; those of an sdist are sorted.
 """
 
 from __future__ import annotations

@@ -132,7 +132,17 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel):
 def test_the_installed_wheel_works_without_the_source_tree(wheel, tmp_path):
     target = tmp_path / "site"
     run(
-        "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index", "--no-deps", "--target", target, wheel, cwd=tmp_path
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-index",
+        "--no-deps",
+        "--target",
+        target,
+        wheel,
+        cwd=tmp_path,
     )
     results = ROOT / "recipes" / "results" / "demo.json"
     assert "works True" in run("-S", "-E", "-c", CHECK, target, sysconfig.get_paths()["purelib"], results, cwd=tmp_path)
