@@ -25,7 +25,7 @@ SAVING_TESTS := $(addprefix tests/,models/test_sparse_models.py attention/test_c
 # one model type of each kind: plain, an argument of its own for the cache, sliding windows, experts, two-sided, time series
 KINDS := llama or gpt_neox or gemma2 or qwen3_moe or modernbert or patchtst
 
-.PHONY: demo test test-full test-versions test-versions-ends test-quantized test-processors test-sanitizers test-interpreter test-aot lint quality clean
+.PHONY: demo test docs dist test-full test-versions test-versions-ends test-quantized test-processors test-sanitizers test-interpreter test-aot lint quality clean
 
 demo: $(STAMP)  ## the main job on real weights and text: runs/demo/report.html
 	$(BIN)/hf-sparse-attn run recipes/demo.yaml
@@ -79,6 +79,13 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror kernels/torch-ext/hf_sparse_attn_kernels/cpp_kernels/source/*
 
+docs: $(STAMP)  ## the pages of docs/ as a site in build/docs; generated pages must be up to date
+	$(BIN)/python docs/generate.py --check
+	$(BIN)/python -m mkdocs build --strict --quiet --config-file docs/builder/mkdocs.yml
+
+dist: $(STAMP)  ## sdist and wheel of the last commit in dist/, built twice in clean clones and compared
+	$(BIN)/python .ci/dist.py
+
 quality: $(STAMP)  ## full-size quality figures: runs/quality/report.html (needs apt-get)
 	$(BIN)/hf-sparse-attn run recipes/quality.yaml
 
@@ -86,11 +93,11 @@ quality: $(STAMP)  ## full-size quality figures: runs/quality/report.html (needs
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	touch $@
 
 $(TRITON): $(STAMP)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,triton]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,docs,triton]'
 	touch $@
 
 $(QUANTIZED): $(STAMP)
