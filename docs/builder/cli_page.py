@@ -35,11 +35,9 @@ def application() -> Any:
     """The click command of the whole program."""
     import typer
 
-    from hf_sparse_attn import cli
+    from hf_sparse_attn.cli.commands import app
 
-    if not hasattr(cli, "app"):
-        from hf_sparse_attn.cli import __main__ as cli  # type: ignore[no-redef]
-    return typer.main.get_command(cli.app)
+    return typer.main.get_command(app)
 
 
 def page() -> str:

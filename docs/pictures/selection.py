@@ -1,7 +1,7 @@
 """The picture of a selection: query tiles against key blocks of one head of a small trained model.
 
     python docs/pictures/selection.py            # selection.json -> selection.svg
-    python docs/pictures/selection.py --record   # the model of tests/data/longlink -> selection.json: a minute
+    python docs/pictures/selection.py --record   # the model of tests/experiments/longlink_model -> selection.json: a minute
 
 The model answers questions whose causes stand far back; the rings show where. Its routers were distilled from its
 dense attention.
@@ -39,11 +39,11 @@ def record() -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     from hf_sparse_attn import SparseCall, distill
-    from hf_sparse_attn.longlink.families import LongLinkConfig
-    from hf_sparse_attn.longlink.planting import plant
+    from hf_sparse_attn.experiments.longlink.families import LongLinkConfig
+    from hf_sparse_attn.experiments.longlink.planting import plant
 
     config = LongLinkConfig(length=LENGTH, min_distance=SPARSE["min_keys"] + 16, sequences=BATCHES)
-    model = AutoModelForCausalLM.from_pretrained(ROOT / "tests/data/longlink", dtype=torch.float32, sparse_attention=SPARSE)
+    model = AutoModelForCausalLM.from_pretrained(ROOT / "tests/experiments/longlink_model", dtype=torch.float32, sparse_attention=SPARSE)
     train = torch.from_numpy(plant(config, SEED).input_ids)
     distill(model, [{"input_ids": row[None]} for row in train], progress=False)
     unseen, kept = plant(config, SEED + 1), {}
@@ -57,7 +57,7 @@ def record() -> dict[str, Any]:
     best = max(kept, key=lambda head: (sum(block in kept[head][tile] for tile, block in links), head))
     tiles = [[block for block in row if block >= 0] for row in kept[best]]
     return {
-        "model": "tests/data/longlink",
+        "model": "tests/experiments/longlink_model",
         "layer": best[0],
         "head": best[1],
         "settings": SPARSE,

@@ -6,7 +6,7 @@ import importlib
 import sys
 
 import pytest
-from markdown_pages import ROOT
+from helpers.markdown_pages import ROOT
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,10 @@ import importlib.util
 import random
 import re
 
-import markdown_pages as pages
 import pytest
 import torch
-from markdown_pages import ROOT, label
+from helpers import markdown_pages as pages
+from helpers.markdown_pages import ROOT, label
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit

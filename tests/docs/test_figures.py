@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import sys
 
-import markdown_pages as pages
 import pytest
-from markdown_pages import ROOT, label
+from helpers import markdown_pages as pages
+from helpers.markdown_pages import ROOT, label
 
 # a number that somebody measured: a decimal fraction, or one with a unit
 MEASURED = re.compile(r"(?<![\w.])(?:\d+\.\d+|\d+ ?(?:×|x\b|%|GB|MB|ms|µs|nats|tokens/s|TFLOP/s))")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import shlex
 
-import markdown_pages as pages
 import pytest
-from markdown_pages import ROOT, label
+from helpers import markdown_pages as pages
+from helpers.markdown_pages import ROOT, label
 
 PATH = re.compile(r"`((?:\.ci|\.github|docs|hf_sparse_attn|kernels|model_cards|recipes|tests)/[\w./*-]*)")
 

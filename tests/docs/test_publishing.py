@@ -6,7 +6,7 @@ import re
 
 import pytest
 import yaml
-from markdown_pages import ROOT, label
+from helpers.markdown_pages import ROOT, label
 
 import hf_sparse_attn
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-import markdown_pages as pages
 import pytest
-from markdown_pages import ROOT, label
+from helpers import markdown_pages as pages
+from helpers.markdown_pages import ROOT, label
 
 README = (ROOT / "README.md").read_text()
 MOST_BYTES, MOST_NUMBERS, MOST_WORDS = 8192, 2.0, 35  # numbers of 100 words, words of a sentence

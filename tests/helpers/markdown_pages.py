@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from helpers.paths import ROOT
+
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS]
 OTHERS = ["CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "AGENTS.md", "recipes/README.md", "recipes/accelerate/README.md"]
