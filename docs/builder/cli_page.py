@@ -19,6 +19,7 @@ This page is written by `python docs/generate.py` from the program itself.
 * Options that take lists are comma-separated.
 * An error is one paragraph on standard error, and the exit code 1. `HF_SPARSE_ATTN_DEBUG=1` shows the traceback.
 * A stopped command continues when the same command is given again, where it says so below.
+* Without a terminal, long work prints a line at its start, at its end, and twice a minute.
 """
 
 
