@@ -1,4 +1,4 @@
-"""Build backend of pyproject.toml: setuptools, but its archives have the same bytes whenever and wherever they are made.
+"""Build backend of pyproject.toml: setuptools, but archives have the same bytes whenever and wherever they are made.
 
 Times in the archives are SOURCE_DATE_EPOCH, by default the time of the last commit. Entries belong to no particular
 user and are readable by all, whatever the umask was; those of an sdist are sorted.

@@ -98,6 +98,6 @@ def _text(text: str | None) -> list[str]:
 
 
 def _plain(text: str | None) -> str:
-    """Help as Markdown: one line, double backquotes of docstrings as single ones, signs that Markdown reads as they are."""
+    """Help as Markdown: one line, single backquotes, and signs that Markdown reads as they are."""
     line = re.sub(r"``(.+?)``", r"`\1`", cell(text).replace("\\[", "["))
     return line.replace("*", r"\*").replace("<", "&lt;")

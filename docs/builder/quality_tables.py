@@ -65,7 +65,7 @@ def comparison(results: dict[str, Any]) -> Iterator[Shown]:
     rows = results.get("comparison") or []
     if rows:
         yield (
-            "Perplexity before and after the joint stage. The last columns divide by that of dense attention with LoRA on the same rows.",
+            "Perplexity before and after the joint stage. The last columns divide by that of dense LoRA on the same rows.",
             [
                 "tokens",
                 "keys",

@@ -1,7 +1,7 @@
 """The picture of a selection: query tiles against key blocks of one head of a small trained model.
 
     python docs/pictures/selection.py            # selection.json -> selection.svg
-    python docs/pictures/selection.py --record   # the model of tests/experiments/longlink_model -> selection.json: a minute
+    python docs/pictures/selection.py --record   # a run of tests/experiments/longlink_model -> selection.json: a minute
 
 The model answers questions whose causes stand far back; the rings show where. Its routers were distilled from its
 dense attention.

@@ -1,7 +1,7 @@
 """Every Python block of README.md and docs/ runs: on a tiny model, in the order of the page, as a reader would.
 
-A block with the mark ``tiny`` names a real model and real texts; the tiny ones stand in for them here. One with the mark
-``needs NAME`` is left out, by name, where that package is not installed.
+A block with the mark ``tiny`` names a real model and real texts; the tiny ones stand in for them here. One with the
+mark ``needs NAME`` is left out, by name, where that package is not installed.
 """
 
 from __future__ import annotations
@@ -40,14 +40,29 @@ def stand_ins(tmp_path_factory):
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder / "model")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 2,
+    }
     config = LlamaConfig(
-        **sizes, vocab_size=len(vocabulary), max_position_embeddings=8192, pad_token_id=0, eos_token_id=1, bos_token_id=None
+        **sizes,
+        vocab_size=len(vocabulary),
+        max_position_embeddings=8192,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
     )
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     drawn = random.Random(0)
     (folder / "text.txt").write_text(" ".join(drawn.choices(WORDS, k=ROWS * 4096)))
-    return {**dict.fromkeys(MODELS, str(folder / "model")), **dict.fromkeys(TEXTS, str(folder / "text.txt")), "text": folder / "text.txt"}
+    return {
+        **dict.fromkeys(MODELS, str(folder / "model")),
+        **dict.fromkeys(TEXTS, str(folder / "text.txt")),
+        "text": folder / "text.txt",
+    }
 
 
 @pytest.fixture

@@ -9,7 +9,14 @@ from helpers.paths import ROOT
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS]
-OTHERS = ["CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "AGENTS.md", "recipes/README.md", "recipes/accelerate/README.md"]
+OTHERS = [
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "AGENTS.md",
+    "recipes/README.md",
+    "recipes/accelerate/README.md",
+]
 ALL = PAGES + [ROOT / name for name in (*OTHERS, "kernels/README.md", "model_cards/README.md")]
 FENCE = re.compile(r"(?:^<!-- (?P<mark>[\w: -]+) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 GENERATED = re.compile(r"<!-- generated: (?P<name>[\w ]+) -->\n(?P<body>.*?)<!-- end of (?P=name) -->", re.DOTALL)
