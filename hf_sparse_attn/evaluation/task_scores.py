@@ -39,7 +39,7 @@ def evaluate_rows(
                 with sparse_attention_as(model, min_keys=keys, max_keys=keys, mass_threshold=None):
                     for selection, selector in selectors.items():
                         add(name, row, keys, selection, SparseCall(selector=selector))
-            shown.advance(task)
+            shown.update(task, advance=1)
     return found
 
 

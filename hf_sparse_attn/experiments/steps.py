@@ -19,8 +19,6 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
-from rich.console import Console
-from rich.markup import escape
 
 from ..data.sources import free_bytes
 from ..system.environment import Cost, environment
@@ -29,6 +27,7 @@ from ..system.locks import sole_use
 from ..system.outputs import check_output
 from ..system.precision import resolve
 from ..system.progress import step as working
+from ..system.terminal import Terminal
 from .recipe import Recipe, RecipeError
 
 LEAST_FREE_BYTES = 3 << 30  # a run holds two copies of a small model and its checkpoints
@@ -47,7 +46,7 @@ class Step(NamedTuple):
 class Run:
     """One run of a recipe in ``folder``; call `main`. A task is a subclass with `steps` and `finish`."""
 
-    def __init__(self, recipe: Recipe, folder: Path, console: Console) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, console: Terminal) -> None:
         self.recipe, self.folder, self.console = recipe, folder, console
         self.state = folder / "state"
         self.processes = PartialState(timeout=WAIT)
@@ -92,8 +91,7 @@ class Run:
             finally:
                 write_json(self.folder / "results.json", finite_results(results))
             minutes = (time.monotonic() - started) / 60
-            shown = escape(f"{self.folder}/results.json")
-            self.console.print(f"[bold]done in {minutes:.1f} min[/]: {shown} and what lies beside it", highlight=False, soft_wrap=True)
+            self.console.print(f"done in {minutes:.1f} min: {self.folder}/results.json and what lies beside it", style="bold")
         return results
 
     def _check_room(self) -> None:
@@ -116,17 +114,17 @@ class Run:
         done, main = self.state / f"{step.name}.json", self.processes.is_main_process
         if done.exists():
             if main:
-                self.console.print(f"[dim]{escape(step.name)}: done before[/]")
+                self.console.print(f"{step.name}: done before", style="dim")
             return
         self.processes.wait_for_everyone()  # all have seen that it is not done
         if main:
-            self.console.print(f"[bold cyan]{escape(step.name)}[/]")
+            self.console.print(step.name, style="cyan")
         if main or step.everywhere:
             with Cost() as cost, working(step.name, main):
                 result = step.run()
             if main:
                 for bad in not_finite(result):
-                    self.console.print(f"  step {step.name}: {bad}", style="bold red", markup=False, highlight=False)
+                    self.console.print(f"  step {step.name}: {bad}", style="red")
                 write_json(done, {**cost.figures, **result}, finite=False)
         self.processes.wait_for_everyone()
         gc.collect()

@@ -7,56 +7,96 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Self, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tqdm import tqdm
+
+from .terminal import is_terminal
 
 EVERY = 30.0  # seconds, at most, between two lines
 COUNTS = 0.8  # of it: lines with counts come before those that only say that work goes on
+BAR = "{desc} {bar} {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
 
 Item = TypeVar("Item")
 
 
-def bar(shown: bool = True) -> Progress:
-    """A rich progress bar on standard error, or `Lines` where that is no terminal; tasks need an ``info`` field."""
-    console = Console(stderr=True)
-    if shown and not _is_terminal(console):
-        return Lines()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[info]}"),
-    )
-    return Progress(*columns, console=console, disable=not shown)
+@dataclass
+class Task:
+    """Work with a count: what is done of how much, since when, and how much was done before that."""
+
+    description: str
+    total: float
+    completed: float
+    info: str
+    began: float
+    before: float
 
 
-def counted(items: Sequence[Item], description: str, shown: bool = True) -> Iterator[Item]:
-    """The ``items`` one by one, with a bar of how many are done."""
-    with bar(shown) as progress:
-        task = progress.add_task(description, total=len(items), info="")
-        for item in items:
-            yield item
-            progress.update(task, advance=1)
+class Progress:
+    """Counts of tasks, within ``with`` or between `start` and `stop`. This class shows nothing; its subclasses do."""
+
+    def __init__(self) -> None:
+        self.tasks: list[Task] = []
+
+    def add_task(self, description: str, total: float, completed: float = 0, info: str = "") -> int:
+        """Begin a task of which ``completed`` was done before; returns its number."""
+        self.tasks.append(Task(description, total, completed, info, time.monotonic(), completed))
+        return len(self.tasks) - 1
+
+    def update(self, task: int, *, advance: float = 0, completed: float | None = None, info: str | None = None) -> None:
+        """Set what is done of a task, or add to it, and what is said beside it."""
+        work = self.tasks[task]
+        work.completed = work.completed + advance if completed is None else completed
+        work.info = work.info if info is None else info
+
+    def start(self) -> None:
+        """Begin to show."""
+
+    def stop(self) -> None:
+        """Show the last counts and end."""
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+class Bars(Progress):
+    """The tasks as bars on a terminal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bars: list[tqdm[None]] = []
+
+    def add_task(self, description: str, total: float, completed: float = 0, info: str = "") -> int:
+        options = {"desc": description, "total": total, "initial": completed, "bar_format": BAR}
+        self._bars.append(tqdm(**options, file=sys.stderr, dynamic_ncols=True))
+        return super().add_task(description, total, completed, info)
+
+    def update(self, task: int, *, advance: float = 0, completed: float | None = None, info: str | None = None) -> None:
+        super().update(task, advance=advance, completed=completed, info=info)
+        work, drawn = self.tasks[task], self._bars[task]
+        drawn.set_postfix_str(work.info, refresh=False)
+        drawn.update(work.completed - drawn.n)
+
+    def stop(self) -> None:
+        for drawn in self._bars:
+            drawn.close()
 
 
 class Lines(Progress):
-    """The tasks of a `Progress` as lines: what is done, what is left, and the rate."""
+    """The tasks as lines: what is done, what is left, and the rate."""
 
     def __init__(self) -> None:
-        super().__init__(disable=True)
-        self._began: dict[TaskID, tuple[float, float]] = {}  # time, and what was done before
+        super().__init__()
         self._clock = _Clock(self._say_all, COUNTS * EVERY, lambda: 0.0)
 
-    def add_task(
-        self, description: str, start: bool = True, total: float | None = 100.0, completed: int = 0, visible: bool = True, **fields: Any
-    ) -> TaskID:
-        task = super().add_task(description, start, total, completed, visible, **fields)
-        self._began[task] = (time.monotonic(), completed)
-        self._say(task)
+    def add_task(self, description: str, total: float, completed: float = 0, info: str = "") -> int:
+        task = super().add_task(description, total, completed, info)
+        self._say(self.tasks[task])
         return task
 
     def start(self) -> None:
@@ -67,12 +107,28 @@ class Lines(Progress):
             self._say_all()
 
     def _say_all(self) -> None:
-        for task in self.task_ids:
-            self._say(task)
+        for work in self.tasks:
+            self._say(work)
 
-    def _say(self, task: TaskID) -> None:
-        work, (began, before) = self._tasks[task], self._began[task]
-        _say(line(work.description, work.completed, work.total, before, time.monotonic() - began, work.fields.get("info", "")))
+    def _say(self, work: Task) -> None:
+        seconds = time.monotonic() - work.began
+        _say(line(work.description, work.completed, work.total, work.before, seconds, work.info))
+
+
+def bar(shown: bool = True) -> Progress:
+    """What shows tasks on standard error: bars on a terminal, lines elsewhere, nothing unless ``shown``."""
+    if not shown:
+        return Progress()
+    return Bars() if is_terminal(sys.stderr) else Lines()
+
+
+def counted(items: Sequence[Item], description: str, shown: bool = True) -> Iterator[Item]:
+    """The ``items`` one by one, with a bar of how many are done."""
+    with bar(shown) as progress:
+        task = progress.add_task(description, total=len(items))
+        for item in items:
+            yield item
+            progress.update(task, advance=1)
 
 
 def line(description: str, done: float, total: float | None, before: float, seconds: float, info: str = "") -> str:
@@ -96,7 +152,7 @@ def duration(seconds: float) -> str:
 @contextmanager
 def step(name: str, shown: bool = True) -> Iterator[None]:
     """Work that has no count of its own: where there is no terminal it is said to go on, unless something within says more."""
-    if not shown or _is_terminal(Console(stderr=True)):
+    if not shown or is_terminal(sys.stderr):
         yield
         return
     began = time.monotonic()
@@ -143,7 +199,3 @@ def _say(text: str) -> None:
     global _last_said
     _last_said = time.monotonic()
     print(text, file=sys.stderr, flush=True)
-
-
-def _is_terminal(console: Console) -> bool:
-    return console.is_terminal and not console.is_dumb_terminal

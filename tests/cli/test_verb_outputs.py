@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
 from hf_sparse_attn.cli import options as cli_options
@@ -20,6 +19,7 @@ from hf_sparse_attn.cli.options import emit
 from hf_sparse_attn.experiments import steps
 from hf_sparse_attn.system.locks import FolderInUseError, sole_use
 from hf_sparse_attn.system.outputs import OutputError
+from hf_sparse_attn.system.terminal import Terminal
 
 
 def call(*arguments):
@@ -139,7 +139,7 @@ def run(tmp_path, monkeypatch):
             ran.append(results["one"]["windows"][0]["loss"])
 
     recipe = SimpleNamespace(raw={"name": "x"}, seed=0, smoke_run=False, model={"dtype": "float32"})
-    made = lambda: Two(recipe, tmp_path / "run", Console(file=out, width=200))  # noqa: E731
+    made = lambda: Two(recipe, tmp_path / "run", Terminal(out))  # noqa: E731
     return SimpleNamespace(make=made, folder=tmp_path / "run", out=out, ran=ran)
 
 

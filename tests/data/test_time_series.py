@@ -13,7 +13,6 @@ import pytest
 import torch
 import yaml
 from helpers.paths import RECIPES
-from rich.console import Console
 from transformers import PatchTSTForPrediction
 
 import hf_sparse_attn
@@ -22,6 +21,7 @@ from hf_sparse_attn.data.time_series import SeriesRows, evaluation_rows, read_se
 from hf_sparse_attn.evaluation.task_scores import forecast_table
 from hf_sparse_attn.experiments.recipe import RecipeError, load_recipe
 from hf_sparse_attn.experiments.run import run_recipe
+from hf_sparse_attn.system.terminal import Terminal
 
 # peft asks transformers for a property that the newest versions call by another name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -346,7 +346,7 @@ def recipe(write, tmp_path):
 
 
 def quiet():
-    return Console(file=io.StringIO())
+    return Terminal(io.StringIO())
 
 
 def test_a_forecasting_run_ends_with_a_sparse_model_its_card_and_a_table(recipe, tmp_path):

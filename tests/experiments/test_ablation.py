@@ -10,7 +10,6 @@ import pytest
 import torch
 import yaml
 from helpers.paths import RECIPES
-from rich.console import Console
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -27,6 +26,7 @@ from hf_sparse_attn.experiments.ablation.router_variants import vary
 from hf_sparse_attn.experiments.recipe import RecipeError, load_recipe
 from hf_sparse_attn.experiments.run import run_recipe
 from hf_sparse_attn.router.budget import make_plan
+from hf_sparse_attn.system.terminal import Terminal
 from hf_sparse_attn.training.distillation import distill
 from hf_sparse_attn.training.distiller import DistillationConfig
 from hf_sparse_attn.training.teachers import TARGETS, block_target
@@ -276,7 +276,7 @@ def chosen():
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_an_ablation_reads_every_level_against_the_default(recipe, chosen, tmp_path):
-    loaded, console = load_recipe(recipe), Console(file=io.StringIO(), width=200)
+    loaded, console = load_recipe(recipe), Terminal(io.StringIO())
     results = run_recipe(loaded, tmp_path / "run", console)
     table = results["table"]
     assert {(row["factor"], row["level"]) for row in table if not row["default"]} == {
@@ -299,7 +299,7 @@ def test_an_ablation_reads_every_level_against_the_default(recipe, chosen, tmp_p
 
 
 def test_an_ablation_that_cannot_be_read_is_refused(recipe, tmp_path):
-    console = Console(file=io.StringIO())
+    console = Terminal(io.StringIO())
     with pytest.raises(RecipeError, match="one entry of quality with one budget"):
         run_recipe(
             load_recipe(recipe, changes=["quality=[{length: 256, windows: 1, budgets: [96, 128], decode_tokens: 0}]"]),

@@ -11,7 +11,6 @@ import pytest
 import torch
 import yaml
 from helpers.paths import RECIPES
-from rich.console import Console
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, LlamaForSequenceClassification
 
 from hf_sparse_attn.data.class_labels import Labelled, classes_of, labelled_windows, read_labelled, split_labelled
@@ -20,6 +19,7 @@ from hf_sparse_attn.evaluation.task_scores import class_table, macro_f1
 from hf_sparse_attn.experiments.recipe import RecipeError, load_recipe
 from hf_sparse_attn.experiments.run import run_recipe
 from hf_sparse_attn.experiments.tasks.classification import extended_positions
+from hf_sparse_attn.system.terminal import Terminal
 
 # peft asks transformers for a property that the newest versions call by another name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -170,7 +170,7 @@ def recipe(word_tokenizer, tmp_path):
 
 
 def test_a_classification_run_ends_with_a_sparse_model_its_card_and_a_table(recipe, tmp_path):
-    results = run_recipe(recipe(), tmp_path / "run", Console(file=io.StringIO()))
+    results = run_recipe(recipe(), tmp_path / "run", Terminal(io.StringIO()))
     assert results["convert"]["classes"] == ["high", "low"] and results["convert"]["positions_before"] == 64
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
     assert type(model).__name__ == "SparseBertForSequenceClassification" and model.config.id2label == {0: "high", 1: "low"}
@@ -192,4 +192,4 @@ def test_a_classification_run_ends_with_a_sparse_model_its_card_and_a_table(reci
 
 def test_recipes_that_ask_for_more_than_there_is_are_refused(recipe, tmp_path):
     with pytest.raises(RecipeError, match=r"distill.batches is 99, but only \d+ windows that train are 144 tokens long"):
-        run_recipe(recipe(distill={"context": 144, "batches": 99}), tmp_path / "run", Console(file=io.StringIO()))
+        run_recipe(recipe(distill={"context": 144, "batches": 99}), tmp_path / "run", Terminal(io.StringIO()))

@@ -18,7 +18,6 @@ import torch
 import yaml
 from helpers.paths import RECIPES
 from hf_sparse_attn_kernels.caching import cache_folder
-from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparse_attn import SparseAttentionConfig, routers
@@ -28,6 +27,7 @@ from hf_sparse_attn.experiments.recipe import RecipeError, load_recipe
 from hf_sparse_attn.experiments.run import run_recipe
 from hf_sparse_attn.experiments.tasks import distil_and_adapt, language_model
 from hf_sparse_attn.experiments.tasks.language_model import LanguageRun
+from hf_sparse_attn.system.terminal import Terminal
 
 # peft asks transformers for a property that the newest versions call by another name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -40,7 +40,7 @@ class Stopped(Exception):
 
 
 def quiet():
-    return Console(file=io.StringIO(), width=200)
+    return Terminal(io.StringIO())
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,12 @@ import shutil
 
 import yaml
 from helpers.paths import RECIPES
-from rich.console import Console
 
 from hf_sparse_attn.experiments.longlink.families import LongLinkConfig
 from hf_sparse_attn.experiments.longlink.learning import LearningConfig, Stage, learn
 from hf_sparse_attn.experiments.recipe import load_recipe
 from hf_sparse_attn.experiments.run import run_recipe
+from hf_sparse_attn.system.terminal import Terminal
 
 SPARSE = {"block_size": 16, "query_tile": 16, "sink": 16, "local": 16, "dense_below": 0, "min_keys": 96, "max_keys": 96}
 
@@ -24,7 +24,7 @@ def test_a_recipe_learns_distils_and_studies(tmp_path, monkeypatch):
     longlink = {"length": 256, "sequences": 2, "links": 3, "min_distance": 130}
     values = {"name": "tiny", "task": "longlink", "model": {"dtype": "float32"}, "sparse_attention": SPARSE, "longlink": longlink}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
-    console = Console(file=io.StringIO(), width=200)
+    console = Terminal(io.StringIO())
     results = run_recipe(load_recipe(tmp_path / "tiny.yaml"), tmp_path / "run", console)
     study = results["study"]
     assert study["config"]["length"] == 256 and {row["n"] for row in study["answers"]} == {6}

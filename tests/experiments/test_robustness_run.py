@@ -8,7 +8,6 @@ import shutil
 import pytest
 import yaml
 from helpers.paths import RECIPES
-from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,6 +17,7 @@ from hf_sparse_attn.evaluation.divergence import last_hidden, predictions
 from hf_sparse_attn.evaluation.robustness import robustness_table
 from hf_sparse_attn.experiments.recipe import RecipeError, load_recipe
 from hf_sparse_attn.experiments.run import run_recipe
+from hf_sparse_attn.system.terminal import Terminal
 from hf_sparse_attn.training.distillation import load_router_state
 
 
@@ -61,7 +61,7 @@ def recipe(llama_folder, random_words, real_budget, tmp_path_factory):
 
 
 def test_every_domain_and_length_is_read_with_all_routers(recipe, tmp_path):
-    results = run_recipe(load_recipe(recipe), tmp_path / "run", Console(file=io.StringIO(), width=200))
+    results = run_recipe(load_recipe(recipe), tmp_path / "run", Terminal(io.StringIO()))
     base = ("oracle", "window + sink", "untrained")
     assert [(row["domain"], row["selection"]) for row in results["domains"]] == [
         (domain, name) for domain in ("one", "two") for name in (*base, "trained on one, 200 tokens", "trained on two, 200 tokens")
@@ -107,4 +107,4 @@ def test_recipes_without_kinds_of_text_are_refused(recipe, change, message, tmp_
             load_recipe(tmp_path / "tiny.yaml")
         return
     with pytest.raises(RecipeError, match=message):
-        run_recipe(load_recipe(recipe, changes=[change]), tmp_path / "run", Console(file=io.StringIO()))
+        run_recipe(load_recipe(recipe, changes=[change]), tmp_path / "run", Terminal(io.StringIO()))

@@ -11,7 +11,6 @@ import pytest
 import torch
 import yaml
 from helpers.paths import RECIPES
-from rich.console import Console
 from transformers import LlamaConfig
 
 from hf_sparse_attn.benchmarks.planner.devices import Device
@@ -20,6 +19,7 @@ from hf_sparse_attn.experiments.recipe import RecipeError, load_recipe
 from hf_sparse_attn.experiments.run import run_recipe
 from hf_sparse_attn.experiments.sizing import MARGIN, Work, at_size, fitted, seconds, size_of
 from hf_sparse_attn.experiments.tasks import language_model
+from hf_sparse_attn.system.terminal import Terminal
 
 SMOLLM2 = {
     **{"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3},
@@ -112,7 +112,7 @@ def test_a_run_says_what_it_left_out_and_goes_on_at_its_size(tiny, tmp_path, mon
         raise InterruptedError
 
     monkeypatch.setattr(language_model, "measured_work", slowed)
-    said = Console(file=io.StringIO(), width=400)
+    said = Terminal(io.StringIO())
     with monkeypatch.context() as patch:
         patch.setattr(language_model.LanguageRun, "_quality", stop)
         with pytest.raises(InterruptedError):

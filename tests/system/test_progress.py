@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import re
+import sys
 import time
 
 import pytest
-from rich.console import Console
 
 from hf_sparse_attn import distill
 from hf_sparse_attn.system import progress
-from hf_sparse_attn.system.progress import Lines, bar, counted, line, step
+from hf_sparse_attn.system.progress import Bars, Lines, bar, counted, line, step
+from hf_sparse_attn.system.terminal import Terminal
 
 
 @pytest.fixture
@@ -58,16 +60,45 @@ def test_work_without_a_count_is_said_to_go_on_unless_something_within_says_more
     assert "within: 1 of 3, 2 left" in said and said.count("thinking") <= said.count("within")
 
 
+class Screen(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
 def test_a_terminal_has_a_bar_and_silence_is_silent(monkeypatch, capsys):
     assert isinstance(bar(), Lines)
     with bar(False) as hidden, step("hidden", False):
         hidden.add_task("hidden", total=1, info="")
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(progress, "Console", lambda **options: Console(**options, force_terminal=True))
+    monkeypatch.setattr(sys, "stderr", Screen())
     monkeypatch.setenv("TERM", "xterm")
-    assert not isinstance(bar(), Lines)
+    assert isinstance(bar(), Bars)
     monkeypatch.setenv("TERM", "dumb")
     assert isinstance(bar(), Lines)
+
+
+def test_a_bar_says_what_is_done_and_begins_where_the_work_was_left(monkeypatch):
+    screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    with bar() as shown:
+        task = shown.add_task("reading", total=8, completed=3)
+        shown.update(task, advance=1)
+        shown.update(task, completed=6, info="loss 0.5")
+    drawn = screen.getvalue().split("\r")
+    assert any("reading" in frame and " 3/8 " in frame for frame in drawn) and " 6/8 " in drawn[-1] and "loss 0.5" in drawn[-1]
+
+
+def test_messages_have_colours_on_a_terminal_only(monkeypatch, capsys):
+    monkeypatch.setenv("TERM", "xterm")
+    screen, file = Screen(), io.StringIO()
+    for stream in (screen, file):
+        Terminal(stream).print("[bold] done", style="red")
+    assert (screen.getvalue(), file.getvalue()) == ("\x1b[1;31m[bold] done\x1b[0m\n", "[bold] done\n")
+    Terminal().print("a", end="")
+    assert capsys.readouterr().err == "a"
 
 
 def test_distilling_says_how_far_it_is(sparse_llama, real_budget, token_ids, capsys):

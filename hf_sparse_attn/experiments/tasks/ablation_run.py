@@ -116,7 +116,7 @@ class AblationRun(LanguageRun):
             attention = attend_with_residual if level.residual else None
             call = SparseCall(selector=self._selector(level, model), attention=attention)
             readings += self._read(model, call, level, seed)
-        self.console.print(f"  KL {sum(r['kl'] for r in readings) / len(readings):.4f}", markup=False, highlight=False)
+        self.console.print(f"  KL {sum(r['kl'] for r in readings) / len(readings):.4f}")
         return {"readings": readings}
 
     def _seeds(self, level: Level) -> range:

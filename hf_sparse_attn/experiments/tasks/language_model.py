@@ -76,7 +76,7 @@ class LanguageRun(TrainingRun):
         try:
             plan = plan_training(config, device, settings["context"], training=adaptation, **options)
         except ValueError as error:
-            self.console.print(f"  no plan of the memory: {error}", markup=False, highlight=False)
+            self.console.print(f"  no plan of the memory: {error}")
             return {"unplanned": str(error)}
         check_memory(plan, device)
         return {"plan": plan.to_dict()}
@@ -101,7 +101,7 @@ class LanguageRun(TrainingRun):
         self.recipe = at_size(self.recipe, found["size"])
         if found["left_out"] and self.processes.is_main_process:
             text = f"  all would take {found['whole_minutes']:.0f} min here, so this is left out: {'; '.join(found['left_out'])}"
-            self.console.print(text, markup=False, highlight=False)
+            self.console.print(text)
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(self.state / "base")
@@ -218,7 +218,7 @@ class LanguageRun(TrainingRun):
                 if fitted is not None:
                     fitted.note(result)
                 write_json(partial, [r.to_dict() for r in done], finite=False)
-                self.console.print(f"  {result.line()}", markup=False)
+                self.console.print(f"  {result.line()}")
 
             chosen = {name: known[name] for name in entry.selections}
             evaluate_windows(model, windows, entry.budgets, chosen, decode_tokens=entry.decode_tokens, done=list(done), on_result=note)
@@ -255,6 +255,6 @@ class LanguageRun(TrainingRun):
         inputs = tokenizer(self.recipe.prompt, return_tensors="pt")
         out = model.generate(**inputs, max_new_tokens=self.recipe.max_new_tokens, do_sample=False)
         answer = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        self.console.print(f"  {self.recipe.prompt}", end="", markup=False, highlight=False)
-        self.console.print(answer, style="bold", markup=False, highlight=False)
+        self.console.print(f"  {self.recipe.prompt}", end="")
+        self.console.print(answer, style="bold")
         return {**result, "prompt": self.recipe.prompt, "answer": answer}

@@ -87,7 +87,7 @@ class RobustnessRun(LanguageRun):
                 found = predictions(model, window.ids, hidden, reference, whole=False)
                 known = {"domain": domain, "length": entry.length, "keys": keys, "selection": name, "document": window.document}
                 readings.append({**known, "kl": found.kl, "loss": found.loss})
-            self.console.print(f"  {domain}, {entry.length} tokens, {name}: KL {readings[-1]['kl']:.4f}", markup=False, highlight=False)
+            self.console.print(f"  {domain}, {entry.length} tokens, {name}: KL {readings[-1]['kl']:.4f}")
 
         with sparse_attention_as(model, min_keys=keys, max_keys=keys, mass_threshold=None):
             selectors = standard_selectors(fresh_routers(model))
