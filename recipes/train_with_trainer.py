@@ -23,6 +23,7 @@ from hf_sparse_attn import SparseTrainer, SparseTrainerMixin, SparseTrainingConf
 from hf_sparse_attn.data.checkpoints import ordinary_checkpoint
 from hf_sparse_attn.data.sources import Document, read_documents
 from hf_sparse_attn.data.windows import token_windows
+from hf_sparse_attn.system.extras import needs_extra
 from hf_sparse_attn.system.files import write_text
 from hf_sparse_attn.system.locks import sole_use
 from hf_sparse_attn.training.distributed import process_state
@@ -93,7 +94,8 @@ def training_arguments(options: argparse.Namespace) -> TrainingArguments:
     }
     if not options.sft:
         return TrainingArguments(**{**made, **options.arguments})
-    from trl import SFTConfig
+    with needs_extra("trl", "--sft"):
+        from trl import SFTConfig
 
     own = {"max_length": options.context, "packing": True, "padding_free": True, "bf16": torch.accelerator.is_available()}
     return SFTConfig(**{**made, **own, **options.arguments})
@@ -105,7 +107,8 @@ def make_trainer(options: argparse.Namespace, model: Any, settings: Any, documen
         windows = token_windows(documents, tokenizer, options.context, options.rows, model.config.sparse_attention["block_size"])
         rows = [{"input_ids": window.ids[0]} for window in windows]
         return SparseTrainer(model, settings, collate_rows, rows, sparse_training=training)
-    from trl import SFTTrainer
+    with needs_extra("trl", "--sft"):
+        from trl import SFTTrainer
 
     class SparseSFTTrainer(SparseTrainerMixin, SFTTrainer):
         """TRL's trainer with the joint stage."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..system.extras import needs_extra
 from ..system.files import write_atomically
 
 COLOURS = {"bfloat16": "#0b6e4f", "float32": "#2f9fd0", "float16": "#b03060"}
@@ -12,10 +13,8 @@ COLOURS = {"bfloat16": "#0b6e4f", "float32": "#2f9fd0", "float16": "#b03060"}
 
 def plot_speedups(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write an SVG: measured speed-ups with their spread, and the ratio of pairs that bounds them."""
-    import matplotlib
-
-    matplotlib.use("agg")  # no display is needed
-    from matplotlib.figure import Figure
+    with needs_extra("report", "drawing figures"):
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.add_subplot()
@@ -53,10 +52,8 @@ KINDS = {  # of a training benchmark: colour, line
 
 def plot_training(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write an SVG of two panels: tokens per second with their spread, and the memory of a step, both against length."""
-    import matplotlib
-
-    matplotlib.use("agg")  # no display is needed
-    from matplotlib.figure import Figure
+    with needs_extra("report", "drawing figures"):
+        from matplotlib.figure import Figure
 
     rows = sorted(rows, key=lambda row: row["length"])
     figure = Figure(figsize=(10, 4), layout="constrained")

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-from rich import box
-from rich.table import Table
+from ..system.extras import install_command, missing_packages, needs_extra
+from .options import JsonOption, SavedDtypeOption, TextOption, checked_plot, console, emit, integers, load, windows_of
 
-from .options import JsonOption, SavedDtypeOption, TextOption, checked_output, console, emit, integers, load, windows_of
+with needs_extra("cli", "the command line"):
+    import typer
+    from rich import box
+    from rich.table import Table
 
 bench = typer.Typer(
     help="Speed and memory against dense attention in one run, output verified before it is timed. For a whole GPU see recipes/gpu."
@@ -23,7 +25,7 @@ HeadsOption = Annotated[str, typer.Option(help="Query heads / KV heads.")]
 HeadDimOption = Annotated[int, typer.Option(help="Dimensions of a head.")]
 RepeatsOption = Annotated[int | None, typer.Option(help="Alternating rounds; by default 5, and 3 from 32768 tokens on.")]
 PlotOption = Annotated[
-    Path | None, typer.Option(callback=checked_output, help="Where to draw speed-up against length; by default beside --json, as .svg.")
+    Path | None, typer.Option(callback=checked_plot, help="Where to draw speed-up against length; by default beside --json, as .svg.")
 ]
 
 LONG = 32768  # tokens from which on three rounds are enough
@@ -213,7 +215,7 @@ def _finish(rows: list[dict[str, Any]], json_path: str | None, plot: Path | None
         shown = length if isinstance(length, str) else f"{length:.0f}"
         console.print(f"{dtype}: faster, router included, from {shown} tokens on", highlight=False)
     emit_rows(rows, json_path, crossover=crossed)
-    plot = plot or beside(json_path)
+    plot = plot_path(plot, json_path)
     if plot is not None:
         from ..benchmarks.plot import plot_speedups
 
@@ -228,6 +230,15 @@ def beside(json_path: str | None) -> Path | None:
         return None
     path = Path(json_path)
     return path.with_suffix(".svg") if path.suffix != ".svg" else path.with_name(f"{path.name}.svg")
+
+
+def plot_path(plot: Path | None, json_path: str | None) -> Path | None:
+    """The file of --plot, or else one beside that of --json; a line says so where nothing is installed that draws this one."""
+    path = plot or beside(json_path)
+    if plot is None and path is not None and (missing := missing_packages("report")):
+        console.print(f"{path} is not drawn without {', '.join(missing)}: {install_command('report')}", markup=False, highlight=False)
+        return None
+    return path
 
 
 def bench_table(*columns: str, title: str | None = None) -> Table:

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
-from .bench import LengthOption, PlotOption, bench_table, beside, emit_rows
+from ..system.extras import needs_extra
+from .bench import LengthOption, PlotOption, bench_table, emit_rows, plot_path
 from .options import JsonOption, SavedDtypeOption, console, integers, load, saved_dtype, windows_of
+
+with needs_extra("cli", "the command line"):
+    import typer
 
 
 def training(
@@ -66,7 +68,7 @@ def training(
 def _draw(plot: Path | None, json_path: str | None, rows: list[dict[str, Any]]) -> None:
     from ..benchmarks.plot import plot_training
 
-    plot = plot or beside(json_path)
+    plot = plot_path(plot, json_path)
     if plot is not None:
         plot_training(plot, rows)
 

@@ -9,14 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-from rich.markup import escape
-
+from ..system.extras import MissingExtraError, extra_states, needs_extra
 from ..system.progress import step
 from .bench import bench
 from .bench_training import training
 from .measure import calibrate, evaluate, harness, synth
 from .options import DtypeOption, JsonOption, TextOption, checked_output, console, emit, load, reserving, windows_of
+
+with needs_extra("cli", "the command line"):
+    import typer
+    from rich.markup import escape
 
 OutOption = Annotated[Path | None, typer.Option(help="Folder of the run; default runs/<recipe name>, with -smoke for --smoke.")]
 SmokeOption = Annotated[bool, typer.Option("--smoke", help="At reduced size, on two cores in minutes, as the recipe says.")]
@@ -47,7 +49,7 @@ def run(
 ) -> None:
     """Run a recipe: convert, distil, fine-tune, evaluate, measure, save, reload. Continues an interrupted run.
 
-    Runs distributed by ``accelerate launch -m hf_sparse_attn.cli.commands run RECIPE``.
+    Runs distributed by ``accelerate launch -m hf_sparse_attn.cli run RECIPE``.
     """
     _run(recipe, out, smoke, changes, json_path, network=network)
 
@@ -85,7 +87,7 @@ def _run(
     loaded = load_recipe(recipe, smoke=smoke, changes=changes or (), network=network)
     if task not in (None, loaded.task):
         raise RecipeError(f"{recipe} is of task {loaded.task}, this verb runs those of task {task}: use hf-sparse-attn run {recipe}")
-    emit(run_recipe(loaded, out or Path("runs") / (loaded.name + "-smoke" * smoke), console), json_path)
+    emit(run_recipe(loaded, out or Path("runs") / (loaded.name + "-smoke" * smoke)), json_path)
 
 
 @app.command()
@@ -162,7 +164,7 @@ def architectures(
 
 @app.command()
 def doctor(json_path: JsonOption = None) -> None:
-    """What is installed, which implementation and which dtype would be used, and why."""
+    """What is installed, which extras are missing, which implementation and which dtype would be used, and why."""
     import torch
     from hf_sparse_attn_kernels import IMPLEMENTATIONS, default_choice
     from hf_sparse_attn_kernels.caching import cache_folder
@@ -188,6 +190,7 @@ def doctor(json_path: JsonOption = None) -> None:
         "supported_transformers": [str(v) for v in SUPPORTED_TRANSFORMERS],
         "self_test": run_self_test() or "passed",
         "model_types": supported_types(),
+        "extras": extra_states(),
         "offline": os.environ.get("HF_HUB_OFFLINE", "0"),
         "cache": str(cache_folder()),
     }
@@ -197,14 +200,14 @@ def doctor(json_path: JsonOption = None) -> None:
 
 
 def guarded(command: Callable[[], Any]) -> int:
-    """Run ``command``; a user's mistake becomes one paragraph on standard error and exit code 1."""
+    """Run ``command``; a user's mistake becomes one paragraph on standard error and exit code 1, a missing extra the same and 2."""
     try:
         command()
     except (ValueError, ImportError, OSError, RuntimeError) as error:
         if os.environ.get("HF_SPARSE_ATTN_DEBUG"):
             raise
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        return 1
+        return 2 if isinstance(error, MissingExtraError) else 1
     except KeyboardInterrupt:
         console.print("stopped; run the same command again to continue")
         return 130

@@ -7,16 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-from rich.markup import escape
-from rich.table import Table
-
+from ..system.extras import needs_extra, require_extra
 from .options import (
     JsonOption,
     ReportOption,
     SavedDtypeOption,
     TextOption,
-    checked_output,
+    checked_plot,
     command_line,
     console,
     emit,
@@ -28,6 +25,11 @@ from .options import (
     windows_of,
     yaml_fields,
 )
+
+with needs_extra("cli", "the command line"):
+    import typer
+    from rich.markup import escape
+    from rich.table import Table
 
 SMALL_SPARSE = "block_size: 16, query_tile: 16, sink: 16, local: 16, dense_below: 0, min_keys: 160, max_keys: 160"
 SparseOption = Annotated[str, typer.Option(help="Fields of SparseAttentionConfig to change, e.g. 'query_samples: 32'.")]
@@ -92,7 +94,7 @@ def harness(
     report: ReportOption = None,
     json_path: JsonOption = None,
 ) -> None:
-    """Scores of the lm-evaluation-harness under dense attention and other selections; needs lm-eval ([lm-eval] of this package)."""
+    """Scores of the lm-evaluation-harness under dense attention and other selections; needs the extra [lm-eval]."""
     from importlib.metadata import version
 
     from ..evaluation.baselines import fresh_routers, standard_selectors
@@ -101,6 +103,7 @@ def harness(
     from ..models.convert import set_sparse_attention
     from ..system.environment import Cost, environment
 
+    require_extra("lm-eval", "the verb lm-eval")
     keys = integers(budgets, "--budgets")
     if limit < 1:
         raise ValueError(f"--limit is {limit}: must be an integer >= 1")
@@ -185,7 +188,7 @@ def synth(
     learn: Annotated[bool, typer.Option("--learn", help="Train a small model on such sets, distil its routers, and measure them.")] = False,
     sparse: Annotated[str, typer.Option(help="Fields of SparseAttentionConfig for --learn.")] = SMALL_SPARSE,
     report: Annotated[
-        Path | None, typer.Option(callback=checked_output, help="Write what --learn found as one HTML page to this path.")
+        Path | None, typer.Option(callback=checked_plot, help="Write what --learn found as one HTML page to this path.")
     ] = None,
     json_path: JsonOption = None,
 ) -> None:

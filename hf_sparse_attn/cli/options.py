@@ -12,8 +12,11 @@ from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-from rich.console import Console
+from ..system.extras import needs_extra, require_extra
+
+with needs_extra("cli", "the command line"):
+    import typer
+    from rich.console import Console
 
 console = Console(stderr=True)
 
@@ -33,10 +36,17 @@ def checked_output(context: typer.Context, option: typer.CallbackParam, value: A
     return value
 
 
+def checked_plot(context: typer.Context, option: typer.CallbackParam, value: Any) -> Any:
+    """The same of an option whose result is drawn."""
+    if value is not None and not context.resilient_parsing:
+        require_extra("report", option.opts[-1])
+    return checked_output(context, option, value)
+
+
 JsonOption = Annotated[
     str | None, typer.Option("--json", callback=checked_output, help="Write the result as JSON to this path ('-' = standard output).")
 ]
-ReportOption = Annotated[Path | None, typer.Option(callback=checked_output, help="Write the result as one HTML page to this path.")]
+ReportOption = Annotated[Path | None, typer.Option(callback=checked_plot, help="Write the result as one HTML page to this path.")]
 DtypeOption = Annotated[
     str,
     typer.Option("--dtype", help="auto (bfloat16 where the processor or GPU multiplies it, else float32), bfloat16, float32 or float16."),

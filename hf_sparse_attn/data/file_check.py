@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 from hf_sparse_attn_kernels.caching import cache_folder
 
+from ..system.extras import needs_extra
 from ..system.files import read_json, write_json
 from .decoding import EncodingCheck
 from .formats import SourceFile, changed, identity, stamp
@@ -89,7 +90,8 @@ def _gzip_members(raw: BinaryIO) -> Iterator[bytes]:
 
 def _zstd_frames(raw: BinaryIO) -> Iterator[bytes]:
     """Frames one after the other. A reader of the zstandard package would take a truncated frame for a whole one: raises EOFError."""
-    import zstandard  # needed for this kind of file only
+    with needs_extra("data", "reading a .zst file"):
+        import zstandard
 
     frame = None
     # a little at a time: what comes out of one call is not bounded otherwise, and may be a thousand times as much

@@ -22,6 +22,7 @@ from hf_sparse_attn_kernels.caching import cache_folder
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 
+from ..system.extras import needs_extra, require_extra
 from .package_cache import MANIFEST, Package, fetched, parse_package
 from .package_cache import SourceError as SourceError
 from .package_index import Index, IndexFailure, pip_settings
@@ -191,21 +192,30 @@ def _hub_documents(source: str) -> list[Document]:
 
 
 def local_model(source: str) -> tuple[str, str | None]:
-    """(what ``from_pretrained`` takes, GGUF file name or None) for a model source. Raises SourceError."""
+    """(what ``from_pretrained`` takes, GGUF file name or None) for a model source.
+
+    Raises:
+        SourceError: the source cannot be read, or is not one model.
+        MissingExtraError: it is a GGUF file, and the package that reads those is not installed.
+    """
     if not source.startswith(("pypi:", "deb:")):
         return source, None
     files = package_files(source)
     if len(files) != 1 or not (files[0].suffix == ".gguf" or files[0].name == "config.json"):
         found = [f.name for f in files[:3]]
         raise SourceError(f"model source {source!r} must match exactly one .gguf file or the config.json of a checkpoint, found {found}")
-    return str(files[0].parent), files[0].name if files[0].suffix == ".gguf" else None
+    if files[0].suffix != ".gguf":
+        return str(files[0].parent), None
+    require_extra("data", f"reading {files[0].name}")  # by Transformers
+    return str(files[0].parent), files[0].name
 
 
 def model_licence(source: str) -> str | None:
     """The licence that a model source names itself, in its GGUF file or its card; None if there is none to be read."""
     path, gguf = local_model(source)
     if gguf:
-        from gguf import GGUFReader
+        with needs_extra("data", "reading a GGUF file"):
+            from gguf import GGUFReader
 
         field = GGUFReader(Path(path) / gguf).get_field("general.license")
         return None if field is None else str(field.contents())

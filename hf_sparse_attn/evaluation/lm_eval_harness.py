@@ -11,7 +11,6 @@ import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..attention.layer import Selector, SparseCall
 from ..models.calibration import made_with
 from ..models.convert import sparse_attention_as
+from ..system.extras import needs_extra
 from ..system.progress import counted
 from .baselines import fixed_budget, selection_calls
 from .statistics import loss_above
@@ -41,11 +41,11 @@ def load_tasks(names: Sequence[str], tokenizer: str, length: int | None = None, 
     ``include`` a folder of tasks of one's own (YAML, as the harness has them).
 
     Raises:
-        HarnessError: lm-eval is not installed, a name is unknown, or a task cannot be loaded, as without a network.
+        MissingExtraError: lm-eval is not installed.
+        HarnessError: a name is unknown, or a task cannot be loaded, as without a network.
     """
-    if find_spec("lm_eval") is None:
-        raise HarnessError("lm-eval is not installed: pip install 'hf_sparse_attn[lm-eval]'")
-    from lm_eval.tasks import TaskManager
+    with needs_extra("lm-eval", "loading tasks of the harness"):
+        from lm_eval.tasks import TaskManager
 
     made_for: dict[str, Any] = {"pretrained": tokenizer, **({} if length is None else {"max_seq_lengths": [length]})}
     manager = TaskManager(metadata=made_for, include_path=include)
@@ -83,9 +83,10 @@ def harness_rows(
     """
     if tokenizer.eos_token_id is None and any(task.OUTPUT_TYPE == "generate_until" for task in tasks):
         raise HarnessError(f"{type(tokenizer).__name__} has no end-of-sequence token, which tasks that write answers need: set eos_token")
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
+    with needs_extra("lm-eval", "running tasks of the harness"):
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
 
     rows: list[Row] = []
     loaded = TaskManager(include_defaults=False)  # one that knows the harness' thousands of tasks takes seconds to make

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from ..system.extras import require_extra
+from ..system.terminal import Terminal
 from .recipe import Recipe
 from .steps import Run
 from .tasks.ablation_run import AblationRun
@@ -28,11 +28,13 @@ TASKS: dict[str, type[Run]] = {
 }
 
 
-def run_recipe(recipe: Recipe, folder: str | Path, console: Console | None = None) -> dict[str, Any]:
+def run_recipe(recipe: Recipe, folder: str | Path, console: Terminal | None = None) -> dict[str, Any]:
     """Run ``recipe`` in ``folder``, continuing an interrupted run; returns the results.
 
     Raises:
         RecipeError: the folder holds a run of another recipe, or the disk is nearly full.
         SourceError: a model or text cannot be read.
+        MissingExtraError: there is nothing to draw the report with.
     """
-    return TASKS[recipe.task](recipe, Path(folder), console or Console(stderr=True)).main()
+    require_extra("report", "the report of a run")
+    return TASKS[recipe.task](recipe, Path(folder), console or Terminal()).main()

@@ -218,7 +218,7 @@ def test_fields_of_sparse_attention_that_are_no_yaml_are_refused(llama_folder, t
 
 def test_a_bad_recipe_ends_the_program_with_code_1_and_no_traceback(tmp_path):
     (tmp_path / "mine.yaml").write_text("nam: x\n")
-    command = [sys.executable, "-m", "hf_sparse_attn.cli.commands", "run", str(tmp_path / "mine.yaml")]
+    command = [sys.executable, "-m", "hf_sparse_attn.cli", "run", str(tmp_path / "mine.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith(f"error: {tmp_path / 'mine.yaml'}: the recipe has no key 'nam'; keys: ablate, compare,")

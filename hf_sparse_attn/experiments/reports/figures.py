@@ -7,10 +7,9 @@ import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 
-matplotlib.use("agg")  # no display is needed
+from ...system.extras import needs_extra
 
 Rows = Sequence[dict[str, Any]]  # of `quality_table`
 
@@ -30,7 +29,8 @@ MAPPED = ("window + sink", "two stages", "oracle")  # selections whose kept mass
 
 def figure(draw: Callable[..., None], width: float = 7.5, height: float = 3.2, columns: int = 1) -> str:
     """What ``draw`` puts on its axes, ``columns`` of them side by side, as an inline SVG data URI."""
-    from matplotlib.figure import Figure
+    with needs_extra("report", "drawing figures"):
+        from matplotlib.figure import Figure
 
     made = Figure(figsize=(width, height), layout="constrained")
     axes = made.subplots(1, columns, squeeze=False)[0]

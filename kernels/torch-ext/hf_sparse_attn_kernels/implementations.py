@@ -41,7 +41,8 @@ def preferred(impl: str) -> Iterator[None]:
 @cache
 def _decide(device_type: str) -> tuple[str, str]:
     if device_type == "cuda":
-        chosen = ("triton", "a GPU, and triton is installed") if find_spec("triton") else ("torch", "the package triton is not installed")
+        absent = "the package triton is not installed: pip install 'hf_sparse_attn[triton]'"
+        chosen = ("triton", "a GPU, and triton is installed") if find_spec("triton") else ("torch", absent)
     elif device_type != "cpu":
         chosen = ("torch", "it runs on every torch device")
     elif (reason := unavailable()) is None:

@@ -49,7 +49,7 @@ def unsupported_scores(inputs: tuple[Tensor, ...], query_tile: int = 1, block_si
 
 def _no_device(x: Tensor) -> str | None:
     if find_spec("triton") is None:
-        return f'impl="triton": the package triton is not installed; pip install "hf_sparse_attn[triton]" (Linux), {OTHER}'
+        return f"""impl="triton": the package triton is not installed: pip install 'hf_sparse_attn[triton]' (Linux), {OTHER}"""
     if x.device.type != "cuda" and not interpreted():
         return f'impl="triton": the tensors are on device "{x.device}"; supported: CUDA and ROCm devices. Move them to a GPU {OTHER}'
     return None
