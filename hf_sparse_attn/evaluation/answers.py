@@ -13,20 +13,21 @@ from ..attention.layer import Selector, SparseCall
 from ..data.questions import Question
 from ..models.convert import sparse_attention_as
 from .baselines import fixed_budget, selection_calls
+from .metrics import AnswerMatch
 from .statistics import loss_above
 
 Row = dict[str, Any]  # what one question gave under one selection
 
 
 @torch.no_grad()
-def answer_losses(model: PreTrainedModel, question: Question, call: SparseCall) -> tuple[float, float]:
-    """(mean negative log-likelihood in nats of the answer's tokens, share of them that are the most likely ones)."""
+def read_answer(model: PreTrainedModel, question: Question, call: SparseCall) -> tuple[float, list[int]]:
+    """(mean negative log-likelihood in nats of the answer's tokens, the tokens that are the most likely ones in their places)."""
     ids = question.input_ids[None].to(model.device)
     at = (question.labels >= 0).nonzero()[:, 0]
     hidden = model.base_model(ids, use_cache=False, sparse_call=call).last_hidden_state[0, at - 1]
     logits, target = model.get_output_embeddings()(hidden).float(), question.labels[at].to(hidden.device)
     loss = torch.nn.functional.cross_entropy(logits, target)
-    return float(loss), float((logits.argmax(-1) == target).float().mean())
+    return float(loss), logits.argmax(-1).tolist()
 
 
 def evaluate_answers(
@@ -55,8 +56,9 @@ def evaluate_answers(
             }
             if _key(row) not in have:
                 with sparse_attention_as(model, **fixed_budget(keys)):
-                    loss, right = answer_losses(model, question, call)
-                row |= {"distance": question.distance, "loss": loss, "accuracy": right, "exact": float(right == 1)}
+                    loss, predicted = read_answer(model, question, call)
+                answer = question.labels[question.labels >= 0].tolist()
+                row |= {"distance": question.distance, "loss": loss, "predicted": predicted, "answer": answer}
                 if on_row is not None:
                     on_row(row)
             rows.append(have.get(_key(row), row))
@@ -77,13 +79,22 @@ def answer_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     cells: dict[tuple[str, int, int | None, str], list[Mapping[str, Any]]] = {}
     for row in rows:
         cells.setdefault((row["task"], row["length"], row["keys"], row["selection"]), []).append(row)
+    scores = {cell: _scores(answers) for cell, answers in cells.items()}
+    losses = {cell: np.array([row["loss"] for row in answers]) for cell, answers in cells.items()}
+    exact = {cell: (np.array(score["shares"]) == 1).astype(float) for cell, score in scores.items()}
     table = []
-    for (task, length, keys, selection), found in cells.items():
-        loss, accuracy, exact = (np.array([row[name] for row in found]) for name in ("loss", "accuracy", "exact"))
-        error = float(accuracy.std(ddof=1) / len(found) ** 0.5) if len(found) > 1 else None
-        dense = {name: np.array([row[name] for row in cells[task, length, None, "dense"]]) for name in ("exact", "loss")}
-        own = {"task": task, "length": length, "keys": keys, "selection": selection, "n": len(found)}
-        own |= {"loss": float(loss.mean()), "accuracy": float(accuracy.mean()), "accuracy_error": error}
-        against = {"below_dense": loss_above(dense["exact"], exact), "loss_above_dense": loss_above(loss, dense["loss"])}
-        table.append({**own, "exact": float(exact.mean()), **against})
+    for cell, score in scores.items():
+        task, length, keys, selection = cell
+        dense = (task, length, None, "dense")
+        means = {"loss": float(losses[cell].mean()), **{name: score[name] for name in ("accuracy", "accuracy_error", "exact")}}
+        below, above = loss_above(exact[dense], exact[cell]), loss_above(losses[cell], losses[dense])
+        named = {"task": task, "length": length, "keys": keys, "selection": selection, "n": score["n"]}
+        table.append({**named, **means, "below_dense": below, "loss_above_dense": above})
     return table
+
+
+def _scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    metric = AnswerMatch()
+    metric.add_batch(predictions=[row["predicted"] for row in rows], references=[row["answer"] for row in rows])
+    scores: dict[str, Any] = metric.compute()
+    return scores

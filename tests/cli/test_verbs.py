@@ -61,7 +61,9 @@ def test_doctor_prints_json_on_standard_output(invoke):
     done = invoke("doctor", "--json", "-")
     found = json.loads(done.stdout)
     assert done.exit_code == 0 and found["implementation"] in found["implementations"]
-    assert {"packages", "cpu", "commit", "device", "cache", "why", "model_types"} <= found.keys() and "llama" in found["model_types"]
+    assert {"packages", "cpu", "commit", "device", "cache", "why", "model_types", "extras"} <= found.keys() and "llama" in found[
+        "model_types"
+    ]
     assert "implementation" in done.stderr and invoke("doctor").stdout == ""
 
 

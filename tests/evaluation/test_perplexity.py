@@ -14,7 +14,7 @@ from hf_sparse_attn.data.questions import ANSWERED, QUOTED, ask
 from hf_sparse_attn.data.sources import Document, SourceError
 from hf_sparse_attn.data.time_split import split_texts
 from hf_sparse_attn.data.windows import Window, token_windows
-from hf_sparse_attn.evaluation.answers import answer_losses, answer_table, evaluate_answers
+from hf_sparse_attn.evaluation.answers import answer_table, evaluate_answers, read_answer
 from hf_sparse_attn.evaluation.baselines import oracle, window
 from hf_sparse_attn.evaluation.perplexity import comparison
 
@@ -97,17 +97,17 @@ def test_answers_are_read_at_their_own_tokens(sparse_llama, real_budget, questio
     _, _, asked = questions
     model = sparse_llama(real_budget, noise=0.1)
     question = asked[0]
-    loss, right = answer_losses(model, question, SparseCall(dense=True))
+    loss, predicted = read_answer(model, question, SparseCall(dense=True))
     with torch.no_grad():
         out = model(question.input_ids[None], labels=question.labels[None], use_cache=False, sparse_call=SparseCall(dense=True))
     assert loss == pytest.approx(float(out.loss), rel=1e-5)
-    expected = (out.logits[0, -ANSWERED - 1 : -1].argmax(-1) == question.input_ids[-ANSWERED:]).float().mean()
-    assert right == pytest.approx(float(expected))
+    assert predicted == out.logits[0, -ANSWERED - 1 : -1].argmax(-1).tolist()
     rows = evaluate_answers(model, asked[:2], [80, 96], {"oracle": oracle, "window + sink": window})
     assert [(r["keys"], r["selection"]) for r in rows[:5]] == [
         (None, "dense"),
         *((keys, name) for keys in (80, 96) for name in ("oracle", "window + sink")),
     ]
+    assert rows[0]["answer"] == question.input_ids[-ANSWERED:].tolist() and rows[0]["predicted"] == predicted
     known, new = [{**rows[0], "loss": -1.0}, *rows[1:7]], []
     again = evaluate_answers(model, asked[:2], [80, 96], {"oracle": oracle, "window + sink": window}, done=known, on_row=new.append)
     assert again[:7] == known and again[7:] == new == rows[7:]  # those that are known are not read again
@@ -117,6 +117,20 @@ def test_answers_are_read_at_their_own_tokens(sparse_llama, real_budget, questio
     above = table[2]["loss_above_dense"]
     assert above["mean"] == pytest.approx(table[2]["loss"] - table[0]["loss"]) and above["low"] <= above["mean"] <= above["high"]
     assert model.config.sparse_attention["min_keys"] == 80  # as before
+
+
+def test_the_table_of_answers_by_hand():
+    def answered(document, predicted, keys=None, selection="dense", loss=1.0):
+        where = {"task": "t", "document": document, "length": 64, "keys": keys, "selection": selection}
+        return {**where, "distance": 9, "loss": loss, "predicted": predicted, "answer": [1, 2]}
+
+    dense = [answered("a", [1, 2]), answered("b", [1, 2])]
+    dense_row, row = answer_table([*dense, answered("a", [1, 2], 80, "x", 1.5), answered("b", [1, 3], 80, "x", 2.0)])
+    assert (dense_row["accuracy"], dense_row["accuracy_error"], dense_row["exact"], dense_row["n"]) == (1, 0, 1, 2)
+    assert (row["accuracy"], row["exact"], row["loss"], row["n"]) == (0.75, 0.5, 1.75, 2)
+    assert row["accuracy_error"] == pytest.approx(0.25)  # deviations of 0.25 from the mean: √(2 · 0.25² / 1) / √2
+    assert (row["below_dense"]["mean"], row["below_dense"]["high"], row["loss_above_dense"]["mean"]) == (0.5, 1, 0.75)
+    assert answer_table(dense[:1])[0]["accuracy_error"] is None
 
 
 # -- split by time --------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 
@@ -12,15 +11,14 @@ from datasets import load_from_disk
 from typer.testing import CliRunner
 
 from hf_sparse_attn.cli.commands import app
-from hf_sparse_attn.experiments.longlink.ceilings import ceiling, chance, normalised
+from hf_sparse_attn.experiments.longlink.ceilings import ceiling, chance
 from hf_sparse_attn.experiments.longlink.export import load, save
 from hf_sparse_attn.experiments.longlink.families import FAMILIES, MISSING, LongLinkConfig, LongLinkError
-from hf_sparse_attn.experiments.longlink.link_answers import accuracy, by_distance, pairs_told_apart, reach, right
+from hf_sparse_attn.experiments.longlink.link_answers import accuracy, by_distance, pairs_told_apart, reach, right_tokens
 from hf_sparse_attn.experiments.longlink.link_metrics import (
     AveragePrecision,
     ChanceAdjustedRecall,
     NormalisedAccuracy,
-    adjust,
     average_precision,
 )
 from hf_sparse_attn.experiments.longlink.planting import plant
@@ -101,7 +99,6 @@ def test_ceilings_by_hand():
     assert ceiling(config_of(strength=0.5)) == pytest.approx(0.625)
     assert ceiling(config_of("conjunction", corruption=0.2)) == pytest.approx(0.64 + 0.36 / 4)
     assert ceiling(config_of("two_hops", corruption=0.2, missing=0.5)) == pytest.approx(0.2 + 0.8 / 4)
-    assert normalised(0.625, config_of()) == pytest.approx(0.5)
 
 
 def test_a_pair_differs_in_one_cause_and_its_answer():
@@ -205,30 +202,41 @@ def test_average_precision_by_hand():
 def test_the_metrics_work_without_a_network():
     found = NormalisedAccuracy().compute(predictions=[1, 2, 3, 4], references=[1, 2, 3, 0], chance=0.25, ceiling=1.0)
     assert found["accuracy"] == 0.75 and found["normalised"] == pytest.approx(2 / 3) and found["n"] == 4
-    assert AveragePrecision().compute(predictions=[0.9, 0.8], references=[0, 1]) == {"average_precision": 0.5}
+    assert found["error"] == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
+    one = NormalisedAccuracy().compute(predictions=[1, 2], references=[1, 1], chance=0.5, ceiling=0.5)
+    assert (one["accuracy"], one["normalised"]) == (0.5, None)  # nothing to find
+    ranking = AveragePrecision()
+    ranking.add_batch(predictions=[[0.9, 0.8]], references=[[0, 1]])
+    ranking.add_batch(predictions=[[0.1, 0.2, 0.3], [0.3, 0.2, 0.1]], references=[[0, 0, 1], [0, 0, 1]])
+    assert ranking.compute() == {"average_precision": pytest.approx((1 / 2 + 1 + 1 / 3) / 3), "n": 3}
     recall = ChanceAdjustedRecall().compute(predictions=[1, 1, 0, 1], references=[0.5] * 4)
     assert recall["recall"] == 0.75 and recall["chance_adjusted_recall"] == 0.5
-    assert adjust(0.2, 1.0) == 1.0
-    with pytest.raises(ValueError, match="nothing to find"):
-        NormalisedAccuracy().compute(predictions=[1], references=[1], chance=0.25, ceiling=0.25)
+    assert (recall["chance"], recall["n"]) == (0.5, 4)
+    everything = ChanceAdjustedRecall().compute(predictions=[1, 1], references=[1.0, 1.0])
+    assert everything["chance_adjusted_recall"] == 1.0
+    with pytest.raises(ValueError, match=r"the ceiling 0\.2 lies below chance 0\.25"):
+        NormalisedAccuracy().compute(predictions=[1], references=[1], chance=0.25, ceiling=0.2)
 
 
 def test_accuracy_by_distance_and_its_reach():
     planted = plant(config_of(sequences=40), seed=0)
     near = np.array([link.distance < 128 for link in planted.links])
-    assert accuracy(planted, near).accuracy == near.mean()
-    rows = by_distance(planted, near)
+    tokens = np.where(near, right_tokens(planted), -1)
+    assert accuracy(planted, tokens)["accuracy"] == near.mean()
+    rows = by_distance(planted, tokens)
     assert [(row["from"], row["accuracy"]) for row in rows] == [(64, 1.0), (128, 0.0), (256, 0.0), (512, 0.0)][: len(rows)]
     assert sum(row["n"] for row in rows) == 200 and reach(rows, 0.5) == 128 and reach(rows[1:], 0.5) is None
 
 
 def test_right_answers_and_pairs_by_hand():
     planted = plant(config_of("counterfactual"), seed=2)
-    tokens = np.array([planted.config.tokens.value(link.answer) for link in planted.links])
-    assert right(planted, tokens).all() and pairs_told_apart(planted, right(planted, tokens)) == 1.0
-    wrong = right(planted, tokens)
-    wrong[5] = False  # the first link of sequence 1
+    tokens = right_tokens(planted)
+    assert tokens.tolist() == [planted.config.tokens.value(link.answer) for link in planted.links]
+    assert pairs_told_apart(planted, tokens) == 1.0
+    wrong = tokens.copy()
+    wrong[5] = -1  # the first link of sequence 1
     assert pairs_told_apart(planted, wrong) == pytest.approx(2 / 3)
-    wrong[[5, 6]] = True, False
+    wrong[[5, 6]] = tokens[5], -1
     assert pairs_told_apart(planted, wrong) == 1.0
-    assert dataclasses.asdict(accuracy(planted, wrong))["n"] == 30
+    scores = accuracy(planted, wrong)
+    assert (scores["accuracy"], scores["n"]) == (29 / 30, 30) and scores["normalised"] == pytest.approx((29 / 30 - 0.25) / 0.75)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,9 @@ from ...attention.layer import Selector, SparseCall
 from ...router.budget import make_plan
 from ...router.module import RoutingInputs, SparseRouter
 from ...training.mass_threshold import candidates
-from .link_answers import predicted, right, sequences_at_once
-from .link_metrics import adjust, average_precision
+from .ceilings import ceiling, chance
+from .link_answers import predicted, right_tokens, sequences_at_once
+from .link_metrics import AveragePrecision, ChanceAdjustedRecall, NormalisedAccuracy
 from .planting import Link, Planted
 
 USES = 0.5  # of a question's softmax mass on the blocks of its causes, on average over links: such a head uses them
@@ -67,21 +68,6 @@ def using_heads(model: PreTrainedModel, planted: Planted) -> dict[Head, float]:
     return {head: mass for head, mass in means.items() if mass >= USES}
 
 
-@dataclass
-class LinkScores:
-    """Figures of one selection over the links and heads: whether a cause's block was kept, and the share of blocks that were."""
-
-    kept: list[float] = field(default_factory=list)
-    share: list[float] = field(default_factory=list)
-
-    def summary(self) -> dict[str, Any]:
-        """Recall, what a random choice of as many blocks has, the recall above that, and how many causes of links and heads there were."""
-        if not self.kept:
-            return {"recall": None, "chance": None, "chance_adjusted_recall": None, "n": 0}
-        recall, base = float(np.mean(self.kept)), float(np.mean(self.share))
-        return {"recall": recall, "chance": base, "chance_adjusted_recall": adjust(recall, base), "n": len(self.kept)}
-
-
 class LinkObserver:
     """Recall of several selections, and the average precision of the router's ranking, on a dense pass; of ``heads`` only.
 
@@ -90,9 +76,10 @@ class LinkObserver:
 
     def __init__(self, rows: ByRow, selectors: Mapping[str, Selector], heads: Mapping[Head, float]) -> None:
         self.rows, self.selectors, self.heads = rows, selectors, heads
-        self.scores = {name: LinkScores() for name in selectors}
-        self.precision: list[float] = []
-        self.best: list[float] = []  # of the dense mass itself as a ranking
+        self.recall = {name: ChanceAdjustedRecall() for name in selectors}
+        self.precision = AveragePrecision()
+        self.best = AveragePrecision()  # of the dense mass itself as a ranking
+        self.rankings = 0  # added to each of them
 
     def __call__(self, router: SparseRouter, inputs: RoutingInputs) -> None:
         heads = [head for layer, head in self.heads if layer == router.layer]
@@ -106,20 +93,28 @@ class LinkObserver:
             inputs.q, inputs.k, plan.grid, torch.arange(plan.grid.tiles, device=inputs.q.device, dtype=torch.int64), inputs.scale
         )
         kept = {name: selector(router, inputs, tile).kept() for name, selector in self.selectors.items()}
+        places = list(self._places(inputs, eligible, tile, size))
+        if not places:
+            return
+        self.rankings += len(heads) * len(places)
+        hits = [hit.int().cpu().numpy() for *_, hit in places for _ in heads]
+        for metric, ranking in ((self.precision, ranked), (self.best, teacher)):
+            scores = [ranking[row, head, t, free].cpu().numpy() for row, t, free, _ in places for head in heads]
+            metric.add_batch(predictions=scores, references=hits)
+        for name, selection in kept.items():
+            chosen = [(selection[row, head, t, free].float(), hit) for row, t, free, hit in places for head in heads]
+            links_kept = torch.cat([blocks[hit] for blocks, hit in chosen])
+            share = torch.cat([blocks.mean().expand(int(hit.sum())) for blocks, hit in chosen])
+            self.recall[name].add_batch(predictions=links_kept.tolist(), references=share.tolist())
+
+    def _places(self, inputs: RoutingInputs, eligible: Tensor, tile: int, size: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """(row, tile, its blocks that are not forced, which of these hold a cause) of every tile with such a cause."""
         for row, links in enumerate(self.rows.rows(inputs)):
-            wanted = _wanted(links, tile, size)
-            for t, blocks in wanted.items():
+            for t, blocks in _wanted(links, tile, size).items():
                 free = eligible[t].nonzero()[:, 0]
                 hit = torch.isin(free, torch.tensor(sorted(blocks), device=free.device, dtype=torch.int64))
-                if not bool(hit.any()):
-                    continue
-                for head in heads:
-                    for found, ranking in ((self.precision, ranked), (self.best, teacher)):
-                        found.append(average_precision(ranking[row, head, t, free].cpu().numpy(), hit.int().cpu().numpy()))
-                    for name, chosen in kept.items():
-                        mine = chosen[row, head, t, free].float()
-                        self.scores[name].kept += mine[hit].tolist()
-                        self.scores[name].share += [float(mine.mean())] * int(hit.sum())
+                if bool(hit.any()):
+                    yield row, t, free, hit
 
 
 def _wanted(links: list[Link], tile: int, size: int) -> dict[int, set[int]]:
@@ -143,9 +138,12 @@ def link_scores(model: PreTrainedModel, planted: Planted, selectors: Mapping[str
     rows = ByRow(planted)
     observer = LinkObserver(rows, selectors, heads)
     _passes(model, planted, rows, observer)
-    precision, best = (float(np.mean(found)) if found else None for found in (observer.precision, observer.best))
-    ranking = {"average_precision": precision, "oracle_average_precision": best, "n": len(observer.precision)}
-    return {**ranking, "recall": {n: s.summary() for n, s in observer.scores.items()}}
+    if not observer.rankings:  # no head uses a cause, or all of them are forced
+        missing = dict.fromkeys(("recall", "chance", "chance_adjusted_recall"))
+        ranking = {"average_precision": None, "oracle_average_precision": None, "n": 0}
+        return {**ranking, "recall": {name: {**missing, "n": 0} for name in selectors}}
+    ranking = {**observer.precision.compute(), "oracle_average_precision": observer.best.compute()["average_precision"]}
+    return {**ranking, "recall": {name: metric.compute() for name, metric in observer.recall.items()}}
 
 
 class Without:
@@ -179,16 +177,17 @@ class Without:
 
 def necessity(model: PreTrainedModel, planted: Planted, selector: Selector) -> dict[str, float]:
     """Accuracy with the selection, without the blocks of the causes, and without as many others: only the first cut costs needed links."""
-    found, sequences = {}, sequences_at_once(planted)
+    accuracies, sequences = {}, sequences_at_once(planted)
+    bounds = {"chance": chance(planted.config), "ceiling": ceiling(planted.config)}
     for name, cut in (("whole", None), ("without causes", True), ("without others", False)):
         rows = ByRow(planted)
         chosen = selector if cut is None else Without(selector, rows, cut)
-        hits = []
+        metric = NormalisedAccuracy()
         for rows.start in range(0, planted.config.sequences, sequences):
             part = _part(planted, rows.start, sequences)
-            hits.append(right(part, predicted(model, part, SparseCall(selector=chosen))))
-        found[name] = float(np.concatenate(hits).mean())
-    return found
+            metric.add_batch(predictions=predicted(model, part, SparseCall(selector=chosen)), references=right_tokens(part))
+        accuracies[name] = float(metric.compute(**bounds)["accuracy"])
+    return accuracies
 
 
 def _part(planted: Planted, start: int, count: int) -> Planted:

@@ -24,12 +24,3 @@ def ceiling(config: LongLinkConfig) -> float:
     whole = (1 - config.corruption) ** VALUES.get(config.family, 1) * (1 - config.missing) ** CAUSES.get(config.family, 1)
     right = config.strength * whole
     return right + (1 - right) * chance(config)
-
-
-def normalised(accuracy: float, config: LongLinkConfig) -> float:
-    """Accuracy between guessing (0) and the ceiling (1).
-
-    Raises:
-        ZeroDivisionError: there is nothing to find: the null family, or no strength.
-    """
-    return (accuracy - chance(config)) / (ceiling(config) - chance(config))

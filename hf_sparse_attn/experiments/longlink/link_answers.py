@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ...attention.layer import SparseCall
-from .ceilings import ceiling, chance, normalised
+from ...evaluation.metrics import AnswerMatch
+from .ceilings import ceiling, chance
+from .link_metrics import NormalisedAccuracy
 from .planting import Planted
 
 TOKENS_AT_ONCE = 16384  # of one forward pass: bounds memory
@@ -37,37 +38,25 @@ def predicted(model: PreTrainedModel, planted: Planted, call: SparseCall) -> np.
     return tokens
 
 
-def right(planted: Planted, tokens: np.ndarray) -> np.ndarray:
-    """Which links were answered right: boolean [links]."""
-    hits: np.ndarray = np.array([planted.config.tokens.value(link.answer) for link in planted.links]) == tokens
-    return hits
+def right_tokens(planted: Planted) -> np.ndarray:
+    """The token that is the right answer of every link, int64 [links]."""
+    return np.array([planted.config.tokens.value(link.answer) for link in planted.links], dtype=np.int64)
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """Share of right answers with its standard error over links, and between guessing and the ceiling (None where these are one)."""
-
-    accuracy: float
-    error: float
-    normalised: float | None
-    n: int
+def accuracy(planted: Planted, tokens: np.ndarray, chosen: np.ndarray | slice = slice(None)) -> dict[str, Any]:
+    """`NormalisedAccuracy` of the ``tokens`` predicted for the ``chosen`` links of a set."""
+    metric = NormalisedAccuracy()
+    metric.add_batch(predictions=tokens[chosen], references=right_tokens(planted)[chosen])
+    scores: dict[str, Any] = metric.compute(chance=chance(planted.config), ceiling=ceiling(planted.config))
+    return scores
 
 
-def accuracy(planted: Planted, hits: np.ndarray) -> Accuracy:
-    """Of some links of a set; ``hits`` boolean."""
-    share, config = float(hits.mean()), planted.config
-    scale = None if ceiling(config) == chance(config) else normalised(share, config)
-    return Accuracy(share, math.sqrt(share * (1 - share) / len(hits)), scale, len(hits))
-
-
-def by_distance(planted: Planted, hits: np.ndarray) -> list[dict[str, Any]]:
+def by_distance(planted: Planted, tokens: np.ndarray) -> list[dict[str, Any]]:
     """Accuracy of the links in each doubling of the distance."""
-    octave = np.array([int(math.log2(link.distance)) for link in planted.links])
-    rows = []
-    for at in sorted(set(octave.tolist())):
-        found = accuracy(planted, hits[octave == at])
-        rows.append({"from": 1 << at, "to": 2 << at, **found.__dict__})
-    return rows
+    octaves = np.array([int(math.log2(link.distance)) for link in planted.links])
+    return [
+        {"from": 1 << octave, "to": 2 << octave, **accuracy(planted, tokens, octaves == octave)} for octave in sorted(set(octaves.tolist()))
+    ]
 
 
 def reach(rows: Sequence[dict[str, Any]], least: float) -> int | None:
@@ -80,7 +69,10 @@ def reach(rows: Sequence[dict[str, Any]], least: float) -> int | None:
     return far
 
 
-def pairs_told_apart(planted: Planted, hits: np.ndarray) -> float:
-    """Of a counterfactual set the share of pairs of which both changed links were answered right."""
-    first = {link.sequence: hit for link, hit in reversed(list(zip(planted.links, hits, strict=True)))}
-    return float(np.mean([first[at] and first[at + 1] for at in range(0, planted.config.sequences, 2)]))
+def pairs_told_apart(planted: Planted, tokens: np.ndarray) -> float:
+    """Of a counterfactual set the share of pairs of which both changed links, the first of each sequence, were answered right."""
+    first = {link.sequence: at for at, link in reversed(list(enumerate(planted.links)))}
+    pairs = np.array([[first[at], first[at + 1]] for at in range(0, planted.config.sequences, 2)])
+    metric = AnswerMatch()
+    metric.add_batch(predictions=tokens[pairs], references=right_tokens(planted)[pairs])
+    return float(metric.compute()["exact"])

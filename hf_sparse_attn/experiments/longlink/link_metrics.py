@@ -1,51 +1,48 @@
-"""Scores of LongLink as `evaluate` metrics, which work without a network."""
+"""What LongLink is scored by, as metrics of the library evaluate."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
-import evaluate
 import numpy as np
 
-SOURCE = "hf_sparse_attn, LongLink"
+from ...evaluation.metrics import INTEGER, NUMBER, ArrayMetric
 
 
-def _info(description: str, **features: str) -> evaluate.MetricInfo:
-    named = {name: datasets.Value(kind) for name, kind in features.items()}
-    return evaluate.MetricInfo(
-        description=description, citation=SOURCE, inputs_description=", ".join(features), features=datasets.Features(named)
-    )
+class NormalisedAccuracy(ArrayMetric):
+    """Share of right answers, and where it lies between guessing and the ceiling: ``compute(…, chance=…, ceiling=…)``.
 
-
-class NormalisedAccuracy(evaluate.Metric):  # type: ignore[misc]
-    """Accuracy between guessing (0) and the ceiling (1): ``compute(predictions, references, chance=…, ceiling=…)``."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return _info(str(self.__doc__), predictions="int64", references="int64")
-
-    def _compute(self, predictions: Sequence[int], references: Sequence[int], chance: float, ceiling: float) -> dict[str, Any]:
-        if ceiling <= chance:
-            raise ValueError(f"the ceiling {ceiling} is not above chance {chance}: there is nothing to find")
-        right = np.asarray(predictions) == np.asarray(references)
-        accuracy, error = float(right.mean()), float(right.std() / math.sqrt(len(right)))
-        scale = ceiling - chance
-        return {"accuracy": accuracy, "normalised": (accuracy - chance) / scale, "error": error / scale, "n": len(right)}
-
-
-class AveragePrecision(evaluate.Metric):  # type: ignore[misc]
-    """Area under precision over recall of a ranking: ``predictions`` are scores, ``references`` 1 for what should come first, else 0.
-
-    Ties count as the mean over their orders does on average: a positive among tied ones gets their middle rank.
+    ``error`` is the standard error of the share, ``normalised`` (accuracy − chance) / (ceiling − chance), None where those are one.
     """
 
-    def _info(self) -> evaluate.MetricInfo:
-        return _info(str(self.__doc__), predictions="float64", references="int64")
+    columns: ClassVar[dict[str, Any]] = {"predictions": INTEGER, "references": INTEGER}
 
-    def _compute(self, predictions: Sequence[float], references: Sequence[int]) -> dict[str, Any]:
-        return {"average_precision": average_precision(np.asarray(predictions, float), np.asarray(references))}
+    def _compute(self, predictions: Sequence[int], references: Sequence[int], chance: float, ceiling: float) -> dict[str, Any]:
+        if ceiling < chance:
+            raise ValueError(f"the ceiling {ceiling} lies below chance {chance}: no reader is worse than guessing")
+        right = np.asarray(predictions) == np.asarray(references)
+        accuracy = float(right.mean())
+        # of n independent answers that are right with probability p: √(p(1 − p) / n)
+        error = math.sqrt(accuracy * (1 - accuracy) / len(right))
+        normalised = None if ceiling == chance else (accuracy - chance) / (ceiling - chance)
+        return {"accuracy": accuracy, "error": error, "normalised": normalised, "n": len(right)}
+
+
+class AveragePrecision(ArrayMetric):
+    """Mean over rankings of the area under precision over recall.
+
+    A row of ``predictions`` holds the scores of one ranking, that of ``references`` 1 for what should come first, else 0.
+    """
+
+    columns: ClassVar[dict[str, Any]] = {"predictions": datasets.Sequence(NUMBER), "references": datasets.Sequence(INTEGER)}
+
+    def _compute(self, predictions: Sequence[Sequence[float]], references: Sequence[Sequence[int]]) -> dict[str, Any]:
+        rankings = zip(predictions, references, strict=True)
+        precision = [average_precision(np.asarray(scores, float), np.asarray(wanted)) for scores, wanted in rankings]
+        return {"average_precision": float(np.mean(precision)), "n": len(precision)}
 
 
 def average_precision(scores: np.ndarray, wanted: np.ndarray) -> float:
@@ -58,24 +55,20 @@ def average_precision(scores: np.ndarray, wanted: np.ndarray) -> float:
         raise ValueError("no reference is 1: a ranking of nothing has no precision")
     above = (scores[None] > scores[:, None]).sum(1)
     tied = (scores[None] == scores[:, None]).sum(1)
-    rank = above + (tied + 1) / 2
-    found = np.sort(rank[wanted == 1])
-    return float(np.mean(np.arange(1, len(found) + 1) / found))
+    # rank r_i = entries above + (tied + 1) / 2; of wanted entries in the order of their ranks: mean over i of i / r_i
+    ranks = np.sort((above + (tied + 1) / 2)[wanted == 1])
+    return float(np.mean(np.arange(1, len(ranks) + 1) / ranks))
 
 
-class ChanceAdjustedRecall(evaluate.Metric):  # type: ignore[misc]
-    """(r − r0) / (1 − r0) of the recall r: ``predictions`` 1 where a link was kept, ``references`` the share of blocks that were, r0."""
+class ChanceAdjustedRecall(ArrayMetric):
+    """(r − r0) / (1 − r0) of the recall r: ``predictions`` 1 where a link was kept, ``references`` the share of blocks that were, r0.
 
-    def _info(self) -> evaluate.MetricInfo:
-        return _info(str(self.__doc__), predictions="float64", references="float64")
+    Of a selection that keeps everything it is 1.
+    """
+
+    columns: ClassVar[dict[str, Any]] = {"predictions": NUMBER, "references": NUMBER}
 
     def _compute(self, predictions: Sequence[float], references: Sequence[float]) -> dict[str, Any]:
-        recall, base = float(np.mean(predictions)), float(np.mean(references))
-        error = float(np.std(predictions) / math.sqrt(len(predictions)))
-        adjusted = {"chance_adjusted_recall": adjust(recall, base), "error": error / (1 - base) if base < 1 else 0.0}
-        return {"recall": recall, "chance": base, **adjusted, "n": len(predictions)}
-
-
-def adjust(recall: float, base: float) -> float:
-    """(r − r0) / (1 − r0); of a selection that keeps everything 1."""
-    return 1.0 if base == 1 else (recall - base) / (1 - base)
+        recall, chance = float(np.mean(predictions)), float(np.mean(references))
+        adjusted = 1.0 if chance == 1 else (recall - chance) / (1 - chance)
+        return {"recall": recall, "chance": chance, "chance_adjusted_recall": adjusted, "n": len(predictions)}

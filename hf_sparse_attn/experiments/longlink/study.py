@@ -18,7 +18,7 @@ from ...system.progress import counted
 from .cause_recall import Head, link_scores, necessity, using_heads
 from .ceilings import ceiling, chance
 from .families import LongLinkConfig
-from .link_answers import accuracy, by_distance, pairs_told_apart, predicted, reach, right
+from .link_answers import accuracy, by_distance, pairs_told_apart, predicted, reach
 from .planting import Planted, plant
 
 NOISE: Sequence[tuple[str, tuple[float, ...]]] = (
@@ -71,16 +71,16 @@ def density(model: PreTrainedModel, planted: Planted) -> float:
 
 
 def _answers(model: PreTrainedModel, planted: Planted, name: str, call: SparseCall) -> dict[str, Any]:
-    hits = right(planted, predicted(model, planted, call))
-    octaves = by_distance(planted, hits)
-    found = {"selection": name, **asdict(accuracy(planted, hits)), "by_distance": octaves}
-    return {**found, "d50": reach(octaves, 0.5), "d90": reach(octaves, 0.9)}
+    tokens = predicted(model, planted, call)
+    octaves = by_distance(planted, tokens)
+    scores = {"selection": name, **accuracy(planted, tokens), "by_distance": octaves}
+    return {**scores, "d50": reach(octaves, 0.5), "d90": reach(octaves, 0.9)}
 
 
 def _both(model: PreTrainedModel, planted: Planted) -> dict[str, np.ndarray]:
-    """Which links the model answers right, densely and with its own selection."""
+    """The tokens that the model answers every link with, densely and with its own selection."""
     calls = {"dense": SparseCall(dense=True), OWN: SparseCall()}
-    return {name: right(planted, predicted(model, planted, call)) for name, call in calls.items()}
+    return {name: predicted(model, planted, call) for name, call in calls.items()}
 
 
 def _single_queries(
@@ -96,7 +96,7 @@ def _unseen(model: PreTrainedModel, config: LongLinkConfig, seed: int) -> dict[s
     if config.unseen is None:
         return None
     planted = plant(replace(config, only_unseen=True), seed)
-    return {name: asdict(accuracy(planted, hits)) for name, hits in _both(model, planted).items()}
+    return {name: accuracy(planted, tokens) for name, tokens in _both(model, planted).items()}
 
 
 def _null(
@@ -105,13 +105,13 @@ def _null(
     links = (config.keys - config.distractors) // 2
     many = NULL_SEQUENCES * config.sequences
     planted = plant(replace(config, family="null", links=min(config.links, links), sequences=many), seed)
-    found = {name: asdict(accuracy(planted, hits)) for name, hits in _both(model, planted).items()}
+    found = {name: accuracy(planted, tokens) for name, tokens in _both(model, planted).items()}
     return {"answers": found, "routing": link_scores(model, planted, selectors, heads)}
 
 
 def _counterfactual(model: PreTrainedModel, config: LongLinkConfig, seed: int) -> dict[str, Any]:
     planted = plant(replace(config, family="counterfactual", sequences=max(2, config.sequences // 2 * 2)), seed)
-    return {name: pairs_told_apart(planted, hits) for name, hits in _both(model, planted).items()}
+    return {name: pairs_told_apart(planted, tokens) for name, tokens in _both(model, planted).items()}
 
 
 def _noise(
@@ -128,7 +128,7 @@ def _noise(
         other = replace(config, **changed)
         if other not in done:
             planted = plant(other, seed)
-            found = {key: asdict(accuracy(planted, hits)) for key, hits in _both(model, planted).items()}
+            found = {key: accuracy(planted, tokens) for key, tokens in _both(model, planted).items()}
             recall = link_scores(model, planted, selectors, heads)["recall"][OWN]
             done[other] = {"ceiling": ceiling(other), "answers": found, "routing": recall}
         rows.append({"noise": name, "level": level, **done[other]})

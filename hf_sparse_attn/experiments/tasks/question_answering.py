@@ -44,7 +44,7 @@ class QuestionRun(LanguageRun):
 
     def _answers(self, model: PreTrainedModel, name: str) -> list[dict[str, Any]]:
         """Every question under the selections of the recipe's quality entries; continues after a stop."""
-        partial = self.state / f"{name}.answers.partial.json"
+        partial = self.state / f"{name}.answer_tokens.partial.json"
         done = json.loads(partial.read_text()) if partial.exists() else []
         selectors, rows = standard_selectors(fresh_routers(model)), []
         asked = [(entry, self._questions(entry)) for entry in self.recipe.quality]
