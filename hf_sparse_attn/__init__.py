@@ -15,12 +15,11 @@ with checked_transformers():
     from .models.convert import set_sparse_attention, sparse_attention_as, sparsify, to_dense
     from .models.registration import register, sparse_class, sparse_config
     from .training.chunked_loss import chunk_loss
+    from .training.config import AdaptationConfig, DistillationConfig, SparseTrainingConfig
     from .training.distillation import distill
-    from .training.distiller import DistillationConfig
-    from .training.lora import AdaptationConfig, adapt
+    from .training.lora import adapt
     from .training.mass_threshold import KeptKeys, fit_mass_threshold
     from .training.objective import SparseObjective
-    from .training.schedule import SparseTrainingConfig
 
 register()
 

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from ..models.convert import sparse_attention_as, to_dense
 from ..training.chunked_loss import chunk_loss
-from ..training.lora import AdaptationConfig, add_lora
+from ..training.config import AdaptationConfig
+from ..training.lora import add_lora
 from ..training.objective import SparseObjective
 from .timing import BenchmarkError
 

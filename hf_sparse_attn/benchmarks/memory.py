@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..models.convert import sparse_attention_as
-from ..training.lora import AdaptationConfig
+from ..training.config import AdaptationConfig
 from .contenders import SPARSE, STOCK, Contender, make_contenders, verify_training
 from .timing import BenchmarkError, PeakMemory
 

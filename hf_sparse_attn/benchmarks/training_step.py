@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..models.convert import sparse_attention_as
-from ..training.lora import AdaptationConfig
+from ..training.config import AdaptationConfig
 from .contenders import DENSE, EAGER, SPARSE, STOCK, WITHOUT_KL, Contender, make_contenders, verify_training
 from .memory import Step, measure_peaks, peaks_in_a_fresh_process, trial
 from .padding_vs_packing import Batch, bench_layouts, check_layouts, make_layouts, with_memory

@@ -36,7 +36,7 @@ def training(
     json_path: JsonOption = None,
 ) -> None:
     """Training steps of a whole model, sparse against stock; with --plan what they will need on a device."""
-    from ..training.lora import AdaptationConfig
+    from ..training.config import AdaptationConfig
 
     names = tuple(name.strip() for name in target_modules.split(","))
     options: dict[str, Any] = {"gradient_checkpointing": gradient_checkpointing, "chunked_loss": chunked_loss, "dense_every": dense_every}

@@ -14,9 +14,7 @@ from ..data.questions import QUOTED_TASK
 from ..data.ruler import RULER
 from ..evaluation.budget_allocation import FITTED
 from ..system.precision import DTYPES
-from ..training.arguments import ALLOWED, FROM_SCRATCH, NETWORK
-from ..training.distiller import DistillationConfig
-from ..training.lora import AdaptationConfig
+from ..training.config import ALLOWED, FROM_SCRATCH, NETWORK, AdaptationConfig, DistillationConfig
 from .longlink.families import LongLinkConfig
 from .recipe_values import RecipeError as RecipeError
 from .recipe_values import change, check_names, defaults, find_recipe, merge, pinned, read_recipe

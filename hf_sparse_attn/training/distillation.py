@@ -26,7 +26,8 @@ from ..models.convert import mark_trained
 from ..router.module import SparseRouter
 from ..system.files import write_atomically
 from ..system.progress import bar
-from .distiller import DistillationConfig, Distiller
+from .config import DistillationConfig
+from .distiller import Distiller
 from .distributed import from_main, rank_and_size, same_everywhere
 from .run_identity import backbone_parameters, batches_hash, differences, model_identity, weights_hash
 

@@ -3,46 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..data.model_inputs import NonFiniteError, check_finite
 from ..router.module import RoutingInputs, SparseRouter, active_router
+from .config import DistillationConfig
 from .distributed import average_gradients, mean_over_processes
 from .index_init import start_index
 from .router_loss import TileLoss, tile_loss
-from .teachers import TARGETS
-
-
-@dataclass(frozen=True)
-class DistillationConfig:
-    """Settings of `distill`. A batch is one dense forward pass.
-
-    Raises:
-        ValueError: a field has an impossible value.
-    """
-
-    lr: float = 1e-3  # of stage 1; AdamW, no weight decay
-    index_lr: float = 2e-4  # of stage 2, whose start is good
-    warmup_steps: int = 20  # optimiser steps of linear warm-up; then cosine to a tenth over the rest
-    steps_per_batch: int = 4  # optimiser steps on each forward pass
-    tiles_per_step: int = 4  # query tiles of each row in a step on tiles
-    queries_per_step: int = 48  # single queries of each row in a step on tiles of 1
-    target: str = "mass"  # what of the dense attention the routers learn: mass, max or output, see `block_target`
-    seed: int = 0
-    save_every: int = 4  # batches between checkpoints, if a checkpoint path is given; sooner where these take more than a minute
-
-    def __post_init__(self) -> None:
-        for name in ("steps_per_batch", "tiles_per_step", "queries_per_step", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"distillation.{name} is {getattr(self, name)!r}: must be >= 1")
-        if self.target not in TARGETS:
-            raise ValueError(f"distillation.target is {self.target!r}: must be {', '.join(TARGETS)}")
-        if not (self.lr > 0 and self.index_lr > 0 and self.warmup_steps >= 0):
-            values = f"lr {self.lr!r}, index_lr {self.index_lr!r}, warmup_steps {self.warmup_steps!r}"
-            raise ValueError(f"distillation has {values}: learning rates must be > 0, warmup_steps >= 0")
 
 
 class Distiller:

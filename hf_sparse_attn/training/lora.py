@@ -12,7 +12,7 @@ import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,53 +23,15 @@ from transformers import PreTrainedModel
 from ..models.adapters import lora_config
 from ..system.files import write_json
 from ..system.locks import sole_use
-from .arguments import check_arguments
 from .chunked_loss import chunk_loss, whole_loss
+from .config import AdaptationConfig, SparseTrainingConfig
 from .distributed import from_main, rank_and_size
 from .run_identity import differences, model_identity, rows_hash, weights_hash
-from .schedule import SparseTrainingConfig
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class AdaptationConfig(SparseTrainingConfig):
-    """Settings of `adapt`: those of the joint stage, of LoRA, and of the optimiser.
-
-    Raises:
-        ValueError: a field has an impossible value.
-    """
-
-    rank: int = 8  # of LoRA
-    alpha: int = 16  # of LoRA
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    lr: float = 2e-4  # of LoRA; AdamW
-    batch_size: int = 1  # rows of a micro-batch on each device
-    accumulation: int = 1  # micro-batches of an optimiser step
-    max_grad_norm: float = 1.0
-    gradient_checkpointing: bool = True  # where the model supports it
-    offload_activations: bool = False  # what checkpointing keeps waits in the CPU's memory; GPUs only
-    chunked_loss: bool = True  # causal models: the logits of all tokens never exist
-    save_every: int = 2  # optimiser steps between checkpoints, if a folder is given
-    training_arguments: Mapping[str, Any] = field(default_factory=dict)  # further fields of TrainingArguments, see arguments.py
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        for name in ("rank", "alpha", "lr", "batch_size", "accumulation", "max_grad_norm", "save_every"):
-            if not getattr(self, name) > 0:
-                self._refuse(name, "> 0")
-        taken = sorted(set(self.training_arguments) & OWN_ARGUMENTS)
-        if taken:
-            raise ValueError(f"lora.training_arguments names {', '.join(taken)}: set the recipe's own fields instead")
-        check_arguments(self.training_arguments, "lora.training_arguments")
-
-
 LOGGED = ("kl", "kept_mass", "recovered_share", "router_entropy", "density", "grad_norm", "tokens_per_second", "peak_memory_bytes")
-OWN_ARGUMENTS = {
-    *("output_dir", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "max_grad_norm"),
-    *("activation_checkpointing", "gradient_checkpointing", "save_steps", "save_strategy", "seed", "disable_tqdm"),
-}
 
 
 def add_lora(model: PreTrainedModel, config: AdaptationConfig, task_type: str | None = "CAUSAL_LM") -> Any:

@@ -22,9 +22,9 @@ from torch import nn
 from ..attention.checks import refuse_split_sequences
 from ..models.adapters import active_routers
 from ..models.convert import mark_trained, set_sparse_attention
+from .config import SparseTrainingConfig
 from .distributed import materialize_trained
 from .joint_forward import TrainingForward
-from .schedule import SparseTrainingConfig
 
 
 class SparseObjective:

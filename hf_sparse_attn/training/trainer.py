@@ -20,10 +20,10 @@ from ..attention.layer import SparseCall
 from ..config import IGNORE_INDEX
 from ..models.convert import take_routers
 from ..system.environment import peak_process_bytes
+from .config import SparseTrainingConfig
 from .distributed import mean_over_processes
 from .joint_forward import RouterStatistics, TrainingForward, mean_statistics
 from .objective import SparseObjective, split_parameters
-from .schedule import SparseTrainingConfig
 
 PREVIEW_TOKENS = 12  # of a batch that gave no finite loss
 

@@ -18,7 +18,7 @@ from hf_sparse_attn.benchmarks.padding_vs_packing import IGNORE_INDEX, packed_ba
 from hf_sparse_attn.benchmarks.plot import plot_training
 from hf_sparse_attn.cli.commands import app
 from hf_sparse_attn.models.convert import sparse_attention_as
-from hf_sparse_attn.training.lora import AdaptationConfig
+from hf_sparse_attn.training.config import AdaptationConfig
 
 # peft asks transformers for a property that the newest versions call by another name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

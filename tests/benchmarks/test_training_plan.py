@@ -19,7 +19,7 @@ from hf_sparse_attn.benchmarks.planner.devices import GPUS, available_memory, gp
 from hf_sparse_attn.benchmarks.planner.meta_step import LOSS, simulate_step, stock_config, with_layers
 from hf_sparse_attn.benchmarks.planner.plan import fits, longest_length
 from hf_sparse_attn.cli.commands import app
-from hf_sparse_attn.training.lora import AdaptationConfig
+from hf_sparse_attn.training.config import AdaptationConfig
 
 # peft asks transformers for a property that the newest versions call by another name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -27,8 +27,8 @@ from hf_sparse_attn.experiments.recipe import RecipeError, load_recipe
 from hf_sparse_attn.experiments.run import run_recipe
 from hf_sparse_attn.router.budget import make_plan
 from hf_sparse_attn.system.terminal import Terminal
+from hf_sparse_attn.training.config import DistillationConfig
 from hf_sparse_attn.training.distillation import distill
-from hf_sparse_attn.training.distiller import DistillationConfig
 from hf_sparse_attn.training.teachers import TARGETS, block_target
 
 N = 250

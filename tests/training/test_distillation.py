@@ -12,8 +12,8 @@ from hf_sparse_attn.data.model_inputs import NonFiniteError
 from hf_sparse_attn.models.registration import SparseModelMixin
 from hf_sparse_attn.router.budget import make_plan
 from hf_sparse_attn.training import distillation, router_loss
+from hf_sparse_attn.training.config import DistillationConfig
 from hf_sparse_attn.training.distillation import backbone_hash, distill, load_router_state, router_state
-from hf_sparse_attn.training.distiller import DistillationConfig
 from hf_sparse_attn.training.index_init import start_index
 from hf_sparse_attn.training.router_loss import kept_mass, masked_kl, tile_loss
 

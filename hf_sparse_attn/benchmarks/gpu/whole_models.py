@@ -14,9 +14,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from ...models.convert import sparsify
+from ...training.config import AdaptationConfig, DistillationConfig
 from ...training.distillation import distill
-from ...training.distiller import DistillationConfig
-from ...training.lora import AdaptationConfig
 from ..generation import bench_model
 from ..timing import PeakMemory
 from ..training_step import TrainingShape, bench_training

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...config import SparseAttentionConfig
 from ...models.attach import routers
-from ...training.lora import AdaptationConfig
+from ...training.config import AdaptationConfig
 from ..contenders import DENSE, SPARSE, STOCK
 from .cpu_rates import faster, measure_cpu
 from .devices import GPUS, Device, gpu

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from ...router.budget import make_plan
 from ...training.chunked_loss import chunk_loss
-from ...training.lora import AdaptationConfig
+from ...training.config import AdaptationConfig
 from ...training.router_loss import tile_loss
 from ..contenders import checkpoint_activations, plain_lora
 from ..layer_shape import Layer, LayerShape

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from ...training.chunked_loss import chunk_loss
-from ...training.lora import AdaptationConfig
+from ...training.config import AdaptationConfig
 from ..contenders import checkpoint_activations, plain_lora
 
 ATTENTION = "planned_attention"  # name in Transformers' attention interface

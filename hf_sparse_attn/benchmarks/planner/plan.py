@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from ...config import SparseAttentionConfig
 from ...models.attach import routers
 from ...models.convert import sparsify
-from ...training.lora import AdaptationConfig
+from ...training.config import AdaptationConfig
 from .attention_cost import AttentionShape, LayerWork, layer_work
 from .devices import Device
 from .meta_step import BACKWARD, FORWARD, LOSS, Simulated, simulate_step, stock_config, with_layers

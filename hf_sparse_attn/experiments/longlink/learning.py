@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from ...config import SparseAttentionConfig
 from ...models.convert import sparsify
 from ...system.progress import bar
+from ...training.config import DistillationConfig
 from ...training.distillation import distill
-from ...training.distiller import DistillationConfig
 from .families import LongLinkConfig
 from .planting import plant
 

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from ...models.adapters import load_adapter
 from ...models.convert import mark_trained
 from ...system.files import copied_folder, write_atomically
+from ...training.config import AdaptationConfig
 from ...training.distillation import distill, load_router_state, router_state
-from ...training.lora import AdaptationConfig, adapt
+from ...training.lora import adapt
 from ..steps import Run, Step
 
 
