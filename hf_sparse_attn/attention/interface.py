@@ -23,9 +23,9 @@ from .checks import ATTN_IMPLEMENTATION, EXPORT, check_call, check_mask, refuse_
 from .custom_op import attend_opaquely, register
 from .dense import is_causal, stock_attention_of_documents
 from .documents import Layout
+from .gradients import leave_routers
 from .layer import SparseCall, attend, made_on_the_device
 from .object_registry import number
-from .untrained import leave_routers
 
 
 class SparseAttentionMixin(MadeMixin):

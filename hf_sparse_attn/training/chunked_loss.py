@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention.carried_gradients import Carried, carry
+from ..attention.gradients import Carried, carry
 from ..config import IGNORE_INDEX
 from .late_logits import LateLogits
 

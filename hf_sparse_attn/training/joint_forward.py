@@ -11,7 +11,7 @@ from hf_sparse_attn_kernels import BlockSelection
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..attention.carried_gradients import Carried, carry
+from ..attention.gradients import Carried, carry
 from ..attention.layer import Selector, SparseCall, learned_selector
 from ..router.budget import make_plan
 from ..router.module import RoutingInputs, SparseRouter, active_router

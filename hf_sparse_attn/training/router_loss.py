@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hf_sparse_attn_kernels import TilePlan, block_mass, coarse_scores, fine_mass, ordered_topk, to_tiles
 from torch import Tensor
 
-from ..attention.carried_gradients import Carried, carry
+from ..attention.gradients import Carried, carry
 from ..router.budget import make_plan
 from ..router.module import RoutingInputs, SparseRouter
 from .teachers import block_target

@@ -89,7 +89,7 @@ def plain(folder, settings, out):
     model = get_peft_model(model, lora_config(model, r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     said = []
-    logging.getLogger("hf_sparse_attn.attention.untrained").addFilter(lambda record: said.append(record.getMessage()) or True)
+    logging.getLogger("hf_sparse_attn.attention.gradients").addFilter(lambda record: said.append(record.getMessage()) or True)
     data = [{"input_ids": ids, "labels": ids} for ids in rows(6)]
     Trainer(model, arguments, train_dataset=data).train()
     moved = [name for name, p in model.named_parameters() if not torch.equal(p.detach(), before[name])]

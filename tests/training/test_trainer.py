@@ -11,7 +11,7 @@ from peft import get_peft_model
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
 
 from hf_sparse_attn import SparseCall, SparseTrainer, SparseTrainingConfig, lora_config, routers
-from hf_sparse_attn.attention import untrained
+from hf_sparse_attn.attention import gradients as untrained
 from hf_sparse_attn.models.adapters import active_routers
 from hf_sparse_attn.router import selection
 from hf_sparse_attn.training import joint_forward
@@ -255,7 +255,7 @@ def test_plain_trainer_leaves_routers_frozen_and_says_so_once(model, rows, tmp_p
     with caplog.at_level(logging.WARNING, logger="hf_sparse_attn"):
         trainer = Trainer(model, arguments(tmp_path, max_steps=3, weight_decay=0.1), train_dataset=rows)
         found = losses(trainer)
-    assert len(found) == 3 and [r.getMessage()[:36] for r in caplog.records if r.name == "hf_sparse_attn.attention.untrained"] == [
+    assert len(found) == 3 and [r.getMessage()[:36] for r in caplog.records if r.name == "hf_sparse_attn.attention.gradients"] == [
         "the routers of this sparse model sta"
     ]
     for router, weights in zip(active_routers(model), before, strict=True):
