@@ -55,11 +55,11 @@ def evaluate(
     The selection "two stages by threshold" is the model's own mass_threshold, at the budget that this was fitted for.
     """
     from ..evaluation.baselines import fresh_routers, standard_selectors
-    from ..evaluation.budget_allocation import fitted_selectors
     from ..evaluation.quality import evaluate_windows
     from ..evaluation.statistics import quality_table
     from ..experiments.recipe import SELECTIONS, Quality
     from ..experiments.reports.html_report import write_evaluation_report
+    from ..experiments.scores.budget_allocation import fitted_selectors
     from ..models.convert import set_sparse_attention
     from ..system.environment import Cost, environment
 

@@ -136,7 +136,7 @@ def sparse_options(text: str) -> dict[str, Any]:
 
 def yaml_fields(text: str, option: str) -> dict[str, Any]:
     """Fields of a configuration, as written inside the braces of a YAML mapping."""
-    from ..system.plain_yaml import PlainYamlError, read_yaml
+    from ..experiments.plain_yaml import PlainYamlError, read_yaml
 
     try:
         loaded: dict[str, Any] = read_yaml("{" + text + "}")

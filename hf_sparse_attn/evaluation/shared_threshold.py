@@ -10,8 +10,7 @@ from transformers import PreTrainedModel
 from ..attention.layer import SparseCall
 from ..data.windows import Window, batches
 from ..models.convert import sparse_attention_as
-from ..training.mass_threshold import KeptKeys, fit_threshold, run_sparse
-from .budget_allocation import AtThreshold
+from ..training.mass_threshold import AtThreshold, KeptKeys, fit_threshold, run_sparse
 
 
 def shared_out(model: PreTrainedModel, windows: Sequence[Window], keys: int) -> dict[int, Tensor]:

@@ -11,13 +11,13 @@ from typing import Any
 
 from ..config import SparseAttentionConfig
 from ..data.questions import QUOTED_TASK
-from ..data.ruler import RULER
-from ..evaluation.budget_allocation import FITTED
 from ..system.precision import DTYPES
 from ..training.config import ALLOWED, FROM_SCRATCH, NETWORK, AdaptationConfig, DistillationConfig
 from .longlink.families import LongLinkConfig
 from .recipe_values import RecipeError as RecipeError
 from .recipe_values import change, check_names, defaults, find_recipe, merge, pinned, read_recipe
+from .rows.ruler import RULER
+from .scores.budget_allocation import FITTED
 from .value_kinds import checked_fields, fitted
 
 SELECTIONS = ("oracle", "two stages", "stage 1 alone", "untrained", "mean-pool", "min-max", "window + sink", "random")

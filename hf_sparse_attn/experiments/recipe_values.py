@@ -10,7 +10,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from ..system.plain_yaml import PlainYamlError, read_yaml
+from .plain_yaml import PlainYamlError, read_yaml
 from .value_kinds import fitted, shown
 
 TEXT, TEXTS = str | None, list[str]

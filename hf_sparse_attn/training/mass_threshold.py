@@ -64,6 +64,16 @@ def select_above(router: SparseRouter, inputs: RoutingInputs, query_tile: int, t
         router.config = config
 
 
+@dataclass(frozen=True)
+class AtThreshold:
+    """The router's own selection at a ``mass_threshold``."""
+
+    threshold: float
+
+    def __call__(self, router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection:
+        return select_above(router, inputs, query_tile, self.threshold)
+
+
 def candidates(router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> Candidates:
     """What stage 1 passes on, with the mass that stage 2 estimates for it."""
     every = select_above(router, inputs, query_tile, LEAST)

@@ -13,11 +13,11 @@ import yaml
 from helpers.paths import RECIPES
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, LlamaForSequenceClassification
 
-from hf_sparse_attn.data.class_labels import Labelled, classes_of, labelled_windows, read_labelled, split_labelled
 from hf_sparse_attn.data.sources import SourceError
-from hf_sparse_attn.evaluation.task_scores import class_table, macro_f1
 from hf_sparse_attn.experiments.recipe import RecipeError, load_recipe
+from hf_sparse_attn.experiments.rows.class_labels import Labelled, classes_of, labelled_windows, read_labelled, split_labelled
 from hf_sparse_attn.experiments.run import run_recipe
+from hf_sparse_attn.experiments.scores.task_scores import class_table, macro_f1
 from hf_sparse_attn.experiments.tasks.classification import extended_positions
 from hf_sparse_attn.system.terminal import Terminal
 

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_sparse_attn import SparseCall, set_sparse_attention
 from hf_sparse_attn.data.windows import Window
 from hf_sparse_attn.evaluation.divergence import last_hidden, predictions
-from hf_sparse_attn.evaluation.robustness import robustness_table
 from hf_sparse_attn.experiments.recipe import RecipeError, load_recipe
 from hf_sparse_attn.experiments.run import run_recipe
+from hf_sparse_attn.experiments.scores.robustness import robustness_table
 from hf_sparse_attn.system.terminal import Terminal
 from hf_sparse_attn.training.distillation import load_router_state
 

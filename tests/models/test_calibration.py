@@ -26,7 +26,6 @@ from hf_sparse_attn.data.questions import ask
 from hf_sparse_attn.data.windows import Window, batches
 from hf_sparse_attn.evaluation import calibrate as calibrate_module
 from hf_sparse_attn.evaluation import calibration_observers
-from hf_sparse_attn.evaluation.budget_allocation import AtThreshold
 from hf_sparse_attn.evaluation.calibrate import calibrate, failures, uniform_budget, uniform_keys, uniform_share
 from hf_sparse_attn.evaluation.calibration_observers import (
     KeptObserver,
@@ -43,7 +42,7 @@ from hf_sparse_attn.router.budget import make_plan
 from hf_sparse_attn.router.head_budgets import HeadBudgets
 from hf_sparse_attn.router.selection import select_blocks
 from hf_sparse_attn.system.outputs import OutputError
-from hf_sparse_attn.training.mass_threshold import Candidates, fit_threshold
+from hf_sparse_attn.training.mass_threshold import AtThreshold, Candidates, fit_threshold
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...config import FIXED_FIELDS, SparseAttentionConfig
-from ...evaluation.budget_allocation import BY_HEAD, FITTED, THRESHOLD, TOP_P
+from ..scores.budget_allocation import BY_HEAD, FITTED, THRESHOLD, TOP_P
 
 BASELINE = "default"
 BY_LAYER = "two stages by layer"

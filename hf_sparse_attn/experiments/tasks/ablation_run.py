@@ -15,12 +15,11 @@ from ...attention.layer import Selector, SparseCall, learned_selector
 from ...config import SparseAttentionConfig
 from ...data.windows import Window, batches
 from ...evaluation.baselines import fresh_routers, standard_selectors
-from ...evaluation.budget_allocation import BY_HEAD, THRESHOLD, TOP_P, Allocations, AtThreshold, ByHead, mass_left
 from ...evaluation.divergence import last_hidden
 from ...models.attach import routers
 from ...system.files import write_atomically
 from ...training.distillation import distill, load_router_state, router_state
-from ...training.mass_threshold import ByThreshold
+from ...training.mass_threshold import AtThreshold, ByThreshold
 from ..ablation.costs import Contender, capture, measure
 from ..ablation.factors import ALLOCATIONS, BASELINE, BY_LAYER, JOINT_KL, SELECTIONS_OF_STAGES, Level, default_of, levels
 from ..ablation.level_table import ablation_table
@@ -29,6 +28,7 @@ from ..ablation.readings import read
 from ..ablation.router_variants import vary
 from ..recipe import RecipeError
 from ..reports.html_report import write_ablation_report
+from ..scores.budget_allocation import BY_HEAD, THRESHOLD, TOP_P, Allocations, ByHead, mass_left
 from ..steps import Step
 from .language_model import LanguageRun
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from ...data.class_labels import LabelledWindow, classes_of, labelled_windows, read_labelled, split_labelled
 from ...data.sources import local_model, model_licence
-from ...evaluation.task_scores import Row, class_score, class_table, evaluate_rows
 from ...system.files import replaced_folder
 from ..recipe import RecipeError
+from ..rows.class_labels import LabelledWindow, classes_of, labelled_windows, read_labelled, split_labelled
+from ..scores.task_scores import Row, class_score, class_table, evaluate_rows
 from .selection_scores import TaskRun
 
 DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout")  # of attention weights, which sparse attention does not have

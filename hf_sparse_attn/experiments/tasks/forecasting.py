@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PatchTSTConfig, PatchTSTForPrediction, PreTrainedModel, Trainer, TrainingArguments
 
-from ...data.time_series import SeriesRows, SeriesTable, evaluation_rows, read_series
-from ...evaluation.task_scores import Row, forecast_errors, forecast_score, forecast_table
 from ...models.registration import sparse_class, sparse_config
 from ...system.files import replaced_folder
 from ...training.lora import collate_rows
 from ...training.trainer import last_checkpoint
 from ..recipe import RecipeError
+from ..rows.time_series import SeriesRows, SeriesTable, evaluation_rows, read_series
+from ..scores.task_scores import Row, forecast_errors, forecast_score, forecast_table
 from .selection_scores import TaskRun
 
 NEW = "new:patchtst"

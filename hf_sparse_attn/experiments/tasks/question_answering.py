@@ -9,13 +9,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ...data.questions import QUOTED_TASK, Question, ask
-from ...data.ruler import ruler
 from ...data.windows import Window
-from ...evaluation.answers import answer_table, evaluate_answers
 from ...evaluation.baselines import fresh_routers, standard_selectors
 from ...system.files import write_json
 from ...system.progress import bar
 from ..recipe import Quality
+from ..rows.ruler import ruler
+from ..scores.answers import answer_table, evaluate_answers
 from ..steps import Step
 from .language_model import LanguageRun
 

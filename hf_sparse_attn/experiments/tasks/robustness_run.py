@@ -9,16 +9,16 @@ from safetensors.torch import load_file, save_file
 
 from ...attention.layer import Selector, SparseCall, learned_selector
 from ...data.sources import read_documents
-from ...data.time_split import split_texts
 from ...data.windows import Window, batches, token_windows
 from ...evaluation.baselines import fresh_routers, standard_selectors
 from ...evaluation.divergence import last_hidden, predictions
-from ...evaluation.robustness import LOWER, UPPER, robustness_table
 from ...models.convert import sparse_attention_as
 from ...system.files import write_atomically
 from ...training.distillation import distill, load_router_state, router_state
 from ..recipe import Quality, RecipeError
 from ..reports.html_report import write_robustness_report
+from ..rows.time_split import split_texts
+from ..scores.robustness import LOWER, UPPER, robustness_table
 from ..steps import Step
 from .language_model import LanguageRun
 

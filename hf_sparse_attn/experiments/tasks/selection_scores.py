@@ -7,10 +7,10 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedModel
 
 from ...evaluation.baselines import fresh_routers, standard_selectors
-from ...evaluation.task_scores import Row, Score, evaluate_rows
 from ..recipe import RecipeError
 from ..reports.html_report import write_task_report
 from ..reports.model_card import write_card
+from ..scores.task_scores import Row, Score, evaluate_rows
 from ..steps import Step
 from .distil_and_adapt import TrainingRun
 

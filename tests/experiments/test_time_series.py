@@ -17,10 +17,10 @@ from transformers import PatchTSTForPrediction
 
 import hf_sparse_attn
 from hf_sparse_attn.data.sources import SourceError
-from hf_sparse_attn.data.time_series import SeriesRows, evaluation_rows, read_series
-from hf_sparse_attn.evaluation.task_scores import forecast_table
 from hf_sparse_attn.experiments.recipe import RecipeError, load_recipe
+from hf_sparse_attn.experiments.rows.time_series import SeriesRows, evaluation_rows, read_series
 from hf_sparse_attn.experiments.run import run_recipe
+from hf_sparse_attn.experiments.scores.task_scores import forecast_table
 from hf_sparse_attn.system.terminal import Terminal
 
 # peft asks transformers for a property that the newest versions call by another name

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..config import IGNORE_INDEX
-from .questions import Question
-from .sources import SourceError
-from .windows import Window
+from ...config import IGNORE_INDEX
+from ...data.questions import Question
+from ...data.sources import SourceError
+from ...data.windows import Window
 
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 NEEDLES = 4  # of the tasks with several

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .statistics import RESAMPLES
+from ...evaluation.statistics import RESAMPLES
 
 Windows = Sequence[Mapping[str, Any]]  # of WindowResult.to_dict
 Key = tuple[int, int | None, str]

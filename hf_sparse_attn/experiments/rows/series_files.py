@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .decoding import EncodingCheck
-from .file_check import CHUNK, chunks
-from .formats import COMPRESSIONS, SourceFile
-from .line_rows import SEPARATORS
-from .sources import SourceError, local_files, package_files
+from ...data.decoding import EncodingCheck
+from ...data.file_check import CHUNK, chunks
+from ...data.formats import COMPRESSIONS, SourceFile
+from ...data.line_rows import SEPARATORS
+from ...data.sources import SourceError, local_files, package_files
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .formats import SourceFile, source_files
-from .sources import SourceError, read_documents
-from .tables import TableRows, open_table
+from ...data.formats import SourceFile, source_files
+from ...data.sources import SourceError, read_documents
+from ...data.tables import TableRows, open_table
 
 NAMED = re.compile(r"([\w .-]+)=(.+)")
 LEAST_SHARE = 0.25  # of a window: a shorter rest of a document is left out, unless it is all of it

@@ -11,16 +11,26 @@ from hf_sparse_attn_kernels import BlockSelection, block_mass
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..attention.layer import Selector, SparseCall
-from ..benchmarks import bench_budgets
-from ..config import SparseAttentionConfig
-from ..models.convert import sparse_attention_as
-from ..router.budget import make_plan
-from ..router.module import RoutingInputs, SparseRouter
-from ..router.selection import ranks
-from ..training.mass_threshold import ByThreshold, Candidates, Histogram, KeptKeys, candidates, fit_threshold, run_sparse, select_above
-from .baselines import ORACLE_TILES
-from .quality import WindowResult
+from ...attention.layer import Selector, SparseCall
+from ...benchmarks import bench_budgets
+from ...config import SparseAttentionConfig
+from ...evaluation.baselines import ORACLE_TILES
+from ...evaluation.quality import WindowResult
+from ...models.convert import sparse_attention_as
+from ...router.budget import make_plan
+from ...router.module import RoutingInputs, SparseRouter
+from ...router.selection import ranks
+from ...training.mass_threshold import (
+    AtThreshold,
+    ByThreshold,
+    Candidates,
+    Histogram,
+    KeptKeys,
+    candidates,
+    fit_threshold,
+    run_sparse,
+    select_above,
+)
 
 THRESHOLD, CORRECTED, BY_HEAD = "two stages by threshold", "two stages by corrected threshold", "two stages by head"
 TOP_P, ORACLE_THRESHOLD = "two stages by top-p", "oracle by threshold"
@@ -49,16 +59,6 @@ def mass_left(found: Candidates) -> Tensor:
     ordered = torch.empty_like(found.mass).scatter_(-1, place, found.mass)
     before = (ordered.cumsum(-1) - ordered).gather(-1, place)
     return (1 - forced - before).clamp(0, 1).masked_fill(~found.free, 0.0)
-
-
-@dataclass(frozen=True)
-class AtThreshold:
-    """The router's own selection at a ``mass_threshold``."""
-
-    threshold: float
-
-    def __call__(self, router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection:
-        return select_above(router, inputs, query_tile, self.threshold)
 
 
 @dataclass(frozen=True)

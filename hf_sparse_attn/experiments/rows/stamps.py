@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from .sources import SourceError
+from ...data.sources import SourceError
 
 if TYPE_CHECKING:
     import pandas as pd

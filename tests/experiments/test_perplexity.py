@@ -12,11 +12,11 @@ import torch
 from hf_sparse_attn.attention.layer import SparseCall
 from hf_sparse_attn.data.questions import ANSWERED, QUOTED, ask
 from hf_sparse_attn.data.sources import Document, SourceError
-from hf_sparse_attn.data.time_split import split_texts
 from hf_sparse_attn.data.windows import Window, token_windows
-from hf_sparse_attn.evaluation.answers import answer_table, evaluate_answers, read_answer
 from hf_sparse_attn.evaluation.baselines import oracle, window
-from hf_sparse_attn.evaluation.perplexity import comparison
+from hf_sparse_attn.experiments.rows.time_split import split_texts
+from hf_sparse_attn.experiments.scores.answers import answer_table, evaluate_answers, read_answer
+from hf_sparse_attn.experiments.scores.perplexity import comparison
 
 
 def row(document, prefill, keys=None, selection="dense", length=64, decode=None):
@@ -151,7 +151,7 @@ def test_a_text_is_cut_at_a_line_and_nothing_is_lost(tmp_path, share, packed, mo
 
 def test_only_so_much_is_evaluated(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_SPARSE_ATTN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("hf_sparse_attn.data.time_split.EVALUATED_BYTES", 1000)
+    monkeypatch.setattr("hf_sparse_attn.experiments.rows.time_split.EVALUATED_BYTES", 1000)
     (tmp_path / "a.log").write_text("one line of text\n" * 1000)
     _, (rest,) = split_texts([str(tmp_path / "a.log")], 0.5, tmp_path / "texts")
     assert Path(rest).read_text() == "one line of text\n" * (1000 // 17)  # whole lines, so no character in two

@@ -10,23 +10,22 @@ from hf_sparse_attn_kernels import block_mass
 from hf_sparse_attn import SparseAttentionConfig, SparseCall
 from hf_sparse_attn.data.windows import Window
 from hf_sparse_attn.evaluation.baselines import oracle, window
-from hf_sparse_attn.evaluation.budget_allocation import (
+from hf_sparse_attn.evaluation.quality import evaluate_windows
+from hf_sparse_attn.evaluation.statistics import loss_above, quality_table
+from hf_sparse_attn.experiments.scores.budget_allocation import (
     FITTED,
     THRESHOLD,
     Allocations,
-    AtThreshold,
     ByHead,
     RunningCorrection,
     fitted_selectors,
     mass_left,
     oracle_candidates,
 )
-from hf_sparse_attn.evaluation.quality import evaluate_windows
-from hf_sparse_attn.evaluation.statistics import loss_above, quality_table
 from hf_sparse_attn.models.convert import sparse_attention_as
 from hf_sparse_attn.router.budget import make_plan
 from hf_sparse_attn.training import mass_threshold
-from hf_sparse_attn.training.mass_threshold import ByThreshold, KeptKeys
+from hf_sparse_attn.training.mass_threshold import AtThreshold, ByThreshold, KeptKeys
 
 
 @pytest.fixture(scope="module", params=[(250, 250, 16), (250, 40, 16), (250, 5, 1), (250, 1, 1)], ids=str)

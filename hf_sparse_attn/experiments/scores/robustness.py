@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .statistics import loss_share
+from ...evaluation.statistics import loss_share
 
 UPPER, LOWER = "oracle", "window + sink"
 Readings = Sequence[Mapping[str, Any]]  # of Reading.to_dict, with "domain", "length", "keys" and "selection"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..system.files import write_atomically
-from .file_check import chunks, survey
-from .formats import SourceFile, source_files
-from .sources import SourceError
+from ...data.file_check import chunks, survey
+from ...data.formats import SourceFile, source_files
+from ...data.sources import SourceError
+from ...system.files import write_atomically
 
 EVALUATED_BYTES = 16 << 20  # of what follows each cut: evaluation reads windows, not gigabytes
 

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...data.sources import SourceError
 from .series_files import read_tables
-from .sources import SourceError
 from .stamps import TimeColumn
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from hf_sparse_attn.data.ruler import COMMON, HOPS, LISTS, MOST_FREQUENT, NEEDLES, RULER, TASKS, ruler
 from hf_sparse_attn.data.sources import SourceError
 from hf_sparse_attn.data.windows import Window
+from hf_sparse_attn.experiments.rows.ruler import COMMON, HOPS, LISTS, MOST_FREQUENT, NEEDLES, RULER, TASKS, ruler
 
 N = 6000  # the tokenizer of the tests has one token a character
 

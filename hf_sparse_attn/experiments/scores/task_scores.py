@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..attention.layer import Selector, SparseCall
-from ..models.convert import sparse_attention_as
-from ..system.progress import bar
-from .statistics import RESAMPLES
+from ...attention.layer import Selector, SparseCall
+from ...evaluation.statistics import RESAMPLES
+from ...models.convert import sparse_attention_as
+from ...system.progress import bar
 
 Row = Mapping[str, Tensor]
 Score = Callable[[Any, Row], dict[str, Any]]  # (output of the model, its inputs) -> figures

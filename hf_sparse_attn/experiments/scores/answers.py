@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..attention.layer import Selector, SparseCall
-from ..data.questions import Question
-from ..models.convert import sparse_attention_as
-from .baselines import fixed_budget, selection_calls
-from .metrics import AnswerMatch
-from .statistics import loss_above
+from ...attention.layer import Selector, SparseCall
+from ...data.questions import Question
+from ...evaluation.baselines import fixed_budget, selection_calls
+from ...evaluation.metrics import AnswerMatch
+from ...evaluation.statistics import loss_above
+from ...models.convert import sparse_attention_as
 
 Row = dict[str, Any]  # what one question gave under one selection
 
