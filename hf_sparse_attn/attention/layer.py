@@ -48,8 +48,6 @@ class SparseCall:
         on_layer: called as ``on_layer(router)`` first thing in every sparse layer, also where it runs the stock attention;
             a tensor that it returns is attached to the layer's output, see `attach`.
         decode_from: content position from which queries are routed singly (tiles of 1), as cached decoding does.
-        attention: computes the output [b, H, Q, D] of the queries as ``attention(router, inputs, selection)`` in place of the
-            attention over the kept keys; its inputs are detached.
     """
 
     dense: bool = False
@@ -58,7 +56,6 @@ class SparseCall:
     on_selection: Callable[[SparseRouter, RoutingInputs, BlockSelection], None] | None = None
     on_layer: Callable[[SparseRouter], Tensor | None] | None = None
     decode_from: int | None = None
-    attention: Callable[[SparseRouter, RoutingInputs, BlockSelection], Tensor] | None = None
     attend: Callable[..., Tensor] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -185,7 +182,7 @@ def _attend_segments(layer: _Layer, segments: list[Segment], query: Tensor, key:
         selections = _route(layer, inputs)
         if segment.place is None:  # the only one, which has all slots
             return _attend(layer, inputs, selections).transpose(1, 2).contiguous()
-        if segment.extent is not None and len(selections) == 1 and layer.call.attention is None:
+        if segment.extent is not None and len(selections) == 1:
             routed.append((segment.place, selections[0]))
             continue
         apart = query.new_zeros(query.shape) if apart is None else apart
@@ -262,10 +259,7 @@ def _attend(layer: _Layer, inputs: RoutingInputs, selections: list[BlockSelectio
         span = inputs.span(start, start + selection.grid.q_len)
         start += selection.grid.q_len
         assert span.v is not None
-        if layer.call.attention is not None:
-            outputs.append(layer.call.attention(layer.router, span.detached(), selection))
-        else:
-            outputs.append(_attend_selection(layer, span.q, span.k, span.v, selection))
+        outputs.append(_attend_selection(layer, span.q, span.k, span.v, selection))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 
 

@@ -12,10 +12,11 @@ from typing import Any
 from ..config import SparseAttentionConfig
 from ..data.questions import QUOTED_TASK
 from ..system.precision import DTYPES
-from ..training.config import ALLOWED, FROM_SCRATCH, NETWORK, AdaptationConfig, DistillationConfig
+from ..training.config import ALLOWED, FROM_SCRATCH, NETWORK, AdaptationConfig, DistillationConfig, without_target
 from .longlink.families import LongLinkConfig
 from .recipe_values import RecipeError as RecipeError
 from .recipe_values import change, check_names, defaults, find_recipe, merge, pinned, read_recipe
+from .retired import retired
 from .rows.ruler import RULER
 from .scores.budget_allocation import FITTED
 from .value_kinds import checked_fields, fitted
@@ -53,7 +54,8 @@ class Quality:
         known = (*SELECTIONS, *FITTED)
         unknown = sorted(set(self.selections) - set(known))
         if unknown:
-            raise RecipeError(f"quality.selections names {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
+            hint = retired(unknown, "quality.selections")
+            raise RecipeError(f"quality.selections names {', '.join(map(repr, unknown))}; known: {', '.join(known)}{hint}")
         needed = {"oracle", "window + sink"} - set(self.selections)
         if needed:
             raise RecipeError(f"quality.selections must hold {', '.join(sorted(needed))}: the shares are measured between them")
@@ -150,6 +152,7 @@ def _check_sources(values: dict[str, Any]) -> None:
 
 def _checked_recipe(values: dict[str, Any], smoke: bool, network: bool) -> Recipe:
     quality = [_fields(entry, Quality, f"quality[{i}]") for i, entry in enumerate(values["quality"])]
+    values["distill"]["settings"] = without_target(values["distill"]["settings"], "distill.settings")
     settings = {stage: _fields(values[stage]["settings"], cls, f"{stage}.settings") for stage, cls in STAGES.items()}
     _check_training_arguments(settings["lora"].get("training_arguments", {}), {}, "lora.settings.training_arguments", network)
     _check_training_arguments(values["series"]["pretrain"], FROM_SCRATCH, "series.pretrain", network)

@@ -30,7 +30,7 @@ class RoutingInputs:
     ``q`` [B, H, Q, D] holds the queries of the last Q of the N tokens of ``k`` [B, G, N, D], both after RoPE, at the
     rotary ``positions`` [1 or B, N]. ``scale`` multiplies q·k. ``router_keys`` [B, G, >= N // S, R] are cached stage-1
     keys, or None. Without ``causal`` every query sees every key. ``v`` [B, G, N, D] are the values, where the layer gives them:
-    routers never read them, some teachers do. ``consecutive``: whether the positions of the queries grow by one, None for unknown.
+    routers never read them. ``consecutive``: whether the positions of the queries grow by one, None for unknown.
     """
 
     q: Tensor

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 from ..config import BUDGET_FIELDS, FIXED_FIELDS, SparseAttentionConfig
-from .teachers import TARGETS
 
 ANNEALED = ("kl_weight", "density", "min_keys", "max_keys", "candidate_factor", "query_samples")
 
@@ -58,16 +57,15 @@ class DistillationConfig:
     steps_per_batch: int = 4  # optimiser steps on each forward pass
     tiles_per_step: int = 4  # query tiles of each row in a step on tiles
     queries_per_step: int = 48  # single queries of each row in a step on tiles of 1
-    target: str = "mass"  # what of the dense attention the routers learn: mass, max or output, see `block_target`
     seed: int = 0
     save_every: int = 4  # batches between checkpoints, if a checkpoint path is given; sooner where these take more than a minute
+    target: InitVar[str] = "mass"  # settings that an older version saved name it, see `without_target`
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, target: str) -> None:
+        without_target({"target": target}, "distillation")
         for name in ("steps_per_batch", "tiles_per_step", "queries_per_step", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"distillation.{name} is {getattr(self, name)!r}: must be >= 1")
-        if self.target not in TARGETS:
-            raise ValueError(f"distillation.target is {self.target!r}: must be {', '.join(TARGETS)}")
         if not (self.lr > 0 and self.index_lr > 0 and self.warmup_steps >= 0):
             values = f"lr {self.lr!r}, index_lr {self.index_lr!r}, warmup_steps {self.warmup_steps!r}"
             raise ValueError(f"distillation has {values}: learning rates must be > 0, warmup_steps >= 0")
@@ -168,6 +166,20 @@ class AdaptationConfig(SparseTrainingConfig):
         if taken:
             raise ValueError(f"lora.training_arguments names {', '.join(taken)}: set the recipe's own fields instead")
         check_arguments(self.training_arguments, "lora.training_arguments")
+
+
+def without_target(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Settings of a distillation without ``target``, which older versions knew.
+
+    Raises:
+        ValueError: the target was another one than the mass, which is the only one that is left.
+    """
+    if settings.get("target", "mass") != "mass":
+        raise ValueError(
+            f"{where}.target is {settings['target']!r}: routers learn the block mass of dense attention ('mass') only, the targets "
+            "'max' and 'output' were removed (they gained nothing): leave target out"
+        )
+    return {name: value for name, value in settings.items() if name != "target"}
 
 
 def check_arguments(names: Mapping[str, Any], where: str) -> None:

@@ -26,7 +26,7 @@ from ..models.convert import mark_trained
 from ..router.module import SparseRouter
 from ..system.files import write_atomically
 from ..system.progress import bar
-from .config import DistillationConfig
+from .config import DistillationConfig, without_target
 from .distiller import Distiller
 from .distributed import from_main, rank_and_size, same_everywhere
 from .run_identity import backbone_parameters, batches_hash, differences, model_identity, weights_hash
@@ -209,7 +209,9 @@ class _Run:
             same_everywhere(weight for router in found for weight in router.weights)
 
     def _resume(self, state: dict[str, Any]) -> None:
-        if different := differences(state.get("identity", {}), self.identity):
+        known = state.get("identity", {})
+        known = {**known, "distillation": without_target(known.get("distillation", {}), "distillation")}
+        if different := differences(known, self.identity):
             raise ValueError(f"{self.path} is a checkpoint of another run, different in {different}: remove it or give another path")
         load_router_state(self.model, state["routers"])
         self.distiller.load(state["distiller"])

@@ -53,7 +53,7 @@ class Distiller:
             single = i % 2 == 1
             tile, count = (1, self.config.queries_per_step) if single else (router.config.query_tile, self.config.tiles_per_step)
             with torch.enable_grad():
-                loss = tile_loss(router, inputs, tile, count, self.generator, self.config.target)
+                loss = tile_loss(router, inputs, tile, count, self.generator)
                 if loss is not None:
                     (loss.coarse + loss.fine).backward()
             if not average_gradients(router.weights, loss is not None and self.counts):

@@ -171,39 +171,32 @@ class MassFit:
 
 
 Source = Callable[[SparseRouter, RoutingInputs, int], Candidates]
-Value = Callable[[Candidates], Tensor]
-
-
-def mass(found: Candidates) -> Tensor:
-    """The value of `fit_mass_threshold`: the estimated mass itself."""
-    return found.mass
 
 
 @dataclass
 class ByThreshold:
-    """A selector that keeps the candidates whose value reaches a threshold, and notes all values in a histogram if it has one.
+    """A selector that keeps the candidates whose mass reaches a threshold, and notes all masses in a histogram if it has one.
 
-    ``value`` maps `Candidates` to float32 [B, G, n, K] in [0, 1]; a threshold of None keeps every candidate.
+    A threshold of None keeps every candidate.
     """
 
     threshold: float | None
-    value: Value = mass
     source: Source = candidates
     histogram: Histogram | None = None
 
     def __call__(self, router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection:
         check_finite(router.layer, queries=inputs.q, keys=inputs.k)  # the histogram would count NaN as no mass
         found = self.source(router, inputs, query_tile)
-        values = self.value(found)
+        mass = found.mass
         if self.histogram is not None:
-            self.histogram.add(found, values)
-        return found.every if self.threshold is None else found.keep(values >= self.threshold)
+            self.histogram.add(found, mass)
+        return found.every if self.threshold is None else found.keep(mass >= self.threshold)
 
 
 def fit_threshold(
-    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], first: int = 0, value: Value = mass, source: Source = candidates
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], first: int = 0, source: Source = candidates
 ) -> tuple[float, Histogram]:
-    """The threshold on ``value`` that keeps the model's present budget on average, and what was counted in the last pass.
+    """The threshold on the mass that keeps the model's present budget on average, and what was counted in the last pass.
 
     Raises:
         ValueError: no batch has a tile to count.
@@ -211,7 +204,7 @@ def fit_threshold(
     todo, threshold, histogram = list(batches), None, Histogram(first)
     for _ in range(PASSES):
         histogram = Histogram(first)
-        run_sparse(model, todo, SparseCall(selector=ByThreshold(threshold, value, source, histogram)))
+        run_sparse(model, todo, SparseCall(selector=ByThreshold(threshold, source, histogram)))
         if not histogram.tiles:
             least = active_routers(model)[0].config
             raise ValueError(

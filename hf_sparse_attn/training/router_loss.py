@@ -12,7 +12,6 @@ from torch import Tensor
 from ..attention.gradients import Carried, carry
 from ..router.budget import make_plan
 from ..router.module import RoutingInputs, SparseRouter
-from .teachers import block_target
 
 SCORE_BYTES = 1 << 22  # of the stage-2 scores that exist at a time
 
@@ -40,13 +39,11 @@ def sample_tiles(plan: TilePlan, count: int, generator: torch.Generator) -> Tens
     return open_tiles[picked].sort().values.to(plan.near.device)
 
 
-def tile_loss(
-    router: SparseRouter, inputs: RoutingInputs, query_tile: int, count: int, generator: torch.Generator, target: str = "mass"
-) -> TileLoss | None:
+def tile_loss(router: SparseRouter, inputs: RoutingInputs, query_tile: int, count: int, generator: torch.Generator) -> TileLoss | None:
     """KL(teacher ‖ router) of both stages on ``count`` random tiles; None if no tile has anything to select.
 
-    Gradient flows to the router's weights only. The teacher is the dense softmax mass per block over all visible keys (or another
-    ``target``, see `block_target`), averaged over a tile's tokens and the group's heads, without the forced blocks and renormalised.
+    Gradient flows to the router's weights only. The teacher is the dense softmax mass per block over all visible keys,
+    averaged over a tile's tokens and the group's heads, without the forced blocks and renormalised.
     Stage 1 is trained over all eligible blocks, stage 2 over its candidates and the teacher's best; its softmax includes the forced keys.
     """
     plan = make_plan(router.config, inputs.grid(query_tile, router.config.block_size), inputs.q.device)
@@ -54,18 +51,17 @@ def tile_loss(
     if not len(tiles):
         return None
     mass = block_mass(inputs.q, inputs.k, plan.grid, tiles, inputs.scale)
-    teacher = mass if target == "mass" else block_target(inputs, plan.grid, tiles, target)
     eligible = plan.eligible_mask(tiles)
     q_tiles = to_tiles(inputs.q, plan.grid, router.groups)[:, tiles]
 
     queries, real = router.query_features(q_tiles, inputs.positions, plan.grid, tiles)
     scores = coarse_scores(queries, real, router.router_keys(inputs.k, inputs.positions), inputs.scale)
     whole = scores.shape[-1]  # an eligible block is never partial
-    coarse = masked_kl(teacher[..., :whole], scores, eligible[:, :whole])
+    coarse = masked_kl(mass[..., :whole], scores, eligible[:, :whole])
 
     candidates = plan.best(scores.detach(), tiles, plan.candidates[tiles])
-    chosen = _union(candidates, plan.best(teacher, tiles, plan.free[tiles]), plan.grid.blocks)
-    fine, estimate = _fine_loss(router, inputs, plan, tiles, q_tiles, chosen, teacher)
+    chosen = _union(candidates, plan.best(mass, tiles, plan.free[tiles]), plan.grid.blocks)
+    fine, estimate = _fine_loss(router, inputs, plan, tiles, q_tiles, chosen, mass)
 
     seen = _by_block(estimate, chosen, plan.grid.blocks)
     passed = _members(candidates, plan.grid.blocks)  # inference sees the candidates only

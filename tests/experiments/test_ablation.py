@@ -1,4 +1,4 @@
-"""Ablation: levels, targets, variants, the residual by hand, the table by hand, and a whole run on a tiny model."""
+"""Ablation: levels, costs, the table by hand, and a whole run on a tiny model."""
 
 from __future__ import annotations
 
@@ -20,19 +20,10 @@ from hf_sparse_attn.experiments.ablation import factors
 from hf_sparse_attn.experiments.ablation.costs import DENSE, Contender, capture, measure
 from hf_sparse_attn.experiments.ablation.factors import BASELINE, FACTORS, JOINT_KL, LEVELS, default_of, levels
 from hf_sparse_attn.experiments.ablation.level_table import ablation_table
-from hf_sparse_attn.experiments.ablation.pooled_residual import attend_with_residual
 from hf_sparse_attn.experiments.ablation.readings import difference
-from hf_sparse_attn.experiments.ablation.router_variants import vary
 from hf_sparse_attn.experiments.recipe import RecipeError, load_recipe
 from hf_sparse_attn.experiments.run import run_recipe
-from hf_sparse_attn.router.budget import make_plan
 from hf_sparse_attn.system.terminal import Terminal
-from hf_sparse_attn.training.config import DistillationConfig
-from hf_sparse_attn.training.distillation import distill
-from hf_sparse_attn.training.teachers import TARGETS, block_target
-
-N = 250
-
 
 # -- levels ---------------------------------------------------------------------------------------------------------
 
@@ -41,7 +32,7 @@ def test_every_level_changes_something_and_has_a_name_of_its_own():
     default = SparseAttentionConfig()
     for level in LEVELS:
         changed = default.changed(**level.sparse)  # a field that exists, at a value that is allowed
-        touched = level.distillation or level.training != 1 or level.keys != 1 or level.variant or level.selection or level.residual
+        touched = level.training != 1 or level.keys != 1 or level.selection
         assert changed != default or touched
         assert default_of(level.factor, default, 64) != level.name
     assert len({level.slug for level in LEVELS}) == len(LEVELS)
@@ -58,121 +49,13 @@ def test_levels_are_chosen_by_factor_and_grid():
 
 def test_only_what_the_routers_depend_on_is_trained_anew():
     retrained = {level.factor for level in LEVELS if level.retrains}
-    assert retrained == {
-        *("rank of stage 2", "features of stage 1", "block size", "pooling of stage 1", "keys that are pooled"),
-        *("distillation batches", "target of the distillation"),
-    }
+    assert retrained == {"rank of stage 2", "features of stage 1", "block size", "distillation batches"}
 
 
-# -- targets --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(("q_len", "tile"), [(N, 16), (40, 16), (5, 1)])
-def test_targets_are_the_literal_ones(target, q_len, tile, routing_inputs):
-    inputs = routing_inputs(N, q_len, batch=2)
-    generator = torch.Generator().manual_seed(1)
-    v = torch.randn(inputs.k.shape, generator=generator)
-    inputs = type(inputs)(inputs.q, inputs.k, inputs.positions, inputs.scale, v=v)
-    grid = inputs.grid(tile, 16)
-    tiles = torch.tensor([0, grid.tiles - 1])
-    found = block_target(inputs, grid, tiles, target)
-    assert found.shape == (2, 2, 2, 16)
-    keys = inputs.k.repeat_interleave(2, 1)
-    scores = inputs.q @ keys.transpose(2, 3) * inputs.scale
-    hidden = torch.arange(N) > torch.arange(N - q_len, N)[:, None]
-    p = scores.masked_fill(hidden, -torch.inf).softmax(-1)  # [B, H, Q, N]
-    for at, t in enumerate(tiles.tolist()):
-        first = int(grid.first_positions()[t]) - grid.q_offset
-        rows = p[:, :, max(first, 0) : first + tile].unflatten(1, (2, 2)).mean((2, 3))  # [B, G, N]
-        if target == "output":
-            rows = rows * v.norm(dim=-1)
-        blocks = [rows[..., start : start + 16] for start in range(0, N, 16)]
-        expected = torch.stack([b.amax(-1) if target == "max" else b.sum(-1) for b in blocks], -1)
-        assert torch.allclose(found[:, :, at], expected, atol=1e-5)
-
-
-def test_bad_targets_are_refused(routing_inputs):
-    inputs = routing_inputs(N)
-    with pytest.raises(ValueError, match="the target is 'loss': must be mass, max, output"):
-        block_target(inputs, inputs.grid(16, 16), torch.tensor([3]), "loss")
-    with pytest.raises(ValueError, match="needs the layer's values"):
-        block_target(inputs, inputs.grid(16, 16), torch.tensor([3]), "output")
-    with pytest.raises(ValueError, match=r"distillation\.target is 'loss': must be mass, max, output"):
-        DistillationConfig(target="loss")
-
-
-def test_routers_learn_the_target_that_is_asked_for(sparse_llama, real_budget, token_ids):
-    """Trained for a target, a router's KL from it falls, and the weights are others for each target."""
-    weights = {}
-    for target in TARGETS:
-        model = sparse_llama(real_budget)
-        settings = DistillationConfig(target=target, lr=1e-2, warmup_steps=1)
-        log = distill(model, [{"input_ids": token_ids(1, 200)}] * 10, settings, progress=False).log
-        assert sum(row["kl_coarse"] for row in log[-4:]) / 4 < 0.9 * log[0]["kl_coarse"]
-        weights[target] = torch.cat([w.flatten() for router in routers(model) for w in router.weights])
-    assert not torch.equal(weights["mass"], weights["max"]) and not torch.equal(weights["mass"], weights["output"])
-
-
-# -- variants -------------------------------------------------------------------------------------------------------
-
-
-def test_a_router_of_the_mean_never_reads_maxima_and_minima(sparse_llama, real_budget, token_ids):
-    model = sparse_llama(real_budget)
-    vary(routers(model), "mean only")
-    before = [router.wk.clone() for router in routers(model)]
-    distill(model, [{"input_ids": token_ids(1, 200)}] * 2, progress=False)
-    for router, old in zip(routers(model), before, strict=True):
-        assert not router.wk[:, :, : 2 * router.head_dim].any() and not torch.equal(router.wk, old)
-        assert not router.wk.requires_grad
-
-
-def test_a_router_after_rope_pools_the_keys_as_they_are(make_router, routing_inputs):
-    router, inputs = make_router(rotary=True), routing_inputs(N)
-    vary([router], "after RoPE")
-    mean = inputs.k[:, :, :240].unflatten(2, (15, 16)).mean(3)
-    assert torch.allclose(router.pooled(inputs.k, inputs.positions)[..., -16:], mean, atol=1e-6)
-    with pytest.raises(ValueError, match="the variant of the routers is 'max': must be mean only, after RoPE"):
-        vary([router], "max")
-
-
-# -- residual -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("q_len", "tile"), [(N, 16), (40, 16)])
-def test_the_residual_is_the_literal_softmax(q_len, tile, make_router, routing_inputs, monkeypatch):
-    monkeypatch.setattr("hf_sparse_attn.experiments.ablation.pooled_residual.RESIDUAL_SCORES", 1000)  # one tile at a time
-    router, inputs = make_router(rotary=True), routing_inputs(N, q_len, batch=2)
-    v = torch.randn(inputs.k.shape, generator=torch.Generator().manual_seed(2))
-    inputs = type(inputs)(inputs.q, inputs.k, inputs.positions, inputs.scale, v=v)
-    selection = learned_selector(router, inputs, tile)
-    found = attend_with_residual(router, inputs, selection)
-    plan = make_plan(router.config, selection.grid)
-    eligible = plan.eligible_mask(torch.arange(selection.grid.tiles))
-    for row, head, query in [(0, 0, q_len - 1), (1, 3, q_len - 20), (1, 2, q_len // 2)]:
-        position = N - q_len + query
-        tile_at = position // tile - (N - q_len) // tile
-        kept = selection.indices[row, head // 2, tile_at].tolist()
-        scores, values = [], []
-        for block in range(position // 16 + 1):
-            keys = range(block * 16, min(block * 16 + 16, position + 1))
-            if block in kept:
-                scores += [float(inputs.q[row, head, query] @ inputs.k[row, head // 2, key] * inputs.scale) for key in keys]
-                values += [v[row, head // 2, key] for key in keys]
-            elif eligible[tile_at, block]:
-                pooled = inputs.k[row, head // 2, block * 16 : block * 16 + 16].mean(0)
-                scores.append(float(inputs.q[row, head, query] @ pooled * inputs.scale) + math.log(16))
-                values.append(v[row, head // 2, block * 16 : block * 16 + 16].mean(0))
-        expected = torch.tensor(scores).softmax(0) @ torch.stack(values)
-        assert torch.allclose(found[row, head, query], expected, atol=1e-5)
-
-
-def test_without_anything_cut_the_residual_changes_nothing(sparse_llama, every_block, token_ids):
-    model, ids = sparse_llama(every_block), token_ids(1, 200)
-    with torch.no_grad():
-        plain = model(ids, use_cache=False).logits
-        other = model(ids, use_cache=False, sparse_call=SparseCall(attention=attend_with_residual)).logits
-    assert torch.allclose(plain, other, atol=1e-5)
+@pytest.mark.parametrize("factor", ["pooling of stage 1", "keys that are pooled", "target of the distillation", "cut blocks"])
+def test_a_factor_that_lost_says_so(factor):
+    with pytest.raises(ValueError, match=rf"ablate\.factors names '{factor}'; known: .*'{factor}' was removed \(.*; "):
+        levels([factor])
 
 
 # -- costs ----------------------------------------------------------------------------------------------------------
@@ -192,15 +75,14 @@ def test_costs_are_those_of_a_layers_real_inputs(sparse_llama, real_budget, toke
     found = measure(
         {
             BASELINE: own,
-            "residual": Contender(router, learned_selector, residual=True),
-            "half": Contender(router, learned_selector, False, 0.5),
+            "half": Contender(router, learned_selector, 0.5),
         },
         BASELINE,
         inputs,
         2,
         3,
     )
-    assert set(found) == {BASELINE, "residual", "half", DENSE} and all(row["n"] == 3 and row["ms"] > 0 for row in found.values())
+    assert set(found) == {BASELINE, "half", DENSE} and all(row["n"] == 3 and row["ms"] > 0 for row in found.values())
     assert found[BASELINE]["summary_bytes"] == 2 * 2 * 12 * 32 * 4  # layers, KV heads, whole blocks, router_dim, float32
     assert found[BASELINE]["weight_bytes"] == 2 * sum(w.numel() for w in router.weights) * 4
 
@@ -241,7 +123,7 @@ def test_the_table_has_every_level_beside_its_default():
 
 # -- a run ----------------------------------------------------------------------------------------------------------
 
-SEPARATE = ["keys kept", "stages", "block size", "budget", "cut blocks", "dense layers", "target of the distillation", JOINT_KL]
+SEPARATE = ["keys kept", "stages", "block size", "budget", "dense layers", "distillation batches", JOINT_KL]
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +172,7 @@ def test_an_ablation_reads_every_level_against_the_default(recipe, chosen, tmp_p
     assert by_level["stage 2 alone"]["kl"] != by_level["stage 1 alone"]["kl"]
     assert all(row["ms"] > 0 for row in table if row["factor"] != JOINT_KL) and "ms" not in by_level["weight 0"]
     html = (tmp_path / "run" / "report.html").read_text()
-    assert "pooled key and value" in html and 'src="data:image/svg' in html and "http" not in html.replace("http-equiv", "")
+    assert "by threshold" in html and 'src="data:image/svg' in html and "http" not in html.replace("http-equiv", "")
     before = (tmp_path / "run" / "results.json").stat().st_mtime_ns
     again = run_recipe(loaded, tmp_path / "run", console)  # all of it was done
     assert again["table"] == table and (tmp_path / "run" / "results.json").stat().st_mtime_ns > before

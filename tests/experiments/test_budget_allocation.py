@@ -1,4 +1,4 @@
-"""Ways to share out keys: the oracle's candidates, top-p, budgets by head, the running correction, and their fits."""
+"""Ways to share out keys: the oracle's candidates, budgets by head, and their fits."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ from hf_sparse_attn.experiments.scores.budget_allocation import (
     THRESHOLD,
     Allocations,
     ByHead,
-    RunningCorrection,
     fitted_selectors,
-    mass_left,
     oracle_candidates,
 )
 from hf_sparse_attn.models.convert import sparse_attention_as
@@ -66,42 +64,12 @@ def test_the_oracles_candidates_are_all_blocks_with_their_mass(router, case):
     assert sets(found.keep(found.free & (found.mass >= last))) == sets(oracle(router, inputs, tile))
 
 
-@pytest.mark.parametrize("p", [0.3, 0.6, 0.9])
-def test_top_p_stops_where_the_mass_is_reached(router, case, p):
-    inputs, tile = case
-    found = oracle_candidates(router, inputs, tile)
-    kept = sets(found.keep(mass_left(found) >= 1 - p))
-    rows = zip(*(x.flatten(0, 2).tolist() for x in (found.every.indices, found.every.scores, found.free)), strict=True)
-    for blocks, (indices, scores, free) in zip(kept, rows, strict=True):
-        want = {i for i, f in zip(indices, free, strict=True) if i >= 0 and not f}
-        held = sum(s for i, s, f in zip(indices, scores, free, strict=True) if i >= 0 and not f)
-        for mass, index in sorted(((s, -i) for i, s, f in zip(indices, scores, free, strict=True) if f), reverse=True):
-            if held > p - 1e-6:
-                break
-            want.add(-index)
-            held += mass
-        assert blocks == want
-
-
 def test_budgets_by_head_are_those_of_the_head(router, case):
     inputs, tile = case
     selection = ByHead({0: torch.tensor([112.0, 90.0], dtype=torch.float64)})(router, inputs, tile)
     plan = make_plan(router.config, selection.grid)
     counts = (selection.indices >= 0).sum(-1)[:, :, plan.open]
     assert bool((counts[:, 0] == 7).all()) and bool((counts[:, 1] == 6).all())
-
-
-def test_the_running_correction_brings_the_average_back():
-    counted = mass_threshold.Histogram()
-    counted.counts[torch.linspace(0.001, 0.9, 4000).view(torch.int32).long() >> mass_threshold.BITS] += 1
-    counted.tiles, counted.block_size = 40, 16
-    correction = RunningCorrection(counted, 512)
-    assert correction.aims == [512.0]
-    correction.note(640.0)  # a quarter too many: the next window is to keep 384, but at most a fifth less is asked for
-    assert correction.aims[-1] == pytest.approx(512 / 1.25 * 512 / 640)
-    correction.note(409.6)
-    assert correction.aims[-1] == pytest.approx((3 * 512 - 640 - 409.6) * sum(correction.aims[:2]) / 1049.6)
-    assert counted.threshold(correction.aims[1]) > counted.threshold(512)
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +98,8 @@ def test_a_fit_says_what_it_found(fitted):
     *_, made = fitted
     assert [fit["keys"] for fit in made.fits] == [96, 128]
     for fit in made.fits:
-        assert fit["asked"] == fit["keys"] and 0 < fit["threshold"] < 1 and 0 < fit["top_p"] < 1 and 0 < fit["oracle_threshold"] < 1
-        for name in ("kept", "top_p_kept", "oracle_kept"):
+        assert fit["asked"] == fit["keys"] and 0 < fit["threshold"] < 1 and 0 < fit["oracle_threshold"] < 1
+        for name in ("kept", "oracle_kept"):
             assert fit[name] == pytest.approx(fit["keys"], rel=0.01)
         assert {layer: len(heads) for layer, heads in fit["kept_by_layer_and_head"].items()} == {0: 2, 1: 2}
     assert made.fits[0]["threshold"] > made.fits[1]["threshold"]
@@ -141,9 +109,8 @@ def test_windows_tell_what_they_kept(fitted, token_ids):
     model, _, made = fitted
     windows = [Window(f"a[{i}]", token_ids(1, 320, seed=10 + i)) for i in range(2)]
     chosen = {"oracle": oracle, "window + sink": window, **{name: made.selectors[name] for name in FITTED}}
-    notes = []
-    results = evaluate_windows(model, windows, [96, 128], chosen, decode_tokens=8, on_result=lambda r: notes.append(made.note(r)))
-    assert len(notes) == len(results) == 2 * (1 + 2 * 7)
+    results = evaluate_windows(model, windows, [96, 128], chosen, decode_tokens=8)
+    assert len(results) == 2 * (1 + 2 * 5)
     for r in results:
         if r.keys is None:
             assert (r.kept, r.kept_all, r.kept_decode) == (None, None, None)

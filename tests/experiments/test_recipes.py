@@ -416,3 +416,15 @@ def test_every_default_that_is_null_says_what_else_it_may_be():
                 yield f"{where}{key}"
 
     assert set(walk(defaults())) <= set(HINTS)
+
+
+@pytest.mark.parametrize("name", ["two stages by corrected threshold", "two stages by top-p"])
+def test_a_selection_that_lost_says_what_to_use_instead(load, name):
+    with pytest.raises(RecipeError, match=rf"names '{name}'; known: .*'{name}' was removed \(.*use 'two stages by threshold'"):
+        load({"quality": [{"length": 4096, "windows": 1, "budgets": [64], "selections": ["oracle", "window + sink", name]}]})
+
+
+def test_the_target_of_an_old_recipe_is_the_mass_or_an_error(load):
+    assert load({"distill": {"settings": {"target": "mass"}}}).distill["settings"] == {}
+    with pytest.raises(RecipeError, match=r"distill\.settings\.target is 'max': routers learn the block mass .*: leave target out"):
+        load({"distill": {"settings": {"target": "max"}}})

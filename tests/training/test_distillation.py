@@ -114,6 +114,22 @@ def test_a_checkpoint_of_another_model_or_other_settings_is_refused(model, spars
         distill(sparse_llama(real_budget, rope_parameters=rotary), batches[:1], SETTINGS, checkpoint=path, progress=False)
 
 
+def test_a_checkpoint_that_names_the_target_is_read_if_that_was_the_mass(sparse_llama, real_budget, batches, tmp_path):
+    path = tmp_path / "c.pt"
+    distill(sparse_llama(real_budget), batches[:1], SETTINGS, checkpoint=path, progress=False)
+    state = torch.load(path, weights_only=True)
+    for target in ("mass", "output"):
+        state["identity"]["distillation"]["target"] = target
+        torch.save(state, path)
+        if target == "mass":
+            assert distill(sparse_llama(real_budget), batches[:1], SETTINGS, checkpoint=path, progress=False).resumed_at == 1
+    with pytest.raises(ValueError, match=r"distillation\.target is 'output': routers learn the block mass .*leave target out"):
+        distill(sparse_llama(real_budget), batches[:1], SETTINGS, checkpoint=path, progress=False)
+    assert DistillationConfig(target="mass") == DistillationConfig()
+    with pytest.raises(ValueError, match=r"distillation\.target is 'max'"):
+        DistillationConfig(target="max")
+
+
 @pytest.mark.parametrize("change", ["other texts", "another order", "another mask"])
 def test_a_checkpoint_of_other_batches_is_refused(sparse_llama, real_budget, batches, tmp_path, change):
     path = tmp_path / "c.pt"

@@ -16,7 +16,6 @@ from ...attention.layer import Selector, SparseCall
 from ...benchmarks.timing import PeakMemory, alternate, ratio, spread
 from ...models.attach import routers
 from ...router.module import RoutingInputs, SparseRouter
-from .pooled_residual import attend_with_residual
 
 DENSE = "dense attention"
 
@@ -44,17 +43,14 @@ def capture(model: PreTrainedModel, ids: Tensor, layer: int) -> RoutingInputs:
 
 @dataclass(frozen=True)
 class Contender:
-    """What runs: a layer's router, how it selects, and whether cut blocks are replaced by pooled ones."""
+    """What runs: a layer's router, and how it selects."""
 
     router: SparseRouter
     selector: Selector
-    residual: bool = False
     dense_share: float = 0.0  # of the model's layers
 
     def __call__(self, inputs: RoutingInputs) -> Tensor:
         selection = self.selector(self.router, inputs, self.router.config.query_tile)
-        if self.residual:
-            return attend_with_residual(self.router, inputs, selection)
         assert inputs.v is not None
         return block_sparse_attention(inputs.q, inputs.k, inputs.v, selection, scale=inputs.scale)[0]
 

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...config import FIXED_FIELDS, SparseAttentionConfig
-from ..scores.budget_allocation import BY_HEAD, FITTED, THRESHOLD, TOP_P
+from ..retired import retired
+from ..scores.budget_allocation import BY_HEAD, THRESHOLD
 
 BASELINE = "default"
-BY_LAYER = "two stages by layer"
-ALLOCATIONS = (*FITTED, BY_LAYER)  # selections that need a fit
 JOINT_KL = "KL in the joint stage"  # its levels are trained models, see the pipeline
 ALL_CANDIDATES = 1e6  # times the budget: stage 1 passes everything on
 
@@ -21,26 +20,23 @@ ALL_CANDIDATES = 1e6  # times the budget: stage 1 passes everything on
 class Level:
     """One value of a factor: what it changes of the default settings, routers, training or selection.
 
-    ``sparse`` holds fields of `SparseAttentionConfig`, ``distillation`` of `DistillationConfig`; ``training`` multiplies the batches
-    of the distillation, ``keys`` the budget; ``variant`` names one of `VARIANTS`; ``selection`` is a selection in place of the
-    router's own; with ``residual`` every cut block is replaced by a pooled key and value. ``full``: of the full grid only.
+    ``sparse`` holds fields of `SparseAttentionConfig`; ``training`` multiplies the batches
+    of the distillation, ``keys`` the budget; ``selection`` is a selection in place of the router's own. ``full``: of the full grid
+    only.
     """
 
     factor: str
     name: str
     sparse: Mapping[str, Any] = field(default_factory=dict)
-    distillation: Mapping[str, Any] = field(default_factory=dict)
     training: float = 1.0
     keys: float = 1.0
-    variant: str | None = None
     selection: str | None = None
-    residual: bool = False
     full: bool = False
 
     @property
     def retrains(self) -> bool:
         """The routers are distilled anew for it."""
-        return bool(self.distillation) or self.training != 1 or self.variant is not None or bool(set(self.sparse) & set(FIXED_FIELDS))
+        return self.training != 1 or bool(set(self.sparse) & set(FIXED_FIELDS))
 
     @property
     def slug(self) -> str:
@@ -68,18 +64,11 @@ LEVELS = (
     # as many scores of stage 2 for every token
     Level("query tile with sampled queries", "32 with 16", {"query_tile": 32, "query_samples": 16}),
     Level("query tile with sampled queries", "16 with 8", {"query_tile": 16, "query_samples": 8}),
-    Level("pooling of stage 1", "mean only", variant="mean only"),
-    Level("keys that are pooled", "after RoPE", variant="after RoPE"),
     Level("distillation batches", "a quarter", training=0.25),
     Level("distillation batches", "half", training=0.5),
     Level("distillation batches", "double", training=2.0),
-    Level("target of the distillation", "max", distillation={"target": "max"}),
-    Level("target of the distillation", "output", distillation={"target": "output"}),
     Level("budget", "by threshold", selection=THRESHOLD),
-    Level("budget", "by top-p", selection=TOP_P),
     Level("budget", "by head", selection=BY_HEAD),
-    Level("budget", "by layer", selection=BY_LAYER),
-    Level("cut blocks", "pooled key and value", residual=True),
     Level("dense layers", "the first", {"dense_layers": (0,)}),
     Level("dense layers", "the first three", {"dense_layers": (0, 1, 2)}),
     *_values("sink", "sink", (0, 64, 256)),
@@ -92,12 +81,8 @@ _DEFAULTS = {
     "keys kept": "as given",
     "stages": "both, trained",
     "query tile with sampled queries": "64 with 32",
-    "pooling of stage 1": "max, min and mean",
-    "keys that are pooled": "un-rotated",
     "distillation batches": "whole",
-    "target of the distillation": "mass",
     "budget": "uniform",
-    "cut blocks": "left out",
     "dense layers": "none",
     "sink with local": "16 with 64",
 }
@@ -111,7 +96,8 @@ def levels(factors: Sequence[str] = (), *, full: bool = False) -> list[Level]:
     """
     unknown = sorted(set(factors) - set(FACTORS))
     if unknown:
-        raise ValueError(f"ablate.factors names {', '.join(map(repr, unknown))}; known: {', '.join(FACTORS)}")
+        named, known = ", ".join(map(repr, unknown)), ", ".join(FACTORS)
+        raise ValueError(f"ablate.factors names {named}; known: {known}{retired(unknown, 'ablate.factors')}")
     return [level for level in LEVELS if (not factors or level.factor in factors) and (full or not level.full)]
 
 

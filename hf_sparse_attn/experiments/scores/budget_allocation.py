@@ -15,7 +15,6 @@ from ...attention.layer import Selector, SparseCall
 from ...benchmarks import bench_budgets
 from ...config import SparseAttentionConfig
 from ...evaluation.baselines import ORACLE_TILES
-from ...evaluation.quality import WindowResult
 from ...models.convert import sparse_attention_as
 from ...router.budget import make_plan
 from ...router.module import RoutingInputs, SparseRouter
@@ -24,18 +23,13 @@ from ...training.mass_threshold import (
     AtThreshold,
     ByThreshold,
     Candidates,
-    Histogram,
     KeptKeys,
     candidates,
     fit_threshold,
     run_sparse,
-    select_above,
 )
 
-THRESHOLD, CORRECTED, BY_HEAD = "two stages by threshold", "two stages by corrected threshold", "two stages by head"
-TOP_P, ORACLE_THRESHOLD = "two stages by top-p", "oracle by threshold"
-FITTED = (THRESHOLD, CORRECTED, BY_HEAD, TOP_P, ORACLE_THRESHOLD)
-MOST_CORRECTION = 1.25  # a correction asks for at most this many times the average, or for that part of it
+THRESHOLD, BY_HEAD, ORACLE_THRESHOLD = FITTED = "two stages by threshold", "two stages by head", "oracle by threshold"
 
 
 @torch.no_grad()
@@ -51,16 +45,6 @@ def oracle_candidates(router: SparseRouter, inputs: RoutingInputs, query_tile: i
     return Candidates(every, free, plan.open, plan.free)
 
 
-def mass_left(found: Candidates) -> Tensor:
-    """Mass that a tile still misses before it takes a candidate, the largest first: top-p is a threshold of 1 − p on it."""
-    assert found.every.scores is not None
-    forced = found.every.scores.nan_to_num(0.0).masked_fill(found.free | (found.every.indices < 0), 0.0).sum(-1, keepdim=True)
-    place = ranks(found.mass)
-    ordered = torch.empty_like(found.mass).scatter_(-1, place, found.mass)
-    before = (ordered.cumsum(-1) - ordered).gather(-1, place)
-    return (1 - forced - before).clamp(0, 1).masked_fill(~found.free, 0.0)
-
-
 @dataclass(frozen=True)
 class ByHead:
     """A fixed budget for every KV head of every layer: ``keys`` float64 [G] by layer."""
@@ -72,28 +56,6 @@ class ByHead:
         forced = ((found.every.indices >= 0) & ~found.free).sum(-1)
         blocks = (self.keys[router.layer] / found.every.grid.block_size).round().long().to(forced.device)[:, None] - forced
         return found.keep(found.free & (ranks(found.mass) < blocks[..., None]))
-
-
-class RunningCorrection:
-    """A threshold that follows what was kept before: it asks for what brings the average of all windows back to ``keys``.
-
-    A text on which the threshold keeps too many gets a higher one from its next window on, by the counts of the fit.
-    """
-
-    def __init__(self, counted: Histogram, keys: int) -> None:
-        self.counted, self.keys = counted, keys
-        self.aims: list[float] = [float(keys)]
-        self.kept: list[float] = []
-
-    def note(self, kept: float) -> None:
-        """``kept`` is the mean number of keys of the window just done."""
-        self.kept.append(kept)
-        want = self.keys * (len(self.kept) + 1) - sum(self.kept)
-        want = min(max(want, self.keys / MOST_CORRECTION), self.keys * MOST_CORRECTION)
-        self.aims.append(want * sum(self.aims) / sum(self.kept))
-
-    def __call__(self, router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection:
-        return select_above(router, inputs, query_tile, self.counted.threshold(self.aims[-1]))
 
 
 @dataclass(frozen=True)
@@ -109,8 +71,7 @@ class ByBudget:
 class Allocations:
     """The `FITTED` selections, each fitted on ``batches`` to keep the uniform budgets (keys) on average.
 
-    Tiles count from content position ``first`` on. ``fits`` says what was found, `threshold` the one of a budget; `note` is to
-    be told every result, for the correction.
+    Tiles count from content position ``first`` on. ``fits`` says what was found.
     """
 
     def __init__(self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]], budgets: Sequence[int], first: int = 0) -> None:
@@ -122,26 +83,21 @@ class Allocations:
                 for name, selector in self._fit(model, todo, keys, first).items():
                     found[name][keys] = selector
         self.selectors: dict[str, Selector] = {name: ByBudget(chosen) for name, chosen in found.items()}
-        self._corrected: dict[int, Any] = found[CORRECTED]
 
     def _fit(self, model: nn.Module, batches: list[Mapping[str, Tensor]], keys: int, first: int) -> dict[str, Selector]:
         threshold, counted = fit_threshold(model, batches, first)
         by_threshold, meter = AtThreshold(threshold), KeptKeys(first)
         run_sparse(model, batches, SparseCall(selector=by_threshold, on_selection=meter))
-        left, of_left = fit_threshold(model, batches, first, mass_left)
         true, of_true = fit_threshold(model, batches, first, source=oracle_candidates)
         heads = {layer: kept.tolist() for layer, kept in meter.by_layer().items()}
         self.fits.append(
             {"keys": keys, "tiles": counted.tiles, "asked": counted.asked_keys()}
             | {"threshold": threshold, "kept": meter.mean(), "kept_by_layer_and_head": heads}
-            | {"top_p": 1 - left, "top_p_kept": of_left.kept_keys(left)}
             | {"oracle_threshold": true, "oracle_kept": of_true.kept_keys(true)}
         )
         return {
             THRESHOLD: by_threshold,
-            CORRECTED: RunningCorrection(counted, keys),
             BY_HEAD: ByHead(meter.by_layer()),
-            TOP_P: ByThreshold(left, mass_left),
             ORACLE_THRESHOLD: ByThreshold(true, source=oracle_candidates),
         }
 
@@ -152,11 +108,6 @@ class Allocations:
             with sparse_attention_as(model, min_keys=fit["keys"], max_keys=fit["keys"], mass_threshold=None):
                 rows.append({"budget": fit["keys"], **bench_budgets(model, ids, fit["threshold"])})
         return rows
-
-    def note(self, result: WindowResult) -> None:
-        """Tell the running correction what a window kept."""
-        if result.selection == CORRECTED and result.keys is not None and result.kept is not None:
-            self._corrected[result.keys].note(result.kept)
 
 
 def fitted_selectors(config: SparseAttentionConfig, names: Sequence[str], budgets: Sequence[int]) -> dict[str, Selector]:

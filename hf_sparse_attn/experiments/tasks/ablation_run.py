@@ -19,16 +19,14 @@ from ...evaluation.divergence import last_hidden
 from ...models.attach import routers
 from ...system.files import write_atomically
 from ...training.distillation import distill, load_router_state, router_state
-from ...training.mass_threshold import AtThreshold, ByThreshold
+from ...training.mass_threshold import AtThreshold
 from ..ablation.costs import Contender, capture, measure
-from ..ablation.factors import ALLOCATIONS, BASELINE, BY_LAYER, JOINT_KL, SELECTIONS_OF_STAGES, Level, default_of, levels
+from ..ablation.factors import BASELINE, JOINT_KL, SELECTIONS_OF_STAGES, Level, default_of, levels
 from ..ablation.level_table import ablation_table
-from ..ablation.pooled_residual import attend_with_residual
 from ..ablation.readings import read
-from ..ablation.router_variants import vary
 from ..recipe import RecipeError
 from ..reports.html_report import write_ablation_report
-from ..scores.budget_allocation import BY_HEAD, THRESHOLD, TOP_P, Allocations, ByHead, mass_left
+from ..scores.budget_allocation import BY_HEAD, FITTED, THRESHOLD, Allocations, ByHead
 from ..steps import Step
 from .language_model import LanguageRun
 
@@ -50,7 +48,7 @@ class AblationRun(LanguageRun):
         return [
             Step("convert", self._convert),
             *(Step(f"routers-{seed}", partial(self._train, DEFAULT, seed)) for seed in range(settings["seeds"])),
-            *([Step("fit", self._fit)] if any(level.selection in ALLOCATIONS for level in self.levels) else []),
+            *([Step("fit", self._fit)] if any(level.selection in FITTED for level in self.levels) else []),
             *(Step(level.slug, partial(self._read_level, level)) for level in (DEFAULT, *self.levels)),
             *([Step("joint", self._joint)] if joint else []),
             Step("cost", self._cost),
@@ -69,10 +67,8 @@ class AblationRun(LanguageRun):
         return self.recipe.sparse_attention.changed(**{"min_keys": keys, "max_keys": keys, **level.sparse})
 
     def _untrained(self, level: Level) -> PreTrainedModel:
-        model = AutoModelForCausalLM.from_pretrained(self.state / "base", sparse_attention=self._config(level), dtype=self.dtype).eval()
-        if level.variant is not None:
-            vary(routers(model), level.variant)
-        return model  # type: ignore[no-any-return]
+        sparse = self._config(level)
+        return AutoModelForCausalLM.from_pretrained(self.state / "base", sparse_attention=sparse, dtype=self.dtype).eval()  # type: ignore[no-any-return]
 
     def _of_level(self, level: Level, seed: int) -> PreTrainedModel:
         """The model at a level, with routers that were trained for it."""
@@ -92,7 +88,7 @@ class AblationRun(LanguageRun):
         span = round(most * settings["batches"])
         windows = self._train_windows(settings["context"], span * self.recipe.ablate["seeds"])[seed * span :][:count]
         model = self._untrained(level)
-        config = replace(self.recipe.distillation, **{"seed": self.recipe.seed + seed, **level.distillation})
+        config = replace(self.recipe.distillation, seed=self.recipe.seed + seed)
         report = distill(model, batches(windows), config, checkpoint=self.state / f"{level.slug}-{seed}.pt")
         write_atomically(self.state / f"{level.slug}-{seed}.safetensors", lambda path: save_file(router_state(model), path))
         return {"documents": [window.document for window in windows], "log": report.log}
@@ -113,15 +109,13 @@ class AblationRun(LanguageRun):
             if level.retrains and not (self.state / f"{level.slug}-{seed}.safetensors").exists():
                 self._train(level, seed)
             model = self._of_level(level, seed)
-            attention = attend_with_residual if level.residual else None
-            call = SparseCall(selector=self._selector(level, model), attention=attention)
-            readings += self._read(model, call, level, seed)
+            readings += self._read(model, SparseCall(selector=self._selector(level, model)), level, seed)
         self.console.print(f"  KL {sum(r['kl'] for r in readings) / len(readings):.4f}")
         return {"readings": readings}
 
     def _seeds(self, level: Level) -> range:
         """All seeds; one where routers are trained anew or thresholds are fitted, unless the grid is the full one."""
-        single = (level.retrains and not self.recipe.ablate["full"]) or level.selection in ALLOCATIONS
+        single = (level.retrains and not self.recipe.ablate["full"]) or level.selection in FITTED
         return range(1 if single else self.recipe.ablate["seeds"])
 
     def _selector(self, level: Level, model: PreTrainedModel) -> Selector:
@@ -133,9 +127,7 @@ class AblationRun(LanguageRun):
         kept = {int(layer): torch.tensor(keys, dtype=torch.float64, device="cpu") for layer, keys in fit["kept_by_layer_and_head"].items()}
         fitted: dict[str, Selector] = {
             THRESHOLD: AtThreshold(fit["threshold"]),
-            TOP_P: ByThreshold(1 - fit["top_p"], mass_left),
             BY_HEAD: ByHead(kept),
-            BY_LAYER: ByHead({layer: keys.mean().expand_as(keys) for layer, keys in kept.items()}),
         }
         return fitted[level.selection]
 
@@ -164,7 +156,7 @@ class AblationRun(LanguageRun):
                 inputs = capture(model, self._windows()[0].ids, middle.layer)
             share = len(middle.config.dense_layers) / layers
             name = BASELINE if level == DEFAULT else f"{level.factor} {level.name}"
-            contenders[name] = Contender(middle, self._selector(level, model), level.residual, share)
+            contenders[name] = Contender(middle, self._selector(level, model), share)
         assert inputs is not None
         costs = measure(contenders, BASELINE, inputs, layers, self.recipe.ablate["repeats"])
         return {"levels": costs, "layers": layers, "head_dim": head_dim, "tokens": inputs.q.shape[2]}

@@ -208,15 +208,10 @@ class LanguageRun(TrainingRun):
         for entry in self.recipe.quality:
             windows = self._eval_windows(entry.length, entry.windows)
             fitted = self._fitted(model, entry) if entry.is_fitted else None
-            if fitted is not None:
-                for result in (r for r in done if r.length == entry.length):
-                    fitted.note(result)
             known = selectors | (fitted.selectors if fitted else {})
 
-            def note(result: WindowResult, fitted: Allocations | None = fitted) -> None:
+            def note(result: WindowResult) -> None:
                 done.append(result)
-                if fitted is not None:
-                    fitted.note(result)
                 write_json(partial, [r.to_dict() for r in done], finite=False)
                 self.console.print(f"  {result.line()}")
 
