@@ -20,6 +20,11 @@ BUDGET_FIELDS = ("density", "min_keys", "max_keys")  # what a mass_threshold is 
 FIXED_FIELDS = ("block_size", "router_dim", "index_dim")  # the routers' weights depend on these
 
 
+def fixed_budget(keys: int | None) -> dict[str, Any]:
+    """Fields of `SparseAttentionConfig` at which every tile may keep ``keys`` keys; None changes nothing."""
+    return {} if keys is None else {"min_keys": keys, "max_keys": keys, "mass_threshold": None}
+
+
 @dataclass(frozen=True)
 class Bookkeeping:
     """What the library writes into a saved config; users do not choose these."""

@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from ..architectures.cache_arguments import MODEL_ARGUMENT
 from ..attention.checks import ATTN_IMPLEMENTATION
 from ..attention.layer import SparseCall
+from ..config import fixed_budget
 from ..models.convert import sparse_attention_as
 from .timing import BenchmarkError, PeakMemory, spread, timed
 
@@ -73,7 +74,7 @@ def bench_model(model: PreTrainedModel, ids: Tensor, keys: int, *, decode_tokens
     prefill: dict[str, list[float]] = {"sparse": [], "stock": []}
     memory: dict[str, int] = {}
     caches: dict[str, Any] = {}
-    with sparse_attention_as(model, min_keys=keys, max_keys=keys, mass_threshold=None):
+    with sparse_attention_as(model, **fixed_budget(keys)):
         for _ in range(repeats):
             for name, implementation in (("sparse", ATTN_IMPLEMENTATION), ("stock", "sdpa")):
                 caches[name] = DynamicCache(config=model.config)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from ..config import SparseAttentionConfig
+from ..config import SparseAttentionConfig, fixed_budget
 from ..router.module import RoutingInputs, SparseRouter
 from ..router.rotary import Rotary
 from ..router.selection import select_blocks
@@ -39,7 +39,7 @@ class LayerShape:
     @property
     def config(self) -> SparseAttentionConfig:
         if self.keys is not None:
-            return SparseAttentionConfig(min_keys=self.keys, max_keys=self.keys, block_size=self.block_size)
+            return SparseAttentionConfig(**fixed_budget(self.keys), block_size=self.block_size)
         return SparseAttentionConfig(density=self.density, block_size=self.block_size)
 
     @property

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ..system.environment import peak_bytes
+
 PAGE_BYTES = mmap.PAGESIZE
 
 
@@ -50,7 +52,7 @@ class PeakMemory:
     def __exit__(self, *_: object) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-            self._peak = torch.cuda.max_memory_allocated()
+            self._peak = peak_bytes("cuda")
             return
         self._peak = max(self._peak, _resident())
         self._stop.set()

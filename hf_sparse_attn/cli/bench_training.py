@@ -74,10 +74,12 @@ def _draw(plot: Path | None, json_path: str | None, rows: list[dict[str, Any]]) 
 
 
 def _budget(keys: int | None, density: float | None) -> dict[str, Any]:
+    from ..config import fixed_budget
+
     if keys is not None and density is not None:
         raise ValueError("--keys and --density exclude each other: give one of them")
     if keys is not None:
-        return {"min_keys": keys, "max_keys": keys, "mass_threshold": None}
+        return fixed_budget(keys)
     return {} if density is None else {"density": density, "max_keys": None, "mass_threshold": None}
 
 

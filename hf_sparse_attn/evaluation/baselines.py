@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from hf_sparse_attn_kernels import BlockSelection, TilePlan, block_mass, stage_one_scores, to_tiles
@@ -139,8 +138,3 @@ def selection_calls(budgets: Sequence[int], selectors: Mapping[str, Selector]) -
     """Dense attention (keys None), then every selection at every budget: (keys, name, call)."""
     sparse = [(keys, name, SparseCall(selector=selector)) for keys in budgets for name, selector in selectors.items()]
     return [(None, "dense", SparseCall(dense=True)), *sparse]
-
-
-def fixed_budget(keys: int | None) -> dict[str, Any]:
-    """The fields of a config at which every tile may keep ``keys`` keys; None changes nothing."""
-    return {} if keys is None else {"min_keys": keys, "max_keys": keys, "mass_threshold": None}

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..attention.layer import SparseCall
-from ..config import SparseAttentionConfig
+from ..config import SparseAttentionConfig, fixed_budget
 from ..data.questions import ANSWERED, Question
 from ..data.windows import Window, batches
 from ..models.attach import routers
@@ -243,7 +243,7 @@ def uniform_share(config: SparseAttentionConfig, share: float, keys: int) -> dic
 def uniform_keys(config: SparseAttentionConfig, share: float, keys: int) -> dict[str, Any]:
     """Every tile may keep as many keys."""
     most = max(config.forced_keys, math.ceil(share * keys))
-    return {"min_keys": most, "max_keys": most, "mass_threshold": None}
+    return fixed_budget(most)
 
 
 def _losses(model: PreTrainedModel, windows: Sequence[Window], uniform: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,11 +18,12 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..attention.layer import Selector, SparseCall
+from ..config import fixed_budget
 from ..models.calibration import made_with
 from ..models.convert import sparse_attention_as
 from ..system.extras import needs_extra
 from ..system.progress import counted
-from .baselines import fixed_budget, selection_calls
+from .baselines import selection_calls
 from .statistics import loss_above
 
 Row = dict[str, Any]  # the score of one document under one selection

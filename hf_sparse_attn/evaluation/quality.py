@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..architectures.cache_arguments import MODEL_ARGUMENT
 from ..attention.layer import Selector, SparseCall
-from ..config import SparseAttentionConfig
+from ..config import SparseAttentionConfig, fixed_budget
 from ..data.windows import Window
 from ..models.attach import routers
 from ..models.convert import sparse_attention_as
@@ -186,7 +186,7 @@ def evaluate_windows(
         n = window.ids.shape[1]
         for keys in budgets:
             todo = [name for name in selectors if (window.document, n, keys, name) not in have]
-            with sparse_attention_as(model, min_keys=keys, max_keys=keys, mass_threshold=None):
+            with sparse_attention_as(model, **fixed_budget(keys)):
                 observer = MassObserver({name: selectors[name] for name in todo if keys == budgets[0]})
                 first = (window.document, n, None, "dense") not in have
                 if first or (todo and (observer.selectors or reader.dense is None)):

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..attention.layer import SparseCall
+from ..config import fixed_budget
 from ..data.windows import Window, batches
 from ..models.convert import sparse_attention_as
 from ..training.mass_threshold import AtThreshold, KeptKeys, fit_threshold, run_sparse
@@ -23,7 +24,7 @@ def shared_out(model: PreTrainedModel, windows: Sequence[Window], keys: int) -> 
         ValueError: ``keys`` is no possible budget, or the windows have nothing to select.
     """
     middle = windows[0].ids.shape[1] // 2
-    with sparse_attention_as(model, min_keys=keys, max_keys=keys, mass_threshold=None):
+    with sparse_attention_as(model, **fixed_budget(keys)):
         threshold, _ = fit_threshold(model, batches(windows), middle)
         kept = KeptKeys(middle)
         run_sparse(model, batches(windows), SparseCall(selector=AtThreshold(threshold), on_selection=kept))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..training.router_loss import recovered_share
 from .quality import WindowResult
 
 LEAST_GAP = 0.02  # a layer counts for the worst layer only where the oracle keeps this much more mass than the window
@@ -39,13 +40,14 @@ def loss_above(loss: np.ndarray, other: np.ndarray, seed: int = 0) -> dict[str, 
     return {"mean": float(above.mean()), "low": float(low), "high": float(high)}
 
 
-def recovered_share(kept: dict[int, float], window: dict[int, float], oracle: dict[int, float]) -> dict[str, Any]:
+def shares_by_layer(kept: dict[int, float], window: dict[int, float], oracle: dict[int, float]) -> dict[str, Any]:
     """Σ(kept − window) / Σ(oracle − window) over layers, per layer, and the worst layer with a gap of at least 0.02."""
-    gaps = {layer: oracle[layer] - window[layer] for layer in kept}
-    shares = {layer: (kept[layer] - window[layer]) / gaps[layer] for layer in kept if gaps[layer] >= LEAST_GAP}
+    shares = {
+        layer: recovered_share(kept[layer], window[layer], oracle[layer]) for layer in kept if oracle[layer] - window[layer] >= LEAST_GAP
+    }
     worst = min(shares, key=lambda layer: shares[layer]) if shares else None
     return {
-        "share": sum(kept[layer] - window[layer] for layer in kept) / sum(gaps.values()) if sum(gaps.values()) > 0 else 0.0,
+        "share": recovered_share(*(sum(mass[layer] for layer in kept) for mass in (kept, window, oracle))),
         "worst": None if worst is None else shares[worst],
         "worst_layer": worst,
         "by_layer": {str(layer): value for layer, value in shares.items()},
@@ -65,7 +67,7 @@ def _mean_by_head(found: Sequence[dict[int, list[float]]]) -> ByHead:
 def worst_head(kept: ByHead, window: ByHead, oracle: ByHead) -> dict[str, Any] | None:
     """The KV head with the least recovered share among those with a gap of at least 0.02, None if no head has one."""
     shares = [
-        (float((kept[layer][head] - window[layer][head]) / gap), layer, head)
+        (recovered_share(*(float(mass[layer][head]) for mass in (kept, window, oracle))), layer, head)
         for layer in kept
         for head, gap in enumerate(oracle[layer] - window[layer])
         if gap >= LEAST_GAP
@@ -129,7 +131,7 @@ def _row(length: int, keys: int | None, selection: str, own: list[WindowResult],
     if bounds is not None and own[0].mass and bounds[0][0].mass and bounds[1][0].mass:
         mass = _mean_mass(own)
         row["kept_mass"] = {"mean": float(np.mean(list(mass.values()))), "by_layer": {str(k): v for k, v in mass.items()}}
-        row["recovered_share"] = recovered_share(mass, _mean_mass(bounds[0]), _mean_mass(bounds[1]))
+        row["recovered_share"] = shares_by_layer(mass, _mean_mass(bounds[0]), _mean_mass(bounds[1]))
         heads, lower, upper = (_mean_by_head([r.head_mass for r in found]) for found in (own, *bounds))
         if heads and lower and upper:
             row["head_mass"] = {str(layer): values.tolist() for layer, values in heads.items()}

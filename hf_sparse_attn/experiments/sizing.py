@@ -13,7 +13,7 @@ from ..benchmarks.planner.attention_cost import AttentionShape, LayerWork, layer
 from ..benchmarks.planner.cpu_rates import TAUGHT_SHARE, heads_of, measure_cpu
 from ..benchmarks.planner.devices import Device
 from ..benchmarks.planner.plan import plan_training
-from ..config import SparseAttentionConfig
+from ..config import SparseAttentionConfig, fixed_budget
 from .recipe import Quality, Recipe
 
 OTHER_SECONDS = 30.0  # loading, saving, the answer
@@ -42,7 +42,7 @@ class Work:
     def routed(self, length: int, keys: int) -> float:
         """Seconds of a sparse forward pass without logits at a budget of ``keys``."""
         heads, _, dim = heads_of(self.config)
-        work = self._work(length, self.sparse.changed(min_keys=keys, max_keys=keys, mass_threshold=None))
+        work = self._work(length, self.sparse.changed(**fixed_budget(keys)))
         pairs = 4 * heads * dim * work.kept_pairs
         return self._products(length) + self._layers * (pairs / self.device.sparse_attention[0] + work.routing / self.device.routing)
 

@@ -90,13 +90,16 @@ def _with_dense_heads(indices: Tensor, scores: Tensor, plan: TilePlan, dense: Te
 
 
 class FeatureMaker:
-    """Features of the tiles of one call; holds what all tiles share."""
+    """Features of the tiles of one call; holds what all tiles share.
 
-    def __init__(self, router: SparseRouter, inputs: RoutingInputs, grid: TileGrid) -> None:
+    With ``fold`` stage 2 meets the keys themselves; None: where that is cheaper.
+    """
+
+    def __init__(self, router: SparseRouter, inputs: RoutingInputs, grid: TileGrid, fold: bool | None = None) -> None:
         self.router, self.inputs, self.grid = router, inputs, grid
         self.router_keys = router.stage_one_keys(inputs)
         # queries mapped back into key space meet the keys as they are; keys are mapped only where that makes them narrower
-        self.fold = grid.query_tile == 1 or router.wk_index.shape[1] == router.head_dim
+        self.fold = grid.query_tile == 1 or router.wk_index.shape[1] == router.head_dim if fold is None else fold
         self.keys = inputs.k if self.fold else router.index_keys(inputs.k)
         self.q_tiles = to_tiles(inputs.q, grid, router.groups)
         self.reps = router.representatives(grid, inputs.q.device)

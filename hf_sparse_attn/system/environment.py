@@ -65,6 +65,13 @@ def peak_process_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def peak_bytes(device_type: str | None = None) -> int:
+    """Peak memory so far: what torch allocated on the GPU (None = if there is one), else the resident memory of this process."""
+    if device_type == "cuda" or (device_type is None and torch.cuda.is_available()):
+        return torch.cuda.max_memory_allocated()
+    return peak_process_bytes()
+
+
 class Cost:
     """What a ``with`` block took: ``figures`` are seconds, the process's peak memory so far, and energy where it can be read."""
 

@@ -13,7 +13,7 @@ from ..router.module import RoutingInputs, SparseRouter, active_router
 from .config import DistillationConfig
 from .distributed import average_gradients, mean_over_processes
 from .index_init import start_index
-from .router_loss import TileLoss, tile_loss
+from .router_loss import TileLoss, recovered_share, tile_loss
 
 
 class Distiller:
@@ -81,13 +81,12 @@ class Distiller:
         names = {"kl_coarse": "coarse", "kl_fine": "fine", "kept": "kept", "window": "window", "oracle": "oracle"}
         own = {name: sum(float(getattr(x, attribute)) for x in losses) / n for name, attribute in names.items()}
         means = mean_over_processes(own, device, self.counts)
-        gap = means["oracle"] - means["window"]
         return {
             "batch": float(self.batch),
             "kl_coarse": means["kl_coarse"],
             "kl_fine": means["kl_fine"],
             "kept_mass": means["kept"],
-            "recovered_share": (means["kept"] - means["window"]) / gap if gap > 0 else 0.0,
+            "recovered_share": recovered_share(means["kept"], means["window"], means["oracle"]),
         }
 
     def state(self) -> dict[str, Any]:

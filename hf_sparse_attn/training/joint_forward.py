@@ -15,7 +15,7 @@ from ..attention.gradients import Carried, carry
 from ..attention.layer import Selector, SparseCall, learned_selector
 from ..router.budget import make_plan
 from ..router.module import RoutingInputs, SparseRouter, active_router
-from .router_loss import tile_loss
+from .router_loss import recovered_share, tile_loss
 
 STEP_STRIDE = 1_000_003  # a prime: seeds of (seed, step, layer) stay apart
 
@@ -165,7 +165,7 @@ class TrainingForward:
         rows = self._tile_rows
         kept, window, oracle, entropy = (sum(column) / len(rows) for column in zip(*rows, strict=True)) if rows else (0.0,) * 4
         kl = sum(layer.mean for layer in self.layers.values()) / max(1, len(self.layers))
-        share = (kept - window) / (oracle - window) if oracle > window else 0.0
+        share = recovered_share(kept, window, oracle)
         return RouterStatistics(kl, kept, share, entropy, self._kept / self._visible if self._visible else 1.0)
 
 

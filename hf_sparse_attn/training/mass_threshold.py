@@ -15,6 +15,7 @@ from hf_sparse_attn_kernels import BlockSelection
 from torch import Tensor, nn
 
 from ..attention.layer import SparseCall
+from ..config import fixed_budget
 from ..data.model_inputs import check_finite, model_inputs
 from ..models.adapters import active_routers
 from ..models.convert import set_sparse_attention, sparse_attention_as
@@ -251,8 +252,8 @@ def fit_mass_threshold(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]
     """
     if not active_routers(model):
         raise ValueError(f"{type(model).__name__} has no routers: convert it with hf_sparse_attn.sparsify first")
-    fixed = {} if keys is None else {"min_keys": keys, "max_keys": keys}
-    with sparse_attention_as(model, **fixed, mass_threshold=None):
+    fixed = fixed_budget(keys)
+    with sparse_attention_as(model, **{**fixed, "mass_threshold": None}):
         threshold, counted = fit_threshold(model, batches, first)
-    set_sparse_attention(model, **fixed, mass_threshold=threshold)
+    set_sparse_attention(model, **{**fixed, "mass_threshold": threshold})
     return MassFit(threshold, counted.asked_keys(), counted.kept_keys(threshold), counted.tiles)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from hf_sparse_attn_kernels import TilePlan, block_mass, coarse_scores, fine_mass, ordered_topk, to_tiles
+from hf_sparse_attn_kernels import TileFeatures, TilePlan, block_mass, by_block, mass_of_blocks, ordered_topk, stage_one_scores
 from torch import Tensor
 
 from ..attention.gradients import Carried, carry
 from ..router.budget import make_plan
 from ..router.module import RoutingInputs, SparseRouter
+from ..router.selection import FeatureMaker
 
 SCORE_BYTES = 1 << 22  # of the stage-2 scores that exist at a time
 
@@ -51,24 +52,32 @@ def tile_loss(router: SparseRouter, inputs: RoutingInputs, query_tile: int, coun
     if not len(tiles):
         return None
     mass = block_mass(inputs.q, inputs.k, plan.grid, tiles, inputs.scale)
-    eligible = plan.eligible_mask(tiles)
-    q_tiles = to_tiles(inputs.q, plan.grid, router.groups)[:, tiles]
-
-    queries, real = router.query_features(q_tiles, inputs.positions, plan.grid, tiles)
-    scores = coarse_scores(queries, real, router.router_keys(inputs.k, inputs.positions), inputs.scale)
-    whole = scores.shape[-1]  # an eligible block is never partial
-    coarse = masked_kl(mass[..., :whole], scores, eligible[:, :whole])
+    # the features of inference, in float32; stage 2 meets the keys themselves, so that its gradient is that of a few queries
+    plain = replace(inputs, k=inputs.k.float(), router_keys=None)
+    features = FeatureMaker(router, plain, plan.grid, fold=True).features(tiles)
+    scores = stage_one_scores(features, plan, tiles)
+    whole = scores.shape[-1]  # an eligible block is never partial, and none is beyond
+    eligible = plan.eligible_mask(tiles)[:, :whole]
+    coarse = masked_kl(mass[..., :whole], scores, eligible)
 
     candidates = plan.best(scores.detach(), tiles, plan.candidates[tiles])
     chosen = _union(candidates, plan.best(mass, tiles, plan.free[tiles]), plan.grid.blocks)
-    fine, estimate = _fine_loss(router, inputs, plan, tiles, q_tiles, chosen, mass)
+    fine, estimate = _fine_loss(features, plan, tiles, chosen, mass)
 
-    seen = _by_block(estimate, chosen, plan.grid.blocks)
+    seen = by_block(estimate, chosen, plan.grid.blocks)
     passed = _members(candidates, plan.grid.blocks)  # inference sees the candidates only
     kept = _mean_kept(mass, plan.assemble(plan.best(seen.masked_fill(~passed, -torch.inf), tiles, plan.free[tiles]), tiles))
     oracle = _mean_kept(mass, plan.assemble(plan.best(mass, tiles, plan.free[tiles]), tiles))
-    entropy = _entropy(scores.detach().masked_fill(~eligible[:, :whole], -torch.inf))
+    entropy = _entropy(scores.detach().masked_fill(~eligible, -torch.inf))
     return TileLoss(coarse, fine, kept, _mean_kept(mass, window_blocks(plan, tiles, mass)), oracle, entropy)
+
+
+def recovered_share(kept: float, window: float, oracle: float) -> float:
+    """(kept − window) / (oracle − window) of kept masses: how far the router comes from window + sink (0) to the oracle (1).
+
+    0 where the oracle keeps no more than the window.
+    """
+    return (kept - window) / (oracle - window) if oracle > window else 0.0
 
 
 def _entropy(logits: Tensor) -> float:
@@ -115,12 +124,6 @@ def _members(index: Tensor, blocks: int) -> Tensor:
     return member.scatter_(-1, index + 1, True)[..., 1:]
 
 
-def _by_block(values: Tensor, index: Tensor, blocks: int) -> Tensor:
-    """``values`` of the blocks ``index`` [..., n] (−1 = empty) as [..., blocks], −inf elsewhere."""
-    out = torch.full((*index.shape[:-1], blocks + 1), -torch.inf, device=values.device, dtype=values.dtype)
-    return out.scatter_(-1, index + 1, values)[..., 1:]
-
-
 def _union(a: Tensor, b: Tensor, blocks: int) -> Tensor:
     """Distinct blocks of ``a`` and ``b`` [..., n] (−1 = empty): [..., width], ascending, −1 last."""
     member = (_members(a, blocks) | _members(b, blocks)).float()
@@ -128,37 +131,30 @@ def _union(a: Tensor, b: Tensor, blocks: int) -> Tensor:
     return torch.where(member.gather(-1, index) > 0, index, -1)
 
 
-def _fine_loss(
-    router: SparseRouter, inputs: RoutingInputs, plan: TilePlan, tiles: Tensor, q_tiles: Tensor, chosen: Tensor, wanted: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(stage 2's KL over the blocks ``chosen`` [B, G, m, L], its estimate of their mass, of the same shape).
+def _fine_loss(features: TileFeatures, plan: TilePlan, tiles: Tensor, chosen: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """(stage 2's KL from ``teacher`` [B, G, m, nb] over the blocks ``chosen`` [B, G, m, L], its estimate of their mass, of the same shape).
 
     A few tiles at a time, each with its gradient: the scores of all tiles would take memory that grows with the square of
     the length at a fixed density.
     """
-    batch, width, size = chosen.shape[:2], chosen.shape[-1], plan.grid.block_size
-    blocks = torch.cat([chosen, plan.forced_blocks(tiles).expand(*batch, -1, -1)], -1)
-    reps = router.representatives(plan.grid, tiles.device)
-    heads = torch.arange(reps.shape[0], device=tiles.device, dtype=torch.int64)[:, None]
-    queries = router.index_queries(q_tiles[:, :, heads, reps], fold=True) * inputs.scale
-    keys = inputs.k.float().flatten(0, 1).contiguous()
-    teacher, valid = wanted.gather(-1, chosen.clamp(min=0)), chosen >= 0
-    rows = _taught(teacher, valid).sum((0, 1, 3))  # of each tile
-    step = max(1, SCORE_BYTES // (4 * blocks[:, :, 0].numel() * size * reps.numel()))
+    width, queries = chosen.shape[-1], features.queries
+    blocks = torch.cat([chosen, plan.forced_blocks(tiles).expand(*chosen.shape[:2], -1, -1)], -1)
+    taught, valid = teacher.gather(-1, chosen.clamp(min=0)), chosen >= 0
+    rows = _taught(taught, valid).sum((0, 1, 3))  # of each tile
+    step = max(1, SCORE_BYTES // (4 * blocks[:, :, 0].numel() * plan.grid.block_size * features.reps.numel()))
     learns = torch.is_grad_enabled() and queries.requires_grad
     total, carried, parts, of_queries = queries.new_zeros(()), Carried(rows.sum().clamp(min=1)), [], []
     for at in range(0, len(tiles), step):
         part = slice(at, at + step)
-        leaf = queries[:, part].detach().requires_grad_(learns)
-        found = fine_mass(leaf, keys, plan.grid, tiles[part], blocks[:, :, part].flatten(0, 1), reps)
-        found = found.view(*batch, *found.shape[1:])[..., :width]
-        loss = masked_kl(teacher[:, :, part], found.clamp(min=1e-20).log(), valid[:, :, part]) * rows[part].sum()
+        leaf = queries[:, :, part].detach().requires_grad_(learns)
+        estimate = mass_of_blocks(replace(features.part(part), queries=leaf), plan, tiles[part], blocks[:, :, part])[..., :width]
+        loss = masked_kl(taught[:, :, part], estimate.clamp(min=1e-20).log(), valid[:, :, part]) * rows[part].sum()
         if learns:
             of_queries.append(torch.autograd.grad(loss, leaf)[0])
         total += loss.detach()
-        parts.append(found.detach())
+        parts.append(estimate.detach())
     mean = total / carried.weight
     if learns:
-        carried.grads = [torch.cat(of_queries, 1)]
+        carried.grads = [torch.cat(of_queries, 2)]
         mean = carry(mean, carried, [queries])
     return mean, torch.cat(parts, 2)

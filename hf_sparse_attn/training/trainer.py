@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..attention.layer import SparseCall
 from ..config import IGNORE_INDEX
 from ..models.convert import take_routers
-from ..system.environment import peak_process_bytes
+from ..system.environment import peak_bytes
 from .config import SparseTrainingConfig
 from .distributed import mean_over_processes
 from .joint_forward import RouterStatistics, TrainingForward, mean_statistics
@@ -167,7 +167,7 @@ class SparseTrainerMixin:
             logs["task_loss"] = logs["loss"] - means.pop("own_kl") / max(1, steps)
             logs["tokens_per_second"] = means.pop("tokens") * self.accelerator.num_processes / seconds
             logs.update(means)
-            logs["peak_memory_bytes"] = peak_memory()
+            logs["peak_memory_bytes"] = peak_bytes()
             self._statistics, self._tokens, self._kl = [], 0, 0.0
         super().log(logs, start_time)  # type: ignore[misc]
 
@@ -206,13 +206,6 @@ class SparseTrainerMixin:
 
 class SparseTrainer(SparseTrainerMixin, Trainer):  # type: ignore[misc]
     """Transformers' Trainer with the joint stage."""
-
-
-def peak_memory() -> int:
-    """Peak memory in bytes: what torch allocated on the GPU, or the resident memory of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return peak_process_bytes()
 
 
 def last_checkpoint(folder: str | Path, below: int | None = None) -> Path | None:

@@ -16,7 +16,7 @@ from hf_sparse_attn.data.windows import Window
 from hf_sparse_attn.evaluation import divergence, quality
 from hf_sparse_attn.evaluation.baselines import ByOtherRouters, fresh_routers, oracle, stage_one, standard_selectors, window
 from hf_sparse_attn.evaluation.quality import MassObserver, WindowResult, evaluate_windows, window_losses
-from hf_sparse_attn.evaluation.statistics import loss_share, quality_table, recovered_share
+from hf_sparse_attn.evaluation.statistics import loss_share, quality_table, shares_by_layer
 from hf_sparse_attn.router.budget import make_plan
 from hf_sparse_attn.training.router_loss import kept_mass
 
@@ -316,9 +316,9 @@ def test_without_a_gap_the_share_is_zero():
     assert loss_share(same, same, same) == {"share": 0.0, "low": 0.0, "high": 0.0}
 
 
-def test_the_recovered_share_by_hand():
+def test_the_shares_by_layer_by_hand():
     kept, near, best = {0: 0.8, 1: 0.5, 2: 0.88}, {0: 0.6, 1: 0.4, 2: 0.895}, {0: 0.9, 1: 0.6, 2: 0.905}
-    found = recovered_share(kept, near, best)
+    found = shares_by_layer(kept, near, best)
     assert found["share"] == pytest.approx((0.2 + 0.1 - 0.015) / (0.3 + 0.2 + 0.01))
     # layer 2 has the lowest share, but a gap below 0.02
     assert found["worst"] == pytest.approx(0.5) and found["worst_layer"] == 1
@@ -326,11 +326,11 @@ def test_the_recovered_share_by_hand():
 
 
 def test_the_worst_layer_needs_a_gap_of_at_least_two_hundredths():
-    found = recovered_share({0: 0.25, 1: 0.5}, {0: 0.25, 1: 0.5}, {0: 0.28125, 1: 0.515625})
+    found = shares_by_layer({0: 0.25, 1: 0.5}, {0: 0.25, 1: 0.5}, {0: 0.28125, 1: 0.515625})
     assert found["worst_layer"] == 0 and list(found["by_layer"]) == ["0"]
-    none = recovered_share({0: 0.5}, {0: 0.5}, {0: 0.515625})
+    none = shares_by_layer({0: 0.5}, {0: 0.5}, {0: 0.515625})
     assert none == {"share": 0.0, "worst": None, "worst_layer": None, "by_layer": {}}
-    assert recovered_share({0: 0.5}, {0: 0.5}, {0: 0.5})["share"] == 0.0
+    assert shares_by_layer({0: 0.5}, {0: 0.5}, {0: 0.5})["share"] == 0.0
 
 
 def result(document, selection, prefill, keys=64, decode=None, mass=None):
@@ -367,8 +367,8 @@ def test_kept_mass_is_the_mean_over_windows_and_layers():
         results += [result(d, name, 1.0, decode=2.0, mass={0: first + shift, 1: second + shift}) for d, shift in (("a", -0.1), ("b", 0.1))]
     row = next(r for r in quality_table(results) if r["selection"] == "two stages")
     assert row["kept_mass"] == {"mean": pytest.approx(0.5), "by_layer": {"0": pytest.approx(0.5), "1": pytest.approx(0.5)}}
-    assert row["recovered_share"]["share"] == pytest.approx((0.3 + 0.1) / 0.8)
-    assert row["recovered_share"]["worst"] == pytest.approx(0.25) and row["recovered_share"]["worst_layer"] == 1
+    assert row["shares_by_layer"]["share"] == pytest.approx((0.3 + 0.1) / 0.8)
+    assert row["shares_by_layer"]["worst"] == pytest.approx(0.25) and row["shares_by_layer"]["worst_layer"] == 1
     assert row["decode"] == 2.0 and "decode_share" in row
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from ...config import fixed_budget
 from ...models.convert import sparsify
 from ...training.config import AdaptationConfig, DistillationConfig
 from ...training.distillation import distill
@@ -80,7 +81,7 @@ def make(shape: Shape, dry: bool) -> PreTrainedModel:
     with torch.device("cpu" if dry else "cuda"):
         model: PreTrainedModel = LlamaForCausalLM._from_config(config, dtype=dtype)
     keys = DRY_KEYS if dry else KEYS
-    made: PreTrainedModel = sparsify(model, {"min_keys": keys, "max_keys": keys, **({"dense_below": 0} if dry else {})}).eval()
+    made: PreTrainedModel = sparsify(model, {**fixed_budget(keys), **({"dense_below": 0} if dry else {})}).eval()
     return made
 
 
@@ -108,7 +109,7 @@ def lora_step(shape: Shape, length: int, dry: bool) -> dict[str, Any]:
     """`bench_training`: a LoRA step with the routers' KL against the same step of the stock model."""
     keys = DRY_KEYS if dry else KEYS
     windows = [random_ids(shape, 1, length, dry, seed) for seed in range(3)]
-    budget = {"min_keys": keys, "max_keys": keys}
+    budget = fixed_budget(keys)
     training = TrainingShape(budget, AdaptationConfig(), fresh_process=False)
     return {**_sizes(shape, length), **bench_training(make(shape, dry), windows, training)}
 

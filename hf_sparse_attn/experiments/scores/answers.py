@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ...attention.layer import Selector, SparseCall
+from ...config import fixed_budget
 from ...data.questions import Question
 from ...evaluation.baselines import fixed_budget, selection_calls
 from ...evaluation.metrics import AnswerMatch

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ...attention.layer import Selector, SparseCall
 from ...benchmarks import bench_budgets
-from ...config import SparseAttentionConfig
+from ...config import SparseAttentionConfig, fixed_budget
 from ...evaluation.baselines import ORACLE_TILES
 from ...models.convert import sparse_attention_as
 from ...router.budget import make_plan
@@ -79,7 +79,7 @@ class Allocations:
         self.fits: list[dict[str, Any]] = []
         found: dict[str, dict[int, Selector]] = {name: {} for name in FITTED}
         for keys in budgets:
-            with sparse_attention_as(model, min_keys=keys, max_keys=keys, mass_threshold=None):
+            with sparse_attention_as(model, **fixed_budget(keys)):
                 for name, selector in self._fit(model, todo, keys, first).items():
                     found[name][keys] = selector
         self.selectors: dict[str, Selector] = {name: ByBudget(chosen) for name, chosen in found.items()}
@@ -105,7 +105,7 @@ class Allocations:
         """What each threshold costs on the tokens ``ids`` [1, N], see `bench_budgets`."""
         rows = []
         for fit in self.fits:
-            with sparse_attention_as(model, min_keys=fit["keys"], max_keys=fit["keys"], mass_threshold=None):
+            with sparse_attention_as(model, **fixed_budget(fit["keys"])):
                 rows.append({"budget": fit["keys"], **bench_budgets(model, ids, fit["threshold"])})
         return rows
 

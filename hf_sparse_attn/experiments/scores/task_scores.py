@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...attention.layer import Selector, SparseCall
+from ...config import fixed_budget
 from ...evaluation.statistics import RESAMPLES
 from ...models.convert import sparse_attention_as
 from ...system.progress import bar
@@ -36,7 +37,7 @@ def evaluate_rows(
         for name, row in rows:
             add(name, row, None, "dense", SparseCall(dense=True))
             for keys in budgets:
-                with sparse_attention_as(model, min_keys=keys, max_keys=keys, mass_threshold=None):
+                with sparse_attention_as(model, **fixed_budget(keys)):
                     for selection, selector in selectors.items():
                         add(name, row, keys, selection, SparseCall(selector=selector))
             shown.update(task, advance=1)

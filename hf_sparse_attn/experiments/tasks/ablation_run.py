@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ...attention.layer import Selector, SparseCall, learned_selector
-from ...config import SparseAttentionConfig
+from ...config import SparseAttentionConfig, fixed_budget
 from ...data.windows import Window, batches
 from ...evaluation.baselines import fresh_routers, standard_selectors
 from ...evaluation.divergence import last_hidden
@@ -64,7 +64,7 @@ class AblationRun(LanguageRun):
 
     def _config(self, level: Level) -> SparseAttentionConfig:
         keys = round(level.keys * self.recipe.quality[0].budgets[0])
-        return self.recipe.sparse_attention.changed(**{"min_keys": keys, "max_keys": keys, **level.sparse})
+        return self.recipe.sparse_attention.changed(**{**fixed_budget(keys), **level.sparse})
 
     def _untrained(self, level: Level) -> PreTrainedModel:
         sparse = self._config(level)

@@ -87,19 +87,33 @@ def stage_two_mass(
     features: TileFeatures, plan: TilePlan, tiles: Tensor, coarse: Tensor, scratch: Scratch | None = None, impl: str | None = None
 ) -> Tensor:
     """Mass of each tile's candidates by the scores ``coarse`` and of its forced blocks: float32 [B, G, m, nb], −inf for other blocks."""
+    candidates = plan.best(coarse, tiles, plan.candidates[tiles])
+    blocks = torch.cat([candidates, plan.forced_blocks(tiles).expand(*candidates.shape[:2], -1, -1)], -1)
+    return by_block(mass_of_blocks(features, plan, tiles, blocks, scratch, impl), blocks, plan.grid.blocks)
+
+
+def by_block(values: Tensor, index: Tensor, blocks: int) -> Tensor:
+    """``values`` of the blocks ``index`` [..., L] (−1 = empty) as [..., blocks], −inf elsewhere."""
+    out = values.new_full((*index.shape[:-1], blocks + 1), -torch.inf)
+    # column 0 collects the empty entries (−1), which are no block
+    return out.scatter_(-1, index + 1, values)[..., 1:]
+
+
+def mass_of_blocks(
+    features: TileFeatures, plan: TilePlan, tiles: Tensor, blocks: Tensor, scratch: Scratch | None = None, impl: str | None = None
+) -> Tensor:
+    """Stage-2 softmax mass of ``blocks`` int64 [B, G, m, L] (−1 = empty, a tile's own last): float32 of that shape, rows sum to 1.
+
+    With `torch` it has a gradient with respect to ``features.queries``.
+    """
     keys, queries = as_rows(features.keys), features.queries.flatten(0, 1)
-    found = plan.best(coarse, tiles, plan.candidates[tiles])
-    blocks = torch.cat([found, plan.forced_blocks(tiles).expand(*found.shape[:2], -1, -1)], -1)
     scores = blocks[:, :, 0].numel() * features.reps.numel() * plan.grid.block_size
     step = max(1, chunk_of(FINE_BYTES, keys.device) // (scores * keys.element_size()))
     parts = [
         fine_mass(q, keys, plan.grid, part, index, features.reps, scratch=scratch, impl=impl)
         for part, index, q in zip(tiles.split(step), blocks.flatten(0, 1).split(step, 1), queries.split(step, 1), strict=True)
     ]
-    mass = torch.cat(parts, 1).view_as(blocks)
-    by_block = mass.new_full((*blocks.shape[:3], plan.grid.blocks + 1), -torch.inf)
-    # column 0 collects the empty entries (−1), which are no block
-    return by_block.scatter_(3, blocks + 1, mass)[..., 1:]
+    return torch.cat(parts, 1).view_as(blocks)
 
 
 def _select_tiles(features: TileFeatures, plan: TilePlan, tiles: Tensor, impl: str | None) -> tuple[Tensor, Tensor]:
