@@ -19,10 +19,10 @@ from .recipe_values import change, check_names, defaults, find_recipe, merge, pi
 from .retired import retired
 from .rows.ruler import RULER
 from .scores.budget_allocation import FITTED
+from .tasks.keys import READS, check_read, read_by, stated
 from .value_kinds import checked_fields, fitted
 
 SELECTIONS = ("oracle", "two stages", "stage 1 alone", "untrained", "mean-pool", "min-max", "window + sink", "random")
-TASKS = ("causal_lm", "questions", "classification", "forecasting", "ablation", "robustness", "longlink")
 
 
 STAGES = {"distill": DistillationConfig, "lora": AdaptationConfig}
@@ -114,22 +114,25 @@ def load_recipe(path: str | Path, *, smoke: bool = False, changes: Sequence[str]
     ``network`` lets it name training arguments that send something to other machines.
 
     Raises:
-        RecipeError: no such file, not YAML, a key that is unknown or not allowed, a value of the wrong kind, or a missing model,
-            text, or hash of a package.
+        RecipeError: no such file, not YAML, a key that is unknown, not allowed or not read by the task, a value of the wrong
+            kind, or a missing model, text, or hash of a package.
     """
     file = find_recipe(path)
     try:
         known = defaults()
-        values = merge(deepcopy(known), read_recipe(file), known)
+        written, changed = read_recipe(file), [change(text) for text in changes]
+        values = merge(deepcopy(known), written, known)
         reduced = values.pop("smoke")
-        for delta in (*((reduced,) if smoke else ()), *map(change, changes)):
+        for delta in (*((reduced,) if smoke else ()), *changed):
             values = merge(values, delta, {name: value for name, value in known.items() if name != "smoke"})
-        for key, value, allowed in (("model.dtype", values["model"]["dtype"], DTYPES), ("task", values["task"], TASKS)):
+        for key, value, allowed in (("model.dtype", values["model"]["dtype"], DTYPES), ("task", values["task"], tuple(READS))):
             if value not in allowed:
                 raise RecipeError(f"{key} is {value!r}; supported: {', '.join(allowed)}")
         if values["task"] != "longlink":  # which makes its model and data itself
             _check_sources(values)
-        return _checked_recipe(values, smoke, network)
+        recipe = _checked_recipe(values, smoke, network)
+        check_read([key for delta in (written, *changed) for key in stated(delta, known)], recipe.task)
+        return recipe
     except (TypeError, ValueError, OverflowError) as error:
         raise RecipeError(f"{path}: {error}") from error
 
@@ -168,10 +171,14 @@ def _checked_recipe(values: dict[str, Any], smoke: bool, network: bool) -> Recip
         "longlink": _fields(values["longlink"], LongLinkConfig, "longlink"),
         "sparse_attention": _sparse_attention(values["sparse_attention"]),
     }
-    made = {"quality": tuple(Quality(**entry) for entry in quality), **_pinned_sources(values)}
+    unread = {} if "quality.decode_tokens" in READS[values["task"]] else {"decode_tokens": 0}
+    made = {"quality": tuple(Quality(**{**unread, **entry}) for entry in quality), **_pinned_sources(values)}
     sparse = SparseAttentionConfig.from_dict(values["sparse_attention"])
-    recipe = Recipe(**{**values, **made, "sparse_attention": sparse}, smoke_run=smoke, raw=values)
-    _ = recipe.distillation, recipe.adaptation, LongLinkConfig(**recipe.longlink)
+    read = read_by(values["task"], {**values, **made}, defaults())
+    recipe = Recipe(**{**read, "sparse_attention": sparse}, smoke_run=smoke, raw=values)
+    for stage, cls in STAGES.items():  # raises for values that do not go together
+        cls(**{"seed": recipe.seed, **settings[stage]})
+    LongLinkConfig(**recipe.longlink)
     if recipe.minutes is not None and not (isinstance(recipe.minutes, int | float) and recipe.minutes > 0):
         raise RecipeError(f"minutes is {recipe.minutes!r}: must be a number > 0, or null for all of the recipe")
     if recipe.minutes is not None and recipe.task != "causal_lm":

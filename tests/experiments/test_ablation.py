@@ -140,7 +140,7 @@ def recipe(llama_folder, random_words, real_budget, tmp_path_factory):
         "data": {"train": [str(folder / "0.txt")], "eval": [str(folder / "1.txt")]},
         "distill": {"context": 256, "batches": 2},
         "lora": {"context": 256, "steps": 2, "settings": {"rank": 2, "kl_tile_share": 4}},
-        "quality": [{"length": 256, "windows": 2, "fit_windows": 1, "budgets": [96], "decode_tokens": 0}],
+        "quality": [{"length": 256, "windows": 2, "fit_windows": 1, "budgets": [96]}],
         "ablate": {"factors": SEPARATE, "seeds": 2, "repeats": 2},
     }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(values))
@@ -184,7 +184,7 @@ def test_an_ablation_that_cannot_be_read_is_refused(recipe, tmp_path):
     console = Terminal(io.StringIO())
     with pytest.raises(RecipeError, match="one entry of quality with one budget"):
         run_recipe(
-            load_recipe(recipe, changes=["quality=[{length: 256, windows: 1, budgets: [96, 128], decode_tokens: 0}]"]),
+            load_recipe(recipe, changes=["quality=[{length: 256, windows: 1, budgets: [96, 128]}]"]),
             tmp_path / "a",
             console,
         )

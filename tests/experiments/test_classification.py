@@ -157,10 +157,7 @@ def recipe(word_tokenizer, tmp_path):
             "distill": {"context": 144, "batches": 2},
             "lora": {"context": 144, "steps": 3, "settings": {"rank": 2, "lr": 0.01, "target_modules": ["query", "key", "value"]}},
             "compare": {"before": True, "dense_lora": True},
-            "quality": [
-                {"length": 144, "windows": 6, "budgets": [96], "decode_tokens": 0, "selections": ["oracle", "two stages", "window + sink"]}
-            ],
-            "speed": {"length": 0},
+            "quality": [{"length": 144, "windows": 6, "budgets": [96], "selections": ["oracle", "two stages", "window + sink"]}],
             **changes,
         }
         (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))

@@ -324,7 +324,7 @@ def test_training_arguments_are_those_of_a_list(load, argument, network, tmp_pat
 @pytest.mark.parametrize("argument", ["push_to_hub=true", "hub_model_id=a/b", "report_to=[wandb]", "hub_strategy=end", "run_name=x"])
 @pytest.mark.parametrize("section", ["lora.settings.training_arguments", "series.pretrain"])
 def test_what_reaches_the_network_needs_the_flag(load, argument, section, tmp_path):
-    load()
+    load({"task": "forecasting", "data": {"train": ["a.csv"], "split": 0.5}})
     change = f"{section}.{argument}"
     with pytest.raises(RecipeError, match=rf"{change.split('=')[0]} sends what is trained.* give --allow-network"):
         load_recipe(tmp_path / "mine.yaml", changes=[change])
@@ -401,8 +401,8 @@ def test_published_recipes_name_the_hash_of_every_package(path, smoke):
     if path.stem == "defaults":
         return
     recipe = load_recipe(path, smoke=smoke, changes=["data.train=[a.log]"] if path.stem == "logs_text" else [])
-    data = recipe.data
-    sources = [*data["train"], *data["eval"], *data["fit"], recipe.model["source"] or "", *chain(*recipe.robustness["domains"].values())]
+    texts = (recipe.data.get(key, []) for key in ("train", "eval", "fit"))
+    sources = [*chain(*texts), recipe.model.get("source", ""), *chain(*recipe.robustness.get("domains", {}).values())]
     fetched = [source for source in sources if "pypi:" in source or "deb:" in source]
     assert all("@sha256=" in source for source in fetched) and (fetched or path.stem.startswith(("longlink", "scale")))
 

@@ -50,10 +50,9 @@ def recipe(llama_folder, random_words, real_budget, tmp_path_factory):
         "sparse_attention": real_budget,
         "robustness": {"domains": {"one": [str(folder / "0.txt")], "two": [str(folder / "1.txt")]}, "contexts": [400]},
         "distill": {"context": 200, "batches": 4},
-        "lora": {"steps": 0},
         "quality": [
-            {"length": 200, "windows": 2, "budgets": [80], "decode_tokens": 0},
-            {"length": 400, "windows": 2, "budgets": [96], "decode_tokens": 0},
+            {"length": 200, "windows": 2, "budgets": [80]},
+            {"length": 400, "windows": 2, "budgets": [96]},
         ],
     }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(values))
@@ -94,7 +93,7 @@ def test_every_domain_and_length_is_read_with_all_routers(recipe, tmp_path):
         ("robustness.domains={}", "robustness.domains is {}: must map names"),
         ("robustness.domains={a b: [x]}", "must map names"),
         ("robustness.domains={one: []}", "must map names"),
-        ("quality=[{length: 200, windows: 1, budgets: [80, 96], decode_tokens: 0}]", "one entry of quality for each length"),
+        ("quality=[{length: 200, windows: 1, budgets: [80, 96]}]", "one entry of quality for each length"),
     ],
 )
 def test_recipes_without_kinds_of_text_are_refused(recipe, change, message, tmp_path):

@@ -326,10 +326,7 @@ def recipe_values(path):
         "distill": {"context": 140, "batches": 2},
         "lora": {"context": 140, "steps": 2, "settings": {"rank": 2, "target_modules": ["q_proj", "k_proj", "v_proj"]}},
         "compare": {"before": True, "dense_lora": True},
-        "quality": [
-            {"length": 140, "windows": 2, "budgets": [96], "decode_tokens": 0, "selections": ["oracle", "two stages", "window + sink"]}
-        ],
-        "speed": {"length": 0},
+        "quality": [{"length": 140, "windows": 2, "budgets": [96], "selections": ["oracle", "two stages", "window + sink"]}],
     }
 
 

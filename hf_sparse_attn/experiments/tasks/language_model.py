@@ -54,14 +54,18 @@ class LanguageRun(TrainingRun):
         write_report(self.folder / "report.html", results)
         write_card(self.folder / "model" / "README.md", results)
 
-    def _convert(self) -> dict[str, Any]:
+    def _checkpoint(self) -> dict[str, Any]:
         """Base checkpoint -> ordinary checkpoint in the run's folder."""
         source, gguf = local_model(self.recipe.model["source"])
         parameters = write_checkpoint(source, gguf, self.state / "base", self.dtype)
+        return {"parameters": parameters, "license": self.recipe.model["license"] or model_licence(self.recipe.model["source"])}
+
+    def _convert(self) -> dict[str, Any]:
+        """The checkpoint, the parts of the texts, and what a step of the joint stage needs."""
+        checkpoint = self._checkpoint()
         if self.recipe.data["split"] is not None:
             split_texts(self.recipe.data["train"], self.recipe.data["split"], self.state / "texts")
-        licence = self.recipe.model["license"] or model_licence(self.recipe.model["source"])
-        return {"parameters": parameters, "license": licence, **self._plan()}
+        return {**checkpoint, **self._plan()}
 
     def _plan(self) -> dict[str, Any]:
         """What a step of the joint stage will need here, by its plan; raises NotEnoughMemoryError if that is more than there is."""

@@ -8,6 +8,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from ...attention.layer import Selector, SparseCall, learned_selector
+from ...config import fixed_budget
 from ...data.sources import read_documents
 from ...data.windows import Window, batches, token_windows
 from ...evaluation.baselines import fresh_routers, standard_selectors
@@ -38,7 +39,7 @@ class RobustnessRun(LanguageRun):
         self.contexts = sorted({context, *settings["contexts"]})
         trained = [*((domain, context) for domain in self.domains), *((self.first, other) for other in self.contexts if other != context)]
         return [
-            Step("convert", self._convert),
+            Step("convert", self._checkpoint),
             Step("texts", self._split),
             *(Step(f"routers-{domain}-{length}", partial(self._train, domain, length)) for domain, length in trained),
             *(Step(f"domain-{domain}", partial(self._read_domain, domain)) for domain in self.domains),
@@ -89,7 +90,7 @@ class RobustnessRun(LanguageRun):
                 readings.append({**known, "kl": found.kl, "loss": found.loss})
             self.console.print(f"  {domain}, {entry.length} tokens, {name}: KL {readings[-1]['kl']:.4f}")
 
-        with sparse_attention_as(model, min_keys=keys, max_keys=keys, mass_threshold=None):
+        with sparse_attention_as(model, **fixed_budget(keys)):
             selectors = standard_selectors(fresh_routers(model))
             for name in OTHERS:
                 read(name, selectors[name])
