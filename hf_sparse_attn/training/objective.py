@@ -15,16 +15,186 @@ A bare loop, here with Accelerate::
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from hf_sparse_attn_kernels import BlockSelection
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from ..attention.checks import refuse_split_sequences
+from ..attention.gradients import Carried, carry
+from ..attention.layer import Selector, SparseCall, learned_selector
 from ..models.adapters import active_routers
 from ..models.convert import mark_trained, set_sparse_attention
+from ..router.budget import make_plan
+from ..router.module import RoutingInputs, SparseRouter, active_router
 from .config import SparseTrainingConfig
 from .distributed import materialize_trained
-from .joint_forward import TrainingForward
+from .router_loss import recovered_share, tile_loss
+
+STEP_STRIDE = 1_000_003  # a prime: seeds of (seed, step, layer) stay apart
+
+
+@dataclass
+class RouterStatistics:
+    """Means over layers and documents of one forward pass, on the tiles that the KL was computed on."""
+
+    kl: float = 0.0
+    kept_mass: float = 0.0  # softmax mass of the kept links, at a uniform budget
+    recovered_share: float = 0.0
+    router_entropy: float = 0.0  # of stage 1's distribution over the blocks it may choose, nats
+    density: float = 1.0  # kept keys over visible keys, all tiles; 1 in a dense pass
+
+
+@dataclass
+class _Layer:
+    carried: Carried
+    scalar: Tensor  # zero, with the KL's gradient
+    kl: float = 0.0  # times tokens
+    tokens: float = 0.0
+
+    @property
+    def mean(self) -> float:
+        return self.kl / max(self.tokens, 1.0)
+
+
+@dataclass
+class _Made:
+    """A selection, and the mean of the queries [b, H, D] that it was made for."""
+
+    selection: BlockSelection
+    queries: Tensor
+
+
+@dataclass
+class TrainingForward:
+    """One forward pass of the joint stage. Pass ``call`` to the model; read `kl_loss` before the backward pass.
+
+    Router inputs are detached, so the KL's gradient is computed where the queries and keys appear and handed to autograd
+    as it is: no graph is kept, and gradient checkpointing neither repeats the KL nor routes again.
+    """
+
+    seed: int
+    step: int
+    kl_weight: float
+    tile_share: int
+    dense: bool
+    selector: Selector = learned_selector
+    layers: dict[SparseRouter, _Layer] = field(default_factory=dict)  # by the module: copies of a layer can share its number
+    made: dict[SparseRouter, list[_Made]] = field(default_factory=lambda: defaultdict(list))
+    closed: bool = False
+
+    def __post_init__(self) -> None:
+        learns = self.kl_weight > 0
+        self.call = SparseCall(
+            dense=self.dense,
+            selector=self._select,
+            observer=self._observe if learns else None,
+            on_selection=self._note_density,
+            on_layer=self._enter if learns else None,
+        )
+        self._tile_rows: list[tuple[float, float, float, float]] = []
+        self._kept = self._visible = 0.0
+
+    def _only_reads(self) -> bool:
+        """Whether this is a repetition for gradient checkpointing, or a pass without gradients, as of a reference model."""
+        return self.closed or not torch.is_grad_enabled()
+
+    # -- during the forward pass -----------------------------------------------------------------------------------
+
+    def _enter(self, router: SparseRouter) -> Tensor | None:
+        """What carries the layer's KL, to be attached to its output: find_unused_parameters of DDP searches from there."""
+        if self._only_reads():
+            return None
+        if router not in self.layers:
+            carried = Carried()
+            scalar = carry(torch.zeros((), device=router.wq.device, dtype=torch.float32), carried, router.weights)
+            self.layers[router] = _Layer(carried, scalar)
+        return self.layers[router].scalar
+
+    def _observe(self, router: SparseRouter, inputs: RoutingInputs) -> None:
+        if self._only_reads():
+            return
+        router = active_router(router)  # not PEFT's wrapper, which holds the frozen original, too
+        layer, tokens = self.layers[router], float(inputs.q.shape[0] * inputs.q.shape[2])
+        layer.tokens += tokens
+        layer.carried.weight = layer.tokens
+        plan = make_plan(router.config, inputs.grid(router.config.query_tile, router.config.block_size), inputs.q.device)
+        count = -(-int(plan.open.sum()) // self.tile_share)
+        if not count:
+            return
+        # the same tiles for every document, micro-batch and process: how a batch is split does not change what is learned
+        seed = ((self.seed * STEP_STRIDE + self.step) * STEP_STRIDE + router.layer) % 2**63
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        weights = router.weights
+        with torch.enable_grad(), saved_tensors_hooks(_same, _same):  # not checkpointing's hooks: nothing is recomputed here
+            loss = tile_loss(router, inputs, router.config.query_tile, count, generator)
+            if loss is None:
+                return
+            kl = loss.coarse + loss.fine
+            grads = torch.autograd.grad(kl, weights, allow_unused=True)
+        layer.carried.add(grads, weights, tokens)
+        layer.kl += float(kl.detach()) * tokens
+        self._tile_rows.append((loss.kept, loss.window, loss.oracle, loss.entropy))
+
+    def _select(self, router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection:
+        if not torch.is_grad_enabled():
+            return self.selector(router, inputs, query_tile)
+        made = self.made[active_router(router)]
+        if not self.closed:
+            made.append(_Made(self.selector(router, inputs, query_tile), inputs.q.float().mean(2)))
+            return made[-1].selection
+        # recomputed: of the calls of this layer (documents, or passes through a layer that runs several times) the one with these queries
+        same = [one for one in made if one.selection.grid == inputs.grid(query_tile, router.config.block_size)]
+        same = [one for one in same if one.queries.shape[0] == inputs.q.shape[0]]
+        if len(same) < 2:
+            return same[0].selection
+        queries = inputs.q.float().mean(2)
+        return same[int(torch.stack([(one.queries - queries).abs().max() for one in same]).argmin())].selection
+
+    def _note_density(self, router: SparseRouter, inputs: RoutingInputs, selection: BlockSelection) -> None:
+        if not self._only_reads():
+            grid = selection.grid
+            kept = (selection.indices >= 0).sum(-1) * grid.block_size
+            visible = grid.last_positions(kept.device) + 1 if grid.causal else torch.full_like(kept[0, 0], grid.kv_len)
+            self._kept += float(torch.minimum(kept, visible).sum())  # the last block may be partial
+            self._visible += float(visible.expand_as(kept).sum())
+
+    # -- after it --------------------------------------------------------------------------------------------------
+
+    def kl_loss(self, share: float | Tensor = 1.0) -> Tensor:
+        """``kl_weight`` · ``share`` · KL, the mean over layers and tokens, with gradient to the routers: scalar float32.
+
+        ``share`` is the part of the batch that this forward pass is, e.g. its label tokens over those of all
+        micro-batches and processes. Ends the collecting: what runs after this is recomputation.
+        """
+        self.closed = True
+        if not self.layers:
+            return torch.zeros((), dtype=torch.float32, device="cpu")
+        scalars = [layer.scalar + layer.mean for layer in self.layers.values()]
+        mean = torch.stack([scalar.to(scalars[0].device) for scalar in scalars]).mean()  # layers may be on several devices
+        return mean * share * self.kl_weight
+
+    def statistics(self) -> RouterStatistics:
+        """Means over the layers and documents that had something to select."""
+        rows = self._tile_rows
+        kept, window, oracle, entropy = (sum(column) / len(rows) for column in zip(*rows, strict=True)) if rows else (0.0,) * 4
+        kl = sum(layer.mean for layer in self.layers.values()) / max(1, len(self.layers))
+        share = recovered_share(kept, window, oracle)
+        return RouterStatistics(kl, kept, share, entropy, self._kept / self._visible if self._visible else 1.0)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def mean_statistics(rows: Sequence[RouterStatistics]) -> dict[str, float]:
+    """Means of the fields over forward passes."""
+    return {name: sum(getattr(row, name) for row in rows) / len(rows) for name in RouterStatistics.__dataclass_fields__} if rows else {}
 
 
 class SparseObjective:

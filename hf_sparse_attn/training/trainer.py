@@ -22,8 +22,7 @@ from ..models.convert import take_routers
 from ..system.environment import peak_bytes
 from .config import SparseTrainingConfig
 from .distributed import mean_over_processes
-from .joint_forward import RouterStatistics, TrainingForward, mean_statistics
-from .objective import SparseObjective, split_parameters
+from .objective import RouterStatistics, SparseObjective, TrainingForward, mean_statistics, split_parameters
 
 PREVIEW_TOKENS = 12  # of a batch that gave no finite loss
 

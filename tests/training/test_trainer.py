@@ -14,7 +14,7 @@ from hf_sparse_attn import SparseCall, SparseTrainer, SparseTrainingConfig, lora
 from hf_sparse_attn.attention import gradients as untrained
 from hf_sparse_attn.models.adapters import active_routers
 from hf_sparse_attn.router import selection
-from hf_sparse_attn.training import joint_forward
+from hf_sparse_attn.training import objective
 from hf_sparse_attn.training.distillation import router_state
 from hf_sparse_attn.training.objective import SparseObjective
 from hf_sparse_attn.training.router_loss import tile_loss
@@ -81,7 +81,7 @@ def kl_by_definition(model, ids, config, step):
     kls = []
 
     def observe(router, inputs):
-        seed = ((config.seed * joint_forward.STEP_STRIDE + step) * joint_forward.STEP_STRIDE + router.layer) % 2**63
+        seed = ((config.seed * objective.STEP_STRIDE + step) * objective.STEP_STRIDE + router.layer) % 2**63
         with torch.enable_grad():
             loss = tile_loss(router, inputs, 16, 3, torch.Generator().manual_seed(seed))
             kls.append(loss.coarse + loss.fine)
@@ -140,7 +140,7 @@ def test_packed_documents_weigh_by_their_tokens(model, token_ids):
         {"input_ids": ids, "position_ids": torch.arange(LENGTH).repeat(2)[None]},
         {"input_ids": ids.view(2, LENGTH)},
     ):
-        forward = joint_forward.TrainingForward(seed=0, step=0, kl_weight=1.0, tile_share=2, dense=False)
+        forward = objective.TrainingForward(seed=0, step=0, kl_weight=1.0, tile_share=2, dense=False)
         model.train()(**batch, use_cache=False, sparse_call=forward.call)
         forward.kl_loss().backward()
         grads.append([p.grad.clone() for router in routers(model) for p in router.parameters()])
@@ -163,7 +163,7 @@ def test_checkpointing_changes_nothing_and_repeats_neither_routing_nor_kl(sparse
         return call
 
     monkeypatch.setattr(selection.kernels, "select_blocks", counted("select", selection.kernels.select_blocks))
-    monkeypatch.setattr(joint_forward, "tile_loss", counted("kl", joint_forward.tile_loss))
+    monkeypatch.setattr(objective, "tile_loss", counted("kl", objective.tile_loss))
     seen = []
     for checkpointing in (False, True):
         model = sparse_llama(real_budget, noise=0.1)
@@ -197,13 +197,13 @@ def test_an_optimiser_of_the_user_stays_as_it_is(model, rows, tmp_path):
 
 
 def test_budgets_and_the_weight_of_the_kl_are_annealed(model, rows, tmp_path, monkeypatch):
-    made, original = [], joint_forward.TrainingForward.__post_init__
+    made, original = [], objective.TrainingForward.__post_init__
 
     def note(self):
         made.append((self.step, round(self.kl_weight, 4), routers(model)[0].config.density, routers(model)[0].config.min_keys))
         original(self)
 
-    monkeypatch.setattr(joint_forward.TrainingForward, "__post_init__", note)
+    monkeypatch.setattr(objective.TrainingForward, "__post_init__", note)
     settings = {"anneal": {"density": [1.0, 0.05], "min_keys": [160, 80], "kl_weight": [0.4, 0.1]}, "anneal_share": 0.75}
     trainer = trainer_of(model, rows, tmp_path, settings, max_steps=4)
     trainer.train()
