@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparse_attn import SparseObjective, SparseTrainingConfig, lora_config
+from hf_sparse_attn.data.checkpoints import ordinary_checkpoint
 from hf_sparse_attn.data.sources import read_documents
 from hf_sparse_attn.data.windows import token_windows
-from hf_sparse_attn.experiments.checkpoints import ordinary_checkpoint
 from hf_sparse_attn.system.files import write_json, write_text
 from hf_sparse_attn.system.locks import sole_use
 from hf_sparse_attn.training.distributed import process_state

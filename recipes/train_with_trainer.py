@@ -20,9 +20,9 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from hf_sparse_attn import SparseTrainer, SparseTrainerMixin, SparseTrainingConfig, lora_config
+from hf_sparse_attn.data.checkpoints import ordinary_checkpoint
 from hf_sparse_attn.data.sources import Document, read_documents
 from hf_sparse_attn.data.windows import token_windows
-from hf_sparse_attn.experiments.checkpoints import ordinary_checkpoint
 from hf_sparse_attn.system.extras import needs_extra
 from hf_sparse_attn.system.files import write_text
 from hf_sparse_attn.system.locks import sole_use

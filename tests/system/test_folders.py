@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from hf_sparse_attn.data import checkpoints
 from hf_sparse_attn.data.sources import SourceError
-from hf_sparse_attn.experiments import checkpoints
 from hf_sparse_attn.system.files import copied_folder, replaced_folder
 from hf_sparse_attn.system.scratch import LOCK, SUFFIX, UNLOCKED_SECONDS, scratch_folder
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ...attention.layer import Selector, SparseCall
 from ...config import fixed_budget
 from ...data.questions import Question
-from ...evaluation.baselines import fixed_budget, selection_calls
+from ...evaluation.baselines import selection_calls
 from ...evaluation.metrics import AnswerMatch
 from ...evaluation.statistics import loss_above
 from ...models.convert import sparse_attention_as

@@ -14,6 +14,7 @@ from ...attention.layer import SparseCall
 from ...benchmarks import LayerShape, bench_attention, bench_model
 from ...benchmarks.planner.check import device_at
 from ...benchmarks.planner.plan import check_memory, plan_training
+from ...data.checkpoints import write_checkpoint
 from ...data.sources import SourceError, local_model, model_licence, read_documents
 from ...data.training_data import training_rows
 from ...data.windows import batches, token_windows
@@ -21,7 +22,6 @@ from ...evaluation.baselines import fresh_routers, standard_selectors
 from ...evaluation.quality import WindowResult, evaluate_windows, window_losses
 from ...evaluation.statistics import quality_table
 from ...system.files import write_json
-from ..checkpoints import write_checkpoint
 from ..recipe import Quality
 from ..reports.html_report import write_report
 from ..reports.model_card import write_card

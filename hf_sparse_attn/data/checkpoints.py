@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..data.sources import SourceError, local_model
 from ..system.files import read_json, replaced_folder, write_json
+from .sources import SourceError, local_model
 
 ORIGIN = "origin.json"  # in a checkpoint: what it was made of
 
