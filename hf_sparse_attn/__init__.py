@@ -7,7 +7,7 @@ sparse model; without that argument, and for stock checkpoints, everything stays
 from .architectures.versions import VERSION, checked_transformers
 
 with checked_transformers():
-    from .attention.layer import SparseCall, learned_selector
+    from .attention.call import SparseCall, learned_selector
     from .config import SparseAttentionConfig
     from .models.adapters import load_adapter, lora_config
     from .models.attach import routers

@@ -100,7 +100,7 @@ def train(accelerator, model, objective, optimizer, loader, options) -> None:  #
         for batch in group:
             with accelerator.accumulate(model):
                 forward = objective.forward(step, steps)
-                task = model(**batch, num_items_in_batch=items, use_cache=False, sparse_call=forward.call).loss
+                task = model(**batch, num_items_in_batch=items, use_cache=False, sparse_call=forward).loss
                 kl = forward.kl_loss(batch["labels"][:, 1:].ne(-100).sum() / items)
                 losses += torch.stack([task.detach(), kl.detach().to(task)])
                 # times what Accelerate divides by, since the shares of micro-batches and processes are to be summed

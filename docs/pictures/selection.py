@@ -48,11 +48,12 @@ def record() -> dict[str, Any]:
     distill(model, [{"input_ids": row[None]} for row in train], progress=False)
     unseen, kept = plant(config, SEED + 1), {}
 
-    def keep(router: Any, _inputs: Any, selection: Any) -> None:
-        kept.update({(router.layer, head): rows for head, rows in enumerate(selection.indices[0].tolist())})
+    class Keeping(SparseCall):
+        def on_selection(self, router: Any, inputs: Any, selection: Any) -> None:
+            kept.update({(router.layer, head): rows for head, rows in enumerate(selection.indices[0].tolist())})
 
     with torch.no_grad():
-        model.eval()(torch.from_numpy(unseen.input_ids[:1]), use_cache=False, sparse_call=SparseCall(on_selection=keep))
+        model.eval()(torch.from_numpy(unseen.input_ids[:1]), use_cache=False, sparse_call=Keeping())
     links = sorted({(link.effect // 16, cause // 16) for link in unseen.links if link.sequence == 0 for cause in link.causes})
     best = max(kept, key=lambda head: (sum(block in kept[head][tile] for tile, block in links), head))
     tiles = [[block for block in row if block >= 0] for row in kept[best]]

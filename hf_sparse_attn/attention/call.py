@@ -1,10 +1,15 @@
-"""What a call asks of an attention layer."""
+"""What a forward pass asks of its sparse layers: of each one its arguments, and of all of them a `SparseCall`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
+from hf_sparse_attn_kernels import BlockSelection
 from torch import Tensor
+
+from ..router.module import RoutingInputs, SparseRouter
+from ..router.selection import select_blocks
 
 
 @dataclass(frozen=True)
@@ -26,3 +31,65 @@ class Attention:
     position_ids: Tensor | None = None
     cu_seq_lens: Tensor | None = None
     filled: Tensor | None = None
+
+
+class Selector(Protocol):
+    """Makes a selection: a `SparseRouter` wrapped by `learned_selector`, or a baseline."""
+
+    def __call__(self, router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection: ...
+
+
+def learned_selector(router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection:
+    """The layer's own two-stage router."""
+    return select_blocks(router, inputs, query_tile)
+
+
+METHODS = {"observer": "on_document", "on_selection": "on_selection", "on_layer": "on_layer"}
+
+
+class SparseCall:
+    """What one forward pass does in its sparse layers: ``model(..., sparse_call=SparseCall(...))``.
+
+    To observe a pass or to select in a way of one's own, make a subclass. Every sparse layer calls the methods in the
+    order in which they stand here; their inputs are detached.
+
+    Args:
+        dense: attend densely in every layer (`on_layer` and `on_document` are still called).
+        selector: makes the selections instead of the layer's router.
+        decode_from: content position from which queries are routed singly (tiles of 1), as cached decoding does.
+
+    Raises:
+        TypeError: a function is given for what is a method.
+    """
+
+    def __init__(
+        self,
+        *,
+        dense: bool = False,
+        selector: Selector = learned_selector,
+        decode_from: int | None = None,
+        **functions: Any,
+    ) -> None:
+        for name in functions:
+            method = METHODS.get(name)
+            hint = (
+                f"{name} is the method {method} now: define it in a subclass of SparseCall"
+                if method
+                else "supported: dense, selector, decode_from"
+            )
+            raise TypeError(f"SparseCall got an unexpected argument {name!r}; {hint}")
+        self.dense, self.selector, self.decode_from = dense, selector, decode_from
+
+    def on_layer(self, router: SparseRouter) -> Tensor | None:
+        """First thing in a layer, also where it attends densely. A tensor it returns is attached to the layer's output, see `attach`."""
+        return None
+
+    def on_document(self, router: SparseRouter, inputs: RoutingInputs) -> None:
+        """Once for every document of the layer, before anything is selected."""
+
+    def select(self, router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection:
+        """The blocks that tiles of ``query_tile`` queries keep, for every run of queries that are routed alike."""
+        return self.selector(router, inputs, query_tile)
+
+    def on_selection(self, router: SparseRouter, inputs: RoutingInputs, selection: BlockSelection) -> None:
+        """Once for every selection that is used."""

@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from functools import wraps
 from typing import Any
 
-from .layer import SparseCall
+from .call import SparseCall
 
 _CALL: ContextVar[SparseCall | None] = ContextVar("sparse_call", default=None)
 

@@ -12,7 +12,8 @@ from hf_sparse_attn_kernels import BlockSelection, TileGrid, block_sparse_attent
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .documents import Segment
+from .call import Attention
+from .documents import Layout, Segment
 
 DENSE_TILE = 64  # queries and keys of the tiles of dense attention with a cap or sinks
 
@@ -72,6 +73,33 @@ def stock_attention_of_documents(
     return out, None
 
 
+def attend_without_router(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The local attention of a layer that has no router, as the stock model computes it; packed documents do not see each other."""
+    layout = Layout(
+        query.shape[0],
+        query.shape[2],
+        key.shape[2],
+        attention_mask,
+        is_causal(module, kwargs),
+        kwargs.get("position_ids"),
+        kwargs.get("cu_seq_lens_q"),
+    )
+    if torch.compiler.is_compiling():  # a graph must not depend on where documents start
+        attention_mask, segments = layout.mask_of_documents(), None
+    else:
+        segments = layout.packed()
+    return stock_attention_of_documents(module, query, key, value, attention_mask, scaling, dropout, segments, **kwargs)
+
+
 def stock_mask(mask: Tensor | None, q_len: int, kv_len: int, slots: int, causal: bool, device: torch.device) -> Tensor | None:
     """The boolean mask [B or 1, 1, Q, slots] of a call whose last Q of N filled slots are queries, by its padding ``mask`` [B, at least N].
 
@@ -87,6 +115,15 @@ def stock_mask(mask: Tensor | None, q_len: int, kv_len: int, slots: int, causal:
     )
     visible = (slot <= last[:, None])[None, None]
     return visible if mask is None else visible & F.pad(mask[:, :slots].bool(), (0, max(slots - mask.shape[1], 0)))[:, None, None]
+
+
+def attend_as_stock(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, asked: Attention, layout: Layout) -> Tensor:
+    """Attention [B, Q, H, D] of a layer as the stock model computes it; packed documents do not see each other."""
+    mask = asked.attention_mask
+    if mask is None or mask.ndim == 2:
+        mask = stock_mask(mask, layout.q_len, layout.kv_len, key.shape[2], asked.causal, key.device)
+    options = {"softcap": asked.softcap, "s_aux": asked.sinks, "is_causal": asked.causal}
+    return stock_attention_of_documents(module, query, key, value, mask, asked.scale, 0.0, layout.packed(), **options)[0]
 
 
 def _eager(module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:

@@ -17,14 +17,13 @@ from ..architectures.class_factory import MadeMixin
 from ..router.module import active_router
 from .cache import SparseCacheLayerMixin
 from .cache_adoption import adopt, filled, found
-from .call import Attention
+from .call import Attention, SparseCall
 from .call_context import ambient_call
 from .checks import ATTN_IMPLEMENTATION, EXPORT, check_call, check_mask, refuse_export, refuse_without_router
 from .custom_op import attend_opaquely, register
-from .dense import is_causal, stock_attention_of_documents
-from .documents import Layout
+from .dense import attend_without_router, is_causal
 from .gradients import leave_routers
-from .layer import SparseCall, attend, made_on_the_device
+from .layer import attend, made_on_the_device
 from .object_registry import number
 
 
@@ -104,6 +103,12 @@ def _onloaded(router: nn.Module) -> AbstractContextManager[None]:
     return align_module_device(router)  # type: ignore[no-any-return]
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _outside_graphs(*arguments: Any) -> Tensor:
+    """`attend` where a model is compiled: what a `SparseCall` observes or selects is Python, for which it leaves its graph."""
+    return attend(*arguments)
+
+
 def sparse_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -127,13 +132,7 @@ def sparse_attention_forward(
     router = getattr(module, "router", None)
     if router is None:
         refuse_without_router(module, kwargs)
-        told = (is_causal(module, kwargs), kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q"))
-        layout, segments = Layout(query.shape[0], query.shape[2], key.shape[2], attention_mask, *told), None
-        if torch.compiler.is_compiling():  # a graph must not depend on where documents start
-            attention_mask = layout.mask_of_documents()
-        else:
-            segments = layout.packed()
-        return stock_attention_of_documents(module, query, key, value, attention_mask, scaling, dropout, segments, **kwargs)
+        return attend_without_router(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     if torch.is_autocast_enabled(query.device.type):  # queries and keys were rotated in float32, values were not
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     if not SUPPORTED[module.config.model_type].hands_on:  # type: ignore[union-attr, index]
@@ -161,7 +160,7 @@ def sparse_attention_forward(
     if torch.compiler.is_compiling():
         if sparse_call is None:
             return attend_opaquely(module, query, key, value, asked, cache), None
-        return sparse_call.attend(module, query, key, value, asked, cache, sparse_call), None
+        return _outside_graphs(module, query, key, value, asked, cache, sparse_call), None
     out = attend(module, query, key, value, asked, cache, sparse_call)
     if sparse_call is None and module.training and torch.is_grad_enabled():
         out = leave_routers(router, out)

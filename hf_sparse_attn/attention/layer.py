@@ -2,77 +2,53 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import reduce
-from typing import Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property, reduce
 
 import torch
 from hf_sparse_attn_kernels import BlockSelection, block_sparse_attention, join_documents
 from torch import Tensor, nn
 
 from ..router.module import RoutingInputs, SparseRouter, active_router
-from ..router.selection import select_blocks
 from . import static_decode
 from .cache import SparseCacheLayerMixin
-from .call import Attention
+from .call import Attention, SparseCall
 from .checks import refuse_split_sequences
-from .dense import dense_attention, stock_attention_of_documents, stock_mask
+from .dense import attend_as_stock, dense_attention
 from .documents import Layout, Segment
 from .gradients import attach
 
 PADDED_TILES = 1 << 14  # so many tiles of documents of all lengths may always be joined: their lists take some megabytes
 
 
-class Selector(Protocol):
-    """Makes a selection: a `SparseRouter` wrapped by `learned_selector`, or a baseline."""
+class Way(Enum):
+    """How a layer answers a call."""
 
-    def __call__(self, router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection: ...
-
-
-def learned_selector(router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection:
-    """The layer's own two-stage router."""
-    return select_blocks(router, inputs, query_tile)
-
-
-@dataclass(frozen=True)
-class SparseCall:
-    """Options of one forward call, passed as ``model(..., sparse_call=SparseCall(...))``.
-
-    Attributes:
-        dense: attend densely in every layer (observers still see every layer's queries and keys).
-        selector: makes the selection instead of the layer's router.
-        observer: called as ``observer(router, inputs)`` for every document of every sparse layer.
-        on_selection: called as ``on_selection(router, inputs, selection)`` for every selection that is used.
-        on_layer: called as ``on_layer(router)`` first thing in every sparse layer, also where it runs the stock attention;
-            a tensor that it returns is attached to the layer's output, see `attach`.
-        decode_from: content position from which queries are routed singly (tiles of 1), as cached decoding does.
-    """
-
-    dense: bool = False
-    selector: Selector = learned_selector
-    observer: Callable[[SparseRouter, RoutingInputs], None] | None = None
-    on_selection: Callable[[SparseRouter, RoutingInputs, BlockSelection], None] | None = None
-    on_layer: Callable[[SparseRouter], Tensor | None] | None = None
-    decode_from: int | None = None
-    attend: Callable[..., Tensor] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        # what a call observes or selects is Python: a compiled model leaves its graph for it. Marked here, outside of any
-        # graph; where the compiler is not loaded nothing is compiled, and loading it takes a second
-        made = torch.compiler.disable(attend) if "torch._dynamo" in sys.modules else attend
-        object.__setattr__(self, "attend", made)
+    STOCK = "as the stock model, for short inputs"
+    DENSE = "densely, document by document"
+    SPARSE = "over the blocks that its router keeps"
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer and what is asked of it."""
+    """A layer and what is asked of it in a call with ``kv_len`` keys."""
 
     router: SparseRouter
     cache: SparseCacheLayerMixin | None
     call: SparseCall
     asked: Attention
+    kv_len: int
+
+    @cached_property
+    def way(self) -> Way:
+        """The one place where dense or sparse is decided."""
+        config, budgets = self.router.config, self.router.budgets
+        if self.kv_len < config.dense_below:
+            return Way.STOCK
+        dense = self.call.dense or self.router.layer in config.dense_layers or (budgets is not None and budgets.is_dense)
+        return Way.DENSE if dense else Way.SPARSE
 
 
 def attend(
@@ -93,7 +69,7 @@ def attend(
         with torch.autocast(device, enabled=False):
             return attend(module, query, key, value, asked, cache, call)
     refuse_split_sequences()
-    attached = None if call is None or call.on_layer is None else call.on_layer(active_router(module.router))
+    attached = None if call is None else call.on_layer(active_router(module.router))
     out = _attend_layer(module, query, key, value, asked, cache, call)
     return attach(out, [attached]) if attached is not None and out.requires_grad else out  # a frozen backbone needs no graph
 
@@ -114,11 +90,11 @@ def _attend_layer(
     layout = Layout(query.shape[0], q_len, kv_len, asked.attention_mask, asked.causal, asked.position_ids, asked.cu_seq_lens)
     if q_len > 1 and cache is not None and asked.filled is not None and static_decode.wanted(query.device):
         _prepare_steps(cache, router, key, positions, asked, layout)
-    if kv_len < router.config.dense_below:
+    layer = _Layer(router, cache, call or SparseCall(), asked, kv_len)
+    if layer.way is Way.STOCK:
         if q_len == 1 and cache is not None:
             cache.steps = cache.steps_by = None  # this step leaves no summary
-        return _attend_as_stock(module, query, key, value, asked, layout)
-    layer = _Layer(router, cache, call or SparseCall(), asked)
+        return attend_as_stock(module, query, key, value, asked, layout)
     return _attend_segments(layer, layout.segments(), query, key[:, :, :kv_len], value[:, :, :kv_len], positions)
 
 
@@ -158,14 +134,6 @@ def _positions(asked: Attention, q_len: int, kv_len: int, cache: SparseCacheLaye
     past = kv_len - position_ids.shape[1]
     before = position_ids[:, :1] + torch.arange(-past, 0, device=device, dtype=torch.int64)
     return torch.cat([before, position_ids], 1) if past else position_ids
-
-
-def _attend_as_stock(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, asked: Attention, layout: Layout) -> Tensor:
-    mask = asked.attention_mask
-    if mask is None or mask.ndim == 2:
-        mask = stock_mask(mask, layout.q_len, layout.kv_len, key.shape[2], asked.causal, key.device)
-    options = {"softcap": asked.softcap, "s_aux": asked.sinks, "is_causal": asked.causal}
-    return stock_attention_of_documents(module, query, key, value, mask, asked.scale, 0.0, layout.packed(), **options)[0]
 
 
 def _attend_segments(layer: _Layer, segments: list[Segment], query: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> Tensor:
@@ -208,16 +176,14 @@ def _inputs(layer: _Layer, segment: Segment, q: Tensor, key: Tensor, value: Tens
 def _route(layer: _Layer, inputs: RoutingInputs) -> list[BlockSelection]:
     """What each span of a document's queries keeps, see `query_spans`; nothing where the layer attends densely."""
     router, call, inputs = layer.router, layer.call, inputs.detached()
-    if call.observer is not None:
-        call.observer(router, inputs)
-    if call.dense or router.layer in router.config.dense_layers or (router.budgets is not None and router.budgets.is_dense):
+    call.on_document(router, inputs)
+    if layer.way is Way.DENSE:
         return []
     selections = []
     for start, stop, query_tile in query_spans(router, inputs, call.decode_from):
         span = inputs.span(start, stop)
-        selections.append(call.selector(router, span, query_tile))
-        if call.on_selection is not None:
-            call.on_selection(router, span, selections[-1])
+        selections.append(call.select(router, span, query_tile))
+        call.on_selection(router, span, selections[-1])
     return selections
 
 

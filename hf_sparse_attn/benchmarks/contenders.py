@@ -54,7 +54,7 @@ class Contender:
             task: Tensor = self.model(**batch, use_cache=False).loss
             return task, task
         forward = self.objective.forward(step, 1 << 20)
-        task = self.model(**batch, use_cache=False, sparse_call=forward.call).loss
+        task = self.model(**batch, use_cache=False, sparse_call=forward).loss
         return task, task + forward.kl_loss().to(task)
 
     def step(self, batch: Mapping[str, Tensor]) -> None:

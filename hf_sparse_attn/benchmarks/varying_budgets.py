@@ -13,7 +13,7 @@ from hf_sparse_attn_kernels import BlockSelection, block_sparse_attention
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..attention.layer import SparseCall
+from ..attention.call import SparseCall
 from ..router.module import RoutingInputs, SparseRouter
 from ..router.selection import select_blocks
 from ..training.mass_threshold import select_above
@@ -23,15 +23,16 @@ KINDS = ("uniform", "threshold")
 PARTS = ("select", "attend", "attend in torch")
 
 
-class _LayerTimes:
-    """Observer of a dense pass that times every layer's selections and the attention over them; keys serve as values."""
+class _LayerTimes(SparseCall):
+    """A dense pass that times every layer's selections and the attention over them; keys serve as values."""
 
     def __init__(self, threshold: float, repeats: int) -> None:
+        super().__init__(dense=True)
         self.threshold, self.repeats = threshold, repeats
         self.times: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0] * repeats)  # of all layers, by round
         self.keys: dict[str, list[float]] = {kind: [] for kind in KINDS}
 
-    def __call__(self, router: SparseRouter, inputs: RoutingInputs) -> None:
+    def on_document(self, router: SparseRouter, inputs: RoutingInputs) -> None:
         tile = router.config.query_tile
         select = {
             "uniform": partial(select_blocks, router, inputs, tile),
@@ -63,7 +64,7 @@ def bench_budgets(model: PreTrainedModel, ids: Tensor, threshold: float, *, repe
     of the uniform budget, for each part and for both stages of a layer together; ``keys`` are the mean keys of all tiles.
     """
     times = _LayerTimes(threshold, repeats)
-    model.base_model(ids, use_cache=False, sparse_call=SparseCall(dense=True, observer=times))
+    model.base_model(ids, use_cache=False, sparse_call=times)
     total = {kind: [sum(pair) for pair in zip(times.times[kind, "select"], times.times[kind, "attend"], strict=True)] for kind in KINDS}
     over = {part: ratio(times.times["threshold", part], times.times["uniform", part]) for part in PARTS}
     return {

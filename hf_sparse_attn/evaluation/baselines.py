@@ -9,7 +9,7 @@ import torch
 from hf_sparse_attn_kernels import BlockSelection, TilePlan, block_mass, stage_one_scores, to_tiles
 from torch import Tensor, nn
 
-from ..attention.layer import Selector, SparseCall, learned_selector
+from ..attention.call import Selector, SparseCall, learned_selector
 from ..models.attach import routers
 from ..router.budget import make_plan, select_by_scores
 from ..router.module import RoutingInputs, SparseRouter

@@ -20,7 +20,7 @@ from hf_sparse_attn_kernels import TileGrid
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..attention.layer import SparseCall
+from ..attention.call import SparseCall
 from ..config import SparseAttentionConfig, fixed_budget
 from ..data.questions import ANSWERED, Question
 from ..data.windows import Window, batches
@@ -155,7 +155,7 @@ def _needs(model: PreTrainedModel, windows: Sequence[Window], mass: float, ends:
     observer, forced = NeedObserver(mass, ends), _config(model).forced_keys
     every = {"density": MOST_SHARE, "min_keys": forced, "max_keys": None, "mass_threshold": None, "candidate_factor": 1 / MOST_SHARE}
     with sparse_attention_as(model, **every):
-        run_sparse(model, counted(batches(windows), "reading windows"), SparseCall(dense=True, observer=observer))
+        run_sparse(model, counted(batches(windows), "reading windows"), observer)
     few = {bucket: count for (_, bucket), count in observer.needs.counts().items() if count < LEAST_TILES}
     if few and mass < 1:
         bucket, count = next(iter(sorted(few.items())))
@@ -195,7 +195,7 @@ def _by_bucket(figures: TileFigures) -> list[int]:
 
 def _kept(model: PreTrainedModel, windows: Sequence[Window], ends: tuple[int, ...]) -> KeptObserver:
     observer = KeptObserver(ends)
-    run_sparse(model, batches(windows), SparseCall(dense=True, observer=observer))
+    run_sparse(model, batches(windows), observer)
     return observer
 
 
@@ -286,7 +286,7 @@ def _planted(model: PreTrainedModel, questions: Sequence[Question]) -> dict[str,
         answer = len(question.input_ids) - ANSWERED  # its tokens are predicted from the one before them on
         source = range(answer - question.distance, answer - question.distance + ANSWERED)
         observer = PlantedObserver(source, answer - 1)
-        run_sparse(model, [{"input_ids": question.input_ids[None]}], SparseCall(dense=True, observer=observer))
+        run_sparse(model, [{"input_ids": question.input_ids[None]}], observer)
         used, kept, chance = used + observer.used, kept + observer.kept, chance + observer.chance
     found = {"questions": len(questions), "n": used}
     return {**found, "recall": kept / used if used else None, "chance": chance / used if used else None}

@@ -10,6 +10,7 @@ import torch
 from hf_sparse_attn_kernels import TileGrid, block_mass
 from torch import Tensor
 
+from ..attention.call import SparseCall
 from ..data.model_inputs import check_finite
 from ..router.module import RoutingInputs, SparseRouter
 from ..router.selection import select_blocks
@@ -76,13 +77,14 @@ def _read_tiles(grid: TileGrid, device: torch.device) -> tuple[Tensor, Tensor]:
     return tiles, grid.last_positions(device)[tiles] + 1 if grid.causal else torch.full_like(tiles, grid.kv_len)
 
 
-class NeedObserver:
+class NeedObserver(SparseCall):
     """Share of the visible keys that each tile must keep, in the router's order, for a share ``mass`` of its softmax mass."""
 
     def __init__(self, mass: float, ends: tuple[int, ...]) -> None:
+        super().__init__(dense=True)
         self.mass, self.needs = mass, tile_figures(ends)
 
-    def __call__(self, router: SparseRouter, inputs: RoutingInputs) -> None:
+    def on_document(self, router: SparseRouter, inputs: RoutingInputs) -> None:
         check_finite(router.layer, queries=inputs.q, keys=inputs.k)
         found = candidates(router, inputs, router.config.query_tile)
         grid = found.every.grid
@@ -107,15 +109,16 @@ def needed_share(found: Candidates, tiles: Tensor, teacher: Tensor, mass: float,
     return torch.where(enough.any(-1), share.clamp(max=1.0), 1.0)
 
 
-class KeptObserver:
+class KeptObserver(SparseCall):
     """Kept mass of the selections of a calibrated model on a dense pass, and the keys they keep of those that tiles see."""
 
     def __init__(self, ends: tuple[int, ...]) -> None:
+        super().__init__(dense=True)
         self.mass = tile_figures(ends)
         self.kept = self.seen = 0
         self.grid: TileGrid | None = None
 
-    def __call__(self, router: SparseRouter, inputs: RoutingInputs) -> None:
+    def on_document(self, router: SparseRouter, inputs: RoutingInputs) -> None:
         check_finite(router.layer, queries=inputs.q, keys=inputs.k)
         selection = select_blocks(router, inputs)
         self.grid = selection.grid
@@ -137,18 +140,19 @@ def visible_keys(grid: TileGrid) -> int:
     return int((grid.last_positions() + 1).sum()) if grid.causal else grid.tiles * grid.kv_len
 
 
-class PlantedObserver:
+class PlantedObserver(SparseCall):
     """Whether a planted link is kept by the heads that use it: those with 5 % of a tile's mass on its blocks.
 
     ``source`` are the slots of what is linked to, ``tiles_from`` the first slot of the queries that need it.
     """
 
     def __init__(self, source: range, tiles_from: int) -> None:
+        super().__init__(dense=True)
         self.source, self.tiles_from = source, tiles_from
         self.used = self.kept = 0
         self.chance = 0.0
 
-    def __call__(self, router: SparseRouter, inputs: RoutingInputs) -> None:
+    def on_document(self, router: SparseRouter, inputs: RoutingInputs) -> None:
         selection = select_blocks(router, inputs)
         grid, size = selection.grid, selection.grid.block_size
         tiles = torch.arange(self.tiles_from // grid.query_tile, grid.tiles, device=inputs.q.device, dtype=torch.int64)

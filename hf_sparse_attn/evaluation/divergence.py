@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..attention.layer import SparseCall
+from ..attention.call import SparseCall
 
 LOGIT_POSITIONS = 512  # positions whose logits are held at a time
 PARTS = 8  # of a window, of which log-loss is told apart

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..attention.layer import Selector, SparseCall
+from ..attention.call import Selector, SparseCall
 from ..config import fixed_budget
 from ..models.calibration import made_with
 from ..models.convert import sparse_attention_as

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from ..architectures.cache_arguments import MODEL_ARGUMENT
-from ..attention.layer import Selector, SparseCall
+from ..attention.call import Selector, SparseCall
 from ..config import SparseAttentionConfig, fixed_budget
 from ..data.windows import Window
 from ..models.attach import routers
@@ -87,17 +87,18 @@ def window_losses(
     return float(prefill.mean()), float(torch.cat(losses).mean()), float(prefill[-decode_tokens:].mean())
 
 
-class MassObserver:
+class MassObserver(SparseCall):
     """Kept mass and recall of several selections on a dense pass, per layer and KV head: means over every fourth open tile."""
 
     def __init__(self, selectors: Mapping[str, Selector]) -> None:
+        super().__init__(dense=True)
         self.selectors = selectors
         self.mass: dict[str, dict[int, float]] = {name: {} for name in selectors}
         self.by_head: dict[str, dict[int, list[float]]] = {name: {} for name in selectors}
         self.recall: dict[str, dict[int, list[float]]] = {name: {} for name in selectors}
         self.of_tiles: dict[str, list[Tensor]] = {name: [] for name in selectors}
 
-    def __call__(self, router: SparseRouter, inputs: RoutingInputs) -> None:
+    def on_document(self, router: SparseRouter, inputs: RoutingInputs) -> None:
         config = router.config
         if inputs.q.shape[2] < inputs.k.shape[2]:
             return  # the decode part of the pass
@@ -133,15 +134,16 @@ def recall(kept: Tensor, wanted: Tensor) -> Tensor:
     return hits.sum((0, 2, 3)).float() / named.sum((0, 2, 3)).clamp(min=1)
 
 
-class _KeptOfWindow:
+class _KeptOfWindow(SparseCall):
     """Keys kept in a window of ``n`` tokens: ``kept``, ``kept_all`` and ``kept_decode`` of its result."""
 
-    def __init__(self, n: int) -> None:
+    def __init__(self, selector: Selector, n: int) -> None:
+        super().__init__(selector=selector)
         self.last_half, self.whole, self.decoded = KeptKeys(n // 2), KeptKeys(), KeptKeys()
 
-    def __call__(self, router: SparseRouter, inputs: RoutingInputs, selection: BlockSelection) -> None:
+    def on_selection(self, router: SparseRouter, inputs: RoutingInputs, selection: BlockSelection) -> None:
         for meter in (self.decoded,) if selection.grid.q_len < selection.grid.kv_len else (self.last_half, self.whole):
-            meter(router, inputs, selection)
+            meter.on_selection(router, inputs, selection)
 
     def means(self) -> tuple[float | None, float | None, float | None]:
         return self.last_half.mean(), self.whole.mean(), self.decoded.mean()
@@ -209,15 +211,13 @@ class _Reader:
 
     def read_dense(self, observer: MassObserver, decoded: bool) -> WindowResult:
         """The dense row; it is not ``decoded`` where it is known already."""
-        call = SparseCall(dense=True, observer=observer)
-        losses = window_losses(self.model, self.window.ids, call, self.decode_tokens if decoded else 0, self._take)
+        losses = window_losses(self.model, self.window.ids, observer, self.decode_tokens if decoded else 0, self._take)
         self.dense = self.hidden
         return self._result(None, "dense", losses)
 
     def read(self, name: str, keys: int, selector: Selector, observer: MassObserver) -> WindowResult:
-        kept = _KeptOfWindow(self.window.ids.shape[1])
-        call = SparseCall(selector=selector, on_selection=kept)
-        result = self._result(keys, name, window_losses(self.model, self.window.ids, call, self.decode_tokens, self._take))
+        kept = _KeptOfWindow(selector, self.window.ids.shape[1])
+        result = self._result(keys, name, window_losses(self.model, self.window.ids, kept, self.decode_tokens, self._take))
         result.mass, result.low_mass = observer.mass.get(name, {}), observer.low(name)
         result.head_mass, result.recall = observer.by_head.get(name, {}), observer.recall.get(name, {})
         result.kept, result.kept_all, result.kept_decode = kept.means()

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..attention.layer import SparseCall
 from ..config import fixed_budget
 from ..data.windows import Window, batches
 from ..models.convert import sparse_attention_as
@@ -26,6 +25,6 @@ def shared_out(model: PreTrainedModel, windows: Sequence[Window], keys: int) -> 
     middle = windows[0].ids.shape[1] // 2
     with sparse_attention_as(model, **fixed_budget(keys)):
         threshold, _ = fit_threshold(model, batches(windows), middle)
-        kept = KeptKeys(middle)
-        run_sparse(model, batches(windows), SparseCall(selector=AtThreshold(threshold), on_selection=kept))
+        kept = KeptKeys(middle, selector=AtThreshold(threshold))
+        run_sparse(model, batches(windows), kept)
     return kept.by_layer()

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ..architectures.cache_arguments import MODEL_ARGUMENT
 from ..architectures.versions import SUPPORTED_TRANSFORMERS, advice, is_tested, tested_range
 from ..attention.cache import SparseCacheLayerMixin
-from ..attention.layer import SparseCall
-from ..router.module import SparseRouter
+from ..attention.call import SparseCall
+from ..router.module import RoutingInputs, SparseRouter
 from .self_test_results import keep, kept_pass, newest_pass
 
 MODEL: dict[str, Any] = {
@@ -118,11 +118,21 @@ def _differences() -> list[str]:
     return failed
 
 
+class _Selections(SparseCall):
+    """Notes the selections of a pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[BlockSelection] = []
+
+    def on_selection(self, router: SparseRouter, inputs: RoutingInputs, selection: BlockSelection) -> None:
+        self.seen.append(selection)
+
+
 def _every_block_kept(models: Models) -> str:
     """With every block kept, through the sparse path, a model has the logits of the stock one."""
-    seen: list[BlockSelection] = []
-    call = SparseCall(on_selection=lambda router, inputs, selection: seen.append(selection))
-    got = models.kept(input_ids=models.ids, sparse_call=call).logits
+    call = _Selections()
+    got, seen = models.kept(input_ids=models.ids, sparse_call=call).logits, call.seen
     layers = int(MODEL["num_hidden_layers"])
     if len(seen) < layers or any(int(one.kept().sum(-1).max()) != one.grid.blocks for one in seen):
         return f"the sparse path ran {len(seen)} times in {layers} layers, or left blocks out"

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures import SUPPORTED
-from ..attention.layer import SparseCall
 from ..data.model_inputs import NonFiniteError, model_inputs
 from ..models.adapters import active_routers
 from ..models.attach import routers
@@ -260,14 +259,14 @@ def _train_batch(model: nn.Module, batches: list[dict[str, Tensor]], at: int, di
 
 
 @torch.no_grad()
-def _forward(model: nn.Module, batches: list[dict[str, Tensor]], at: int, observer: Distiller) -> None:
+def _forward(model: nn.Module, batches: list[dict[str, Tensor]], at: int, distiller: Distiller) -> None:
     device = next(model.parameters()).device
     inputs = {name: value.to(device) for name, value in batches[at].items()}
     # the logits are not needed; the class that takes the call for modules it does not reach is the outermost one
     config: Any = model.config
     backbone = getattr(model, "base_model", model) if SUPPORTED[config.model_type].hands_on else model
     try:
-        backbone(**inputs, use_cache=False, sparse_call=SparseCall(dense=True, observer=observer))
+        backbone(**inputs, use_cache=False, sparse_call=distiller)
     except NonFiniteError as error:
         raise NonFiniteError(
             f"{error}, in batch {at} (from 0) of {len(batches)}. Leave it out, or load the model in float32 if it overflows"

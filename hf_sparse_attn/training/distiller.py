@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..attention.call import SparseCall
 from ..data.model_inputs import NonFiniteError, check_finite
 from ..router.module import RoutingInputs, SparseRouter, active_router
 from .config import DistillationConfig
@@ -16,10 +17,11 @@ from .index_init import start_index
 from .router_loss import TileLoss, recovered_share, tile_loss
 
 
-class Distiller:
-    """The observer of the dense forward passes: trains each layer's router as the layer runs."""
+class Distiller(SparseCall):
+    """Dense forward passes that train each layer's router as the layer runs."""
 
     def __init__(self, found: list[SparseRouter], config: DistillationConfig, rounds: int) -> None:
+        super().__init__(dense=True)
         self.config, self.rounds = config, rounds
         self.generator = torch.Generator(device="cpu").manual_seed(config.seed)
         self.optimizers = {r: self._optimizer(r) for r in found}  # layers that are copies of each other share a layer index
@@ -41,7 +43,7 @@ class Distiller:
         done = min(1.0, (step - config.warmup_steps) / max(1, self.total_steps - config.warmup_steps))
         return 0.55 + 0.45 * math.cos(math.pi * done)
 
-    def __call__(self, router: SparseRouter, inputs: RoutingInputs) -> None:
+    def on_document(self, router: SparseRouter, inputs: RoutingInputs) -> None:
         router = active_router(router)  # not PEFT's wrapper
         check_finite(router.layer, queries=inputs.q, keys=inputs.k)
         if self.start_index:

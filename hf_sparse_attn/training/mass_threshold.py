@@ -14,7 +14,7 @@ import torch
 from hf_sparse_attn_kernels import BlockSelection
 from torch import Tensor, nn
 
-from ..attention.layer import SparseCall
+from ..attention.call import SparseCall
 from ..config import fixed_budget
 from ..data.model_inputs import check_finite, model_inputs
 from ..models.adapters import active_routers
@@ -92,7 +92,8 @@ class Histogram:
     ``first`` is the content position from which tiles count; only those that have something to select ever do.
     """
 
-    def __init__(self, first: int = 0) -> None:
+    def __init__(self, first: int = 0, **options: Any) -> None:
+        super().__init__(**options)
         self.first = first
         self.counts = torch.zeros(BINS, dtype=torch.int64, device="cpu")
         self.tiles = self.forced = self.asked = self.block_size = 0  # tiles of a KV head; blocks
@@ -128,19 +129,20 @@ class Histogram:
         return self.block_size * (self.forced + int(self.counts[at:].sum())) / self.tiles
 
 
-class KeptKeys:
-    """Mean keys that tiles keep, forced ones included; an ``on_selection`` of a `SparseCall`.
+class KeptKeys(SparseCall):
+    """A pass that measures the mean keys that tiles keep, forced ones included.
 
     Counts the tiles from content position ``first`` on that see more keys than their uniform budget. ``sums`` and ``tiles`` hold
     keys (float64 [G]) and tiles by layer.
     """
 
-    def __init__(self, first: int = 0) -> None:
+    def __init__(self, first: int = 0, **options: Any) -> None:
+        super().__init__(**options)
         self.first = first
         self.sums: dict[int, Tensor] = {}
         self.tiles: dict[int, int] = {}
 
-    def __call__(self, router: SparseRouter, inputs: RoutingInputs, selection: BlockSelection) -> None:
+    def on_selection(self, router: SparseRouter, inputs: RoutingInputs, selection: BlockSelection) -> None:
         plan = make_plan(router.config, selection.grid, inputs.q.device)
         counted = plan.open & (selection.grid.first_positions(plan.device) >= self.first)
         keys = selection.kept_keys()[:, :, counted].double()

@@ -7,7 +7,7 @@ A bare loop, here with Accelerate::
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     for step, batch in enumerate(loader):
         forward = objective.forward(step, total_steps)
-        loss = model(**batch, use_cache=False, sparse_call=forward.call).loss
+        loss = model(**batch, use_cache=False, sparse_call=forward).loss
         accelerator.backward(loss + forward.kl_loss())
         optimizer.step()
         optimizer.zero_grad()
@@ -25,9 +25,9 @@ from hf_sparse_attn_kernels import BlockSelection
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..attention.call import Selector, SparseCall, learned_selector
 from ..attention.checks import refuse_split_sequences
 from ..attention.gradients import Carried, carry
-from ..attention.layer import Selector, SparseCall, learned_selector
 from ..models.adapters import active_routers
 from ..models.convert import mark_trained, set_sparse_attention
 from ..router.budget import make_plan
@@ -71,8 +71,8 @@ class _Made:
 
 
 @dataclass
-class TrainingForward:
-    """One forward pass of the joint stage. Pass ``call`` to the model; read `kl_loss` before the backward pass.
+class TrainingForward(SparseCall):
+    """One forward pass of the joint stage: the model takes it as ``sparse_call``; read `kl_loss` before the backward pass.
 
     Router inputs are detached, so the KL's gradient is computed where the queries and keys appear and handed to autograd
     as it is: no graph is kept, and gradient checkpointing neither repeats the KL nor routes again.
@@ -89,14 +89,8 @@ class TrainingForward:
     closed: bool = False
 
     def __post_init__(self) -> None:
-        learns = self.kl_weight > 0
-        self.call = SparseCall(
-            dense=self.dense,
-            selector=self._select,
-            observer=self._observe if learns else None,
-            on_selection=self._note_density,
-            on_layer=self._enter if learns else None,
-        )
+        super().__init__(dense=self.dense, selector=self.selector)
+        self._learns = self.kl_weight > 0
         self._tile_rows: list[tuple[float, float, float, float]] = []
         self._kept = self._visible = 0.0
 
@@ -106,9 +100,9 @@ class TrainingForward:
 
     # -- during the forward pass -----------------------------------------------------------------------------------
 
-    def _enter(self, router: SparseRouter) -> Tensor | None:
+    def on_layer(self, router: SparseRouter) -> Tensor | None:
         """What carries the layer's KL, to be attached to its output: find_unused_parameters of DDP searches from there."""
-        if self._only_reads():
+        if not self._learns or self._only_reads():
             return None
         if router not in self.layers:
             carried = Carried()
@@ -116,8 +110,9 @@ class TrainingForward:
             self.layers[router] = _Layer(carried, scalar)
         return self.layers[router].scalar
 
-    def _observe(self, router: SparseRouter, inputs: RoutingInputs) -> None:
-        if self._only_reads():
+    def on_document(self, router: SparseRouter, inputs: RoutingInputs) -> None:
+        """The KL of the layer on a share of the document's tiles, and its gradients."""
+        if not self._learns or self._only_reads():
             return
         router = active_router(router)  # not PEFT's wrapper, which holds the frozen original, too
         layer, tokens = self.layers[router], float(inputs.q.shape[0] * inputs.q.shape[2])
@@ -141,7 +136,8 @@ class TrainingForward:
         layer.kl += float(kl.detach()) * tokens
         self._tile_rows.append((loss.kept, loss.window, loss.oracle, loss.entropy))
 
-    def _select(self, router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection:
+    def select(self, router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection:
+        """A selection, which a repetition for gradient checkpointing gets again."""
         if not torch.is_grad_enabled():
             return self.selector(router, inputs, query_tile)
         made = self.made[active_router(router)]
@@ -156,7 +152,8 @@ class TrainingForward:
         queries = inputs.q.float().mean(2)
         return same[int(torch.stack([(one.queries - queries).abs().max() for one in same]).argmin())].selection
 
-    def _note_density(self, router: SparseRouter, inputs: RoutingInputs, selection: BlockSelection) -> None:
+    def on_selection(self, router: SparseRouter, inputs: RoutingInputs, selection: BlockSelection) -> None:
+        """Count kept and visible keys."""
         if not self._only_reads():
             grid = selection.grid
             kept = (selection.indices >= 0).sum(-1) * grid.block_size

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..attention.layer import SparseCall
+from ..attention.call import SparseCall
 from ..config import IGNORE_INDEX
 from ..models.convert import take_routers
 from ..system.environment import peak_bytes
@@ -96,8 +96,8 @@ class SparseTrainerMixin:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         forward = self.objective.forward(self.state.global_step, self.state.max_steps)
         share = self._share(inputs, num_items_in_batch)
-        called = {**inputs, "sparse_call": forward.call}
-        with self._handed_on(forward.call):
+        called = {**inputs, "sparse_call": forward}
+        with self._handed_on(forward):
             got = super().compute_loss(model, called, return_outputs, num_items_in_batch)  # type: ignore[misc]
         loss, outputs = got if return_outputs else (got, None)  # TRL runs the model again for outputs that are asked for
         kl = forward.kl_loss(share).to(loss)

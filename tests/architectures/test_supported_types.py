@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from helpers import tiny_models
+from helpers.calls import Watching
 from transformers import DynamicCache
 
 from hf_sparse_attn import SparseCall, architectures, routers, sparse_class, sparse_config, sparsify, to_dense
@@ -111,7 +112,7 @@ def test_a_stock_checkpoint_with_every_block_kept_gives_the_stock_outputs(model_
 @pytest.mark.parametrize("model_type", INSTALLED)
 def test_a_call_reaches_every_router_and_ends_with_the_pass(model_type, budget):
     model, seen = sparsify(tiny_models.tiny_model(model_type), budget), []
-    output(model, sparse_call=SparseCall(observer=lambda router, inputs: seen.append(router.layer)))
+    output(model, sparse_call=Watching(document=lambda router, inputs: seen.append(router.layer)))
     assert set(seen) == {router.layer for router in routers(model)}
     count = len(seen)
     output(model)
@@ -137,7 +138,7 @@ def test_routers_unrotate_keys_by_the_models_own_embedding(model_type, every_blo
     if model_type in ABSOLUTE:
         return
     seen = []
-    call = SparseCall(observer=lambda router, inputs: seen.append((router, inputs)))
+    call = Watching(document=lambda router, inputs: seen.append((router, inputs)))
     for shift in (0, 37):
         positions = (torch.arange(LENGTH) + shift)[None]
         with torch.no_grad():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import tiny_models
 from helpers.agreement import assert_close_to_largest as close
+from helpers.calls import Watching
 from hf_sparse_attn_kernels import BlockSelection, TileGrid
 from transformers import DynamicCache
 
@@ -100,8 +101,8 @@ def test_observers_and_selectors_see_every_document_by_itself(way, model, docume
     """The same queries, keys, values and selections, bit for bit, as of documents that are cut out of the tensors by hand."""
     seen = []
     inputs = WAYS[way](documents)
-    call = SparseCall(
-        observer=lambda router, of: seen.append((router.layer, of, None)), on_selection=lambda *all: seen.append((all[0].layer, *all[1:]))
+    call = Watching(
+        document=lambda router, of: seen.append((router.layer, of, None)), selection=lambda *all: seen.append((all[0].layer, *all[1:]))
     )
     model(**inputs, sparse_call=call)
     assert len(seen) == 2 * LAYERS * len(LENGTHS)

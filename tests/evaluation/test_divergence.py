@@ -89,7 +89,7 @@ def test_recall_by_hand():
 def test_the_oracle_recalls_all_that_it_wants(make_router, routing_inputs):
     router, inputs = make_router(rotary=True), routing_inputs(N)
     observer = MassObserver({"oracle": oracle, "window": window})
-    observer(router, inputs)
+    observer.on_document(router, inputs)
     assert observer.recall["oracle"] == {0: [1.0, 1.0]} and max(observer.recall["window"][0]) < 0.9
     assert np.mean(observer.by_head["window"][0]) == pytest.approx(observer.mass["window"][0])
 

@@ -204,7 +204,7 @@ def test_decoding_is_measured_for_tiles_of_one(sparse_llama, real_budget, token_
 def test_the_observer_measures_every_fourth_open_tile(router, routing_inputs):
     inputs = routing_inputs(N)
     observer = MassObserver({"oracle": oracle, "window": window})
-    observer(router, inputs)
+    observer.on_document(router, inputs)
     plan = plan_of(router, inputs, 16)
     mass = literal_mass(inputs, plan, 16)
     tiles = plan.open.nonzero()[:, 0][::4]
@@ -216,8 +216,8 @@ def test_the_observer_measures_every_fourth_open_tile(router, routing_inputs):
 
 def test_the_observer_skips_decoding_and_short_calls(router, routing_inputs):
     observer = MassObserver({"window": window})
-    observer(router, routing_inputs(N, 5))
-    observer(router, routing_inputs(60))
+    observer.on_document(router, routing_inputs(N, 5))
+    observer.on_document(router, routing_inputs(60))
     assert observer.mass == {"window": {}}
 
 

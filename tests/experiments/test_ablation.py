@@ -9,12 +9,13 @@ import shutil
 import pytest
 import torch
 import yaml
+from helpers.calls import Watching
 from helpers.paths import RECIPES
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from hf_sparse_attn import SparseAttentionConfig, SparseCall, routers
-from hf_sparse_attn.attention.layer import learned_selector
+from hf_sparse_attn import SparseAttentionConfig, routers
+from hf_sparse_attn.attention.call import learned_selector
 from hf_sparse_attn.cli.commands import app
 from hf_sparse_attn.experiments.ablation import factors
 from hf_sparse_attn.experiments.ablation.costs import DENSE, Contender, capture, measure
@@ -66,7 +67,7 @@ def test_costs_are_those_of_a_layers_real_inputs(sparse_llama, real_budget, toke
     inputs = capture(model, ids, 1)
     seen = {}
     with torch.no_grad():
-        model.base_model(ids, use_cache=False, sparse_call=SparseCall(dense=True, observer=lambda r, i: seen.update({r.layer: i})))
+        model.base_model(ids, use_cache=False, sparse_call=Watching(dense=True, document=lambda r, i: seen.update({r.layer: i})))
     assert torch.equal(inputs.q, seen[1].q) and torch.equal(inputs.v, seen[1].v) and not torch.equal(inputs.q, seen[0].q)
     with pytest.raises(ValueError, match=r"no sparse layer 7: it has \[0, 1\]"):
         capture(model, ids, 7)

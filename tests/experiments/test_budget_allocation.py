@@ -7,7 +7,7 @@ import pytest
 import torch
 from hf_sparse_attn_kernels import block_mass
 
-from hf_sparse_attn import SparseAttentionConfig, SparseCall
+from hf_sparse_attn import SparseAttentionConfig
 from hf_sparse_attn.data.windows import Window
 from hf_sparse_attn.evaluation.baselines import oracle, window
 from hf_sparse_attn.evaluation.quality import evaluate_windows
@@ -87,9 +87,9 @@ def fitted(sparse_llama, real_budget, token_ids):
 @pytest.mark.parametrize("keys", [96, 128])
 def test_every_allocation_keeps_the_budget_on_average_where_it_was_fitted(fitted, name, keys):
     model, batches, made = fitted
-    meter = KeptKeys(160)
+    meter = KeptKeys(160, selector=made.selectors[name])
     with sparse_attention_as(model, min_keys=keys, max_keys=keys):
-        mass_threshold.run_sparse(model, batches, SparseCall(selector=made.selectors[name], on_selection=meter))
+        mass_threshold.run_sparse(model, batches, meter)
     # a head's budget is whole blocks: of two layers with two heads each off by at most half a block
     assert meter.mean() == pytest.approx(keys, abs=8 if name == "two stages by head" else 0.01 * keys)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_sparse_attn.attention.layer import SparseCall
+from hf_sparse_attn.attention.call import SparseCall
 from hf_sparse_attn.data.questions import ANSWERED, QUOTED, ask
 from hf_sparse_attn.data.sources import Document, SourceError
 from hf_sparse_attn.data.windows import Window, token_windows

@@ -65,7 +65,7 @@ def full(folder, settings, out):
     model.train()
     for step, ids in enumerate(loader):
         forward = objective.forward(step, 2)
-        loss = model(input_ids=ids, labels=ids, use_cache=False, sparse_call=forward.call).loss
+        loss = model(input_ids=ids, labels=ids, use_cache=False, sparse_call=forward).loss
         accelerator.backward(loss + forward.kl_loss())
         optimizer.step()
         optimizer.zero_grad()

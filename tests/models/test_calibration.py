@@ -13,6 +13,7 @@ from collections import defaultdict
 
 import pytest
 import torch
+from helpers.calls import Watching
 from hf_sparse_attn_kernels import BlockSelection, TileGrid
 from peft import get_peft_model
 from transformers import AutoModel, AutoModelForCausalLM
@@ -185,11 +186,11 @@ def test_a_planted_link_counts_for_the_heads_that_use_it(make_router, routing_in
     inputs.k[0, 0, 100] = 10 * inputs.q[0, 0, 249]  # query head 0 of KV head 0 looks at slot 100 alone
     router.budgets = HeadBudgets((N,), ((1.0, 1.0),))
     observer = PlantedObserver(range(100, 101), 249)
-    observer(router, inputs)
+    observer.on_document(router, inputs)
     assert observer.used >= 1 and observer.kept == observer.used and observer.chance == observer.used
     router.budgets = HeadBudgets((N,), ((0.01, 0.01),))  # forced links alone
     observer = PlantedObserver(range(100, 101), 249)
-    observer(router, inputs)
+    observer.on_document(router, inputs)
     assert observer.used >= 1 and observer.kept == 0 and observer.chance < observer.used
 
 
@@ -228,7 +229,7 @@ def low_mass(model, windows, layer, bucket, head):
     """5th percentile of kept mass over the tiles that are read."""
     observer = KeptObserver((256, 512))
     for window in windows:
-        model(window.ids, sparse_call=SparseCall(dense=True, observer=observer))
+        model(window.ids, sparse_call=observer)
     return float(torch.cat(observer.mass.found[layer, bucket], 1)[head].quantile(0.05, interpolation="lower"))
 
 
@@ -290,7 +291,7 @@ def test_an_average_budget_is_shared_out_over_heads(make_model, texts, tmp_path)
 
         for window in texts[:5]:
             with torch.no_grad():
-                model(window.ids, sparse_call=SparseCall(selector=AtThreshold(threshold), on_selection=note))
+                model(window.ids, sparse_call=Watching(selector=AtThreshold(threshold), selection=note))
     every = []
     for layer, parts in kept.items():
         means = torch.cat(parts, 1).mean(1)
@@ -302,7 +303,7 @@ def test_an_average_budget_is_shared_out_over_heads(make_model, texts, tmp_path)
         assert router.budgets == HeadBudgets((LENGTH,), found.shares[router.layer], in_keys=True) == found.budgets(router.layer)
     seen = {}
     with torch.no_grad():
-        model(texts[6].ids, sparse_call=SparseCall(on_selection=lambda router, inputs, selection: seen.update({router.layer: selection})))
+        model(texts[6].ids, sparse_call=Watching(selection=lambda router, inputs, selection: seen.update({router.layer: selection})))
     for layer, selection in seen.items():
         for head, own in enumerate(found.shares[layer][0]):
             assert (selection.kept_keys()[0, head, -8:] == max(own, 48)).all()  # 48 are forced
@@ -531,7 +532,7 @@ def test_the_routers_of_an_adapter_have_no_calibration(calibrated, texts):
 def test_generation_of_a_calibrated_model_follows_its_budgets(calibrated, texts):
     model = calibrated[0]
     seen = []
-    call = SparseCall(on_selection=lambda router, inputs, selection: seen.append((router.layer, selection)))
+    call = Watching(selection=lambda router, inputs, selection: seen.append((router.layer, selection)))
     with torch.no_grad():
         past = model(texts[0].ids[:, :400], use_cache=True).past_key_values
         model(texts[0].ids[:, 400:401], past_key_values=past, sparse_call=call)

@@ -248,7 +248,7 @@ def router_gradients(model, ids):
     """Gradients of the task and of the routers' KL."""
     model.zero_grad(set_to_none=True)
     forward = SparseObjective(model, SparseTrainingConfig(kl_tile_share=1, dense_every=0)).forward(0, 1)
-    task = model(input_ids=ids, labels=ids, use_cache=False, sparse_call=forward.call).loss
+    task = model(input_ids=ids, labels=ids, use_cache=False, sparse_call=forward).loss
     (task + forward.kl_loss()).backward()
     return {name: weight.grad.clone() for name, weight in model.named_parameters()}
 

@@ -124,7 +124,7 @@ def joint(model):
     model.train()._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
     chunk_loss(model)
     forward = SparseObjective(model, SparseTrainingConfig(dense_every=0)).forward(0, 1)
-    loss = model(input_ids=rows(), labels=rows(), use_cache=False, sparse_call=forward.call).loss
+    loss = model(input_ids=rows(), labels=rows(), use_cache=False, sparse_call=forward).loss
     (loss + forward.kl_loss()).backward()
     forward.statistics()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])

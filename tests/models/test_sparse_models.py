@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from helpers.calls import Watching
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -276,9 +277,7 @@ def test_dense_layers_stay_dense(stock_llama, sparse_llama, real_budget, token_i
 def test_a_dense_call_is_dense_and_still_observed(stock_llama, sparse_llama, real_budget, token_ids):
     ids, seen = token_ids(1, 200), []
     model = sparse_llama(real_budget)
-    out = logits(
-        model, ids, sparse_call=SparseCall(dense=True, observer=lambda router, inputs: seen.append((router.layer, inputs.q.shape)))
-    )
+    out = logits(model, ids, sparse_call=Watching(dense=True, document=lambda router, inputs: seen.append((router.layer, inputs.q.shape))))
     torch.testing.assert_close(out, logits(stock_llama(), ids), rtol=1e-4, atol=1e-4)
     assert seen == [(0, (1, 4, 200, 16)), (1, (1, 4, 200, 16))]
 

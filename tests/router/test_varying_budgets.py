@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.calls import Watching
 from hf_sparse_attn_kernels import BlockSelection, TileGrid, block_sparse_attention
 from hf_sparse_attn_kernels.routing import stage_one_scores, stage_two_mass
-from hf_sparse_attn_kernels.torch_kernels import attention as gathered
+from hf_sparse_attn_kernels.torch_kernels import attention as torch_attention
 from transformers import AutoModelForCausalLM
 
 import hf_sparse_attn
@@ -157,9 +158,7 @@ def test_cached_decoding_equals_the_uncached_forward(varying, token_ids):
 
     want = varying(ids, use_cache=False, sparse_call=SparseCall(decode_from=192)).logits[:, 192:]
     cache = varying(ids[:, :192]).past_key_values
-    steps = [
-        varying(ids[:, at : at + 1], past_key_values=cache, sparse_call=SparseCall(on_selection=note)).logits for at in range(192, 230)
-    ]
+    steps = [varying(ids[:, at : at + 1], past_key_values=cache, sparse_call=Watching(selection=note)).logits for at in range(192, 230)]
     torch.testing.assert_close(torch.cat(steps, 1), want, rtol=1e-4, atol=1e-4)
     assert len(torch.cat(kept).unique()) > 2
 
@@ -187,7 +186,7 @@ def attended(selection, impl, dtype=torch.float32, poisoned=False):
 @pytest.mark.parametrize("impl", ["torch", "cpp"])
 @pytest.mark.parametrize("grid", [TileGrid(333, 333, 64, 16), TileGrid(100, 361, 64, 32), TileGrid(1, 250, 1, 16)], ids=str)
 def test_lists_of_unequal_length_have_the_results_and_gradients_of_the_reference(grid, impl, scores, random_selection, monkeypatch):
-    monkeypatch.setattr(gathered, "CHUNK_SCORES", scores)
+    monkeypatch.setattr(torch_attention, "CHUNK_SCORES", scores)
     selection = random_selection(5, 2, 2, grid, 0.4)
     counts = (selection.indices >= 0).sum(-1)
     assert bool((counts != counts[:1, :1]).any())
@@ -208,8 +207,8 @@ def test_lists_of_a_fixed_budget_are_cut_along_the_sequence_all_rows_together(gr
     grid = TileGrid(640, 640, 64, 16)
     counts = torch.arange(10) + 4 if growing else torch.full((10,), 4)
     index = torch.where(torch.arange(13).flip(0) < counts[:, None], torch.arange(13), -1).int().expand(4, -1, -1)
-    monkeypatch.setattr(gathered, "CHUNK_SCORES", 3 * 4 * 64 * 13 * 16)
-    chunks = list(gathered.tile_chunks(index, grid, 64))
+    monkeypatch.setattr(torch_attention, "CHUNK_SCORES", 3 * 4 * 64 * 13 * 16)
+    chunks = list(torch_attention.tile_chunks(index, grid, 64))
     assert [(chunk.rows, chunk.tiles) for chunk in chunks] == [(slice(None), slice(at, min(at + 3, 10))) for at in (0, 3, 6, 9)]
     for chunk in chunks:
         assert torch.equal(chunk.lists, index[:, chunk.tiles, -int(counts[chunk.tiles].max()) :])
@@ -217,9 +216,9 @@ def test_lists_of_a_fixed_budget_are_cut_along_the_sequence_all_rows_together(gr
 
 def test_lists_of_unequal_length_are_cut_by_length_and_each_tile_is_in_one_chunk(random_selection, monkeypatch):
     index = random_selection(1, 2, 2, TileGrid(640, 640, 64, 16), 0.4).indices.flatten(0, 1)
-    monkeypatch.setattr(gathered, "CHUNK_SCORES", 3 * 64 * 10 * 16)
+    monkeypatch.setattr(torch_attention, "CHUNK_SCORES", 3 * 64 * 10 * 16)
     seen = torch.zeros(4, 10, dtype=torch.long)
-    for rows, tiles, part in gathered.tile_chunks(index, TileGrid(640, 640, 64, 16), 64):
+    for rows, tiles, part in torch_attention.tile_chunks(index, TileGrid(640, 640, 64, 16), 64):
         seen[rows, tiles] += 1
         assert torch.equal(part, index[rows, tiles, -part.shape[-1] :]) and bool((index[rows, tiles, : -part.shape[-1]] < 0).all())
         assert part.numel() * 64 * 16 <= 3 * 64 * 10 * 16 or len(tiles) == 1
@@ -251,7 +250,7 @@ def test_a_uniform_budget_keeps_what_it_asks_for(sparse_llama, real_budget, toke
     model, meter = sparse_llama({**real_budget, "min_keys": 96, "max_keys": 96}), KeptKeys(96)
     assert meter.mean() is None
     with torch.no_grad():
-        model(token_ids(2, 160), use_cache=False, sparse_call=SparseCall(on_selection=meter))
+        model(token_ids(2, 160), use_cache=False, sparse_call=meter)
     assert meter.mean() == 96 and {layer: kept.tolist() for layer, kept in meter.by_layer().items()} == {0: [96, 96], 1: [96, 96]}
     assert meter.tiles == {0: 8, 1: 8}  # of the ten tiles of a row the last four start at 96 or later
 
@@ -271,7 +270,7 @@ def model(sparse_llama, real_budget):
 
 def kept_on(model, batches, first=0):
     meter = KeptKeys(first)
-    mass_threshold.run_sparse(model, batches, SparseCall(on_selection=meter))
+    mass_threshold.run_sparse(model, batches, meter)
     return meter.mean()
 
 
@@ -375,11 +374,11 @@ def test_a_training_step_attends_to_what_the_threshold_keeps(varying, token_ids)
     ids, meter = token_ids(1, 208), KeptKeys()
     objective = SparseObjective(varying, SparseTrainingConfig(dense_every=0, kl_tile_share=2))
     forward = objective.forward(0, 2)
-    loss = varying(ids, labels=ids, use_cache=False, sparse_call=forward.call).loss
+    loss = varying(ids, labels=ids, use_cache=False, sparse_call=forward).loss
     (loss + forward.kl_loss()).backward()
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in varying.parameters() if p.requires_grad)
     with torch.no_grad():
-        sparse = varying(ids, labels=ids, use_cache=False, sparse_call=SparseCall(on_selection=meter)).loss
+        sparse = varying(ids, labels=ids, use_cache=False, sparse_call=meter).loss
     assert float(loss.detach()) == pytest.approx(float(sparse), abs=1e-5)
     visible, tiles = torch.arange(16, 209, 16), torch.arange(13) >= 6  # tiles that see more than their 96 keys
     kept = meter.mean() * tiles.sum() + visible[~tiles].sum()

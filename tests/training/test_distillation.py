@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.calls import Watching
 from transformers import AutoModelForCausalLM
 
-from hf_sparse_attn import SparseCall, fit_mass_threshold, lora_config, routers
+from hf_sparse_attn import fit_mass_threshold, lora_config, routers
 from hf_sparse_attn.data.model_inputs import NonFiniteError
 from hf_sparse_attn.models.registration import SparseModelMixin
 from hf_sparse_attn.router.budget import make_plan
@@ -408,7 +409,7 @@ def test_padded_rows_train_like_unpadded_ones(sparse_llama, real_budget, token_i
     """The observer sees documents without padding."""
     model, shapes = sparse_llama(real_budget), []
     ids, mask = left_padded([token_ids(1, n, seed=n)[0] for n in (200, 131)])
-    call = SparseCall(dense=True, observer=lambda router, inputs: shapes.append((router.layer, inputs.q.shape[2])))
+    call = Watching(dense=True, document=lambda router, inputs: shapes.append((router.layer, inputs.q.shape[2])))
     with torch.no_grad():
         model(ids, attention_mask=mask, use_cache=False, sparse_call=call)
     assert shapes == [(0, 200), (0, 131), (1, 200), (1, 131)]

@@ -103,7 +103,7 @@ def test_task_and_kl_reach_separate_weights(model, batches, dense, checkpointing
         peft_model.activation_checkpointing_enable()
     forward = TrainingForward(seed=0, step=0, kl_weight=0.1, tile_share=2, dense=dense)
     ids = batches[0]["input_ids"][None]
-    task = peft_model(input_ids=ids, labels=ids, use_cache=False, sparse_call=forward.call).loss
+    task = peft_model(input_ids=ids, labels=ids, use_cache=False, sparse_call=forward).loss
     kl = forward.kl_loss()
     weights = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
     reached = []

@@ -7,11 +7,12 @@ import logging
 import pytest
 import torch
 from helpers.agreement import assert_same_sums
+from helpers.calls import Watching
 from peft import get_peft_model
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
 
-from hf_sparse_attn import SparseCall, SparseTrainer, SparseTrainingConfig, lora_config, routers
-from hf_sparse_attn.attention import gradients as untrained
+from hf_sparse_attn import SparseTrainer, SparseTrainingConfig, lora_config, routers
+from hf_sparse_attn.attention import gradients
 from hf_sparse_attn.models.adapters import active_routers
 from hf_sparse_attn.router import selection
 from hf_sparse_attn.training import objective
@@ -87,7 +88,7 @@ def kl_by_definition(model, ids, config, step):
             kls.append(loss.coarse + loss.fine)
 
     with torch.no_grad():
-        model(ids, use_cache=False, sparse_call=SparseCall(observer=observe))
+        model(ids, use_cache=False, sparse_call=Watching(document=observe))
     return torch.stack(kls).mean()
 
 
@@ -141,7 +142,7 @@ def test_packed_documents_weigh_by_their_tokens(model, token_ids):
         {"input_ids": ids.view(2, LENGTH)},
     ):
         forward = objective.TrainingForward(seed=0, step=0, kl_weight=1.0, tile_share=2, dense=False)
-        model.train()(**batch, use_cache=False, sparse_call=forward.call)
+        model.train()(**batch, use_cache=False, sparse_call=forward)
         forward.kl_loss().backward()
         grads.append([p.grad.clone() for router in routers(model) for p in router.parameters()])
         model.zero_grad()
@@ -251,7 +252,7 @@ def test_plain_trainer_leaves_routers_frozen_and_says_so_once(model, rows, tmp_p
     if lora:
         model = get_peft_model(model, lora_config(model, r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     before = [[p.detach().clone() for p in router.parameters()] for router in active_routers(model)]
-    untrained.say_once.cache_clear()
+    gradients.say_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger="hf_sparse_attn"):
         trainer = Trainer(model, arguments(tmp_path, max_steps=3, weight_decay=0.1), train_dataset=rows)
         found = losses(trainer)
@@ -263,7 +264,7 @@ def test_plain_trainer_leaves_routers_frozen_and_says_so_once(model, rows, tmp_p
 
 
 def test_our_trainer_says_nothing_of_frozen_routers(model, rows, tmp_path, caplog):
-    untrained.say_once.cache_clear()
+    gradients.say_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger="hf_sparse_attn"):
         trainer_of(model, rows, tmp_path).train()
     assert not caplog.records

@@ -11,8 +11,8 @@ from hf_sparse_attn_kernels import block_sparse_attention
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...attention.call import Selector, SparseCall
 from ...attention.dense import dense_attention
-from ...attention.layer import Selector, SparseCall
 from ...benchmarks.timing import PeakMemory, alternate, ratio, spread
 from ...models.attach import routers
 from ...router.module import RoutingInputs, SparseRouter
@@ -21,23 +21,29 @@ DENSE = "dense attention"
 
 
 class Captured(Exception):
-    """Ends a forward pass once the layer's inputs are there."""
+    """Ends a forward pass once the layer's ``inputs`` are there."""
+
+    def __init__(self, inputs: RoutingInputs) -> None:
+        self.inputs = inputs
+
+
+class _Capture(SparseCall):
+    def __init__(self, layer: int) -> None:
+        super().__init__(dense=True)
+        self.layer = layer
+
+    def on_document(self, router: SparseRouter, inputs: RoutingInputs) -> None:
+        if router.layer == self.layer:
+            raise Captured(inputs)
 
 
 @torch.no_grad()
 def capture(model: PreTrainedModel, ids: Tensor, layer: int) -> RoutingInputs:
     """Queries, keys and values of a layer on ``ids`` [1, N], from a dense pass."""
-    found: list[RoutingInputs] = []
-
-    def observe(router: SparseRouter, inputs: RoutingInputs) -> None:
-        if router.layer == layer:
-            found.append(inputs)
-            raise Captured
-
     try:
-        model.base_model(ids, use_cache=False, sparse_call=SparseCall(dense=True, observer=observe))
-    except Captured:
-        return found[0]
+        model.base_model(ids, use_cache=False, sparse_call=_Capture(layer))
+    except Captured as ended:
+        return ended.inputs
     raise ValueError(f"{type(model).__name__} has no sparse layer {layer}: it has {[router.layer for router in routers(model)]}")
 
 

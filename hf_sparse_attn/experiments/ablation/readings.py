@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...attention.layer import SparseCall
+from ...attention.call import SparseCall
 from ...data.windows import Window
 from ...evaluation.divergence import last_hidden, predictions
 from ...evaluation.statistics import loss_above

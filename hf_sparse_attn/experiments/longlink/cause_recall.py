@@ -13,7 +13,7 @@ from hf_sparse_attn_kernels import BlockSelection, block_mass
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...attention.layer import Selector, SparseCall
+from ...attention.call import Selector, SparseCall
 from ...router.budget import make_plan
 from ...router.module import RoutingInputs, SparseRouter
 from ...training.mass_threshold import candidates
@@ -39,21 +39,24 @@ class ByRow:
         return [self.links[self.start + row] for row in range(inputs.q.shape[0])]
 
 
-def _passes(model: PreTrainedModel, planted: Planted, rows: ByRow, observer: Any) -> None:
+def _passes(model: PreTrainedModel, planted: Planted, rows: ByRow, observer: SparseCall) -> None:
     ids, sequences = torch.from_numpy(planted.input_ids).to(model.device), sequences_at_once(planted)
     for rows.start in range(0, len(ids), sequences):
         batch = ids[rows.start : rows.start + sequences]
         with torch.no_grad():
-            model.base_model(batch, use_cache=False, sparse_call=SparseCall(dense=True, observer=observer))
+            model.base_model(batch, use_cache=False, sparse_call=observer)
 
 
-def using_heads(model: PreTrainedModel, planted: Planted) -> dict[Head, float]:
-    """Mean dense mass of questions on the blocks of their causes, of the heads where it is at least half: found without any router."""
-    rows, found = ByRow(planted), defaultdict(list)
+class _CauseMass(SparseCall):
+    """Dense mass of every question on the blocks of its causes, by layer and KV head."""
 
-    def observe(router: SparseRouter, inputs: RoutingInputs) -> None:
+    def __init__(self, rows: ByRow) -> None:
+        super().__init__(dense=True)
+        self.rows, self.mass = rows, defaultdict[Head, list[float]](list)
+
+    def on_document(self, router: SparseRouter, inputs: RoutingInputs) -> None:
         size = router.config.block_size
-        for row, links in enumerate(rows.rows(inputs)):
+        for row, links in enumerate(self.rows.rows(inputs)):
             effects = sorted({link.effect for link in links})
             tiles = torch.tensor(effects, device=inputs.q.device, dtype=torch.int64)
             one = (inputs.q[row : row + 1], inputs.k[row : row + 1])
@@ -61,27 +64,33 @@ def using_heads(model: PreTrainedModel, planted: Planted) -> dict[Head, float]:
             for link in links:
                 blocks = sorted({cause // size for cause in link.causes})
                 for head, value in enumerate(mass[:, effects.index(link.effect), blocks].sum(-1).tolist()):
-                    found[router.layer, head].append(value)
+                    self.mass[router.layer, head].append(value)
 
-    _passes(model, planted, rows, observe)
-    means = {head: float(np.mean(values)) for head, values in sorted(found.items())}
+
+def using_heads(model: PreTrainedModel, planted: Planted) -> dict[Head, float]:
+    """Mean dense mass of questions on the blocks of their causes, of the heads where it is at least half: found without any router."""
+    rows = ByRow(planted)
+    observer = _CauseMass(rows)
+    _passes(model, planted, rows, observer)
+    means = {head: float(np.mean(values)) for head, values in sorted(observer.mass.items())}
     return {head: mass for head, mass in means.items() if mass >= USES}
 
 
-class LinkObserver:
+class LinkObserver(SparseCall):
     """Recall of several selections, and the average precision of the router's ranking, on a dense pass; of ``heads`` only.
 
     Both count the causes whose blocks are not forced in the tile of the question.
     """
 
     def __init__(self, rows: ByRow, selectors: Mapping[str, Selector], heads: Mapping[Head, float]) -> None:
+        super().__init__(dense=True)
         self.rows, self.selectors, self.heads = rows, selectors, heads
         self.recall = {name: ChanceAdjustedRecall() for name in selectors}
         self.precision = AveragePrecision()
         self.best = AveragePrecision()  # of the dense mass itself as a ranking
         self.rankings = 0  # added to each of them
 
-    def __call__(self, router: SparseRouter, inputs: RoutingInputs) -> None:
+    def on_document(self, router: SparseRouter, inputs: RoutingInputs) -> None:
         heads = [head for layer, head in self.heads if layer == router.layer]
         if not heads:
             return

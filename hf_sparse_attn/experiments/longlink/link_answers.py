@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ...attention.layer import SparseCall
+from ...attention.call import SparseCall
 from ...evaluation.metrics import AnswerMatch
 from .ceilings import ceiling, chance
 from .link_metrics import NormalisedAccuracy

@@ -7,9 +7,10 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
+from hf_sparse_attn_kernels import BlockSelection
 from transformers import PreTrainedModel
 
-from ...attention.layer import Selector, SparseCall
+from ...attention.call import Selector, SparseCall
 from ...evaluation.baselines import fresh_routers, standard_selectors
 from ...evaluation.calibration_observers import visible_keys
 from ...models.convert import sparse_attention_as
@@ -56,18 +57,25 @@ def study(model: PreTrainedModel, config: LongLinkConfig, seed: int) -> dict[str
     }
 
 
+class _KeptShare(SparseCall):
+    """Counts the keys that selections keep, and those that their tiles see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys = self.visible = 0
+
+    def on_selection(self, router: SparseRouter, inputs: RoutingInputs, selection: BlockSelection) -> None:
+        keys = selection.kept_keys()
+        self.keys += int(keys.sum())
+        self.visible += keys.shape[0] * keys.shape[1] * visible_keys(selection.grid)
+
+
 def density(model: PreTrainedModel, planted: Planted) -> float:
     """Kept over visible keys of the router's selection, over all tiles, heads and layers, of the first sequences."""
-    counted = {"kept": 0, "seen": 0}
-
-    def count(router: SparseRouter, inputs: RoutingInputs, selection: Any) -> None:
-        keys = selection.kept_keys()
-        counted["kept"] += int(keys.sum())
-        counted["seen"] += keys.shape[0] * keys.shape[1] * visible_keys(selection.grid)
-
     few = replace(planted, input_ids=planted.input_ids[:2], links=tuple(link for link in planted.links if link.sequence < 2))
-    predicted(model, few, SparseCall(on_selection=count))
-    return counted["kept"] / counted["seen"]
+    kept = _KeptShare()
+    predicted(model, few, kept)
+    return kept.keys / kept.visible
 
 
 def _answers(model: PreTrainedModel, planted: Planted, name: str, call: SparseCall) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ...attention.layer import Selector, SparseCall
+from ...attention.call import Selector, SparseCall
 from ...config import fixed_budget
 from ...data.questions import Question
 from ...evaluation.baselines import selection_calls

@@ -11,7 +11,7 @@ from hf_sparse_attn_kernels import BlockSelection, block_mass
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...attention.layer import Selector, SparseCall
+from ...attention.call import Selector
 from ...benchmarks import bench_budgets
 from ...config import SparseAttentionConfig, fixed_budget
 from ...evaluation.baselines import ORACLE_TILES
@@ -86,8 +86,9 @@ class Allocations:
 
     def _fit(self, model: nn.Module, batches: list[Mapping[str, Tensor]], keys: int, first: int) -> dict[str, Selector]:
         threshold, counted = fit_threshold(model, batches, first)
-        by_threshold, meter = AtThreshold(threshold), KeptKeys(first)
-        run_sparse(model, batches, SparseCall(selector=by_threshold, on_selection=meter))
+        by_threshold = AtThreshold(threshold)
+        meter = KeptKeys(first, selector=by_threshold)
+        run_sparse(model, batches, meter)
         true, of_true = fit_threshold(model, batches, first, source=oracle_candidates)
         heads = {layer: kept.tolist() for layer, kept in meter.by_layer().items()}
         self.fits.append(

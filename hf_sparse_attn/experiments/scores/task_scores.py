@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...attention.layer import Selector, SparseCall
+from ...attention.call import Selector, SparseCall
 from ...config import fixed_budget
 from ...evaluation.statistics import RESAMPLES
 from ...models.convert import sparse_attention_as

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ...attention.layer import Selector, SparseCall, learned_selector
+from ...attention.call import Selector, SparseCall, learned_selector
 from ...config import SparseAttentionConfig, fixed_budget
 from ...data.windows import Window, batches
 from ...evaluation.baselines import fresh_routers, standard_selectors

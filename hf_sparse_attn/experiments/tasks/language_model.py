@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ...attention.layer import SparseCall
+from ...attention.call import SparseCall
 from ...benchmarks import LayerShape, bench_attention, bench_model
 from ...benchmarks.planner.check import device_at
 from ...benchmarks.planner.plan import check_memory, plan_training

@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from ...attention.layer import Selector, SparseCall, learned_selector
+from ...attention.call import Selector, SparseCall, learned_selector
 from ...config import fixed_budget
 from ...data.sources import read_documents
 from ...data.windows import Window, batches, token_windows
