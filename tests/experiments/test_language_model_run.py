@@ -168,12 +168,13 @@ def test_the_report_is_self_contained_and_holds_the_figures(done):
     assert html.count("<head>") == html.count("</head>") == 1
     for row in done.results["quality"]["table"]:
         assert f"<td>{row['prefill']:.4f}</td>" in html and f"<td>{row['decode']:.4f}</td>" in html
-        assert (f"<td>{row['selection']}, {row['keys']} keys</td>" if row["keys"] else "<td>dense</td>") in html
+        budget = f", {row['keys']} keys" if row["keys"] else ""
+        assert f'<th scope="row">{row["selection"]}{budget}</th>' in html
         if "prefill_share" in row:
             share = row["prefill_share"]
             assert f"{share['share']:.2f} [{share['low']:.2f}, {share['high']:.2f}]" in html
     assert f"{done.results['speed']['attention']['speedup']['median']:.2f}×" in html
-    assert '<td colspan="9">256 tokens</td>' in html and "built-in method" not in html
+    assert '<th scope="rowgroup" colspan="9"><span>256 tokens</span></th>' in html and "built-in method" not in html
     assert "Only n = 2 window(s)" in html and done.results["answer"]["answer"] in html
 
 

@@ -13,33 +13,46 @@ from ...system.extras import needs_extra
 
 Rows = Sequence[dict[str, Any]]  # of `quality_table`
 
-OTHER = "#888888"
-COLOURS = {
+# a pixel of a page is 0.75 pt: text of 14 pixels, written as text, and the same bytes for the same figures
+STYLE: Any = {"font.size": 10.5, "axes.titlesize": 10.5, "svg.fonttype": "none", "svg.hashsalt": "hf_sparse_attn"}
+OTHER = "#808080"
+COLOURS = {  # each at least 3:1 against white
     "oracle": "#444444",
     "two stages": "#0b6e4f",
-    "stage 1 alone": "#2f9fd0",
-    "untrained": "#e0a030",
+    "stage 1 alone": "#1f86b8",
+    "untrained": "#b3760a",
     "mean-pool": "#c06030",
     "min-max": "#7a5aa8",
     "window + sink": "#b03060",
-    "random": "#b5b5b5",
+    "random": "#8a8a8a",
 }
 MAPPED = ("window + sink", "two stages", "oracle")  # selections whose kept mass is drawn by layer and head
 
 
-def figure(draw: Callable[..., None], width: float = 7.5, height: float = 3.2, columns: int = 1) -> str:
-    """What ``draw`` puts on its axes, ``columns`` of them side by side, as an inline SVG data URI."""
+def figure(draw: Callable[..., None], width: float = 7.5, height: float = 3.6, columns: int = 1) -> str:
+    """What ``draw`` puts on its axes, ``columns`` of them side by side, as an inline SVG data URI.
+
+    Sizes are in inches, of 96 pixels each.
+    """
     with needs_extra("report", "drawing figures"):
+        import matplotlib
         from matplotlib.figure import Figure
 
-    made = Figure(figsize=(width, height), layout="constrained")
-    axes = made.subplots(1, columns, squeeze=False)[0]
-    draw(*axes)
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
-    made.savefig(buffer, format="svg")
+    with matplotlib.rc_context(STYLE):
+        drawing = Figure(figsize=(width, height), layout="constrained")
+        axes = drawing.subplots(1, columns, squeeze=False)[0]
+        draw(*axes)
+        for axis in axes:
+            axis.spines[["top", "right"]].set_visible(False)
+        drawing.savefig(buffer, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _legend(axis: Any, columns: int = 5) -> None:
+    """What the lines or bars of ``axis`` are, above the figure, where it hides nothing."""
+    drawing = axis.figure
+    drawing.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=columns, frameon=False)
 
 
 def loss_plot(table: Rows) -> str:
@@ -55,9 +68,9 @@ def loss_plot(table: Rows) -> str:
                 label = row["selection"] if i == 0 else None
                 at = i + (j - (len(rows) - 1) / 2) * width
                 axis.bar(at, row["prefill"] - dense, 0.92 * width, color=COLOURS.get(row["selection"], OTHER), label=label)
-        axis.set_xticks(range(len(cells)), [f"{keys} of {length} keys" for length, keys in cells])
+        axis.set_xticks(range(len(cells)), [f"{keys} of\n{length} keys" for length, keys in cells])
         axis.set_ylabel("log-loss above dense (nats)")
-        axis.legend(frameon=False, fontsize=8)
+        _legend(axis)
 
     return figure(draw)
 
@@ -74,8 +87,8 @@ def _lines(rows: Rows, values: Callable[[dict[str, Any]], tuple[Sequence[float],
             axis.plot(*values(row), label=row["selection"], color=COLOURS.get(row["selection"], OTHER), lw=1.6)
         axis.set_xlabel(x)
         axis.set_ylabel(y)
-        axis.set_title(f"{rows[0]['keys']} of {rows[0]['length']} keys", fontsize=9)
-        axis.legend(frameon=False, fontsize=8)
+        axis.set_title(f"{rows[0]['keys']} of {rows[0]['length']} keys")
+        _legend(axis)
 
     return figure(draw)
 
@@ -117,7 +130,7 @@ def head_plot(table: Rows) -> str | None:
         for axis, row in zip(axes, shown, strict=True):
             layers = [int(layer) for layer in row["head_mass"]]
             image = axis.imshow(np.array(list(row["head_mass"].values())).T, vmin=0, vmax=1, aspect="auto", cmap="viridis")
-            axis.set_title(f"{row['selection']}, {row['keys']} of {row['length']} keys", fontsize=9)
+            axis.set_title(f"{row['selection']},\n{row['keys']} of {row['length']} keys")
             ticks = range(0, len(layers), max(1, len(layers) // 6))
             axis.set_xticks(list(ticks), [str(layers[at]) for at in ticks])
             axis.set_yticks(range(len(next(iter(row["head_mass"].values())))))
@@ -125,7 +138,7 @@ def head_plot(table: Rows) -> str | None:
         axes[0].set_ylabel("KV head")
         axes[-1].figure.colorbar(image, ax=axes[-1], label="kept mass")
 
-    return figure(draw, height=2.4, columns=len(shown))
+    return figure(draw, width=9, height=2.8, columns=len(shown))
 
 
 def training_plot(log: Sequence[dict[str, Any]]) -> str:
@@ -133,13 +146,13 @@ def training_plot(log: Sequence[dict[str, Any]]) -> str:
 
     def draw(axis: Any) -> None:
         x = [row["batch"] for row in log]
-        axis.plot(x, [row["kl_coarse"] for row in log], label="KL stage 1", color="#2f9fd0")
-        axis.plot(x, [row["kl_fine"] for row in log], label="KL stage 2", color="#0b6e4f")
+        axis.plot(x, [row["kl_coarse"] for row in log], label="KL stage 1", color=COLOURS["stage 1 alone"])
+        axis.plot(x, [row["kl_fine"] for row in log], label="KL stage 2", color=COLOURS["two stages"])
         axis.plot(x, [row["recovered_share"] for row in log], label="recovered share", color="#b03060", ls="--")
         axis.set_xlabel("batch")
-        axis.legend(frameon=False, fontsize=8)
+        _legend(axis)
 
-    return figure(draw, height=2.6)
+    return figure(draw, height=3)
 
 
 def speed_plot(speed: dict[str, Any]) -> str:
@@ -151,8 +164,8 @@ def speed_plot(speed: dict[str, Any]) -> str:
         for i, (kind, name) in enumerate(names):
             value = model[kind][name]["tokens_per_s"] / model[kind]["stock"]["tokens_per_s"]
             axis.bar(i, value, color="#0b6e4f" if name == "sparse" else "#999999")
-            axis.text(i, value, f"{value:.2f}×", ha="center", va="bottom", fontsize=8)
-        axis.set_xticks(range(len(names)), [f"{kind}\n{name.replace('_', ' ')}" for kind, name in names], fontsize=8)
+            axis.text(i, value, f"{value:.2f}×", ha="center", va="bottom")
+        axis.set_xticks(range(len(names)), [f"{kind}\n{name.replace('_', ' ')}" for kind, name in names])
         axis.set_ylabel("tokens/s against stock")
 
     return figure(draw, height=2.8)
@@ -177,15 +190,16 @@ def ablation_plot(table: Rows) -> str:
             if "over_default" in row:
                 time.plot([row["over_default"]["min"], row["over_default"]["max"]], [at, at], color=OTHER, lw=2)
                 time.plot(row["over_default"]["median"], at, "o", ms=4, color="#444444")
-        for axis, zero, label in ((quality, 0, "KL from dense, above the default's (nats a token)"), (time, 1, "time, over the default's")):
+        for axis, zero, label in ((quality, 0, "KL above the default's (nats a token)"), (time, 1, "time, over the default's")):
             axis.axvline(zero, color="#444444", lw=0.8)
             axis.set_xlabel(label)
             axis.set_ylim(-0.7, len(rows) - 0.3)  # a row without a time must not shift the others
         quality.set_xscale("symlog", linthresh=0.01)
-        quality.set_yticks(place, [f"{row['factor']}: {row['level']}" for row in rows], fontsize=8)
+        quality.xaxis.set_major_formatter("{x:g}")
+        quality.set_yticks(place, [f"{row['factor']}: {row['level']}" for row in rows])
         time.set_yticks(place, [])
 
-    return figure(draw, width=11, height=1 + 0.24 * len(rows), columns=2)
+    return figure(draw, width=11, height=1 + 0.26 * len(rows), columns=2)
 
 
 def distance_plot(answers: Rows) -> str:
@@ -198,9 +212,10 @@ def distance_plot(answers: Rows) -> str:
             own = {"color": "#111111", "ls": "--"} if row["selection"] == "dense" else {"color": COLOURS.get(row["selection"], OTHER)}
             axis.plot(x, [octave["normalised"] for octave in octaves], marker="o", ms=3, label=row["selection"], **own)
         axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.set_xlabel("distance (tokens)")
-        axis.set_ylabel("accuracy, 0 = chance, 1 = ceiling")
-        axis.legend(frameon=False, fontsize=8)
+        axis.set_ylabel("accuracy, 0 = chance,\n1 = ceiling")
+        _legend(axis)
 
     return figure(draw)
 
@@ -219,7 +234,7 @@ def noise_plot(noise: Rows) -> str:
             axis.plot(levels, [row["routing"]["recall"] for row in rows], color="#b03060", marker="x", ms=4, label="recall")
             axis.set_xlabel(kind)
             axis.set_ylim(0, 1.05)
-        axes[0].legend(frameon=False, fontsize=8)
+        _legend(axes[0])
 
     return figure(draw, width=2.6 * len(kinds) + 1, columns=len(kinds))
 
@@ -242,7 +257,7 @@ def share_plot(rows: Rows) -> str:
         axis.axhline(1, color=OTHER, lw=0.8)
         axis.set_xlabel("tokens")
         axis.set_ylabel("share of the KL, 1 = oracle")
-        axis.legend(frameon=False, fontsize=8)
+        _legend(axis, columns=2)
 
     return figure(draw)
 
@@ -258,7 +273,7 @@ def budget_plot(calibration: dict[str, Any]) -> str:
         for at, axis in enumerate(axes):
             values = np.array([rows[at] for rows in calibration["shares"].values()])
             image = axis.imshow(values.T, vmin=0, vmax=most, aspect="auto", cmap="magma_r")
-            axis.set_title(f"up to {ends[at]} keys", fontsize=9)
+            axis.set_title(f"up to {ends[at]} keys")
             ticks = range(0, len(layers), max(1, len(layers) // 6))
             axis.set_xticks(list(ticks), [str(layers[tick]) for tick in ticks])
             axis.set_yticks(range(values.shape[1]))
@@ -266,4 +281,4 @@ def budget_plot(calibration: dict[str, Any]) -> str:
         axes[0].set_ylabel("KV head")
         axes[-1].figure.colorbar(image, ax=axes[-1], label="keys" if in_keys else "share of the keys")
 
-    return figure(draw, width=max(4.5, 2.2 * len(ends) + 1), height=2.4, columns=len(ends))
+    return figure(draw, width=max(4.5, 2.2 * len(ends) + 1), height=2.6, columns=len(ends))
