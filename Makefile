@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TRITON := $(VENV)/.triton
 QUANTIZED := $(VENV)/quantized
+CHROMIUM := $(VENV)/chromium
 CPP_TESTS := $(addprefix tests/operators/test_,attention.py attention_options.py operands.py scoring.py selection.py) tests/router/test_router.py
 # tests run on one thread each, so two processes share two cores; a file's tests stay together, as its fixtures are made once
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -25,7 +26,7 @@ SAVING_TESTS := $(addprefix tests/,models/test_sparse_models.py attention/test_c
 # one model type of each kind: plain, an argument of its own for the cache, sliding windows, experts, two-sided, time series
 KINDS := llama or gpt_neox or gemma2 or qwen3_moe or modernbert or patchtst
 
-.PHONY: demo test docs dist test-full test-versions test-versions-ends test-quantized test-processors test-sanitizers test-interpreter test-aot lint quality clean
+.PHONY: demo test docs dist test-full test-versions test-versions-ends test-quantized test-processors test-sanitizers test-interpreter test-aot test-browser lint quality clean
 
 demo: $(STAMP)  ## the main job on real weights and text: runs/demo/report.html
 	$(BIN)/hf-sparse-attn run recipes/demo.yaml
@@ -33,7 +34,7 @@ demo: $(STAMP)  ## the main job on real weights and text: runs/demo/report.html
 test: $(STAMP) lint  ## lint, types and all tests
 	$(PYTEST) -m "not slow and not gpu"
 
-test-full: $(TRITON) $(GPU_MACHINE) lint test-processors test-sanitizers test-interpreter test-quantized test-versions  ## everything, with the slow tests: two hours on two cores
+test-full: $(TRITON) $(GPU_MACHINE) lint test-processors test-sanitizers test-interpreter test-quantized test-versions test-browser  ## everything, with the slow tests: two hours on two cores
 	$(PYTEST)
 	$(PYTEST) --confcutdir tests/aot --timeout 2000 tests/aot
 	for python in $(BIN)/python $(GPU_MACHINE)/bin/python; do $$python -m pytest --confcutdir tests/interpreter -m slow tests/interpreter || exit 1; done
@@ -72,6 +73,9 @@ test-interpreter: $(TRITON)  ## the Triton kernels on CPU tensors
 
 test-aot: $(TRITON)  ## the Triton kernels compiled for four GPUs, none needed
 	$(PYTEST) --confcutdir tests/aot -m "not slow" tests/aot
+
+test-browser: $(STAMP) $(CHROMIUM)  ## every kind of HTML report in Chromium, on a wide screen and on a phone's
+	$(BIN)/python -m pytest tests/experiments/test_reports_in_a_browser.py
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -114,6 +118,15 @@ $(VENV)/transformers-%: $(STAMP)
 $(GPU_MACHINE): $(STAMP)
 	rm -rf $@ && $(PYTHON) -m venv $@
 	$@/bin/python -m pip install --disable-pip-version-check torch==2.11.0 'numpy<2.4' transformers==5.17.0 $(BESIDE_5.17.0) $(GPU_PACKAGES)
+
+# Debian's, with the libraries that this machine lacks: unpacked here, nothing is installed
+$(CHROMIUM):
+	rm -rf $@ $@.part && mkdir -p $@.part/archives/partial
+	test $$(id -u) != 0 || apt-get --quiet update
+	apt-get --quiet --yes --no-install-recommends --download-only -o Debug::NoLocking=1 -o APT::Sandbox::User=root \
+		-o Dir::Cache::archives=$(CURDIR)/$@.part/archives install chromium-headless-shell
+	for package in $@.part/archives/*.deb; do dpkg-deb --extract $$package $@.part || exit 1; done
+	rm -r $@.part/archives && mv $@.part $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
