@@ -36,7 +36,7 @@ from .composite import asked_implementation, implementation, is_composite, store
 from .config_dispatch import KEY, dispatcher
 from .gradient_checkpointing import without_reentrance
 from .layer_numbers import NumberedLayersMixin, sparse_sites
-from .prefill import in_whole_tiles
+from .generate_hooks import in_whole_tiles
 
 PREFIX = "Sparse"  # of the names of sparse classes
 _CONFIGS: dict[type, type] = {}

@@ -15,7 +15,7 @@ from transformers import DynamicCache, GenerationMixin
 from hf_sparse_attn import SparseCall
 from hf_sparse_attn.attention.cache import GrowingLayerMixin
 from hf_sparse_attn.models import prefill
-from hf_sparse_attn.models.prefill import chunk_lengths
+from hf_sparse_attn.models.generate_hooks import chunk_lengths
 
 NEW = 20
 SAMPLING = {"do_sample": True, "temperature": 0.9, "top_k": 30}
