@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, NoReturn
 
 IGNORE_INDEX = -100  # label of a token that has no loss
+KEY = "sparse_attention"  # of a Transformers config, under which the settings stand
+ATTN_IMPLEMENTATION = "hf_sparse"  # what sparse models name as their attention implementation
 CONFIG_VERSION = 1
 MOST_KEYS = 2**31 - 1  # of lengths and budgets, which count tokens
 MOST_FEATURES = 2**16

@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config import ATTN_IMPLEMENTATION, KEY
 from ..router.module import SparseRouter
-
-ATTN_IMPLEMENTATION = "hf_sparse"
 
 
 def refuse_without_router(module: nn.Module, kwargs: dict[str, Any]) -> None:
     """Raise ValueError unless ``module`` is a layer of a sparse model that keeps its own, local attention."""
     config = getattr(module, "config", None)
-    if getattr(config, "sparse_attention", None) is None or kwargs.get("sliding_window") is None:
+    if getattr(config, KEY, None) is None or kwargs.get("sliding_window") is None:
         name = getattr(config, "_name_or_path", "")
         loaded = f" of the model loaded from {name!r}" if name else ""
         raise ValueError(

@@ -14,12 +14,13 @@ from transformers.cache_utils import CacheLayerMixin
 from ..architectures import SUPPORTED
 from ..architectures.cache_arguments import CACHE_ARGUMENTS, accepted_names, is_cache
 from ..architectures.class_factory import MadeMixin
+from ..config import ATTN_IMPLEMENTATION
 from ..router.module import active_router
 from .cache import SparseCacheLayerMixin
 from .cache_adoption import adopt, filled, found
 from .call import Attention, SparseCall
 from .call_context import ambient_call
-from .checks import ATTN_IMPLEMENTATION, EXPORT, check_call, check_mask, refuse_export, refuse_without_router
+from .checks import EXPORT, check_call, check_mask, refuse_export, refuse_without_router
 from .custom_op import attend_opaquely, register
 from .dense import attend_without_router, is_causal
 from .gradients import leave_routers

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import StaticLayer
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
+from ..config import KEY
 from . import static_decode
 
 OVERLAID = (
@@ -39,7 +40,7 @@ def sparse_attention_mask(
     (the attention function finds those that come with a cache, and ``cu_seq_lens_q``). Any other mask that a model lays
     over the causal one comes as a 4D mask, which the attention function honours or refuses.
     """
-    sparse = getattr(config, "sparse_attention", None)
+    sparse = getattr(config, KEY, None)
     overlaid = use_vmap or _overlays(mask_function)
     # a static cache tells its whole room as kv_length and where the queries start as a tensor; the attention function
     # reads how much is filled, and so decides itself, where a graph is compiled that must not read values

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..attention.checks import ATTN_IMPLEMENTATION
 from ..attention.interface import SparseAttentionMixin
-from ..config import SparseAttentionConfig
+from ..config import ATTN_IMPLEMENTATION, SparseAttentionConfig
 from ..router.module import SparseRouter, active_router
 from .adapter_marks import ROUTER, holds_routers, settings_of
 from .layer_numbers import number_layers

@@ -17,13 +17,12 @@ from torch import Tensor
 from transformers.utils.hub import cached_file
 
 from ..architectures.versions import VERSION
-from ..config import MOST_KEYS, SparseAttentionConfig
+from ..config import KEY, MOST_KEYS, SparseAttentionConfig
 from ..router.head_budgets import HeadBudgets
 from ..system.files import read_json, write_json
 from .adapters import refuse_adapters
 from .attach import routers
 from .composite import store_settings
-from .config_dispatch import KEY
 
 logger = logging.getLogger(__name__)
 

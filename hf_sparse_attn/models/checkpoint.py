@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..config import FIXED_FIELDS, SparseAttentionConfig
+from ..config import FIXED_FIELDS, KEY, SparseAttentionConfig
 from ..router.module import SparseRouter
 from ..system.files import replaced_folder
 from .calibration import FILE as CALIBRATION
@@ -71,7 +71,7 @@ def _refuse_other_routers(checkpoint: Any, options: dict[str, Any]) -> None:
     """Raise ValueError if the settings asked for and those that ``checkpoint`` was saved with call for routers of different kinds."""
     text = options["config"].get_text_config()
     values, _ = PreTrainedConfig.get_config_dict(checkpoint, **{name: options[name] for name in HUB_OPTIONS if name in options})
-    saved, asked = values.get("sparse_attention"), getattr(text, "sparse_attention", None)
+    saved, asked = values.get(KEY), getattr(text, KEY, None)
     if saved is None or asked is None:
         return
     dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

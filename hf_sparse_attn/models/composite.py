@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..attention.checks import ATTN_IMPLEMENTATION
-from ..config import SparseAttentionConfig, StoredSettings
-from .config_dispatch import KEY
+from ..config import ATTN_IMPLEMENTATION, KEY, SparseAttentionConfig, StoredSettings
 
 
 def is_composite(config_class: type) -> bool:

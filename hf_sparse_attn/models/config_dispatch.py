@@ -10,9 +10,7 @@ import transformers
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
-from ..config import SparseAttentionConfig
-
-KEY = "sparse_attention"
+from ..config import KEY, SparseAttentionConfig
 
 
 class Dispatcher(type):

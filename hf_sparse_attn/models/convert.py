@@ -10,11 +10,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..config import BUDGET_FIELDS, FIXED_FIELDS, SparseAttentionConfig
+from ..config import BUDGET_FIELDS, FIXED_FIELDS, KEY, SparseAttentionConfig
 from .adapters import refuse_adapters
 from .attach import attach_routers, routers
 from .composite import implementation, is_composite, parts, store_settings
-from .config_dispatch import KEY
 from .registration import (
     SparseModelMixin,
     become,

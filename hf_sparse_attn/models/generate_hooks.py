@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ..architectures.cache_arguments import CACHE_ARGUMENTS
-from ..attention.checks import ATTN_IMPLEMENTATION
+from ..config import ATTN_IMPLEMENTATION
 from .attach import routers
 
 logger = logging.getLogger(__name__)

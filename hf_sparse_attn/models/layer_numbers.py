@@ -8,9 +8,9 @@ from typing import Any, cast
 from torch import nn
 
 from ..attention.interface import SparseAttentionMixin
+from ..config import KEY
 from ..router.module import SparseRouter
 from .composite import store_settings
-from .config_dispatch import KEY
 
 
 def sparse_sites(model: nn.Module) -> list[Any]:

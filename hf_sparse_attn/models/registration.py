@@ -24,19 +24,18 @@ from ..architectures.class_factory import MadeMixin, make_class
 from ..architectures.versions import is_tested
 from ..attention.cache_adoption import adopt_layers
 from ..attention.call_context import taking_call
-from ..attention.checks import ATTN_IMPLEMENTATION
 from ..attention.interface import sparse_attention_forward
 from ..attention.mask_interface import mask_if_it_hides, of_the_caches_length, sparse_attention_mask
-from ..config import SparseAttentionConfig, StoredSettings
+from ..config import ATTN_IMPLEMENTATION, KEY, SparseAttentionConfig, StoredSettings
 from .adapter_marks import raise_for_marked_adapters
 from .adapters import SparseAdapterMixin
 from .attach import attach_routers, detach_routers, routers
 from .checkpoint import SparseSavingMixin
 from .composite import asked_implementation, implementation, is_composite, store_settings
-from .config_dispatch import KEY, dispatcher
+from .config_dispatch import dispatcher
+from .generate_hooks import in_whole_tiles
 from .gradient_checkpointing import without_reentrance
 from .layer_numbers import NumberedLayersMixin, sparse_sites
-from .generate_hooks import in_whole_tiles
 
 PREFIX = "Sparse"  # of the names of sparse classes
 _CONFIGS: dict[type, type] = {}

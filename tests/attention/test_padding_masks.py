@@ -12,8 +12,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import create_causal_mask
 
 from hf_sparse_attn import SparseCall
-from hf_sparse_attn.attention.checks import ATTN_IMPLEMENTATION
 from hf_sparse_attn.attention.documents import Layout
+from hf_sparse_attn.config import ATTN_IMPLEMENTATION
 
 MODELS = (
     "llama",
