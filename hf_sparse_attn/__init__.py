@@ -13,7 +13,7 @@ with checked_transformers():
     from .models.attach import routers
     from .models.calibration import remove_calibration, use_calibration
     from .models.convert import set_sparse_attention, sparse_attention_as, sparsify, to_dense
-    from .models.registration import register, sparse_class, sparse_config
+    from .models.registration import named_class, register, sparse_class, sparse_config
     from .training.chunked_loss import chunk_loss
     from .training.config import AdaptationConfig, DistillationConfig, SparseTrainingConfig
     from .training.distillation import distill
@@ -55,9 +55,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """The Trainer pieces: importing Trainer takes a second, which only those who train should wait."""
+    """The Trainer pieces: importing Trainer takes a second, which others need not wait. Sparse classes, too."""
     if name in ("SparseTrainer", "SparseTrainerMixin"):
         from .training import trainer
 
         return getattr(trainer, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return named_class(name)

@@ -230,10 +230,17 @@ class FrozenDict(dict[str, Any]):
         return self
 
 
+class SettingsHolder:
+    """What the routers of one model run with: they all refer to it, so that it is changed in one place."""
+
+    def __init__(self, settings: SparseAttentionConfig) -> None:
+        self.settings = settings
+
+
 class StoredSettings(FrozenDict):
     """``config.sparse_attention`` of a Transformers config: the fields of its ``settings``, not to be edited.
 
-    ``in_use``: the routers of a model run with them, and hold them, too.
+    ``in_use``: the routers of a model run with them.
     """
 
     def __init__(self, settings: SparseAttentionConfig, in_use: bool = False) -> None:

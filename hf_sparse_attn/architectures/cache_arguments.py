@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 from transformers import masking_utils
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .class_factory import accepted_names
+
 # "cache" from Transformers 5.24 on, "past_key_values" before; GPT-NeoX and its like have a name of their own
 CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
-
-
-def accepted_names(function: Callable[..., Any]) -> tuple[str, ...]:
-    """Names that ``function`` takes arguments by: its parameters, and old names of them that a decorator of Transformers replaces."""
-    names, inner = list(inspect.signature(function).parameters), function
-    while inner is not None:
-        cells = getattr(inner, "__closure__", None) or ()
-        held = dict(zip(inner.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True)) if cells else {}
-        if held.get("new_name") in names and isinstance(held.get("old_name"), str):  # `deprecate_kwarg`
-            names.append(held["old_name"])
-        inner = getattr(inner, "__wrapped__", None)  # type: ignore[assignment]
-    return tuple(names)
 
 
 # what models and Transformers' mask functions call it

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Callable
+from functools import partial
 from threading import Lock
 from typing import Any
 
 _LOCK = Lock()
 _MADE: dict[tuple[type, ...], type] = {}
+_MAKERS: dict[type, Callable[[Any], type]] = {}
 
 
 class MadeMixin:
     """Base of the mixins: an instance pickles as mixin, stock class and state, and so loads in a process that made no class yet."""
-
-    @classmethod
-    def over(cls, stock: type) -> type:
-        """The class made of this mixin and ``stock``."""
-        return make_class(cls, stock)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(protocol)
@@ -24,17 +23,42 @@ class MadeMixin:
         return (_blank, cls.__bases__, *reduced[2:]) if _MADE.get(cls.__bases__) is cls else reduced
 
 
+def makes(mixin: type[MadeMixin]) -> Callable[[Callable[[Any], type]], Callable[[Any], type]]:
+    """Decorator: the function gives the class of ``mixin`` and a stock class, also where a pickle asks for it."""
+
+    def note(maker: Callable[[Any], type]) -> Callable[[Any], type]:
+        _MAKERS[mixin] = maker
+        return maker
+
+    return note
+
+
 def _blank(mixin: type[MadeMixin], stock: type) -> Any:
-    cls: Any = mixin.over(stock)
+    maker = _MAKERS.get(mixin) or partial(make_class, mixin)
+    cls: Any = maker(stock)
     return cls.__new__(cls)
 
 
 def make_class(mixin: type, stock: type, **namespace: Any) -> type:
-    """``Sparse<stock>``, made once; an attribute of the mixin's module, where pickle looks for the class itself."""
+    """``Sparse<stock>``, made once; an attribute of its module, the mixin's unless given, where pickle looks for the class."""
     with _LOCK:  # two threads that load models must not make two classes
         if (mixin, stock) not in _MADE:
             name = f"Sparse{stock.__name__}"
             made = type(name, (mixin, stock), {"__module__": mixin.__module__, "__qualname__": name, **namespace})
-            setattr(sys.modules[mixin.__module__], name, made)
+            module = vars(sys.modules[made.__module__])
+            if name not in module or module[name] in _MADE.values():  # a class of the package's own keeps its name
+                module[name] = made
             _MADE[mixin, stock] = made
         return _MADE[mixin, stock]
+
+
+def accepted_names(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Names that ``function`` takes arguments by: its parameters, and old names of them that a decorator of Transformers replaces."""
+    names, inner = list(inspect.signature(function).parameters), function
+    while inner is not None:
+        cells = getattr(inner, "__closure__", None) or ()
+        held = dict(zip(inner.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True)) if cells else {}
+        if held.get("new_name") in names and isinstance(held.get("old_name"), str):  # `deprecate_kwarg`
+            names.append(held["old_name"])
+        inner = getattr(inner, "__wrapped__", None)  # type: ignore[assignment]
+    return tuple(names)

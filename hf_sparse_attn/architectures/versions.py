@@ -68,3 +68,6 @@ def _parsed(version: str) -> Version | None:
         return Version(version)
     except InvalidVersion:
         return None
+
+
+TESTED = transformers.__version__ if is_tested() else None  # the installed version, if the tests run under it

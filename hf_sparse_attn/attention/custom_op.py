@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .cache import SparseCacheLayerMixin
 from .call import Attention
 from .layer import attend
-from .object_registry import numbered
+from .object_registry import number, numbered
 
 _ARGUMENTS = """Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor? attention_mask, Tensor? position_ids,
     Tensor? cu_seq_lens, Tensor? filled, Tensor? cache, Tensor site, float scale, bool causal, float? softcap"""
@@ -72,6 +72,12 @@ def register() -> None:
     schema = f"(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)"
     backward = torch.library.custom_op("hf_sparse_attn::attend_backward", _attend_backward, mutates_args=(), schema=schema)
     backward.register_fake(_fake_backward)
+
+
+def know_layer(module: Any) -> None:
+    """Give an attention ``module`` the number by which the operator finds it."""
+    register()
+    module.sparse_number = number(module)
 
 
 def attend_opaquely(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from ..architectures import SUPPORTED
-from ..architectures.cache_arguments import CACHE_ARGUMENTS, accepted_names, is_cache
+from ..architectures.cache_arguments import CACHE_ARGUMENTS, is_cache
 from ..architectures.class_factory import MadeMixin
 from ..config import ATTN_IMPLEMENTATION
 from ..router.module import active_router
@@ -21,11 +20,10 @@ from .cache_adoption import adopt, filled, found
 from .call import Attention, SparseCall
 from .call_context import ambient_call
 from .checks import EXPORT, check_call, check_mask, refuse_export, refuse_without_router
-from .custom_op import attend_opaquely, register
+from .custom_op import attend_opaquely, know_layer
 from .dense import attend_without_router, is_causal
 from .gradients import leave_routers
 from .layer import attend, made_on_the_device
-from .object_registry import number
 
 
 class SparseAttentionMixin(MadeMixin):
@@ -35,22 +33,9 @@ class SparseAttentionMixin(MadeMixin):
     accepted: tuple[str, ...]  # names of the arguments of the stock `forward`, those of its parameters first, in their order
     keeps_positions: bool  # whether the stock `forward` takes position_ids as a parameter: it need not hand them on
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if SparseAttentionMixin in cls.__bases__:
-            cls.accepted = accepted_names(super().forward)[1:]  # type: ignore[misc]
-            taken = inspect.signature(super().forward).parameters.values()  # type: ignore[misc]
-            hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken)
-            cls.keeps_positions = hands_on and any(parameter.name == "position_ids" for parameter in taken)
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
-        self.take_number()  # a copy is not its original
-
-    def take_number(self) -> None:
-        """Make this module known to the operator of compiled graphs."""
-        register()
-        self.sparse_number = number(self)
+        know_layer(self)  # a copy is not its original
 
     def __prepare_scriptable__(self) -> Any:
         raise ValueError(EXPORT)  # torch.jit.script asks for this before it reads any code

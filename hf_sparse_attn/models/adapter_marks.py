@@ -8,11 +8,11 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from ..config import SparseAttentionConfig
+from .attach import ROUTER
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-ROUTER = "router"  # name of the module in every attention layer
 ROUTERS = rf"(.*\.)?{ROUTER}(\..*)?"  # a regular expression, to which the mark is a comment
 MARK = "adapter of a sparse model: load its base with sparse_attention={settings}, or from a saved sparse model"
 

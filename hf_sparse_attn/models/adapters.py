@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from ..router.module import active_router
-from .adapter_marks import MARK, ROUTER, complete, holds_routers, matches, settings_of
+from .adapter_marks import MARK, complete, holds_routers, matches, settings_of
 from .adapter_states import active_routers as active_routers
 from .adapter_states import base_model, check_adapters, refuse_misfits, router_sites
 from .adapter_swaps import guard_peft, refuse_other_scale, refuse_swap
+from .attach import ROUTER, is_of_router, no_routers
 from .layer_numbers import number_layers
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def lora_config(model: nn.Module, **options: Any) -> LoraConfig:
 
     sites = router_sites(model)
     if not sites:
-        raise ValueError(f"{type(model).__name__} has no routers: convert it with hf_sparse_attn.sparsify first, or use peft.LoraConfig")
+        raise ValueError(f"{no_routers(model)}, or use peft.LoraConfig")
     config: LoraConfig = LoraConfig(**options)
     for name, site in sites.items():
         router = f"{name}.{ROUTER}"
@@ -136,7 +137,7 @@ class SparseAdapterMixin:
             refuse_swap(self, name, config)
             refuse_other_scale(self, name, config)
         info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
-        missing = [key for key in getattr(info, "missing_keys", ()) if f".{ROUTER}." in key]
+        missing = [key for key in getattr(info, "missing_keys", ()) if is_of_router(key)]
         if missing:
             raise ValueError(f"{peft_model_id} says that it holds routers, but lacks weights of them: {', '.join(sorted(missing)[:3])}")
         return info

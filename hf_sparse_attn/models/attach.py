@@ -12,18 +12,31 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..architectures import SUPPORTED, Architecture
-from ..architectures.class_factory import make_class
+from ..architectures.class_factory import accepted_names, make_class, makes
+from ..attention.custom_op import know_layer
 from ..attention.interface import SparseAttentionMixin
-from ..config import SparseAttentionConfig
+from ..config import SettingsHolder, SparseAttentionConfig
 from ..router.module import SparseRouter
 from ..router.rotary import Rotary, find_rotary
 from .layer_numbers import number_layers, sparse_sites
+
+ROUTER = "router"  # name of the module in every attention layer
 
 
 def routers(model: nn.Module) -> list[SparseRouter]:
     """The routers of a sparse model, by layer."""
     number_layers(model)
     return [m for m in model.modules() if isinstance(m, SparseRouter)]
+
+
+def no_routers(model: nn.Module) -> str:
+    """What is wrong with a ``model`` without routers, and what helps."""
+    return f"{type(model).__name__} has no routers: convert it with hf_sparse_attn.sparsify first"
+
+
+def is_of_router(name: str) -> bool:
+    """Whether the parameter or buffer ``name`` of a model belongs to a router."""
+    return f".{ROUTER}." in f".{name}"
 
 
 @cache
@@ -82,10 +95,12 @@ def attach_routers(model: Any, config: SparseAttentionConfig, device: torch.devi
     stock = {name: site for name, site in sites.items() if not isinstance(site, SparseAttentionMixin)}
     rotaries: dict[Any, Rotary] = {}
     made = {name: _make_router(model, name, site, config, layers[name], rotaries, device) for name, site in stock.items()}
+    holder = SettingsHolder(config)
     for name, router in made.items():
+        router.holder = holder
         sites[name].router = router
         sites[name].__class__ = sparse_attention_class(type(sites[name]))
-        sites[name].take_number()
+        know_layer(sites[name])
 
 
 def detach_routers(model: Any) -> None:
@@ -95,9 +110,14 @@ def detach_routers(model: Any) -> None:
         module.__class__ = type(module).__bases__[1]
 
 
-def sparse_attention_class(stock: type) -> type:
-    """The thin subclass of a stock attention class."""
-    return make_class(SparseAttentionMixin, stock)
+@makes(SparseAttentionMixin)
+@cache
+def sparse_attention_class(stock: Any) -> type:
+    """The thin subclass of a stock attention class, which knows what arguments the stock ``forward`` takes."""
+    parameters = inspect.signature(stock.forward).parameters.values()
+    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    keeps_positions = passes_on and any(parameter.name == "position_ids" for parameter in parameters)
+    return make_class(SparseAttentionMixin, stock, accepted=accepted_names(stock.forward)[1:], keeps_positions=keeps_positions)
 
 
 def _make_router(

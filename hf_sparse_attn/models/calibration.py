@@ -21,8 +21,8 @@ from ..config import KEY, MOST_KEYS, SparseAttentionConfig
 from ..router.head_budgets import HeadBudgets
 from ..system.files import read_json, write_json
 from .adapters import refuse_adapters
-from .attach import routers
-from .composite import store_settings
+from .attach import is_of_router, routers
+from .config_dispatch import write_settings
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def made_with(model: Any) -> dict[str, Any]:
     """
     found = routers(model)
     values = found[0].config.to_dict()
-    backbone = {name: weight for name, weight in getattr(model, "base_model", model).named_parameters() if ".router." not in name}
+    backbone = {name: weight for name, weight in getattr(model, "base_model", model).named_parameters() if not is_of_router(name)}
     own = {f"{router.layer}.{name}": weight for router in found for name, weight in router.named_parameters()}
     return {
         "version": VERSION,
@@ -181,11 +181,8 @@ def use_calibration(model: Any, calibration: Calibration) -> None:
 
 def _refer(model: Any, file: str | None) -> None:
     """Write the name of the calibration's file, or that there is none, into the model's settings."""
-    found = routers(model)
-    config = replace(found[0].config, bookkeeping=replace(found[0].config.bookkeeping, calibration=file))
-    for router in found:
-        router.config = config
-    store_settings(model.config, config)
+    config = routers(model)[0].config
+    write_settings(model, replace(config, bookkeeping=replace(config.bookkeeping, calibration=file)))
 
 
 def remove_calibration(model: Any) -> None:
@@ -196,11 +193,8 @@ def remove_calibration(model: Any) -> None:
     _refer(model, None)
 
 
-def load_calibration(model: Any, checkpoint: str | None, options: Mapping[str, Any]) -> None:
-    """Use the calibration that the settings of a loaded model name, if they do. Raises CalibrationError as `use_calibration` does."""
-    name = SparseAttentionConfig.coerce(model.config.get_text_config().sparse_attention).bookkeeping.calibration
-    if name is None:
-        return
+def load_calibration(model: Any, name: str, checkpoint: str | None, options: Mapping[str, Any]) -> None:
+    """Use the calibration ``name`` that the settings of a loaded model name. Raises CalibrationError as `use_calibration` does."""
     if checkpoint is None:
         raise CalibrationError(
             f"the config refers to the calibration {name}, but the model was loaded from a state_dict, which has no files: take "

@@ -36,15 +36,17 @@ class SparseSavingMixin:
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         fresh = [m.layer for m in model.modules() if isinstance(m, SparseRouter) and m.fresh]
-        if fresh and SparseAttentionConfig.coerce(model.config.sparse_attention).bookkeeping.trained:
+        bookkeeping = SparseAttentionConfig.coerce(model.config.sparse_attention).bookkeeping
+        if fresh and bookkeeping.trained:
             raise ValueError(
                 f"{pretrained_model_name_or_path if named else 'the config'} says that its routers were trained, but "
                 f"{'it' if named else 'state_dict'} holds none for layers {fresh}: it was "
                 "probably saved again without hf_sparse_attn. Load the original one, or pass sparse_attention={...} without bookkeeping "
                 "to start with untrained routers"
             )
-        options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-        load_calibration(model, str(pretrained_model_name_or_path) if named else None, options)
+        if bookkeeping.calibration is not None:
+            options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+            load_calibration(model, bookkeeping.calibration, str(pretrained_model_name_or_path) if named else None, options)
         return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:

@@ -1,4 +1,7 @@
-"""What stands in Transformers' CONFIG_MAPPING for a stock config class: it gives a sparse config where one is asked for."""
+"""The configs of sparse models: what stands in Transformers' CONFIG_MAPPING and chooses them, what they hold, and where it is written.
+
+Of a composite model, which has a text part beside others, only the text part is sparse.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,15 @@ from importlib import import_module
 from typing import Any
 
 import transformers
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
-from ..config import KEY, SparseAttentionConfig
+from ..architectures import supported_types
+from ..architectures.class_factory import MadeMixin
+from ..config import ATTN_IMPLEMENTATION, KEY, SparseAttentionConfig, StoredSettings
+from ..router.module import SparseRouter
+
+PREFIX = "Sparse"  # of the names of sparse classes
 
 
 class Dispatcher(type):
@@ -66,3 +74,105 @@ def dispatcher(name: str, model_type: str, make_sparse: Callable[[Any], type]) -
         "make_sparse": staticmethod(make_sparse),
     }
     return Dispatcher(name, (), namespace)
+
+
+class SparseConfigMixin(MadeMixin):
+    """In front of a stock config class: carries ``sparse_attention`` and asks for the sparse implementation."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # Transformers never saves the attention implementation, so it is the default of this class
+        kwargs["attn_implementation"] = kwargs.get("attn_implementation") or implementation(type(self))
+        self.sparse_attention: dict[str, Any] | None
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        if self.sparse_attention is None:
+            return
+        name_sparse_classes(self)
+        if is_composite(type(self)):
+            # an inner model is made from the text config: it stays stock, and the mask function finds the settings there
+            setattr(self.text_config, KEY, self.sparse_attention)  # type: ignore[attr-defined]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == KEY and not isinstance(value, StoredSettings):
+            before = self.__dict__.get(KEY) or StoredSettings(SparseAttentionConfig())
+            value = before.replaced(value)  # None: a stock checkpoint read through this class, as PEFT does
+        super().__setattr__(name, value)
+
+    def _set_implementation(self, asked: Any) -> None:
+        PreTrainedConfig._attn_implementation.fset(self, asked_implementation(self, asked))  # type: ignore[attr-defined]
+
+    _attn_implementation = PreTrainedConfig._attn_implementation.setter(_set_implementation)  # type: ignore[attr-defined]  # the stock getter
+
+    def to_dict(self) -> dict[str, Any]:
+        out: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        for part in (out, out.get("text_config") or {}):
+            if isinstance(part.get(KEY), StoredSettings):
+                part[KEY] = part[KEY].settings.to_dict()
+        if out.get("architectures"):  # stock names, so that engines without this plugin load the dense model
+            out["architectures"] = [name.removeprefix(PREFIX) for name in out["architectures"]]
+        return out
+
+
+def write_settings(model: Any, settings: SparseAttentionConfig) -> None:
+    """Make ``settings`` those of a sparse ``model``. Nothing else does.
+
+    Its routers share one holder, from which they read them; its config says them to the mask function and is saved.
+    """
+    routers = [module for module in model.modules() if isinstance(module, SparseRouter)]
+    holder = routers[0].holder
+    holder.settings = settings
+    for router in routers:
+        router.holder = holder
+    config = getattr(model, "config", None)
+    if isinstance(config, SparseConfigMixin) or getattr(config, KEY, None) is not None:
+        for part in parts(config):
+            setattr(part, KEY, StoredSettings(settings, in_use=True))
+
+
+def parts(config: Any) -> tuple[Any, ...]:
+    """The configs that hold the settings: that of the model, and that of its text part if it has others."""
+    return (config, config.text_config) if is_composite(type(config)) else (config,)
+
+
+def is_composite(config_class: type) -> bool:
+    """Whether a model has a text part beside others: only that becomes sparse."""
+    return "text_config" in getattr(config_class, "sub_configs", {})
+
+
+def implementation(config_class: type) -> str | dict[str, str]:
+    """What to set as attention implementation of a sparse model with such a config."""
+    return {"text_config": ATTN_IMPLEMENTATION} if is_composite(config_class) else ATTN_IMPLEMENTATION
+
+
+def asked_implementation(config: Any, asked: Any) -> Any:
+    """The attention implementation that is ``asked`` of a model with ``config``, or dict of those of its parts.
+
+    Of a composite model only the text part is sparse; None is the default: sparse.
+    """
+    if asked is None and config.sparse_attention is not None:
+        return implementation(type(config))
+    if not is_composite(type(config)):
+        return asked
+    if asked == ATTN_IMPLEMENTATION:
+        return {"text_config": ATTN_IMPLEMENTATION}
+    if isinstance(asked, dict) and asked.get("") == ATTN_IMPLEMENTATION:
+        return {"text_config": ATTN_IMPLEMENTATION, **{part: value for part, value in asked.items() if part}}
+    return asked
+
+
+def name_sparse_classes(config: Any) -> None:
+    """Make the ``architectures`` of a sparse ``config`` name sparse classes: many libraries take the class of that name."""
+    config.architectures = config.architectures and [_sparse_name(name) for name in config.architectures]
+
+
+def name_stock_classes(config: Any) -> None:
+    """Undo `name_sparse_classes`."""
+    config.architectures = config.architectures and [name.removeprefix(PREFIX) for name in config.architectures]
+
+
+def _sparse_name(architecture: str) -> str:
+    """The name of the sparse counterpart of a stock class; any other name, of a class of remote code, say, as it is."""
+    stock = getattr(transformers, architecture, None)
+    if not (isinstance(stock, type) and issubclass(stock, PreTrainedModel)) or issubclass(stock, MadeMixin):
+        return architecture
+    supported = getattr(stock.config_class, "model_type", None) in supported_types()
+    return f"{PREFIX}{architecture}" if supported else architecture

@@ -12,17 +12,17 @@ from transformers import PreTrainedModel
 
 from ..config import BUDGET_FIELDS, FIXED_FIELDS, KEY, SparseAttentionConfig
 from .adapters import refuse_adapters
-from .attach import attach_routers, routers
-from .composite import implementation, is_composite, parts, store_settings
-from .registration import (
-    SparseModelMixin,
-    become,
-    make_stock,
+from .attach import attach_routers, is_of_router, no_routers, routers
+from .config_dispatch import (
+    implementation,
+    is_composite,
     name_sparse_classes,
     name_stock_classes,
-    sparse_class,
-    sparse_config_class,
+    parts,
+    write_settings,
 )
+from .model_class import SparseModelMixin, become, make_stock
+from .registration import sparse_class, sparse_config_class
 
 
 def sparsify(model: PreTrainedModel, sparse_attention: SparseAttentionConfig | Mapping[str, Any]) -> PreTrainedModel:
@@ -43,7 +43,7 @@ def sparsify(model: PreTrainedModel, sparse_attention: SparseAttentionConfig | M
         router.init_weights()
     model.config.__class__ = sparse_config_class(type(model.config))
     name_sparse_classes(model.config)
-    store_settings(model.config, config)
+    write_settings(model, config)
     become(model, target)
     model.set_attn_implementation(implementation(type(model.config)))
     model.add_model_tags(["hf-sparse-attn"])
@@ -86,13 +86,13 @@ def take_routers(model: PreTrainedModel, source: nn.Module) -> PreTrainedModel:
     for router, theirs in zip(routers(model), routers(source), strict=True):
         router.load_state_dict(theirs.state_dict())
         router.requires_grad_(False)
-        router.config, router.budgets, router.fresh = theirs.config, theirs.budgets, theirs.fresh
-    store_settings(model.config, routers(source)[0].config)
+        router.budgets, router.fresh = theirs.budgets, theirs.fresh
+    write_settings(model, routers(source)[0].config)
     return model
 
 
 def _backbone(model: nn.Module) -> list[nn.Parameter]:
-    return [weight for name, weight in model.named_parameters() if ".router." not in f".{name}"]
+    return [weight for name, weight in model.named_parameters() if not is_of_router(name)]
 
 
 def _stock(cls: type) -> type:
@@ -108,7 +108,7 @@ def set_sparse_attention(model: nn.Module, **changes: Any) -> SparseAttentionCon
     """
     found = routers(model)
     if not found:
-        raise ValueError(f"{type(model).__name__} has no routers: convert it with hf_sparse_attn.sparsify first")
+        raise ValueError(no_routers(model))
     config = found[0].config.changed(**changes)
     for name in FIXED_FIELDS:
         if getattr(config, name) != getattr(found[0].config, name):
@@ -127,9 +127,7 @@ def set_sparse_attention(model: nn.Module, **changes: Any) -> SparseAttentionCon
             f"sparse_attention cannot change ({', '.join(changes)}): the model was calibrated for the settings there are. "
             "Call hf_sparse_attn.remove_calibration(model) first, and calibrate it anew afterwards"
         )
-    for router in found:
-        router.config = config
-    store_settings(model.config, config)
+    write_settings(model, config)
     return config
 
 

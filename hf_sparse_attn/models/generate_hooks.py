@@ -1,4 +1,7 @@
-"""Chunked prefill of sparse models: chunks end where query tiles do, so that they select what an uncut prompt does."""
+"""What `generate` does otherwise for sparse models: their caches are adopted, and a prompt in chunks is cut where query tiles end.
+
+So the chunks select what an uncut prompt does.
+"""
 
 from __future__ import annotations
 
@@ -6,41 +9,62 @@ import copy
 import inspect
 import logging
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import cache
 from typing import Any
 
 from torch import Tensor
+from transformers import Cache
 
 from ..architectures.cache_arguments import CACHE_ARGUMENTS
+from ..attention.cache_adoption import adopt_layers
+from ..attention.mask_interface import mask_if_it_hides, of_the_caches_length
 from ..config import ATTN_IMPLEMENTATION
 from .attach import routers
+from .layer_numbers import sparse_sites
 
 logger = logging.getLogger(__name__)
 
 
-def in_whole_tiles(prefill: Callable[..., Any]) -> Callable[..., Any]:
-    """``_prefill`` of Transformers' GenerationMixin with ``prefill_chunk_size`` (tokens) rounded so that no chunk cuts a query tile."""
-    # older versions read a cached prompt again, newer ones its new tokens only
-    continues = "prefill_ids" in inspect.unwrap(prefill).__code__.co_varnames
+def prepare_with_adopted_cache(prepare: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """``prepare_inputs_for_generation`` of a stock model, whose cache is adopted first: `generate` calls it outside of what is compiled."""
+    caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
+    if not caches or model.config.get_text_config()._attn_implementation != ATTN_IMPLEMENTATION:
+        return prepare(model, *args, **kwargs)
+    adopt_layers(caches[0], [site.layer_idx for site in sparse_sites(model)])
+    inputs = prepare(model, *args, **kwargs)
+    mask = mask_if_it_hides(inputs.get("attention_mask"), caches[0], kwargs.get("is_first_iteration"))
+    inputs["attention_mask"] = of_the_caches_length(mask, caches[0])
+    return inputs
 
-    @wraps(prefill)
-    def prefill_tiles(
-        model: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        size = generation_config.prefill_chunk_size
-        sparse = model.config.get_text_config()._attn_implementation == ATTN_IMPLEMENTATION
-        if size is not None and sparse and model_kwargs.get("inputs_embeds") is None:
-            mask, length = model_kwargs.get("attention_mask"), input_ids.shape[1]
-            past = _past(model_kwargs) if continues else 0
-            whole = length if mask is None else mask.shape[1]
-            start = past if whole == length else whole - length  # else the ids are the new ones
-            if start < whole:
-                tile = routers(model)[0].config.query_tile
-                generation_config = copy.copy(generation_config)
-                generation_config.prefill_chunk_size = chunk_lengths(start, whole, size, tile, _first_tile(mask, tile))
-        return prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
 
-    return prefill_tiles
+def prefill_whole_tiles(
+    prefill: Callable[..., Any],
+    model: Any,
+    input_ids: Tensor,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """``_prefill`` of a stock model with ``prefill_chunk_size`` (tokens) rounded so that no chunk cuts a query tile."""
+    size = generation_config.prefill_chunk_size
+    sparse = model.config.get_text_config()._attn_implementation == ATTN_IMPLEMENTATION
+    if size is not None and sparse and model_kwargs.get("inputs_embeds") is None:
+        mask, length = model_kwargs.get("attention_mask"), input_ids.shape[1]
+        past = _past(model_kwargs) if _continues(prefill) else 0
+        whole = length if mask is None else mask.shape[1]
+        start = past if whole == length else whole - length  # else the ids are the new ones
+        if start < whole:
+            tile = routers(model)[0].config.query_tile
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = chunk_lengths(start, whole, size, tile, _first_tile(mask, tile))
+    return prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+
+@cache
+def _continues(prefill: Callable[..., Any]) -> bool:
+    """Whether it reads the new tokens only, as newer versions do; older ones read a cached prompt again."""
+    return "prefill_ids" in inspect.unwrap(prefill).__code__.co_varnames
 
 
 def chunk_lengths(start: int, end: int, size: int, tile: int, offset: int = 0) -> list[int]:

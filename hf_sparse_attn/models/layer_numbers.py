@@ -8,9 +8,9 @@ from typing import Any, cast
 from torch import nn
 
 from ..attention.interface import SparseAttentionMixin
-from ..config import KEY
+from ..config import KEY, StoredSettings
 from ..router.module import SparseRouter
-from .composite import store_settings
+from .config_dispatch import write_settings
 
 
 def sparse_sites(model: nn.Module) -> list[Any]:
@@ -22,21 +22,21 @@ def number_layers(model: Any) -> None:
     """Give every sparse layer of ``model`` a number of its own: its ``layer_idx`` where these differ, else its place.
 
     A copy of a layer (PEFT's ``layer_replication``, depth up-scaling) brings the number of its original along.
-    Layers that were dense, and their copies, stay dense: ``dense_layers`` is told their new numbers.
+    Layers that were dense, and their copies, stay dense: ``dense_layers`` gets their new numbers. All run with the settings of the model.
     """
     sites = sparse_sites(model)
     held = [[part for part in site.router.modules() if isinstance(part, SparseRouter)] for site in sites]
     known: list[int | None] = [routers[0].layer for routers in held]
     own = _distinct([getattr(site, "layer_idx", None) for site in sites]) or _distinct(known) or list(range(len(sites)))
-    if own == known:
+    if own == known and len({router.holder for routers in held for router in routers}) <= 1:
         return
-    settings = held[0][0].config
+    stored = getattr(getattr(model, "config", None), KEY, None)  # a copy may hold what was set before it was made
+    settings = stored.settings if isinstance(stored, StoredSettings) and stored.in_use else held[0][0].config
     dense = tuple(sorted(new for new, old in zip(own, known, strict=True) if old in settings.dense_layers))
     for number, routers in zip(own, held, strict=True):
         for router in routers:
-            router.layer, router.config = number, replace(router.config, dense_layers=dense)
-    if _configs(model):
-        store_settings(model.config, replace(settings, dense_layers=dense))
+            router.layer = number
+    write_settings(model, replace(settings, dense_layers=dense))
 
 
 def _distinct(numbers: list[int | None]) -> list[int] | None:

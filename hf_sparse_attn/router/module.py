@@ -15,7 +15,7 @@ from hf_sparse_attn_kernels import TileGrid, pooled_features
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from ..config import SparseAttentionConfig
+from ..config import SettingsHolder, SparseAttentionConfig
 from .head_budgets import HeadBudgets
 from .rotary import Rotary
 
@@ -70,7 +70,7 @@ class SparseRouter(nn.Module):
         device: torch.device | None = None,  # None: where torch makes a module's weights now, as from_pretrained wants them
     ) -> None:
         super().__init__()
-        self.config = config
+        self.holder = SettingsHolder(config)  # of a router in a model: that of all its routers
         self.heads, self.groups, self.head_dim, self.layer = heads, groups, head_dim, layer
         self.rotary = rotary
         self.fresh = True  # no weights were loaded into it
@@ -86,12 +86,23 @@ class SparseRouter(nn.Module):
         alone = not memo  # as PEFT copies it: the copy reads the model's embedding, too, and will be trained
         if alone and self.rotary is not None:
             memo[id(self.rotary.module)] = self.rotary.module
+        if alone:
+            memo[id(self.holder)] = self.holder
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(self.__dict__, memo))
         if alone:
             twin.budgets = None  # a calibration is of the weights that it was made with
         return twin
+
+    @property
+    def config(self) -> SparseAttentionConfig:
+        """The settings that this router runs with. Setting them is for a router without a model: of a model they are changed together."""
+        return self.holder.settings
+
+    @config.setter
+    def config(self, settings: SparseAttentionConfig) -> None:
+        self.holder = SettingsHolder(settings)
 
     @property
     def weights(self) -> list[nn.Parameter]:

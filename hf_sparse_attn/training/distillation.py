@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..architectures import SUPPORTED
 from ..data.model_inputs import NonFiniteError, model_inputs
 from ..models.adapters import active_routers
-from ..models.attach import routers
+from ..models.attach import is_of_router, no_routers, routers
 from ..models.convert import mark_trained
 from ..router.module import SparseRouter
 from ..system.files import write_atomically
@@ -56,12 +56,12 @@ def backbone_hash(model: nn.Module) -> str:
 
 def router_state(model: nn.Module) -> dict[str, Tensor]:
     """A copy of all router weights, by parameter name."""
-    return {name: p.detach().clone() for name, p in model.named_parameters() if ".router." in name}
+    return {name: p.detach().clone() for name, p in model.named_parameters() if is_of_router(name)}
 
 
 def load_router_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Set all router weights. Raises ValueError if names or shapes do not match."""
-    own = {name: p for name, p in model.named_parameters() if ".router." in name}
+    own = {name: p for name, p in model.named_parameters() if is_of_router(name)}
     if own.keys() != state.keys():
         raise ValueError(f"router weights do not match the model: {sorted(own.keys() ^ state.keys())[:4]} are on one side only")
     with torch.no_grad():
@@ -110,7 +110,7 @@ def distill(
     config = config or DistillationConfig()
     found = active_routers(model)
     if not found:
-        raise ValueError(f"{type(model).__name__} has no routers: convert it with hf_sparse_attn.sparsify first")
+        raise ValueError(no_routers(model))
     todo = model_inputs(model, batches)
     if not todo:
         raise ValueError("distill got no batches: give at least one document")

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..models.adapters import lora_config
+from ..models.attach import is_of_router
 from ..system.files import write_json
 from ..system.locks import sole_use
 from .chunked_loss import chunk_loss, whole_loss
@@ -195,7 +196,7 @@ def _claim(folder: Path, model: Any, rows: Any, config: AdaptationConfig, steps:
 
 def _claimed_by_another(folder: Path, model: Any, rows: Any, config: AdaptationConfig, steps: int) -> str:
     """In what the run that ``folder`` belongs to is another one; it belongs to this one if that is nothing."""
-    frozen = weights_hash((name, p) for name, p in model.named_parameters() if not p.requires_grad and ".router." not in name)
+    frozen = weights_hash((name, p) for name, p in model.named_parameters() if not p.requires_grad and not is_of_router(name))
     learned = [[name, list(p.shape)] for name, p in model.named_parameters() if p.requires_grad]
     made = {
         "settings": {**asdict(config), "steps": steps},

@@ -6,6 +6,7 @@ same mass of its next block: one threshold, and nothing to learn by layer or hea
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from ..attention.call import SparseCall
 from ..config import fixed_budget
 from ..data.model_inputs import check_finite, model_inputs
 from ..models.adapters import active_routers
+from ..models.attach import no_routers
 from ..models.convert import set_sparse_attention, sparse_attention_as
 from ..router.budget import make_plan
 from ..router.module import RoutingInputs, SparseRouter
@@ -57,12 +59,9 @@ class Candidates:
 
 def select_above(router: SparseRouter, inputs: RoutingInputs, query_tile: int, threshold: float) -> BlockSelection:
     """The router's selection with ``threshold`` in place of its ``mass_threshold``."""
-    config = router.config
-    try:
-        router.config = config.changed(mass_threshold=threshold)
-        return select_blocks(router, inputs, query_tile)
-    finally:
-        router.config = config
+    alike = copy.copy(router)  # the same weights, with settings of its own
+    alike.config = router.config.changed(mass_threshold=threshold)
+    return select_blocks(alike, inputs, query_tile)
 
 
 @dataclass(frozen=True)
@@ -253,7 +252,7 @@ def fit_mass_threshold(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]
         NonFiniteError: queries or keys are NaN or infinite.
     """
     if not active_routers(model):
-        raise ValueError(f"{type(model).__name__} has no routers: convert it with hf_sparse_attn.sparsify first")
+        raise ValueError(no_routers(model))
     fixed = fixed_budget(keys)
     with sparse_attention_as(model, **{**fixed, "mass_threshold": None}):
         threshold, counted = fit_threshold(model, batches, first)

@@ -29,6 +29,7 @@ from ..attention.call import Selector, SparseCall, learned_selector
 from ..attention.checks import refuse_split_sequences
 from ..attention.gradients import Carried, carry
 from ..models.adapters import active_routers
+from ..models.attach import is_of_router, no_routers
 from ..models.convert import mark_trained, set_sparse_attention
 from ..router.budget import make_plan
 from ..router.module import RoutingInputs, SparseRouter, active_router
@@ -206,7 +207,7 @@ class SparseObjective:
         self.model, self.config = model, config or SparseTrainingConfig()
         found = active_routers(model)
         if not found:
-            raise ValueError(f"{type(model).__name__} has no routers: convert it with hf_sparse_attn.sparsify first")
+            raise ValueError(no_routers(model))
         for router in found:
             router.requires_grad_(self.config.kl_weight > 0)
         materialize_trained(model)
@@ -237,7 +238,7 @@ class SparseObjective:
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Trainable parameters of the routers, and all other trainable ones."""
-    named = [(".router." in f".{name}", p) for name, p in model.named_parameters() if p.requires_grad]
+    named = [(is_of_router(name), p) for name, p in model.named_parameters() if p.requires_grad]
     return [p for is_router, p in named if is_router], [p for is_router, p in named if not is_router]
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import SparseAttentionConfig
-from ..models.attach import routers
+from ..models.attach import is_of_router, routers
 
 STREAMED_ROWS = 2
 SAMPLED_ROWS = 16  # of a dataset, spread over it: reading all rows of a large one would take longer than a step
@@ -84,7 +84,7 @@ def differences(known: Mapping[str, Any], made: Mapping[str, Any]) -> str:
 
 def backbone_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
     """All parameters that are no router's, by name."""
-    return [(name, parameter) for name, parameter in model.named_parameters() if ".router." not in name]
+    return [(name, parameter) for name, parameter in model.named_parameters() if not is_of_router(name)]
 
 
 def _add(digest: Any, name: str, value: Any) -> None:

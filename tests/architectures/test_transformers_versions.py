@@ -15,14 +15,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticC
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from hf_sparse_attn import routers, sparse_class, sparse_config, sparsify
-from hf_sparse_attn.architectures.cache_arguments import CACHE_ARGUMENTS, MODEL_ARGUMENT, accepted_names, is_cache
+from hf_sparse_attn.architectures.cache_arguments import CACHE_ARGUMENTS, MODEL_ARGUMENT, is_cache
+from hf_sparse_attn.architectures.class_factory import accepted_names
 from hf_sparse_attn.architectures.versions import check_transformers, checked_transformers, is_tested
 from hf_sparse_attn.attention import interface
 from hf_sparse_attn.attention.cache import SparseCacheLayerMixin
 from hf_sparse_attn.cli.commands import app
 from hf_sparse_attn.models import self_test, self_test_results
 from hf_sparse_attn.models.attach import sparse_attention_class
-from hf_sparse_attn.models.registration import SparseConfigMixin
+from hf_sparse_attn.models.config_dispatch import SparseConfigMixin
 from hf_sparse_attn.models.self_test import SelfTestError, require_self_test, run_self_test
 
 NEWER = "5.99.0"

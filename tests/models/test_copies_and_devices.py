@@ -22,9 +22,10 @@ from transformers import (
     LlamaModel,
 )
 
+import hf_sparse_attn
 from hf_sparse_attn import SparseObjective, SparseTrainingConfig, routers, sparse_class, sparse_config, to_dense
-from hf_sparse_attn.architectures.class_factory import MadeMixin
-from hf_sparse_attn.models import registration
+from hf_sparse_attn.architectures.class_factory import MadeMixin, make_class
+from hf_sparse_attn.models.registration import sparse_config_class
 
 
 @pytest.fixture
@@ -119,13 +120,13 @@ OwnModel = type("OwnModel", (sparse_class(LlamaForCausalLM),), {"__module__": __
 
 
 def test_sparse_classes_are_found_by_name():
-    assert registration.SparseLlamaForCausalLM is sparse_class(LlamaForCausalLM)
-    assert registration.SparseLlamaConfig is registration.sparse_config_class(LlamaConfig)
+    assert hf_sparse_attn.SparseLlamaForCausalLM is sparse_class(LlamaForCausalLM)
+    assert hf_sparse_attn.SparseLlamaConfig is sparse_config_class(LlamaConfig)
     for name in ("SparseNothing", "SparseLlamaTokenizer", "LlamaForCausalLM"):
         with pytest.raises(AttributeError, match=name):
-            getattr(registration, name)
+            getattr(hf_sparse_attn, name)
     with pytest.raises(ValueError, match="'mpt' does not route"):
-        registration.SparseMptForCausalLM  # noqa: B018
+        hf_sparse_attn.SparseMptForCausalLM  # noqa: B018
 
 
 # -- threads --------------------------------------------------------------------------------------------------------
@@ -176,7 +177,7 @@ def test_one_model_serves_two_threads(model, token_ids, impatient_threads):
 def test_threads_that_make_a_class_share_it(impatient_threads):
     for _ in range(20):
         stock = type("Stock", (), {})
-        made = at_once(*[lambda stock=stock: SharedMixin.over(stock)] * 8)
+        made = at_once(*[lambda stock=stock: make_class(SharedMixin, stock)] * 8)
         assert len(set(made)) == 1 and made[0].__bases__ == (SharedMixin, stock)
 
 

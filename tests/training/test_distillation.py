@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_sparse_attn import fit_mass_threshold, lora_config, routers
 from hf_sparse_attn.data.model_inputs import NonFiniteError
-from hf_sparse_attn.models.registration import SparseModelMixin
+from hf_sparse_attn.models.model_class import SparseModelMixin
 from hf_sparse_attn.router.budget import make_plan
 from hf_sparse_attn.training import distillation, router_loss
 from hf_sparse_attn.training.config import DistillationConfig
