@@ -11,7 +11,7 @@ from torch import nn
 from ..attention.interface import SparseAttentionMixin
 from ..config import ATTN_IMPLEMENTATION, SparseAttentionConfig
 from ..router.module import SparseRouter, active_router
-from .adapter_marks import holds_routers, settings_of
+from .adapter_settings import holds_routers, settings_of
 from .attach import ROUTER
 from .layer_numbers import number_layers
 

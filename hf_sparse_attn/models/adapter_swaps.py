@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..router.module import SparseRouter
-from .adapter_marks import holds_routers
+from .adapter_settings import holds_routers
 from .adapter_states import base_model, refuse_misfits, router_sites
 
 if TYPE_CHECKING:

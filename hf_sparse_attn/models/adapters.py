@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from ..router.module import active_router
-from .adapter_marks import MARK, complete, holds_routers, matches, settings_of
+from .adapter_settings import MARK, complete, holds_routers, matches, settings_of
 from .adapter_states import active_routers as active_routers
 from .adapter_states import base_model, check_adapters, refuse_misfits, router_sites
 from .adapter_swaps import guard_peft, refuse_other_scale, refuse_swap

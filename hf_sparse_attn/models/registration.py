@@ -23,7 +23,7 @@ from ..attention.call_context import taking_call
 from ..attention.interface import sparse_attention_forward
 from ..attention.mask_interface import sparse_attention_mask
 from ..config import ATTN_IMPLEMENTATION, KEY, SparseAttentionConfig
-from .adapter_marks import raise_for_marked_adapters
+from .adapter_settings import raise_for_marked_adapters
 from .config_dispatch import PREFIX, SparseConfigMixin, dispatcher
 from .generate_hooks import prefill_whole_tiles, prepare_with_adopted_cache
 from .model_class import SparseModelMixin
