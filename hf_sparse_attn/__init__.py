@@ -5,6 +5,9 @@ sparse model; without that argument, and for stock checkpoints, everything stays
 """
 
 from .architectures.versions import VERSION, checked_transformers
+from .system import old_names
+
+old_names.install()
 
 with checked_transformers():
     from .attention.call import SparseCall, learned_selector
