@@ -1,25 +1,24 @@
-"""What the config of a PEFT adapter says of routers: that it saves them, and the mark of the sparse model that it was made for."""
+"""What the config of a PEFT adapter says of routers: that it saves them, and the settings of the model that it was made for.
+
+The settings are a key of the config, ``sparse_attention``, in memory and in ``adapter_config.json``. Version 0.1.0 wrote
+them into a comment of the regular expression ``exclude_modules``, which is still read.
+"""
 
 from __future__ import annotations
 
 import ast
 import re
-import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..config import SparseAttentionConfig
+from ..config import KEY, SparseAttentionConfig
 from .attach import ROUTER
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-ROUTERS = rf"(.*\.)?{ROUTER}(\..*)?"  # a regular expression, to which the mark is a comment
-MARK = "adapter of a sparse model: load its base with sparse_attention={settings}, or from a saved sparse model"
-
-
-def raise_for_marked_adapters() -> None:
-    """Make an error of PEFT's warning about the mark of an adapter that is loaded on a dense model."""
-    warnings.filterwarnings("error", message=f"You have passed exclude_modules=.*{re.escape(MARK.partition('{')[0])}")
+ADVICE = "adapter of a sparse model: load its base with sparse_attention={settings}, or from a saved sparse model"
+_OLD_COMMENT = re.compile(re.escape(ADVICE).replace(r"\{settings\}", r"(\{.*?\})"))
 
 
 def matches(target: Any, key: str) -> bool:
@@ -36,20 +35,30 @@ def holds_routers(config: PeftConfig) -> bool:
 
 
 def settings_of(config: PeftConfig) -> dict[str, Any] | None:
-    """The settings of the sparse model that ``config`` was made for, as its mark names them; None without a mark."""
+    """The settings of the sparse model that ``config`` was made for, without those that have their default; None if it names none."""
+    settings: dict[str, Any] | None = getattr(config, KEY, None)
+    if settings is not None:
+        return settings
     excluded = getattr(config, "exclude_modules", None)
-    found = re.search(re.escape(MARK).replace(r"\{settings\}", r"(\{.*?\})"), excluded) if isinstance(excluded, str) else None
-    return None if found is None else ast.literal_eval(found[1])
+    comment = _OLD_COMMENT.search(excluded) if isinstance(excluded, str) else None
+    return None if comment is None else ast.literal_eval(comment[1])
+
+
+def put_settings(config: PeftConfig, settings: Any) -> None:
+    """Note in ``config`` the ``settings`` that a file holds. Raises ValueError if they are no mapping."""
+    if not isinstance(settings, Mapping):
+        raise ValueError(
+            f"{KEY} in adapter_config.json is {settings!r:.60}: must be a mapping of the settings of the adapter's base model. "
+            "Write it as hf_sparse_attn.lora_config does, or take the key out"
+        )
+    setattr(config, KEY, dict(settings))
 
 
 def complete(config: Any, settings: SparseAttentionConfig) -> None:
-    """Add routers of these ``settings`` to what ``config`` saves, and the mark."""
+    """Add routers to what ``config`` saves, and the ``settings`` that they have."""
     if not holds_routers(config):
         config.modules_to_save = [*(config.modules_to_save or ()), ROUTER]
-    if hasattr(config, "exclude_modules") and settings_of(config) is None:
+    if settings_of(config) is None:
         default = SparseAttentionConfig().to_dict()
         changed = {k: v for k, v in settings.to_dict().items() if k != "bookkeeping" and v != default[k]}
-        own = config.exclude_modules
-        if own and not isinstance(own, str):
-            own = rf"(.*\.)?({'|'.join(map(re.escape, sorted(own)))})"
-        config.exclude_modules = f"{own}|" * bool(own) + f"{ROUTERS}(?#{MARK.format(settings=changed)})"
+        put_settings(config, changed)

@@ -1,8 +1,8 @@
 """PEFT adapters of sparse models: an adapter holds the routers it was trained with, and goes on no other kind of model.
 
 PEFT itself ignores routers that a model lacks, and a model's routers that an adapter lacks. A sparse model notices when
-PEFT sets its ``peft_config`` and when it runs. A dense model runs none of this library's code, so an adapter carries a
-mark in ``exclude_modules``, about which PEFT warns where no module matches: its text says how to load the base.
+PEFT sets its ``peft_config`` and when it runs. A dense model runs none of this library's code, so the config of an
+adapter names the settings of its base, and PEFT's function that puts adapters into models reads them (`peft_hooks`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from ..router.module import active_router
-from .adapter_settings import MARK, complete, holds_routers, matches, settings_of
+from .adapter_settings import ADVICE, complete, holds_routers, matches, settings_of
 from .adapter_states import active_routers as active_routers
 from .adapter_states import base_model, check_adapters, refuse_misfits, router_sites
 from .adapter_swaps import guard_peft, refuse_other_scale, refuse_swap
@@ -70,7 +70,7 @@ def load_adapter(model: nn.Module, adapter: str | os.PathLike[str], adapter_name
         refuse_misfits(base, {adapter_name: config})
     elif settings is not None or (holds_routers(config) and not any(name.endswith(ROUTER) for name, _ in base.named_modules())):
         raise ValueError(
-            f"{adapter} cannot go on the dense {type(base).__name__}: {MARK.format(settings='{...}' if settings is None else settings)}"
+            f"{adapter} cannot go on the dense {type(base).__name__}: {ADVICE.format(settings='{...}' if settings is None else settings)}"
         )
     if isinstance(model, PeftModel):
         model.load_adapter(adapter, adapter_name, **options)

@@ -23,10 +23,10 @@ from ..attention.call_context import taking_call
 from ..attention.interface import sparse_attention_forward
 from ..attention.mask_interface import sparse_attention_mask
 from ..config import ATTN_IMPLEMENTATION, KEY, SparseAttentionConfig
-from .adapter_settings import raise_for_marked_adapters
 from .config_dispatch import PREFIX, SparseConfigMixin, dispatcher
 from .generate_hooks import prefill_whole_tiles, prepare_with_adopted_cache
 from .model_class import SparseModelMixin
+from .peft_hooks import watch_peft
 
 MODULE = __name__.partition(".")[0]  # of the classes made here: the name that pickles and PEFT adapters note, the package's own
 _CONFIGS: dict[type, type] = {}
@@ -114,7 +114,7 @@ def register() -> None:
     """Register with Transformers: additive and idempotent. Stock checkpoints still give stock classes."""
     AttentionInterface.register(ATTN_IMPLEMENTATION, sparse_attention_forward)
     AttentionMaskInterface.register(ATTN_IMPLEMENTATION, sparse_attention_mask)
-    raise_for_marked_adapters()
+    watch_peft()
     serve_sparse_classes()
     for model_type, name in CONFIG_MAPPING_NAMES.items():  # all of them: those that are not supported are refused with the reason
         if model_type not in CONFIG_MAPPING._extra_content:  # what somebody else registered stays

@@ -219,7 +219,7 @@ def test_other_modules_that_an_adapter_saves_whole_cannot_be_swapped(sparse, ids
 def test_routers_for_other_blocks_are_not_swapped_in(adapted, folder, ids, tmp_path):
     shutil.copytree(folder / "b", tmp_path / "other")
     config = json.loads((tmp_path / "other" / "adapter_config.json").read_text())
-    config["exclude_modules"] = config["exclude_modules"].replace("'query_tile'", "'block_size': 8, 'query_tile'")
+    config["sparse_attention"]["block_size"] = 8
     (tmp_path / "other" / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="trained for block_size 8"):
         hotswap_adapter(adapted, str(tmp_path / "other"), "default", torch_device="cpu")

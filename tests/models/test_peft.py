@@ -6,15 +6,22 @@ import json
 import re
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForSequenceClassification,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM, LlamaForSequenceClassification
 
-from hf_sparse_attn import distill, load_adapter, lora_config, register, routers, sparsify, to_dense
+from hf_sparse_attn import distill, load_adapter, lora_config, routers, sparsify, to_dense
 from hf_sparse_attn.models.adapters import active_routers
 from hf_sparse_attn.training.distillation import backbone_hash, router_state
 
@@ -23,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 NO_ROUTERS = r"adapter 'default' has no routers, but SparseLlamaForCausalLM runs sparse.*lora_config.*to_dense.*\"sdpa\""
-ON_DENSE = r"adapter of a sparse model: load its base with sparse_attention=\{'query_tile': 16, 'density': 0\.05, .*\}"
+ON_DENSE = r"adapter of a sparse model: load its base with sparse_attention=\{.*'density': 0\.05, .*'query_tile': 16.*\}"
 
 
 @pytest.fixture
@@ -146,7 +153,7 @@ def test_a_base_that_was_a_dense_folder_is_named_with_its_settings(dense_folder,
     peft_model.save_pretrained(tmp_path)
     again = AutoPeftModelForCausalLM.from_pretrained(tmp_path, sparse_attention=real_budget)
     assert torch.equal(logits(again, ids), logits(peft_model, ids))
-    with pytest.raises(UserWarning, match=ON_DENSE):
+    with pytest.raises(ValueError, match=ON_DENSE):
         AutoPeftModelForCausalLM.from_pretrained(tmp_path)
 
 
@@ -213,8 +220,9 @@ def test_the_config_adds_to_what_the_user_chose(sparse):
     peft_model = get_peft_model(sparse, config)
     targets = [name for name, _ in peft_model.named_modules() if name.endswith("_proj.lora_A.default")]
     assert len(targets) == 3 and not any("layers.1.self_attn.v_proj" in name for name in targets)
+    assert config.exclude_modules == {"layers.1.self_attn.v_proj"} and config.sparse_attention["min_keys"] == 80
     regex = lora_config(peft_model.unload(), exclude_modules=r".*layers\.1\..*", **LORA)
-    assert regex.exclude_modules.startswith(r".*layers\.1\..*|")
+    assert regex.exclude_modules == r".*layers\.1\..*"
     assert lora_config(sparse, modules_to_save=["self_attn.router"], **LORA).modules_to_save == ["self_attn.router"]
 
 
@@ -238,10 +246,12 @@ def test_a_config_for_a_dense_model_is_refused(dense):
         lora_config(dense, **LORA)
 
 
-def test_an_adapter_of_plain_peft_is_marked_too(sparse, tmp_path):
-    marked = lora_config(sparse, **LORA).exclude_modules
+def test_an_adapter_of_plain_peft_names_the_settings_too(sparse, tmp_path):
+    settings = lora_config(sparse, **LORA).sparse_attention
     get_peft_model(sparse, LoraConfig(modules_to_save=["router"], **LORA)).save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["exclude_modules"] == marked
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["sparse_attention"] == settings and config["exclude_modules"] is None
+    assert PeftConfig.from_pretrained(tmp_path).sparse_attention == settings
 
 
 # -- an adapter of a sparse model on a dense one --------------------------------------------------------------------
@@ -258,12 +268,12 @@ def test_a_sparse_adapter_on_a_dense_model_is_refused(adapters, dense):
 
 
 def test_the_helper_refuses_where_plain_peft_stays_silent(sparse, dense, tmp_path):
-    """PEFT warns of nothing if the adapter also saves a module of the dense model; nor if a plain config was never on a sparse one."""
+    """A plain config that was never on a sparse model names no settings."""
     get_peft_model(sparse, lora_config(sparse, modules_to_save=["lm_head"], **LORA)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=ON_DENSE):
         load_adapter(dense, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "exclude_modules": None}))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "sparse_attention": None}))
     with pytest.raises(ValueError, match=r"adapter of a sparse model: load its base with sparse_attention=\{\.\.\.\}"):
         load_adapter(dense, tmp_path)
     assert type(PeftModel.from_pretrained(dense, tmp_path).get_base_model()) is LlamaForCausalLM  # what the helper is for
@@ -276,34 +286,50 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_plain_peft_raises_too_once_the_package_is_imported(way, adapters, dense):
-    with warnings.catch_warnings():
-        warnings.simplefilter("default")
-        register()
-        with pytest.raises(UserWarning, match=ON_DENSE):
-            WAYS[way](dense, adapters / "sparse")
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_without_the_package_peft_warns_with_the_fix(way, adapters, dense):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+def test_plain_peft_refuses_too_and_leaves_the_model_as_it_was(way, adapters, dense, dense_folder, ids):
+    with pytest.raises(ValueError, match=rf"adapter 'default' cannot go on the dense LlamaForCausalLM: {ON_DENSE}"):
         WAYS[way](dense, adapters / "sparse")
-    assert any(re.search(ON_DENSE, str(warning.message)) for warning in caught)
+    assert not any("lora" in name for name, _ in dense.named_modules())
+    assert torch.equal(logits(dense, ids), logits(AutoModelForCausalLM.from_pretrained(dense_folder), ids))
 
 
-def test_importing_the_package_is_enough_to_raise(adapters, dense_folder):
-    code = f"""
+LATER = """
+import sys, warnings
 import hf_sparse_attn
+before = list(warnings.filters)
+assert "peft" not in sys.modules
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+assert not any("exclude_modules" in str(entry) for entry in before)
 try:
-    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({str(dense_folder)!r}), {str(adapters / "sparse")!r})
-except UserWarning as error:
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2])
+except ValueError as error:
     print(error)
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert re.search(ON_DENSE, run.stdout)
+WITHOUT = """
+import sys, warnings
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2])
+print(*[warning.message for warning in caught])
+"""
+
+
+@pytest.mark.parametrize(("code", "said"), [(LATER, ON_DENSE), (WITHOUT, r"Unexpected keyword arguments \['sparse_attention'\]")])
+def test_peft_that_is_imported_after_the_package_refuses_and_without_it_names_the_key(code, said, adapters, dense_folder):
+    command = [sys.executable, "-c", code, str(dense_folder), str(adapters / "sparse")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert re.search(said, run.stdout)
+
+
+def test_settings_in_a_file_that_are_no_mapping_are_refused(adapters, sparse, tmp_path):
+    config = json.loads((adapters / "sparse/adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "sparse_attention": [1]}))
+    with pytest.raises(ValueError, match=r"sparse_attention in adapter_config\.json is \[1\]: must be a mapping"):
+        load_adapter(sparse, tmp_path)
 
 
 # -- an adapter of a dense model on a sparse one --------------------------------------------------------------------
@@ -365,7 +391,7 @@ def test_routers_for_other_blocks_are_refused(adapters, dense_folder, real_budge
     base = AutoModelForCausalLM.from_pretrained(dense_folder, sparse_attention={**real_budget, "block_size": 32, "min_keys": 128})
     for load in (PeftModel.from_pretrained, load_adapter):
         with pytest.raises(
-            ValueError, match=r"trained for block_size 16, those of the model are for 32.*sparse_attention=\{'query_tile': 16"
+            ValueError, match=r"trained for block_size 16, those of the model are for 32.*sparse_attention=\{.*'query_tile': 16"
         ):
             load(base, adapters / "sparse")
     assert not hasattr(base, "peft_config") and not any("lora" in name for name, _ in base.named_modules())
