@@ -62,7 +62,7 @@ def _keep_settings(module: ModuleType) -> None:
         settings = getattr(self, KEY, None)
         return to_dict(self) if settings is None else {**to_dict(self), KEY: settings}
 
-    def made_with_settings(cls: Any, **values: Any) -> Any:
+    def made_with_settings(cls: Any, /, **values: Any) -> Any:
         settings = values.pop(KEY, None)
         config = from_peft_type(cls, **values)
         if settings is not None:

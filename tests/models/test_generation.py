@@ -14,7 +14,7 @@ from transformers import DynamicCache, GenerationMixin
 
 from hf_sparse_attn import SparseCall
 from hf_sparse_attn.attention.cache import GrowingLayerMixin
-from hf_sparse_attn.models import prefill
+from hf_sparse_attn.models import generate_hooks
 from hf_sparse_attn.models.generate_hooks import chunk_lengths
 
 NEW = 20
@@ -147,7 +147,7 @@ def test_chunk_lengths():
 
 
 def test_rows_of_other_lengths_are_said_to_be_cut(sparse, token_ids, left_padded, caplog):
-    prefill._say_rows_differ.cache_clear()
+    generate_hooks._say_rows_differ.cache_clear()
     ids, mask = left_padded([token_ids(1, n, seed=n)[0] for n in (170, 131)])
     generated(sparse, ids, attention_mask=mask, prefill_chunk_size=64, max_new_tokens=1)
     assert "chunks cannot end with the tiles of all rows" in caplog.text
