@@ -13,7 +13,6 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..architectures.cache_arguments import MODEL_ARGUMENT
 from ..attention.call import SparseCall
-from ..attention.checks import ATTN_IMPLEMENTATION
 from ..config import ATTN_IMPLEMENTATION, fixed_budget
 from ..models.convert import sparse_attention_as
 from .timing import BenchmarkError, PeakMemory, spread, timed

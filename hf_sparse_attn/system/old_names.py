@@ -22,7 +22,7 @@ PICKLES = (
 _TABLE = """
 precision system.precision             locks system.locks                       exchange system.exchange
 scratch system.scratch                 outputs system.outputs                   files system.files
-progress system.progress               environment system.environment           plain_yaml system.plain_yaml
+progress system.progress               environment system.environment           plain_yaml experiments.plain_yaml
 versions architectures.versions        made architectures.class_factory         cache_arguments architectures.cache_arguments
 rotary router.rotary                   plan router.budget                       head_budgets router.head_budgets
 selecting router.selection             single router.single_query               asking attention.call
@@ -30,7 +30,7 @@ attending attention.layer              masks attention.mask_interface           
 segments attention.documents           dense attention.dense                    cache attention.cache
 cache_adoption attention.cache_adoption                                         static_decode attention.static_decode
 opaque attention.custom_op             numbered attention.object_registry       ambient attention.call_context
-gradients attention.gradients          untrained attention.untrained            checks attention.checks
+gradients attention.gradients          untrained attention.gradients            checks attention.checks
 composite models.config_dispatch       dispatch models.config_dispatch          registration models.registration
 sites models.attach                    conversion models.convert                saving models.checkpoint
 calibration models.calibration         adapters models.adapters                 adapter_marks models.adapter_settings
@@ -38,16 +38,16 @@ adapter_states models.adapter_states   adapter_swaps models.adapter_swaps       
 checkpointing models.gradient_checkpointing                                     prefill models.generate_hooks
 self_test models.self_test             kept_tests models.self_test_results      model_inputs data.model_inputs
 budgets training.mass_threshold        training.adaptation training.lora        training.bar training.progress_callback
-training.carrying attention.carried_gradients                                   training.collecting training.joint_forward
+training.carrying attention.gradients                                   training.collecting training.objective
 training.losses training.router_loss   training.processes training.distributed  training.svd training.index_init
-training.targets training.teachers     data.encodings data.decoding             data.labelled data.class_labels
-data.pieces data.document_chunks       data.series data.time_series             data.split data.time_split
+data.encodings data.decoding             data.labelled experiments.rows.class_labels
+data.pieces data.document_chunks       data.series experiments.rows.time_series             data.split experiments.rows.time_split
 data.streaming data.row_dataset        data.survey data.file_check              data.tokens data.tokenization
-evaluation.allocations evaluation.budget_allocation                             evaluation.sharing evaluation.shared_threshold
-evaluation.calibrating evaluation.calibrate                                     evaluation.comparison evaluation.perplexity
+evaluation.allocations experiments.scores.budget_allocation                             evaluation.sharing evaluation.shared_threshold
+evaluation.calibrating evaluation.calibrate                                     evaluation.comparison experiments.scores.perplexity
 evaluation.harness evaluation.lm_eval_harness                                   evaluation.needs evaluation.calibration_observers
 evaluation.predictions evaluation.divergence                                    evaluation.selectors evaluation.baselines
-evaluation.shares evaluation.statistics                                         evaluation.tasks evaluation.task_scores
+evaluation.shares evaluation.statistics                                         evaluation.tasks experiments.scores.task_scores
 profiling.attention benchmarks.attention_call                                   profiling.budgets benchmarks.varying_budgets
 profiling.calibration benchmarks.planner.cpu_rates                              profiling.checking benchmarks.planner.check
 profiling.contenders benchmarks.contenders                                      profiling.devices benchmarks.planner.devices
@@ -69,17 +69,22 @@ pipeline.training experiments.tasks.distil_and_adapt                            
 pipeline.figures experiments.reports.figures                                    pipeline.rendering experiments.reports.rendering
 pipeline.report experiments.reports.html_report                                 ablation.costs experiments.ablation.costs
 ablation.factors experiments.ablation.factors                                   ablation.readings experiments.ablation.readings
-ablation.residual experiments.ablation.pooled_residual                          ablation.table experiments.ablation.level_table
-ablation.variants experiments.ablation.router_variants                          longlink.answers experiments.longlink.link_answers
+ablation.table experiments.ablation.level_table
+longlink.answers experiments.longlink.link_answers
 longlink.ceilings experiments.longlink.ceilings                                 longlink.export experiments.longlink.export
 longlink.families experiments.longlink.families                                 longlink.learning experiments.longlink.learning
 longlink.metrics experiments.longlink.link_metrics                              longlink.planting experiments.longlink.planting
 longlink.routing experiments.longlink.cause_recall                              longlink.study experiments.longlink.study
 cli_options cli.options                cli_bench cli.bench                      cli_training cli.bench_training
 cli_evaluation cli.measure
+data.ruler experiments.rows.ruler      data.series_files experiments.rows.series_files
+data.stamps experiments.rows.stamps    evaluation.answers experiments.scores.answers
+evaluation.robustness experiments.scores.robustness
+training.arguments training.config     training.schedule training.config
 """
 _WORDS = _TABLE.split()
 MOVED = dict(zip(_WORDS[::2], _WORDS[1::2], strict=True))
+GONE = ("training.targets", "ablation.residual", "ablation.variants")  # experiments that lost
 # modules that are packages since: where the names of the module are
 NAMES = {
     "attention": ("attention.interface", ("SparseAttentionMixin", "sparse_attention_forward")),
@@ -92,6 +97,10 @@ def new_name(old: str) -> str | None:
     """What to say of the module ``old`` of 0.1.0 (without the package's name); None for a module that it did not have."""
     if old in MOVED:
         return f"{PACKAGE}.{old} of version 0.1.0 is {PACKAGE}.{MOVED[old]}. {PICKLES}"
+    if old in GONE:
+        return (
+            f"{PACKAGE}.{old} of version 0.1.0 is no more: what it tried was not better, LOG.md of the source says by how much. {PICKLES}"
+        )
     within = {name: new for name, new in MOVED.items() if name.startswith(f"{old}.")}
     if not within:
         return None
