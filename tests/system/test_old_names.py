@@ -24,7 +24,7 @@ def test_every_new_name_is_a_module():
     [
         ("attending", r"attending of version 0\.1\.0 is hf_sparse_attn\.attention\.layer"),
         ("prefill", r"is hf_sparse_attn\.models\.generate_hooks"),
-        ("ablation.residual", r"is no more: what it tried was not better"),
+        ("training.targets", r"is no more: what it tried was not better"),
         ("training.svd", r"is hf_sparse_attn\.training\.index_init"),
         ("pipeline.recipe", r"hf_sparse_attn\.pipeline of version 0\.1\.0 has moved: .*pipeline\.recipe is experiments\.recipe"),
     ],
