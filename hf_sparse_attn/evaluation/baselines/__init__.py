@@ -9,11 +9,11 @@ import torch
 from hf_sparse_attn_kernels import BlockSelection, TilePlan, block_mass, stage_one_scores, to_tiles
 from torch import Tensor, nn
 
-from ..attention.call import Selector, SparseCall, learned_selector
-from ..models.attach import routers
-from ..router.budget import make_plan, select_by_scores
-from ..router.module import RoutingInputs, SparseRouter
-from ..router.selection import FeatureMaker, select_blocks
+from ...attention.call import Selector, SparseCall, learned_selector
+from ...models.attach import routers
+from ...router.budget import make_plan, select_by_scores
+from ...router.module import RoutingInputs, SparseRouter
+from ...router.selection import FeatureMaker, select_blocks
 
 ORACLE_TILES = 64  # tiles whose dense mass is computed at a time
 BOUND_SCORES = 1 << 22  # of min-max that exist at a time, 16 MB
