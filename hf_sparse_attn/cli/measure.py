@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from ..system.extras import needs_extra, require_extra
 from .options import (
+    ImportOption,
     JsonOption,
     ReportOption,
     SavedDtypeOption,
@@ -21,6 +22,7 @@ from .options import (
     load,
     load_uncalibrated,
     reserving,
+    run_selector_file,
     sparse_options,
     windows_of,
     yaml_fields,
@@ -33,6 +35,9 @@ with needs_extra("cli", "the command line"):
 
 SMALL_SPARSE = "block_size: 16, query_tile: 16, sink: 16, local: 16, dense_below: 0, min_keys: 160, max_keys: 160"
 SparseOption = Annotated[str, typer.Option(help="Fields of SparseAttentionConfig to change, e.g. 'query_samples: 32'.")]
+SelectionsOption = Annotated[
+    str | None, typer.Option(help="Comma-separated selections, with oracle and window + sink; default all that need no fit.")
+]
 HARNESS_SELECTIONS = "oracle, two stages, window + sink"
 QUESTIONS = 4  # with a planted link, of each window that a calibration is checked on
 
@@ -43,7 +48,8 @@ def evaluate(
     length: Annotated[int, typer.Option(help="Tokens of a window.")] = 4096,
     windows: Annotated[int, typer.Option(help="Number of windows.")] = 4,
     budgets: Annotated[str, typer.Option(help="Comma-separated budgets in keys.")] = "512,1024",
-    selections: Annotated[str | None, typer.Option(help="Comma-separated selections; default all that need no fit.")] = None,
+    selections: SelectionsOption = None,
+    selector_file: ImportOption = None,
     decode_tokens: Annotated[int, typer.Option(help="Tokens fed through the cache one query a tile; 0 = none.")] = 0,
     sparse: SparseOption = "",
     dtype: SavedDtypeOption = "auto",
@@ -54,22 +60,24 @@ def evaluate(
 
     The selection "two stages by threshold" is the model's own mass_threshold, at the budget that this was fitted for.
     """
-    from ..evaluation.baselines import fresh_routers, standard_selectors
+    from ..evaluation.baselines import make_selectors, selector_names
     from ..evaluation.quality import evaluate_windows
     from ..evaluation.statistics import quality_table
-    from ..experiments.recipe import SELECTIONS, Quality
+    from ..experiments.recipe import Quality
     from ..experiments.reports.html_report import write_evaluation_report
     from ..experiments.scores.budget_allocation import fitted_selectors
     from ..models.convert import set_sparse_attention
     from ..system.environment import Cost, environment
 
-    names = SELECTIONS if selections is None else tuple(name.strip() for name in selections.split(","))
+    run_selector_file(selector_file)
+    names = selector_names() if selections is None else tuple(name.strip() for name in selections.split(","))
     checked = Quality(length, windows, tuple(integers(budgets, "--budgets")), decode_tokens, names)
     with Cost() as cost:
         loaded, tokenizer = load(model, dtype, "")
         config = set_sparse_attention(loaded, **sparse_options(sparse))
-        known = standard_selectors(fresh_routers(loaded)) | fitted_selectors(config, names, checked.budgets)
+        fitted = fitted_selectors(config, names, checked.budgets)
         found = windows_of(text, tokenizer, length, windows, loaded)
+        known = make_selectors(name for name in names if name not in fitted) | fitted
         chosen = {name: known[name] for name in names}
         results = evaluate_windows(loaded, found, checked.budgets, chosen, decode_tokens=decode_tokens, on_result=_show)
     table = quality_table(results)
@@ -86,6 +94,7 @@ def harness(
     length: Annotated[int | None, typer.Option(help="Tokens of a question, for tasks that make their own (RULER).")] = None,
     budgets: Annotated[str, typer.Option(help="Comma-separated budgets in keys.")] = "512",
     selections: Annotated[str, typer.Option(help="Comma-separated selections beside dense attention.")] = HARNESS_SELECTIONS,
+    selector_file: ImportOption = None,
     sparse: SparseOption = "",
     dtype: SavedDtypeOption = "auto",
     seed: Annotated[int, typer.Option(help="Of the questions that tasks make.")] = 0,
@@ -97,7 +106,7 @@ def harness(
     """Scores of the lm-evaluation-harness under dense attention and other selections; needs the extra [lm-eval]."""
     from importlib.metadata import version
 
-    from ..evaluation.baselines import fresh_routers, standard_selectors
+    from ..evaluation.baselines import make_selectors
     from ..evaluation.lm_eval_harness import harness_rows, harness_table, harness_tables, load_tasks
     from ..experiments.reports.html_report import write_harness_report
     from ..models.convert import set_sparse_attention
@@ -107,15 +116,13 @@ def harness(
     keys = integers(budgets, "--budgets")
     if limit < 1:
         raise ValueError(f"--limit is {limit}: must be an integer >= 1")
+    run_selector_file(selector_file)
+    chosen = make_selectors(name.strip() for name in selections.split(","))
     with Cost() as cost:
         loaded, tokenizer = load(model, dtype, "")
         config = set_sparse_attention(loaded, **sparse_options(sparse))
-        known = standard_selectors(fresh_routers(loaded))
-        names = [name.strip() for name in selections.split(",")]
-        if wrong := set(names) - set(known):
-            raise ValueError(f"--selections has {sorted(wrong)}: must be of {', '.join(known)}")
         asked = load_tasks([name.strip() for name in tasks.split(",")], model, length, seed, include)
-        rows = harness_rows(loaded, tokenizer, asked, limit, keys, {name: known[name] for name in names}, cache=cache)
+        rows = harness_rows(loaded, tokenizer, asked, limit, keys, chosen, cache=cache)
     scores = harness_table(rows)
     tables = harness_tables(scores)
     _print_tables(tables)

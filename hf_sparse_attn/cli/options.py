@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
@@ -53,6 +54,10 @@ DtypeOption = Annotated[
 ]
 SavedDtypeOption = Annotated[
     str, typer.Option("--dtype", help="auto (as saved, but float32 where that is not multiplied here), bfloat16, float32 or float16.")
+]
+ImportOption = Annotated[
+    Path | None,
+    typer.Option("--import", help="A Python file that registers selectors of yours; it is run first, with your rights."),
 ]
 TextOption = Annotated[str, typer.Option("--text", help="Comma-separated sources: files, globs, pypi:…, deb:… or hub:….")]
 
@@ -111,6 +116,25 @@ def reserving(option: str, made: bool = True) -> Callable[[Callable[..., None]],
         return reserved
 
     return decorate
+
+
+def run_selector_file(path: Path | None) -> None:
+    """Run the file of ``--import``, if one is given, so that what it registers is known by name.
+
+    Raises:
+        ValueError: there is no such file, or it fails.
+    """
+    if path is None:
+        return
+    if not path.is_file():
+        raise ValueError(f"--import is {path}: there is no such file; give a Python file that calls register_selector")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"--import is {path}: must be a Python file, its name ending in .py")
+    try:
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    except Exception as error:  # whatever the user's code raises
+        raise ValueError(f"--import {path} fails with {type(error).__name__}: {error}") from error
 
 
 def command_line() -> str:

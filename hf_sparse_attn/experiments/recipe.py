@@ -11,6 +11,7 @@ from typing import Any
 
 from ..config import SparseAttentionConfig
 from ..data.questions import QUOTED_TASK
+from ..evaluation.baselines import selector_names
 from ..system.precision import DTYPES
 from ..training.config import ALLOWED, FROM_SCRATCH, NETWORK, AdaptationConfig, DistillationConfig, without_target
 from .longlink.families import LongLinkConfig
@@ -21,9 +22,6 @@ from .rows.ruler import RULER
 from .scores.budget_allocation import FITTED
 from .tasks.keys import READS, check_read, read_by, stated
 from .value_kinds import checked_fields, fitted
-
-SELECTIONS = ("oracle", "two stages", "stage 1 alone", "untrained", "mean-pool", "min-max", "window + sink", "random")
-
 
 STAGES = {"distill": DistillationConfig, "lora": AdaptationConfig}
 WHOLE = {f.name for f in fields(SparseAttentionConfig)} - {"density", "candidate_factor", "mass_threshold"}
@@ -45,13 +43,13 @@ class Quality:
     windows: int
     budgets: tuple[int, ...]
     decode_tokens: int = 256
-    selections: tuple[str, ...] = SELECTIONS
+    selections: tuple[str, ...] = field(default_factory=selector_names)
     fit_windows: int = 4  # of other text, on which the selections whose average is fitted are
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budgets", tuple(self.budgets))
         object.__setattr__(self, "selections", tuple(self.selections))
-        known = (*SELECTIONS, *FITTED)
+        known = (*selector_names(), *FITTED)
         unknown = sorted(set(self.selections) - set(known))
         if unknown:
             hint = retired(unknown, "quality.selections")
@@ -184,7 +182,7 @@ def _checked_recipe(values: dict[str, Any], smoke: bool, network: bool) -> Recip
     if recipe.minutes is not None and recipe.task != "causal_lm":
         raise RecipeError(f"minutes is {recipe.minutes}: only runs of task causal_lm are sized by time, this is of task {recipe.task}")
     if recipe.task == "questions" and any(entry.is_fitted for entry in recipe.quality):
-        raise RecipeError(f"quality.selections of the task 'questions' must be of {', '.join(SELECTIONS)}")
+        raise RecipeError(f"quality.selections of the task 'questions' must be of {', '.join(selector_names())}")
     return recipe
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from hf_sparse_attn.cli.commands import app, guarded
-from hf_sparse_attn.experiments.recipe import SELECTIONS
+from hf_sparse_attn.evaluation.baselines import selector_names, unregister_selector
 
 SMALL = "block_size: 16, query_tile: 16, sink: 16, local: 16, dense_below: 0, min_keys: 80, density: 0.05, query_samples: 8"
 
@@ -113,9 +113,9 @@ def test_eval_writes_the_table(distilled, text, invoke, tmp_path):
     done = invoke("eval", distilled[0], *arguments)
     written = json.loads((tmp_path / "e.json").read_text())
     assert done.exit_code == 0 and done.stdout == ""
-    names = ["dense", *SELECTIONS]
+    names = ["dense", *selector_names()]
     assert [(r["keys"], r["selection"]) for r in written["table"]] == [(None if n == "dense" else k, n) for k in (80, 112) for n in names]
-    assert len(written["windows"]) == 2 * (1 + 2 * len(SELECTIONS)) and all("decode" in row for row in written["table"])
+    assert len(written["windows"]) == 2 * (1 + 2 * len(selector_names())) and all("decode" in row for row in written["table"])
     changed = invoke("eval", distilled[0], *arguments, "--sparse", "query_samples: 1, candidate_factor: 1.0")
     rows = json.loads((tmp_path / "e.json").read_text())
     assert changed.exit_code == 0 and rows["sparse_attention"]["query_samples"] == 1
@@ -225,3 +225,29 @@ def test_a_bad_recipe_ends_the_program_with_code_1_and_no_traceback(tmp_path):
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith(f"error: {tmp_path / 'mine.yaml'}: the recipe has no key 'nam'; keys: ablate, compare,")
     assert done.stderr.count("\n") == 1
+
+
+def test_eval_takes_selectors_of_ones_own_from_a_file(distilled, text, invoke, tmp_path, capsys):
+    own = tmp_path / "mine.py"
+    own.write_text(
+        "from hf_sparse_attn.evaluation.baselines import MinMax, register_selector\n"
+        "class Furthest(MinMax):\n"
+        "    name = 'furthest'\n"
+        "    def scores(self, call, tiles):\n"
+        "        return -call.plan.nearness(tiles).expand(*call.inputs.k.shape[:2], -1, -1)\n"
+        "register_selector(Furthest)\n"
+    )
+    arguments = ["eval", distilled[0], "--text", text, "--length", 200, "--windows", 1, "--budgets", 80]
+    arguments += ["--selections", "oracle, furthest, window + sink"]
+    try:
+        done = invoke(*arguments, "--import", own, "--json", "-")
+        rows = json.loads(done.stdout)["table"]
+        assert [row["selection"] for row in rows] == ["dense", "oracle", "furthest", "window + sink"]
+        assert rows[2]["kept"] == 80 and rows[2]["prefill"] not in (rows[1]["prefill"], rows[3]["prefill"])
+        assert f"--import {own} fails with SelectorError: mine.Furthest: the name 'furthest'" in message_of(
+            capsys, *arguments, "--import", own
+        )
+    finally:
+        unregister_selector("furthest")
+    assert "names 'furthest'; known: oracle" in message_of(capsys, *arguments)
+    assert "there is no such file" in message_of(capsys, *arguments, "--import", tmp_path / "no.py")

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 
 from hf_sparse_attn import SparseCall, set_sparse_attention
 from hf_sparse_attn.data.windows import Window
-from hf_sparse_attn.evaluation import baselines
-from hf_sparse_attn.evaluation.baselines import fresh_routers, min_max, oracle, random_blocks, standard_selectors, window
+from hf_sparse_attn.evaluation.baselines import MinMax, Oracle, RandomBlocks, WindowAndSink, key_bounds, make_selectors
 from hf_sparse_attn.evaluation.divergence import predictions
 from hf_sparse_attn.evaluation.quality import MassObserver, WindowResult, evaluate_windows, recall
 from hf_sparse_attn.evaluation.statistics import quality_table, worst_head
@@ -30,10 +29,10 @@ def chosen(selection, plan):
 
 @pytest.mark.parametrize(("q_len", "tile"), [(N, 16), (40, 16), (5, 1)])
 def test_min_max_is_the_literal_bound(q_len, tile, make_router, routing_inputs, monkeypatch):
-    monkeypatch.setattr(baselines, "BOUND_SCORES", 1000)  # one tile at a time
+    monkeypatch.setattr(key_bounds, "QUERY_SCORES", 1000)  # one tile at a time
     router, inputs = make_router(rotary=True), routing_inputs(N, q_len, batch=2)
     plan = make_plan(router.config, inputs.grid(tile, 16))
-    found = chosen(min_max(router, inputs, tile), plan)
+    found = chosen(MinMax()(router, inputs, tile), plan)
     blocks = inputs.k[:, :, : N // 16 * 16].unflatten(2, (-1, 16))
     most, least = blocks.amax(3), blocks.amin(3)
     first = (N - q_len) // tile
@@ -57,10 +56,10 @@ def test_min_max_is_the_literal_bound(q_len, tile, make_router, routing_inputs, 
 def test_random_blocks_are_the_same_for_a_layer_and_a_position_only(make_router, routing_inputs):
     router, other, inputs = make_router(), make_router(), routing_inputs(N)
     other.layer = 1
-    first = random_blocks(router, inputs, 16).indices
-    assert torch.equal(first, random_blocks(router, routing_inputs(N, seed=5), 16).indices)
-    assert not torch.equal(first, random_blocks(other, inputs, 16).indices)
-    assert not torch.equal(first[:, :, -1:], random_blocks(router, routing_inputs(N, 10), 16).indices[:, :, -1:])
+    first = RandomBlocks()(router, inputs, 16).indices
+    assert torch.equal(first, RandomBlocks()(router, routing_inputs(N, seed=5), 16).indices)
+    assert not torch.equal(first, RandomBlocks()(other, inputs, 16).indices)
+    assert not torch.equal(first[:, :, -1:], RandomBlocks()(router, routing_inputs(N, 10), 16).indices[:, :, -1:])
 
 
 def test_random_blocks_meet_the_oracle_at_prevalence(make_router, routing_inputs):
@@ -70,7 +69,7 @@ def test_random_blocks_meet_the_oracle_at_prevalence(make_router, routing_inputs
         router, inputs = make_router(), routing_inputs(N, seed=layer)
         router.layer = layer
         plan = make_plan(router.config, inputs.grid(16, 16))
-        mine, best = (chosen(select(router, inputs, 16), plan) for select in (random_blocks, oracle))
+        mine, best = (chosen(select(router, inputs, 16), plan) for select in (RandomBlocks(), Oracle()))
         for t in plan.open.nonzero()[:, 0].tolist():
             for own, true in zip(mine, best, strict=True):
                 hits, wanted = hits + len(own[t] & true[t]), wanted + len(true[t])
@@ -88,7 +87,7 @@ def test_recall_by_hand():
 
 def test_the_oracle_recalls_all_that_it_wants(make_router, routing_inputs):
     router, inputs = make_router(rotary=True), routing_inputs(N)
-    observer = MassObserver({"oracle": oracle, "window": window})
+    observer = MassObserver({"oracle": Oracle(), "window": WindowAndSink()})
     observer.on_document(router, inputs)
     assert observer.recall["oracle"] == {0: [1.0, 1.0]} and max(observer.recall["window"][0]) < 0.9
     assert np.mean(observer.by_head["window"][0]) == pytest.approx(observer.mass["window"][0])
@@ -99,7 +98,7 @@ def measured(sparse_llama, real_budget, token_ids):
     """(model, window, results by selection)"""
     model = sparse_llama(real_budget, noise=0.1)
     text = Window("a[0]", token_ids(1, 163))
-    chosen = standard_selectors(fresh_routers(model))
+    chosen = make_selectors()
     results = evaluate_windows(model, [text], [80], chosen, decode_tokens=0)
     return model, text, {r.selection: r for r in results}
 
@@ -112,7 +111,7 @@ def logits(model, ids, call):
 def test_predictions_are_those_of_literal_logits(measured):
     model, text, results = measured
     ids = text.ids
-    dense, sparse = (logits(model, ids, call).log_softmax(-1) for call in (SparseCall(dense=True), SparseCall(selector=window)))
+    dense, sparse = (logits(model, ids, call).log_softmax(-1) for call in (SparseCall(dense=True), SparseCall(selector=WindowAndSink())))
     found = results["window + sink"]
     kl = (dense.exp() * (dense - sparse)).sum(-1)[81:].mean()
     assert found.kl == pytest.approx(float(kl), rel=1e-4) and found.kl > 1e-3
@@ -121,7 +120,7 @@ def test_predictions_are_those_of_literal_logits(measured):
     with torch.no_grad():
         states = [
             model.base_model(ids, use_cache=False, sparse_call=call).last_hidden_state[0, 81:]
-            for call in (SparseCall(selector=window), SparseCall(dense=True))
+            for call in (SparseCall(selector=WindowAndSink()), SparseCall(dense=True))
         ]
     error = ((states[0] - states[1]).norm(dim=-1) / states[1].norm(dim=-1)).mean()
     assert found.output_error == pytest.approx(float(error), rel=1e-4) and found.output_error > 1e-2
@@ -133,7 +132,7 @@ def test_dense_predictions_are_no_distance_from_themselves(measured, sparse_llam
     assert all(result.kl > 0 and result.output_error > 0 for name, result in results.items() if name != "dense")
     model = sparse_llama(every_block)
     set_sparse_attention(model, min_keys=256)
-    whole = evaluate_windows(model, [text], [256], {"window + sink": window, "oracle": oracle}, decode_tokens=0)
+    whole = evaluate_windows(model, [text], [256], {"window + sink": WindowAndSink(), "oracle": Oracle()}, decode_tokens=0)
     assert all(result.kl < 1e-6 and result.output_error < 1e-5 for result in whole)
 
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import hf_sparse_attn.evaluation.lm_eval_harness as harness
 from hf_sparse_attn.cli.commands import app
-from hf_sparse_attn.evaluation.baselines import window
+from hf_sparse_attn.evaluation.baselines import WindowAndSink
 from hf_sparse_attn.evaluation.lm_eval_harness import HarnessError, harness_rows, harness_table, load_tasks
 from hf_sparse_attn.experiments.reports.model_card import model_card
 
@@ -62,7 +62,7 @@ def test_every_selection_reads_the_same_documents_through_its_own_attention(aske
 
     def watched(router, inputs, query_tile):
         seen.append(query_tile)
-        return window(router, inputs, query_tile)
+        return WindowAndSink()(router, inputs, query_tile)
 
     rows = harness_rows(model, tokenizer, asked, 4, [64], {"watched": watched})
     assert {(row["task"], row["selection"], row["keys"]) for row in rows} == {
@@ -79,7 +79,7 @@ def test_answers_in_the_cache_are_those_of_this_model_and_selection(asked, spars
 
     def watched(router, inputs, query_tile):
         calls.append(router.layer)
-        return window(router, inputs, query_tile)
+        return WindowAndSink()(router, inputs, query_tile)
 
     def read(model, name):
         calls.clear()
@@ -147,7 +147,7 @@ def test_what_cannot_be_asked_is_said(folder, llama_folder, monkeypatch, tmp_pat
     )
     with pytest.raises(HarnessError, match=r"task gone .* is its data reachable"):
         load_tasks(["gone"], str(llama_folder), include=tmp_path)
-    for option, value, message in (("--limit", 0, "--limit is 0"), ("--selections", "orcale", r"\['orcale'\]")):
+    for option, value, message in (("--limit", 0, "--limit is 0"), ("--selections", "orcale", "no selector 'orcale'; known: oracle")):
         done = CliRunner().invoke(app, ["lm-eval", str(llama_folder), "--tasks", "chosen", option, str(value)])
         with pytest.raises(ValueError, match=message):
             raise done.exception
@@ -161,7 +161,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(asked, sparse_llama, real_b
             if len(prompts) == 3:
                 raise KeyboardInterrupt
             prompts.append(1)
-        return window(router, inputs, query_tile)
+        return WindowAndSink()(router, inputs, query_tile)
 
     written = [task for task in asked if task.OUTPUT_TYPE == "generate_until"]
     with pytest.raises(KeyboardInterrupt):

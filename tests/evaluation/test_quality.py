@@ -14,13 +14,14 @@ from hf_sparse_attn_kernels import block_mass
 from hf_sparse_attn import SparseCall, routers
 from hf_sparse_attn.data.windows import Window
 from hf_sparse_attn.evaluation import divergence, quality
-from hf_sparse_attn.evaluation.baselines import ByOtherRouters, fresh_routers, oracle, stage_one, standard_selectors, window
+from hf_sparse_attn.evaluation.baselines import Oracle, StageOne, WindowAndSink, make_selectors
+from hf_sparse_attn.evaluation.baselines.router_selectors import untrained_router
 from hf_sparse_attn.evaluation.quality import MassObserver, WindowResult, evaluate_windows, window_losses
 from hf_sparse_attn.evaluation.statistics import loss_share, quality_table, shares_by_layer
 from hf_sparse_attn.router.budget import make_plan
 from hf_sparse_attn.training.router_loss import kept_mass
 
-NAMES = ("oracle", "two stages", "stage 1 alone", "untrained", "mean-pool", "min-max", "window + sink", "random")
+NAMES = ("oracle", "two stages", "stage 1 alone", "untrained", "mean-pool", "min-max", "mean-std", "window + sink", "random")
 N = 250  # the last tile and the last block are partial
 
 
@@ -30,8 +31,8 @@ def router(make_router):
 
 
 @pytest.fixture(scope="module")
-def selectors(make_router):
-    return standard_selectors({0: make_router(rotary=True)})
+def selectors():
+    return make_selectors()
 
 
 @pytest.fixture(scope="module", params=[(N, N, 16), (N, 40, 16), (N, 5, 1)], ids=["prefill", "chunk", "decode"])
@@ -78,7 +79,7 @@ def test_every_selection_keeps_the_budget_and_the_forced_links(name, selectors, 
 
 def test_the_window_keeps_the_nearest_blocks(router, case):
     inputs, tile = case
-    plan, selection = plan_of(router, inputs, tile), window(router, inputs, tile)
+    plan, selection = plan_of(router, inputs, tile), WindowAndSink()(router, inputs, tile)
     for b, g, t in every_tile(plan):
         last = int(plan.last[t])
         count = min(router.config.budget_blocks(int(plan.grid.last_positions()[t]) + 1), last + 1)
@@ -99,7 +100,7 @@ def literal_mass(inputs, plan, tile):
 
 def test_the_oracle_is_a_literal_dense_top_k(router, case):
     inputs, tile = case
-    plan, selection = plan_of(router, inputs, tile), oracle(router, inputs, tile)
+    plan, selection = plan_of(router, inputs, tile), Oracle()(router, inputs, tile)
     mass = literal_mass(inputs, plan, tile)
     for b, g, t in every_tile(plan):
         eligible = torch.arange(plan.grid.blocks)
@@ -143,17 +144,16 @@ def test_the_untrained_rows_do_not_depend_on_the_trained_weights(selectors, rout
     inputs, other = routing_inputs(N), make_router(rotary=True, noise=1.0)
     for name in ("untrained", "mean-pool"):
         assert torch.equal(selectors[name](router, inputs, 16).indices, selectors[name](other, inputs, 16).indices)
-    assert not torch.equal(stage_one(router, inputs, 16).indices, stage_one(other, inputs, 16).indices)
+    assert not torch.equal(StageOne()(router, inputs, 16).indices, StageOne()(other, inputs, 16).indices)
 
 
-def test_fresh_routers_are_those_of_a_new_model(sparse_llama, real_budget):
+def test_untrained_routers_are_those_of_a_new_model(sparse_llama, real_budget):
     trained, new = sparse_llama(real_budget, noise=0.5), sparse_llama(real_budget)
-    fresh = fresh_routers(trained)
-    assert sorted(fresh) == [0, 1]
-    for router in routers(new):
-        for name, weight in router.named_parameters():
-            assert torch.equal(dict(fresh[router.layer].named_parameters())[name], weight)
-    assert not any(r is f for r in routers(trained) for f in fresh.values())
+    for noisy, start in zip(routers(trained), routers(new), strict=True):
+        twin = untrained_router(noisy)
+        for name, weight in start.named_parameters():
+            assert torch.equal(dict(twin.named_parameters())[name], weight)
+            assert not torch.equal(dict(noisy.named_parameters())[name], weight)
 
 
 # -- losses of windows ----------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def test_a_dense_window_has_the_cross_entropy_of_the_stock_model(sparse_llama, s
     assert tail == pytest.approx(decode, abs=1e-5)  # dense attention knows no tiles
 
 
-@pytest.mark.parametrize("selector", [None, oracle, window], ids=["router", "oracle", "window"])
+@pytest.mark.parametrize("selector", [None, Oracle(), WindowAndSink()], ids=["router", "oracle", "window"])
 def test_losses_of_a_selection_equal_uncached_passes(selector, sparse_llama, real_budget, token_ids):
     model, ids = sparse_llama(real_budget, noise=0.1), token_ids(1, 209)
     options = {} if selector is None else {"selector": selector}
@@ -203,19 +203,19 @@ def test_decoding_is_measured_for_tiles_of_one(sparse_llama, real_budget, token_
 
 def test_the_observer_measures_every_fourth_open_tile(router, routing_inputs):
     inputs = routing_inputs(N)
-    observer = MassObserver({"oracle": oracle, "window": window})
+    observer = MassObserver({"oracle": Oracle(), "window": WindowAndSink()})
     observer.on_document(router, inputs)
     plan = plan_of(router, inputs, 16)
     mass = literal_mass(inputs, plan, 16)
     tiles = plan.open.nonzero()[:, 0][::4]
     assert tiles.tolist() == [5, 9, 13]
-    for name, selector in (("oracle", oracle), ("window", window)):
+    for name, selector in (("oracle", Oracle()), ("window", WindowAndSink())):
         want = kept_mass(mass, selector(router, inputs, 16).indices)[:, :, tiles].mean()
         assert observer.mass[name] == {0: pytest.approx(float(want), abs=1e-5)}
 
 
 def test_the_observer_skips_decoding_and_short_calls(router, routing_inputs):
-    observer = MassObserver({"window": window})
+    observer = MassObserver({"window": WindowAndSink()})
     observer.on_document(router, routing_inputs(N, 5))
     observer.on_document(router, routing_inputs(60))
     assert observer.mass == {"window": {}}
@@ -229,7 +229,7 @@ def evaluated(sparse_llama, real_budget, token_ids):
     """(model, windows, budgets, selectors, results)"""
     model = sparse_llama(real_budget, noise=0.1)
     windows = [Window(name, token_ids(1, 160, seed=i)) for i, name in enumerate(("a[0]", "b[0]"))]
-    chosen = {name: s for name, s in standard_selectors(fresh_routers(model)).items() if name in ("oracle", "two stages", "window + sink")}
+    chosen = make_selectors(["oracle", "two stages", "window + sink"])
     before = model.config.sparse_attention
     results = evaluate_windows(model, windows, [80, 112], chosen, decode_tokens=8)
     assert model.config.sparse_attention == before
@@ -370,8 +370,3 @@ def test_kept_mass_is_the_mean_over_windows_and_layers():
     assert row["shares_by_layer"]["share"] == pytest.approx((0.3 + 0.1) / 0.8)
     assert row["shares_by_layer"]["worst"] == pytest.approx(0.25) and row["shares_by_layer"]["worst_layer"] == 1
     assert row["decode"] == 2.0 and "decode_share" in row
-
-
-def test_by_other_routers_names_the_layer_by_number(router, make_router, routing_inputs):
-    with pytest.raises(KeyError):
-        ByOtherRouters({1: make_router()}, stage_one)(router, routing_inputs(N), 16)

@@ -9,7 +9,7 @@ from hf_sparse_attn_kernels import block_mass
 
 from hf_sparse_attn import SparseAttentionConfig
 from hf_sparse_attn.data.windows import Window
-from hf_sparse_attn.evaluation.baselines import oracle, window
+from hf_sparse_attn.evaluation.baselines import Oracle, WindowAndSink
 from hf_sparse_attn.evaluation.quality import evaluate_windows
 from hf_sparse_attn.evaluation.statistics import loss_above, quality_table
 from hf_sparse_attn.experiments.scores.budget_allocation import (
@@ -61,7 +61,7 @@ def test_the_oracles_candidates_are_all_blocks_with_their_mass(router, case):
     assert torch.equal(found.free.sum(-1)[0, 0], torch.where(plan.open, plan.eligible, 0))
     best = found.mass.topk(int(plan.free.max()), -1).values
     last = best.gather(-1, (plan.free - 1).clamp(min=0)[:, None].expand(2, 2, -1, 1))
-    assert sets(found.keep(found.free & (found.mass >= last))) == sets(oracle(router, inputs, tile))
+    assert sets(found.keep(found.free & (found.mass >= last))) == sets(Oracle()(router, inputs, tile))
 
 
 def test_budgets_by_head_are_those_of_the_head(router, case):
@@ -108,7 +108,7 @@ def test_a_fit_says_what_it_found(fitted):
 def test_windows_tell_what_they_kept(fitted, token_ids):
     model, _, made = fitted
     windows = [Window(f"a[{i}]", token_ids(1, 320, seed=10 + i)) for i in range(2)]
-    chosen = {"oracle": oracle, "window + sink": window, **{name: made.selectors[name] for name in FITTED}}
+    chosen = {"oracle": Oracle(), "window + sink": WindowAndSink(), **{name: made.selectors[name] for name in FITTED}}
     results = evaluate_windows(model, windows, [96, 128], chosen, decode_tokens=8)
     assert len(results) == 2 * (1 + 2 * 5)
     for r in results:

@@ -13,7 +13,7 @@ from hf_sparse_attn.attention.call import SparseCall
 from hf_sparse_attn.data.questions import ANSWERED, QUOTED, ask
 from hf_sparse_attn.data.sources import Document, SourceError
 from hf_sparse_attn.data.windows import Window, token_windows
-from hf_sparse_attn.evaluation.baselines import oracle, window
+from hf_sparse_attn.evaluation.baselines import make_selectors
 from hf_sparse_attn.experiments.rows.time_split import split_texts
 from hf_sparse_attn.experiments.scores.answers import answer_table, evaluate_answers, read_answer
 from hf_sparse_attn.experiments.scores.perplexity import comparison
@@ -102,14 +102,15 @@ def test_answers_are_read_at_their_own_tokens(sparse_llama, real_budget, questio
         out = model(question.input_ids[None], labels=question.labels[None], use_cache=False, sparse_call=SparseCall(dense=True))
     assert loss == pytest.approx(float(out.loss), rel=1e-5)
     assert predicted == out.logits[0, -ANSWERED - 1 : -1].argmax(-1).tolist()
-    rows = evaluate_answers(model, asked[:2], [80, 96], {"oracle": oracle, "window + sink": window})
+    selectors = make_selectors(["oracle", "window + sink"])
+    rows = evaluate_answers(model, asked[:2], [80, 96], selectors)
     assert [(r["keys"], r["selection"]) for r in rows[:5]] == [
         (None, "dense"),
         *((keys, name) for keys in (80, 96) for name in ("oracle", "window + sink")),
     ]
     assert rows[0]["answer"] == question.input_ids[-ANSWERED:].tolist() and rows[0]["predicted"] == predicted
     known, new = [{**rows[0], "loss": -1.0}, *rows[1:7]], []
-    again = evaluate_answers(model, asked[:2], [80, 96], {"oracle": oracle, "window + sink": window}, done=known, on_row=new.append)
+    again = evaluate_answers(model, asked[:2], [80, 96], selectors, done=known, on_row=new.append)
     assert again[:7] == known and again[7:] == new == rows[7:]  # those that are known are not read again
     table = answer_table(rows)
     assert len(table) == 5 and all(r["n"] == 2 for r in table)

@@ -11,7 +11,7 @@ from hf_sparse_attn_kernels import block_mass, block_sparse_attention
 from hf_sparse_attn_kernels import select_blocks as kernel_select
 
 from hf_sparse_attn import distill, sparsify
-from hf_sparse_attn.evaluation.baselines import oracle, window
+from hf_sparse_attn.evaluation.baselines import Oracle, WindowAndSink
 from hf_sparse_attn.router.budget import make_plan
 from hf_sparse_attn.router.selection import FeatureMaker, select_blocks
 from hf_sparse_attn.training.router_loss import kept_mass
@@ -61,7 +61,7 @@ def test_forced_links_lie_on_both_sides_and_the_budget_holds(two_sided, exact, l
 @pytest.mark.parametrize("tile", [16, 1])
 def test_an_exact_router_selects_what_the_oracle_selects(two_sided, exact, length, tile):
     inputs = two_sided(length)
-    got, want = (select(exact, inputs, tile) for select in (select_blocks, oracle))
+    got, want = (select(exact, inputs, tile) for select in (select_blocks, Oracle()))
     assert torch.equal(got.indices, want.indices)
 
 
@@ -78,7 +78,7 @@ def test_the_teacher_is_the_softmax_mass_of_all_keys(two_sided, length):
 
 def test_window_and_sink_keeps_the_nearest_blocks_of_both_sides(two_sided, exact):
     inputs = two_sided(208)
-    selection = window(exact, inputs, 16)
+    selection = WindowAndSink()(exact, inputs, 16)
     kept, middle = selection.kept()[0, 0, 6], torch.arange(13)
     assert torch.equal(kept, (middle == 0) | ((middle >= 3) & (middle <= 8)) | ((middle >= 4) & (middle <= 9)) & kept)
     assert int(kept.sum()) == 7
@@ -90,7 +90,7 @@ def test_selection_beats_the_window_where_the_mass_is_far_away(two_sided, make_r
     router = make_router(min_keys=112, query_samples=16, index_dim=16)
     plan, tiles = make_plan(router.config, inputs.grid(16, 16)), torch.arange(25)
     mass = block_mass(inputs.q, inputs.k, plan.grid, tiles, inputs.scale)
-    ours, theirs = (kept_mass(mass, select(router, inputs, 16).indices)[:, :, 0].mean() for select in (select_blocks, window))
+    ours, theirs = (kept_mass(mass, select(router, inputs, 16).indices)[:, :, 0].mean() for select in (select_blocks, WindowAndSink()))
     assert ours > theirs + 0.05
 
 

@@ -11,7 +11,7 @@ from hf_sparse_attn_kernels import BlockSelection
 from transformers import PreTrainedModel
 
 from ...attention.call import Selector, SparseCall
-from ...evaluation.baselines import fresh_routers, standard_selectors
+from ...evaluation.baselines import make_selectors
 from ...evaluation.calibration_observers import visible_keys
 from ...models.convert import sparse_attention_as
 from ...router.module import RoutingInputs, SparseRouter
@@ -35,7 +35,7 @@ OWN = "two stages"
 def study(model: PreTrainedModel, config: LongLinkConfig, seed: int) -> dict[str, Any]:
     """Figures of a sparse ``model`` that learned the links of ``config``, at its present budget, on the sets of ``seed``."""
     planted = plant(config, seed)
-    selectors = standard_selectors(fresh_routers(model))
+    selectors = make_selectors()
     heads = using_heads(model, planted)
     rows = [_answers(model, planted, "dense", SparseCall(dense=True))]
     rows += [_answers(model, planted, name, SparseCall(selector=selector)) for name, selector in selectors.items()]

@@ -23,6 +23,7 @@ COLOURS = {  # each at least 3:1 against white
     "untrained": "#b3760a",
     "mean-pool": "#c06030",
     "min-max": "#7a5aa8",
+    "mean-std": "#b07ac8",
     "window + sink": "#b03060",
     "random": "#8a8a8a",
 }

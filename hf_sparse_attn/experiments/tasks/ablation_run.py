@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ...attention.call import Selector, SparseCall, learned_selector
 from ...config import SparseAttentionConfig, fixed_budget
 from ...data.windows import Window, batches
-from ...evaluation.baselines import fresh_routers, standard_selectors
+from ...evaluation.baselines import make_selectors
 from ...evaluation.divergence import last_hidden
 from ...models.attach import routers
 from ...system.files import write_atomically
@@ -109,7 +109,7 @@ class AblationRun(LanguageRun):
             if level.retrains and not (self.state / f"{level.slug}-{seed}.safetensors").exists():
                 self._train(level, seed)
             model = self._of_level(level, seed)
-            readings += self._read(model, SparseCall(selector=self._selector(level, model)), level, seed)
+            readings += self._read(model, SparseCall(selector=self._selector(level)), level, seed)
         self.console.print(f"  KL {sum(r['kl'] for r in readings) / len(readings):.4f}")
         return {"readings": readings}
 
@@ -118,11 +118,11 @@ class AblationRun(LanguageRun):
         single = (level.retrains and not self.recipe.ablate["full"]) or level.selection in FITTED
         return range(1 if single else self.recipe.ablate["seeds"])
 
-    def _selector(self, level: Level, model: PreTrainedModel) -> Selector:
+    def _selector(self, level: Level) -> Selector:
         if level.selection is None:
             return learned_selector
         if level.selection in SELECTIONS_OF_STAGES:
-            return standard_selectors(fresh_routers(model))[level.selection]
+            return make_selectors([level.selection])[level.selection]
         fit = self._load("fit")
         kept = {int(layer): torch.tensor(keys, dtype=torch.float64, device="cpu") for layer, keys in fit["kept_by_layer_and_head"].items()}
         fitted: dict[str, Selector] = {
@@ -156,7 +156,7 @@ class AblationRun(LanguageRun):
                 inputs = capture(model, self._windows()[0].ids, middle.layer)
             share = len(middle.config.dense_layers) / layers
             name = BASELINE if level == DEFAULT else f"{level.factor} {level.name}"
-            contenders[name] = Contender(middle, self._selector(level, model), share)
+            contenders[name] = Contender(middle, self._selector(level), share)
         assert inputs is not None
         costs = measure(contenders, BASELINE, inputs, layers, self.recipe.ablate["repeats"])
         return {"levels": costs, "layers": layers, "head_dim": head_dim, "tokens": inputs.q.shape[2]}

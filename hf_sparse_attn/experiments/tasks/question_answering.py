@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ...data.questions import QUOTED_TASK, Question, ask
 from ...data.windows import Window
-from ...evaluation.baselines import fresh_routers, standard_selectors
+from ...evaluation.baselines import make_selectors
 from ...system.files import write_json
 from ...system.progress import bar
 from ..recipe import Quality
@@ -46,7 +46,7 @@ class QuestionRun(LanguageRun):
         """Every question under the selections of the recipe's quality entries; continues after a stop."""
         partial = self.state / f"{name}.answer_tokens.partial.json"
         done = json.loads(partial.read_text()) if partial.exists() else []
-        selectors, rows = standard_selectors(fresh_routers(model)), []
+        rows: list[dict[str, Any]] = []
         asked = [(entry, self._questions(entry)) for entry in self.recipe.quality]
         total = sum(len(questions) * (1 + len(entry.budgets) * len(entry.selections)) for entry, questions in asked)
         with bar(self.processes.is_main_process) as shown:
@@ -58,8 +58,8 @@ class QuestionRun(LanguageRun):
                 shown.update(task, advance=1, info=f"{row['task']}, {row['selection']}")
 
             for entry, questions in asked:
-                chosen = {name: selectors[name] for name in entry.selections}
-                rows += evaluate_answers(model, questions, entry.budgets, chosen, done=list(done), on_row=note)
+                selectors = make_selectors(entry.selections)
+                rows += evaluate_answers(model, questions, entry.budgets, selectors, done=list(done), on_row=note)
         return answer_table(rows)
 
     def _questions(self, entry: Quality) -> list[Question]:

@@ -11,7 +11,7 @@ from ...attention.call import Selector, SparseCall, learned_selector
 from ...config import fixed_budget
 from ...data.sources import read_documents
 from ...data.windows import Window, batches, token_windows
-from ...evaluation.baselines import fresh_routers, standard_selectors
+from ...evaluation.baselines import make_selectors
 from ...evaluation.divergence import last_hidden, predictions
 from ...models.convert import sparse_attention_as
 from ...system.files import write_atomically
@@ -91,7 +91,7 @@ class RobustnessRun(LanguageRun):
             self.console.print(f"  {domain}, {entry.length} tokens, {name}: KL {readings[-1]['kl']:.4f}")
 
         with sparse_attention_as(model, **fixed_budget(keys)):
-            selectors = standard_selectors(fresh_routers(model))
+            selectors = make_selectors(OTHERS)
             for name in OTHERS:
                 read(name, selectors[name])
             for other, context in trained:

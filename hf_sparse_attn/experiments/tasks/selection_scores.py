@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel
 
-from ...evaluation.baselines import fresh_routers, standard_selectors
+from ...evaluation.baselines import make_selectors
 from ..recipe import RecipeError
 from ..reports.html_report import write_task_report
 from ..reports.model_card import write_card
@@ -49,10 +49,10 @@ class TaskRun(TrainingRun):
         return self.model_class.from_pretrained(self.folder / "model").eval()  # type: ignore[no-any-return]
 
     def _evaluate(self, model: PreTrainedModel) -> dict[str, Any]:
-        selectors, scores = standard_selectors(fresh_routers(model)), []
+        scores: list[dict[str, Any]] = []
         for entry in self.recipe.quality:
-            chosen = {name: selectors[name] for name in entry.selections}
-            scores += evaluate_rows(model, self._evaluation_rows(), type(self).score, entry.budgets, chosen)
+            selectors = make_selectors(entry.selections)
+            scores += evaluate_rows(model, self._evaluation_rows(), type(self).score, entry.budgets, selectors)
         return {"scores": scores}
 
     def _before(self) -> dict[str, Any]:
