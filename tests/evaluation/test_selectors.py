@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from helpers.paths import ROOT
 
 from hf_sparse_attn import SparseCall
 from hf_sparse_attn.data.windows import Window
@@ -221,3 +222,9 @@ def with_nan(scores):
 def test_scores_that_do_not_fit_are_refused(change, message, make_router, routing_inputs):
     with pytest.raises(SelectorError, match=message):
         scores_like(change)(make_router(), routing_inputs(N), 16)
+
+
+def test_the_page_has_a_row_for_every_selector_with_its_score():
+    rows = [line.split("|")[1].strip() for line in (ROOT / "docs" / "selectors.md").read_text().splitlines() if line.startswith("| ")]
+    at = rows.index("dense")
+    assert tuple(rows[at : at + 1 + len(selector_names())]) == ("dense", *selector_names())
