@@ -59,7 +59,7 @@ class SparseCall:
         decode_from: content position from which queries are routed singly (tiles of 1), as cached decoding does.
 
     Raises:
-        TypeError: a function is given for what is a method.
+        TypeError: a function is given for what is a method, or a class or a name for a selector.
     """
 
     def __init__(
@@ -78,6 +78,9 @@ class SparseCall:
                 else "supported: dense, selector, decode_from"
             )
             raise TypeError(f"SparseCall got an unexpected argument {name!r}; {hint}")
+        if isinstance(selector, type) or not callable(selector):
+            example = f"{selector.__name__}()" if isinstance(selector, type) else "make_selectors()['oracle']"
+            raise TypeError(f"SparseCall.selector is {selector!r}: must be an instance, such as {example}")
         self.dense, self.selector, self.decode_from = dense, selector, decode_from
 
     def on_layer(self, router: SparseRouter) -> Tensor | None:

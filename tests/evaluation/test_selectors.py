@@ -162,6 +162,13 @@ def test_an_instance_is_what_a_call_takes(sparse_llama, real_budget, token_ids):
     assert mine.shape == oracle.shape and not torch.equal(mine, oracle)
 
 
+def test_a_call_refuses_a_class_and_a_name():
+    with pytest.raises(TypeError, match=r"SparseCall\.selector is <class .*Oracle'>: must be an instance, such as Oracle\(\)"):
+        SparseCall(selector=Oracle)
+    with pytest.raises(TypeError, match=r"SparseCall\.selector is 'oracle': must be an instance, such as make_selectors\(\)\['oracle'\]"):
+        SparseCall(selector="oracle")
+
+
 def class_of(**members):
     return type("Mine", (BlockSelector,), {"scores": LastKeys.scores, **members})
 
