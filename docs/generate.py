@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "docs"), str(ROOT), str(ROOT / "kernels" / "torch-ext")]
 
 # ruff: noqa: E402  the path comes first
-from builder import architectures_page, cli_page, readme_figures, results_page, settings_tables
+from builder import architectures_page, cli_page, readme_figures, results_page, selectors_table, settings_tables
 from builder.markdown import replace_block
 
 
@@ -29,6 +29,7 @@ def pages() -> dict[Path, str]:
     blocks = {
         ROOT / "README.md": {"figures": readme_figures.lines()},
         docs / "concepts.md": {"settings": settings_tables.sparse_attention()},
+        docs / "selectors.md": {"selectors": selectors_table.lines()},
         docs / "training.md": {
             "distillation": settings_tables.distillation(),
             "joint stage": settings_tables.joint_stage(),

@@ -12,6 +12,7 @@ TOPICS: dict[str, dict[str, str]] = {  # topic -> file: title
     "Quality of selections": {
         "quality": "Manuals that no router saw",
         "gaps": "All selections on one window",
+        "selectors": "Every selector on one play",
         "robustness": "Other kinds of text, other lengths",
         "budgets": "Budgets that vary",
         "calibration": "Calibrated for a share of the mass",

@@ -27,10 +27,9 @@ def lines() -> list[str]:
     results = provenance.read(NAME)
     rows = results["table"]
     length, keys = rows[-1]["length"], rows[-1]["keys"]
-    caption = (
-        f"{keys} of {length} keys. Log-loss and KL in nats a token, in brackets the 95 % interval over windows, paired. "
-        "Token by token: the last tokens, each routed by itself."
-    )
+    alone = rows[-1]["n"] == 1
+    spread = "one window, an illustration" if alone else "in brackets the 95 % interval over windows, paired"
+    caption = f"{keys} of {length} keys, {spread}. Log-loss and KL in nats a token. Token by token: the last tokens, each routed by itself."
     return [*provenance.lines(NAME, results), caption, "", *table(HEADER, [cells(row) for row in rows])]
 
 
