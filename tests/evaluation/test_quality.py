@@ -367,6 +367,6 @@ def test_kept_mass_is_the_mean_over_windows_and_layers():
         results += [result(d, name, 1.0, decode=2.0, mass={0: first + shift, 1: second + shift}) for d, shift in (("a", -0.1), ("b", 0.1))]
     row = next(r for r in quality_table(results) if r["selection"] == "two stages")
     assert row["kept_mass"] == {"mean": pytest.approx(0.5), "by_layer": {"0": pytest.approx(0.5), "1": pytest.approx(0.5)}}
-    assert row["shares_by_layer"]["share"] == pytest.approx((0.3 + 0.1) / 0.8)
-    assert row["shares_by_layer"]["worst"] == pytest.approx(0.25) and row["shares_by_layer"]["worst_layer"] == 1
+    assert row["recovered_share"]["share"] == pytest.approx((0.3 + 0.1) / 0.8)
+    assert row["recovered_share"]["worst"] == pytest.approx(0.25) and row["recovered_share"]["worst_layer"] == 1
     assert row["decode"] == 2.0 and "decode_share" in row
