@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 from helpers.reports import REPORTS, written_report
-from hf_sparse_attn.evaluation.budget_allocation import FITTED
+from hf_sparse_attn.experiments.scores.budget_allocation import FITTED
 
 from hf_sparse_attn.experiments.recipe import Quality
 from hf_sparse_attn.experiments.reports import figures
