@@ -165,7 +165,10 @@ def test_an_instance_is_what_a_call_takes(sparse_llama, real_budget, token_ids):
 def test_a_call_refuses_a_class_and_a_name():
     with pytest.raises(TypeError, match=r"SparseCall\.selector is <class .*Oracle'>: must be an instance, such as Oracle\(\)"):
         SparseCall(selector=Oracle)
-    with pytest.raises(TypeError, match=r"SparseCall\.selector is 'oracle': must be an instance, such as make_selectors\(\)\['oracle'\]"):
+    with pytest.raises(
+        TypeError,
+        match=r"SparseCall\.selector is 'oracle': must be an instance, such as make_selectors\(\)\['oracle'\]",
+    ):
         SparseCall(selector="oracle")
 
 
@@ -216,7 +219,10 @@ def with_nan(scores):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s[:, :1], r"selector 'mine' gave scores of shape \[1, 1, 16, 15\]: must be \[1, 2, 16, 16\] .* or 15 in the last place"),
+        (
+            lambda s: s[:, :1],
+            r"selector 'mine' gave scores of shape \[1, 1, 16, 15\]: must be \[1, 2, 16, 16\] .* or 15 in the last place",
+        ),
         (lambda s: s.mT, r"shape \[1, 2, 15, 16\]: must be \[1, 2, 16, 16\]"),
         (lambda s: s.bfloat16(), r"gave scores in torch\.bfloat16 on cpu: must be torch\.float32 on cpu"),
         (lambda s: s.long(), r"gave scores in torch\.int64 on cpu"),

@@ -7,11 +7,11 @@ from itertools import pairwise
 
 import pytest
 from helpers.reports import REPORTS, written_report
-from hf_sparse_attn.experiments.scores.budget_allocation import FITTED
 
 from hf_sparse_attn.experiments.recipe import Quality
 from hf_sparse_attn.experiments.reports import figures
 from hf_sparse_attn.experiments.reports.words import SELECTIONS, explained
+from hf_sparse_attn.experiments.scores.budget_allocation import FITTED
 
 EMPTY = {"meta", "img", "br", "hr", "link"}
 HEADINGS = ("h1", "h2", "h3", "h4")

@@ -1,7 +1,7 @@
-"""The base of selectors that score blocks: a class says how, all else is shared, so that every selection has the same budget.
+"""The base of selectors that score blocks: a class says how, the budget and the forced links are shared.
 
-Shape legend: B batch, H query heads, G KV heads, Hg = H/G, N keys, D head dim, m some of a call's query tiles, T query tile,
-S block size, nb key blocks, of which w = N // S are whole.
+Shape legend: B batch, H query heads, G KV heads, Hg = H/G, N keys, D head dim, m some of a call's query tiles,
+T query tile, S block size, nb key blocks, of which w = N // S are whole.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ScoringCall:
         return blocks
 
     def queries(self, tiles: Tensor) -> Tensor:
-        """Queries of the tiles (int64 [m]) times the scale: float32 [B, G, m, Hg, T, D], zero where a tile has no token."""
+        """Scaled queries of the tiles (int64 [m]): float32 [B, G, m, Hg, T, D], zero where a tile has no token."""
         groups = self.inputs.k.shape[1]
         rows = to_tiles(self.inputs.q, self.plan.grid, groups)[:, tiles]
         queries: Tensor = rows.float().unflatten(0, (-1, groups)) * self.inputs.scale
@@ -65,7 +65,7 @@ class ScoringCall:
 class BlockSelector(ABC):
     """A selector made of scores: a subclass has a ``name`` and `scores`.
 
-    Budget, forced links (sink, local and own blocks) and the choice of the best blocks are those of the two-stage router.
+    Budget, forced links (sink, local and own blocks) and the choice of the best blocks are the router's, too.
     An instance is what ``SparseCall(selector=...)`` takes; `register_selector` makes the class known by its name.
     """
 

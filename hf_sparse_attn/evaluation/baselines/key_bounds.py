@@ -16,13 +16,13 @@ QUERY_SCORES = 1 << 22  # scores of single queries that exist at a time, 16 MB
 
 
 class QuerySelector(BlockSelector):
-    """A published score of one query, brought together over a tile: the papers select for every query by itself."""
+    """A published score of one query, brought together over a tile: papers select for each query."""
 
     @abstractmethod
     def of_queries(self, q: Tensor, blocks: Tensor) -> Tensor:
         """Scores of the blocks [B, G, w, S, D] for the scaled queries [B, G, L, D]: float32 [B, G, L, w]."""
 
-    # score of a tile = log Σ_{queries of the tile, heads of the KV group} exp(score of a query), as in stage 1 of the router
+    # score of a tile = log Σ exp(score of a query), over the tile's queries and the heads of the KV group, as in stage 1
     def scores(self, call: ScoringCall, tiles: Tensor) -> Tensor:
         q = call.queries(tiles)
         by_query: Tensor = self.of_queries(q.flatten(2, 4), call.blocks).unflatten(2, q.shape[2:5])  # [B, G, m, Hg, T, w]
@@ -50,7 +50,8 @@ class MeanStd(QuerySelector):
     name = "mean-std"
 
     # score_b(q) = q·mean_b + ½ ‖q‖₂ · std_b, with mean_b = mean_{k∈b} k and std_b² = mean_{k∈b, d} (k_d − mean_{b,d})²
-    # UNIQUE, Deng et al. 2026, arXiv:2605.27740. std_b is one number a block: here the root mean square over keys and dimensions
+    # UNIQUE, Deng et al. 2026, arXiv:2605.27740
+    # that std_b is over keys and dimensions is our reading of its one number
     def of_queries(self, q: Tensor, blocks: Tensor) -> Tensor:
         mean = blocks.mean(3)
         std: Tensor = (blocks - mean[:, :, :, None]).square().mean((3, 4)).sqrt()  # [B, G, w]

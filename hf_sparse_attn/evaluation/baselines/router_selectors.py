@@ -61,8 +61,8 @@ class MeanPool(StageOne):
     def __init__(self) -> None:
         self.start = UntrainedRouters()
 
-    # score_b = log Σ_r exp(s · q̄_r · mean_b): q̄_r the mean over heads and tokens of a run, both taken without RoPE and turned to
-    # their middle positions
+    # score_b = log Σ_r exp(s · q̄_r · mean_b): q̄_r the mean over heads and tokens of a run, both taken without RoPE and
+    # turned to their middle positions
     def scores(self, call: ScoringCall, tiles: Tensor) -> Tensor:
         router, inputs = self.start.of(call.router), _without_summaries(call.inputs)
         return super().scores(ScoringCall(router, inputs, call.plan), tiles)
