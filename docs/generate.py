@@ -21,7 +21,7 @@ from builder.markdown import replace_block
 def pages() -> dict[Path, str]:
     """Every generated page, and every page with generated blocks, as it should be."""
     docs = ROOT / "docs"
-    made = {
+    pages_by_name = {
         docs / "architectures.md": architectures_page.page(),
         docs / "cli.md": cli_page.page(),
         docs / "results.md": results_page.page(),
@@ -39,8 +39,8 @@ def pages() -> dict[Path, str]:
         text = path.read_text()
         for name, block in lines.items():
             text = replace_block(text, name, block)
-        made[path] = text
-    return made
+        pages_by_name[path] = text
+    return pages_by_name
 
 
 def main() -> int:

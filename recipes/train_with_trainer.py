@@ -85,7 +85,7 @@ def train(options: argparse.Namespace) -> None:
 
 
 def training_arguments(options: argparse.Namespace) -> TrainingArguments:
-    made: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         **{"output_dir": str(options.out), "num_train_epochs": 1, "learning_rate": options.lr, "lr_scheduler_type": "constant"},
         **{"per_device_train_batch_size": options.batch_size, "gradient_accumulation_steps": options.accumulation},
         **{"logging_steps": 1, "save_steps": options.save_every, "save_total_limit": 2, "report_to": [], "seed": 0},
@@ -93,12 +93,12 @@ def training_arguments(options: argparse.Namespace) -> TrainingArguments:
         "train_sampling_strategy": "sequential",
     }
     if not options.sft:
-        return TrainingArguments(**{**made, **options.arguments})
+        return TrainingArguments(**{**arguments, **options.arguments})
     with needs_extra("trl", "--sft"):
         from trl import SFTConfig
 
-    own = {"max_length": options.context, "packing": True, "padding_free": True, "bf16": torch.accelerator.is_available()}
-    return SFTConfig(**{**made, **own, **options.arguments})
+    method_arguments = {"max_length": options.context, "packing": True, "padding_free": True, "bf16": torch.accelerator.is_available()}
+    return SFTConfig(**{**arguments, **method_arguments, **options.arguments})
 
 
 def make_trainer(options: argparse.Namespace, model: Any, settings: Any, documents: list[Document], tokenizer: Any) -> Trainer:

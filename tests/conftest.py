@@ -48,8 +48,8 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: item.path.name != "test_longlink_training.py")
     factor = min(SLOWEST, max(1.0, LIMIT_RATE / linear_rate(torch.float32)))
     for item in items:
-        own = item.get_closest_marker("timeout")
-        limit = config.getoption("timeout") or (own.args[0] if own else float(config.getini("timeout")))
+        mine = item.get_closest_marker("timeout")
+        limit = config.getoption("timeout") or (mine.args[0] if mine else float(config.getini("timeout")))
         item.add_marker(pytest.mark.timeout(factor * limit), append=False)
 
 

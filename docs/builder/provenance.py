@@ -31,9 +31,9 @@ def settings(name: str, results: dict[str, Any]) -> dict[str, int]:
     runs = results.get("runs") or [{}]
     fitted = results.get("calibration", {}).get("made_with", {})
     places = (results, results.get("answer", {}), results.get("study", {}), runs[0])
-    found = [place["sparse_attention"] for place in places if "sparse_attention" in place]
-    found += [fitted["settings"]] if "settings" in fitted else []
-    recorded = found[0] if found else OLD_DEFAULTS if name in BEFORE else TODAY
+    values = [place["sparse_attention"] for place in places if "sparse_attention" in place]
+    values += [fitted["settings"]] if "settings" in fitted else []
+    recorded = values[0] if values else OLD_DEFAULTS if name in BEFORE else TODAY
     return {key: recorded[key] for key in ("sink", "local")}
 
 
@@ -81,5 +81,5 @@ def lines(name: str, results: dict[str, Any]) -> list[str]:
     ]
     facts += [f"commit {environment['commit'][:9]}"] if environment.get("commit") else []
     facts += ["a run at reduced size (`--smoke`)"] if results.get("smoke") else []
-    told = command(name, results)
-    return [" · ".join(facts), "", *([f"```sh\n{told}\n```", ""] if told else [])]
+    notes = command(name, results)
+    return [" · ".join(facts), "", *([f"```sh\n{notes}\n```", ""] if notes else [])]

@@ -152,13 +152,13 @@ def fits(results: dict[str, Any]) -> Iterator[Shown]:
 
 def calibrated(results: dict[str, Any]) -> Iterator[Shown]:
     """What a calibration found and how it was checked."""
-    found = results.get("calibration")
-    if found:
-        rows: list[list[Any]] = [["share of the keys that is kept", number(found["fit"]["density"])]]
-        rows += [[name.replace("_", " "), _value(value)] for name, value in found["verified"].items() if _plain(value)]
+    table_rows = results.get("calibration")
+    if table_rows:
+        rows: list[list[Any]] = [["share of the keys that is kept", number(table_rows["fit"]["density"])]]
+        rows += [[name.replace("_", " "), _value(value)] for name, value in table_rows["verified"].items() if _plain(value)]
         rows += [["what the check says", failure] for failure in results["failures"] or ["passed"]]
-        aim = f"{found['fit']['keys']} keys on average" if found["mass"] is None else f"share {found['mass']} of the mass"
-        yield (f"Found for {aim} at {found['fit']['tokens']} tokens, checked on other texts.", ["", "figure"], rows)
+        aim = f"{table_rows['fit']['keys']} keys on average" if table_rows["mass"] is None else f"share {table_rows['mass']} of the mass"
+        yield (f"Found for {aim} at {table_rows['fit']['tokens']} tokens, checked on other texts.", ["", "figure"], rows)
 
 
 def _plain(value: Any) -> bool:

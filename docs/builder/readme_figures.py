@@ -17,10 +17,10 @@ def row(rows: list[dict[str, Any]], **wanted: object) -> dict[str, Any]:
     Raises:
         ValueError: there is none, or several differ.
     """
-    found = [one for one in rows if all(one.get(name) == value for name, value in wanted.items())]
-    if not found or found != found[:1] * len(found):
-        raise ValueError(f"{len(found)} rows have {wanted}: the table of README.md needs one")
-    return found[0]
+    values = [one for one in rows if all(one.get(name) == value for name, value in wanted.items())]
+    if not values or values != values[:1] * len(values):
+        raise ValueError(f"{len(values)} rows have {wanted}: the table of README.md needs one")
+    return values[0]
 
 
 def figures() -> list[tuple[str, str, str]]:
@@ -60,8 +60,8 @@ def _times(ratio: float) -> str:
     return f"{ratio:.1f}×"
 
 
-def _answers(found: dict[str, Any]) -> str:
-    return f"{round(found['exact'] * found['n'])} of {found['n']}"
+def _answers(answers: dict[str, Any]) -> str:
+    return f"{round(answers['exact'] * answers['n'])} of {answers['n']}"
 
 
 def lines() -> list[str]:

@@ -44,11 +44,11 @@ def make_class(mixin: type, stock: type, **namespace: Any) -> type:
     with _LOCK:  # two threads that load models must not make two classes
         if (mixin, stock) not in _MADE:
             name = f"Sparse{stock.__name__}"
-            made = type(name, (mixin, stock), {"__module__": mixin.__module__, "__qualname__": name, **namespace})
-            module = vars(sys.modules[made.__module__])
+            cls = type(name, (mixin, stock), {"__module__": mixin.__module__, "__qualname__": name, **namespace})
+            module = vars(sys.modules[cls.__module__])
             if name not in module or module[name] in _MADE.values():  # a class of the package's own keeps its name
-                module[name] = made
-            _MADE[mixin, stock] = made
+                module[name] = cls
+            _MADE[mixin, stock] = cls
         return _MADE[mixin, stock]
 
 

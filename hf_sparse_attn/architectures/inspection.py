@@ -88,9 +88,9 @@ class ModelSource:
     @property
     def parts(self) -> dict[str, str]:
         """The models that this one is made of: their model types by field of its config, "" for one of any type."""
-        found = {field: getattr(part, "model_type", "") for field, part in (self.config.sub_configs or {}).items()}
+        model_types = {field: getattr(part, "model_type", "") for field, part in (self.config.sub_configs or {}).items()}
         known = _CONFIGS.CONFIG_MAPPING_NAMES
-        return {field: part for field, part in found.items() if part in known or self.config.sub_configs[field] is AutoConfig}
+        return {field: part for field, part in model_types.items() if part in known or self.config.sub_configs[field] is AutoConfig}
 
     def wholes(self) -> dict[str, str]:
         """The model types beside this one whose configs hold its config: the field that holds it, by type."""
@@ -124,8 +124,8 @@ def _auto_tables() -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def _auto_names(model_type: str) -> list[str]:
-    found = [table[model_type] for _, table in _auto_tables() if model_type in table]
-    return [name for names in found for name in ((names,) if isinstance(names, str) else names)]
+    classes = [table[model_type] for _, table in _auto_tables() if model_type in table]
+    return [name for names in classes for name in ((names,) if isinstance(names, str) else names)]
 
 
 def _folder(model_type: str) -> Path | None:

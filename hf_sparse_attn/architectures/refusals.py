@@ -47,8 +47,8 @@ def refusal(model_type: str) -> str:
 
 
 def _another_name(source: ModelSource) -> str:
-    own = source.config.model_type
-    return "" if own == source.model_type else f"is another name of {own!r}: load it as that"
+    model_type = source.config.model_type
+    return "" if model_type == source.model_type else f"is another name of {model_type!r}: load it as that"
 
 
 def _no_models(source: ModelSource) -> str:
@@ -141,8 +141,8 @@ def _rotation(source: ModelSource) -> str:
 
 def _untold(source: ModelSource) -> str:
     calls = [call for text in source.reached.values() for call in re.findall(r"self\.(?:self_)?att\w*\(((?:[^()]|\([^()]*\))*)\)", text)]
-    told = [text.partition("get_interface") for text in source.routed.values() if "apply_rotary" in text]
-    if any(re.search(r"\n +position_ids\b", before) and "position_ids=" not in after for before, _, after in told):
+    texts = [text.partition("get_interface") for text in source.routed.values() if "apply_rotary" in text]
+    if any(re.search(r"\n +position_ids\b", before) and "position_ids=" not in after for before, _, after in texts):
         return "does not tell its attention function the positions, by which keys are un-rotated"
     if any("hidden_states" in call and "**" not in call for call in calls):
         return "does not pass keyword arguments on to its attention, so a call cannot reach the routers"

@@ -19,16 +19,21 @@ def tested_range() -> str:
 
 def is_tested(version: str | None = None) -> bool:
     """Whether Transformers ``version`` (that installed) is a release of the tested range; before its release none is."""
-    found = _parsed(version or transformers.__version__)
+    installed = _parsed(version or transformers.__version__)
     low, high = SUPPORTED_TRANSFORMERS
-    return found is not None and not found.is_prerelease and low <= found and found.release[: len(high.release)] <= high.release
+    return (
+        installed is not None
+        and not installed.is_prerelease
+        and low <= installed
+        and installed.release[: len(high.release)] <= high.release
+    )
 
 
 def check_transformers(version: str | None = None) -> None:
     """Raise ImportError if Transformers ``version`` (that installed) is too old; warn if it was not tested."""
     version = version or transformers.__version__
-    found, low = _parsed(version), SUPPORTED_TRANSFORMERS[0]
-    if found is not None and Version(found.base_version) < low:
+    installed, low = _parsed(version), SUPPORTED_TRANSFORMERS[0]
+    if installed is not None and Version(installed.base_version) < low:
         raise ImportError(f"hf_sparse_attn supports transformers >= {low}, found {version}: {advice()}")
     if not is_tested(version):
         warnings.warn(

@@ -23,8 +23,8 @@ _ARGUMENTS = """Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor? a
 
 
 def _attend(query, key, value, sinks, attention_mask, position_ids, cu_seq_lens, filled, cache, site, scale, causal, softcap):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
-    asked = Attention(scale, causal, softcap, sinks, attention_mask, position_ids, cu_seq_lens, filled)
-    return attend(numbered(site), query, key, value, asked, None if cache is None else numbered(cache))
+    request = Attention(scale, causal, softcap, sinks, attention_mask, position_ids, cu_seq_lens, filled)
+    return attend(numbered(site), query, key, value, request, None if cache is None else numbered(cache))
 
 
 def _fake_attend(query, key, value, *rest):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN002, ANN202
@@ -34,9 +34,9 @@ def _fake_attend(query, key, value, *rest):  # type: ignore[no-untyped-def] # no
 def _attend_backward(grad, query, key, value, sinks, *rest):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN002, ANN202
     attention_mask, position_ids, cu_seq_lens, filled, _, site, scale, causal, softcap = rest
     leaves = [x.detach().requires_grad_() for x in (query, key, value, *(() if sinks is None else (sinks,)))]
-    asked = Attention(scale, causal, softcap, leaves[3] if sinks is not None else None, attention_mask, position_ids, cu_seq_lens, filled)
+    request = Attention(scale, causal, softcap, leaves[3] if sinks is not None else None, attention_mask, position_ids, cu_seq_lens, filled)
     with torch.enable_grad(), _recording():
-        out = attend(numbered(site), leaves[0], leaves[1], leaves[2], asked)
+        out = attend(numbered(site), leaves[0], leaves[1], leaves[2], request)
         grads = torch.autograd.grad(out, leaves, grad)
     return (*grads[:3], query.new_empty(0) if sinks is None else grads[3])
 
@@ -81,11 +81,11 @@ def know_layer(module: Any) -> None:
 
 
 def attend_opaquely(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, asked: Attention, cache: SparseCacheLayerMixin | None
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, request: Attention, cache: SparseCacheLayerMixin | None
 ) -> Tensor:
     """`attend` as one operator of the graph that is being compiled."""
     out: Tensor = torch.ops.hf_sparse_attn.attend(
-        *(query, key, value, asked.sinks, asked.attention_mask, asked.position_ids, asked.cu_seq_lens, asked.filled),
-        *(None if cache is None else cache.number, module.sparse_number, asked.scale, asked.causal, asked.softcap),
+        *(query, key, value, request.sinks, request.attention_mask, request.position_ids, request.cu_seq_lens, request.filled),
+        *(None if cache is None else cache.number, module.sparse_number, request.scale, request.causal, request.softcap),
     )
     return out

@@ -20,8 +20,8 @@ DENSE_TILE = 64  # queries and keys of the tiles of dense attention with a cap o
 
 def is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     """Whether an attention module asks for causal attention, by its call's ``kwargs`` or by itself."""
-    asked = kwargs.get("is_causal")
-    return bool(getattr(module, "is_causal", True) if asked is None else asked)
+    requested = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if requested is None else requested)
 
 
 def stock_attention(
@@ -117,20 +117,20 @@ def stock_mask(mask: Tensor | None, q_len: int, kv_len: int, slots: int, causal:
     return visible if mask is None else visible & F.pad(mask[:, :slots].bool(), (0, max(slots - mask.shape[1], 0)))[:, None, None]
 
 
-def attend_as_stock(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, asked: Attention, layout: Layout) -> Tensor:
+def attend_as_stock(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, request: Attention, layout: Layout) -> Tensor:
     """Attention [B, Q, H, D] of a layer as the stock model computes it; packed documents do not see each other."""
-    mask = asked.attention_mask
+    mask = request.attention_mask
     if mask is None or mask.ndim == 2:
-        mask = stock_mask(mask, layout.q_len, layout.kv_len, key.shape[2], asked.causal, key.device)
-    options = {"softcap": asked.softcap, "s_aux": asked.sinks, "is_causal": asked.causal}
-    return stock_attention_of_documents(module, query, key, value, mask, asked.scale, 0.0, layout.packed(), **options)[0]
+        mask = stock_mask(mask, layout.q_len, layout.kv_len, key.shape[2], request.causal, key.device)
+    options = {"softcap": request.softcap, "s_aux": request.sinks, "is_causal": request.causal}
+    return stock_attention_of_documents(module, query, key, value, mask, request.scale, 0.0, layout.packed(), **options)[0]
 
 
 def _eager(module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
     """The eager attention function beside the stock class of an attention module."""
     beside = (sys.modules[cls.__module__] for cls in type(module).__mro__)
-    found: Callable[..., tuple[Tensor, Any]] = next(m.eager_attention_forward for m in beside if hasattr(m, "eager_attention_forward"))
-    return found
+    eager: Callable[..., tuple[Tensor, Any]] = next(m.eager_attention_forward for m in beside if hasattr(m, "eager_attention_forward"))
+    return eager
 
 
 def dense_attention(

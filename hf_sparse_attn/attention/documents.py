@@ -103,17 +103,17 @@ class Layout:
         if plain_step or (self.mask is not None and self.mask.ndim == 4):
             return self._find_segments()
         global _last_answer
-        layout, kept, found = _last_answer
+        layout, kept, segments = _last_answer
         if layout is None or not self._tells_the_same_as(layout, kept):
-            found = self._find_segments()
+            segments = self._find_segments()
             contents = [None if x is None else x.clone() for x in self._told()]  # who owns them may change them
         else:
             contents = [None if noted is None else noted[1] for noted in kept]
         noted = (
             None if x is None or content is None else (_version(x), content) for x, content in zip(self._told(), contents, strict=True)
         )
-        _last_answer = (self, tuple(noted), found)
-        return found
+        _last_answer = (self, tuple(noted), segments)
+        return segments
 
     def _told(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         return self.mask, self.position_ids, self.cu_seq_lens
@@ -140,8 +140,10 @@ class Layout:
 
     def _find_segments(self) -> list[Segment]:
         real, starts = self._told_by_mask()
-        found = cut_documents(self.batch, self.q_len, self.kv_len, real, _join(starts, self._starts(real)))
-        return [replace(segment, consecutive=consecutive) for segment, consecutive in zip(found, self._consecutive(found), strict=True)]
+        segments = cut_documents(self.batch, self.q_len, self.kv_len, real, _join(starts, self._starts(real)))
+        return [
+            replace(segment, consecutive=consecutive) for segment, consecutive in zip(segments, self._consecutive(segments), strict=True)
+        ]
 
     def _consecutive(self, segments: list[Segment]) -> list[bool | None]:
         """Of each document whether the positions of its queries grow by one, None for unknown."""
@@ -202,8 +204,8 @@ class Layout:
                 "None, a padding mask [batch, keys] or a 4D mask [batch, 1, queries, keys]. "
                 'Or run dense with model.set_attn_implementation("sdpa")'
             )
-        told = mask[:, :kv_len].expand(self.batch, -1)
-        return told.bool(), None if told.dtype == torch.bool else _starts_where(torch.ne, told, told.bool())
+        numbers = mask[:, :kv_len].expand(self.batch, -1)
+        return numbers.bool(), None if numbers.dtype == torch.bool else _starts_where(torch.ne, numbers, numbers.bool())
 
     def _starts(self, real: Tensor | None) -> Tensor | None:
         """Boolean [1 or B, N]: the slot starts a packed document that is not the row's first. None if nothing tells of documents.
@@ -256,9 +258,9 @@ def cut_documents(batch: int, q_len: int, kv_len: int, mask: Tensor | None, star
     if starts is None and (mask is None or bool(mask.all())):
         return [Segment(slice(0, batch), None, q_len)]
     segments, places = [], []
-    told = starts if mask is None else mask
-    assert told is not None
-    device = told.device
+    marks = starts if mask is None else mask
+    assert marks is not None
+    device = marks.device
     for row in range(batch):
         slots = torch.arange(kv_len, dtype=torch.int64, device="cpu") if mask is None else mask[row].nonzero()[:, 0].cpu()
         if starts is None:
@@ -274,14 +276,14 @@ def cut_documents(batch: int, q_len: int, kv_len: int, mask: Tensor | None, star
     return [replace(segment, place=place) for segment, place in zip(segments, on_device, strict=True)]
 
 
-def _starts_where(new: Callable[[Tensor, Tensor], Tensor], told: Tensor, real: Tensor | None) -> Tensor:
-    """Boolean [1 or B, N]: ``new(before, here)`` holds for what is ``told`` [1 or B, N] of a real token and the real one before it.
+def _starts_where(new: Callable[[Tensor, Tensor], Tensor], values: Tensor, real: Tensor | None) -> Tensor:
+    """Boolean [1 or B, N]: ``new(before, here)`` holds for what is ``values`` [1 or B, N] of a real token and the real one before it.
 
     What is told of padding is arbitrary.
     """
     if real is None:
-        return F.pad(new(told[:, :-1], told[:, 1:]), (1, 0))
-    told = told.expand(len(real), -1)
+        return F.pad(new(values[:, :-1], values[:, 1:]), (1, 0))
+    values = values.expand(len(real), -1)
     last = torch.where(real, torch.arange(real.shape[1], device=real.device, dtype=torch.int64), -1).cummax(1).values
     before = F.pad(last[:, :-1], (1, 0), value=-1)  # slot of the real token before
-    return real & (before >= 0) & new(told.gather(1, before.clamp(min=0)), told)
+    return real & (before >= 0) & new(values.gather(1, before.clamp(min=0)), values)

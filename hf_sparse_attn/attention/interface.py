@@ -130,7 +130,7 @@ def sparse_attention_forward(
             f"{type(module).__name__} attends to {key.shape[2]} keys with {query.shape[2]} queries, but handed no cache on: it keeps keys "
             'in a way that sparse attention does not know. Run dense with model.set_attn_implementation("sdpa")'
         )
-    asked = Attention(
+    request = Attention(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         causal=is_causal(module, kwargs),
         softcap=kwargs.get("softcap"),
@@ -141,13 +141,13 @@ def sparse_attention_forward(
         filled=filled(sparse_cache_layer),
     )
     cache = sparse_cache_layer if isinstance(sparse_cache_layer, SparseCacheLayerMixin) else None
-    if sparse_call is None and (out := made_on_the_device(module, query, key, value, asked, cache)) is not None:
+    if sparse_call is None and (out := made_on_the_device(module, query, key, value, request, cache)) is not None:
         return out, None
     if torch.compiler.is_compiling():
         if sparse_call is None:
-            return attend_opaquely(module, query, key, value, asked, cache), None
-        return _outside_graphs(module, query, key, value, asked, cache, sparse_call), None
-    out = attend(module, query, key, value, asked, cache, sparse_call)
+            return attend_opaquely(module, query, key, value, request, cache), None
+        return _outside_graphs(module, query, key, value, request, cache, sparse_call), None
+    out = attend(module, query, key, value, request, cache, sparse_call)
     if sparse_call is None and module.training and torch.is_grad_enabled():
         out = leave_routers(router, out)
     return out, None

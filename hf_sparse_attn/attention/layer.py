@@ -38,7 +38,7 @@ class _Layer:
     router: SparseRouter
     cache: SparseCacheLayerMixin | None
     call: SparseCall
-    asked: Attention
+    request: Attention
     kv_len: int
 
     @cached_property
@@ -56,7 +56,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    asked: Attention,
+    request: Attention,
     cache: SparseCacheLayerMixin | None = None,
     call: SparseCall | None = None,
 ) -> Tensor:
@@ -67,10 +67,10 @@ def attend(
     device = query.device.type
     if torch.is_autocast_enabled(device):  # its products would round what the router keeps in float32
         with torch.autocast(device, enabled=False):
-            return attend(module, query, key, value, asked, cache, call)
+            return attend(module, query, key, value, request, cache, call)
     refuse_split_sequences()
     attached = None if call is None else call.on_layer(active_router(module.router))
-    out = _attend_layer(module, query, key, value, asked, cache, call)
+    out = _attend_layer(module, query, key, value, request, cache, call)
     return attach(out, [attached]) if attached is not None and out.requires_grad else out  # a frozen backbone needs no graph
 
 
@@ -79,33 +79,33 @@ def _attend_layer(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    asked: Attention,
+    request: Attention,
     cache: SparseCacheLayerMixin | None,
     call: SparseCall | None,
 ) -> Tensor:
     router: SparseRouter = module.router  # type: ignore[assignment]
     q_len = query.shape[2]
-    kv_len = key.shape[2] if asked.filled is None else int(asked.filled)
-    positions = _positions(asked, q_len, kv_len, cache, key.device)
-    layout = Layout(query.shape[0], q_len, kv_len, asked.attention_mask, asked.causal, asked.position_ids, asked.cu_seq_lens)
-    if q_len > 1 and cache is not None and asked.filled is not None and static_decode.wanted(query.device):
-        _prepare_steps(cache, router, key, positions, asked, layout)
-    layer = _Layer(router, cache, call or SparseCall(), asked, kv_len)
+    kv_len = key.shape[2] if request.filled is None else int(request.filled)
+    positions = _positions(request, q_len, kv_len, cache, key.device)
+    layout = Layout(query.shape[0], q_len, kv_len, request.attention_mask, request.causal, request.position_ids, request.cu_seq_lens)
+    if q_len > 1 and cache is not None and request.filled is not None and static_decode.wanted(query.device):
+        _prepare_steps(cache, router, key, positions, request, layout)
+    layer = _Layer(router, cache, call or SparseCall(), request, kv_len)
     if layer.way is Way.STOCK:
         if q_len == 1 and cache is not None:
             cache.steps = cache.steps_by = None  # this step leaves no summary
-        return attend_as_stock(module, query, key, value, asked, layout)
+        return attend_as_stock(module, query, key, value, request, layout)
     return _attend_segments(layer, layout.segments(), query, key[:, :, :kv_len], value[:, :, :kv_len], positions)
 
 
 def _prepare_steps(
-    cache: SparseCacheLayerMixin, router: SparseRouter, key: Tensor, positions: Tensor, asked: Attention, layout: Layout
+    cache: SparseCacheLayerMixin, router: SparseRouter, key: Tensor, positions: Tensor, request: Attention, layout: Layout
 ) -> None:
     """Let the steps that follow be those of `static_decode`, if it can make them: no row is padded, and positions run through."""
     running, past = active_router(router), layout.kv_len - layout.q_len
     plain = [(part.slots, part.consecutive) for part in layout.segments()] == [(None, True)]
     goes_on = not past or (cache.steps is not None and bool((positions[:, past - 1 : past + 1].diff() == 1).all()))
-    if plain and goes_on and static_decode.supports(running, asked):
+    if plain and goes_on and static_decode.supports(running, request):
         table = static_decode.budget_table(running.config, key.shape[2], key.device)
         cache.prepare_steps(router, key[:, :, : layout.kv_len].detach(), positions, key.shape[2], table)
     else:
@@ -113,20 +113,20 @@ def _prepare_steps(
 
 
 def made_on_the_device(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, asked: Attention, cache: SparseCacheLayerMixin | None
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, request: Attention, cache: SparseCacheLayerMixin | None
 ) -> Tensor | None:
     """Attention [B, 1, H, D] of a step after a static cache that waits for nothing, None where it has to be made by `attend`."""
     if cache is None or cache.steps is None or cache.router_keys is None or query.shape[2] != 1:
         return None
     router = active_router(module.router)
-    if cache.steps_by is not router or cache.steps_config is not router.config or not static_decode.supports(router, asked):
+    if cache.steps_by is not router or cache.steps_config is not router.config or not static_decode.supports(router, request):
         return None
-    return static_decode.decode(router, cache.router_keys, cache.steps, query, key, value, asked).transpose(1, 2)
+    return static_decode.decode(router, cache.router_keys, cache.steps, query, key, value, request).transpose(1, 2)
 
 
-def _positions(asked: Attention, q_len: int, kv_len: int, cache: SparseCacheLayerMixin | None, device: torch.device) -> Tensor:
+def _positions(request: Attention, q_len: int, kv_len: int, cache: SparseCacheLayerMixin | None, device: torch.device) -> Tensor:
     """Rotary positions [1 or B, N] of all keys."""
-    position_ids = asked.position_ids
+    position_ids = request.position_ids
     if position_ids is None:
         position_ids = torch.arange(kv_len - q_len, kv_len, device=device, dtype=torch.int64)[None]
     if cache is not None:
@@ -169,8 +169,8 @@ def _inputs(layer: _Layer, segment: Segment, q: Tensor, key: Tensor, value: Tens
     summaries = None
     if layer.cache is not None:
         summaries = layer.cache.summaries(layer.router, key.shape[0], segment.rows, segment.slots_on_host, k.detach(), pos)
-    asked = layer.asked
-    return RoutingInputs(q, k, pos, asked.scale, summaries, asked.causal, segment.keys(value), segment.consecutive)
+    request = layer.request
+    return RoutingInputs(q, k, pos, request.scale, summaries, request.causal, segment.keys(value), segment.consecutive)
 
 
 def _route(layer: _Layer, inputs: RoutingInputs) -> list[BlockSelection]:
@@ -218,8 +218,8 @@ def _attend(layer: _Layer, inputs: RoutingInputs, selections: list[BlockSelectio
     """Attention of one document over what its spans of queries keep, dense without any: [b, H, Q, D]."""
     assert inputs.v is not None
     if not selections:
-        asked = layer.asked
-        return dense_attention(inputs.q, inputs.k, inputs.v, asked.scale, asked.causal, asked.softcap, asked.sinks)
+        request = layer.request
+        return dense_attention(inputs.q, inputs.k, inputs.v, request.scale, request.causal, request.softcap, request.sinks)
     outputs, start = [], 0
     for selection in selections:
         span = inputs.span(start, start + selection.grid.q_len)
@@ -230,8 +230,8 @@ def _attend(layer: _Layer, inputs: RoutingInputs, selections: list[BlockSelectio
 
 
 def _attend_selection(layer: _Layer, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> Tensor:
-    asked = layer.asked
-    return block_sparse_attention(q, k, v, selection, scale=asked.scale, softcap=asked.softcap, sinks=asked.sinks)[0]
+    request = layer.request
+    return block_sparse_attention(q, k, v, selection, scale=request.scale, softcap=request.softcap, sinks=request.sinks)[0]
 
 
 def query_spans(router: SparseRouter, inputs: RoutingInputs, decode_from: int | None) -> list[tuple[int, int, int]]:

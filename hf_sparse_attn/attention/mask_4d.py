@@ -20,16 +20,18 @@ def read_mask(mask: Tensor, q_len: int, causal: bool) -> tuple[Tensor, Tensor | 
     kv_len, offset = visible.shape[2], visible.shape[2] - q_len
     slot = torch.arange(kv_len, device=mask.device, dtype=torch.int64)
     queries = slot[offset:]
-    own = visible[:, torch.arange(q_len, device=mask.device, dtype=torch.int64), queries]  # a query that does not see itself is padding
+    sees_itself = visible[
+        :, torch.arange(q_len, device=mask.device, dtype=torch.int64), queries
+    ]  # a query that does not see itself is padding
     first = visible.view(torch.uint8).argmax(-1)  # the first slot that each query sees: where its document starts
     if offset:  # the tokens before the call: real if any real query of it sees them
-        real = torch.cat([(visible[:, :, :offset] & own[:, :, None]).any(1), own], 1)
+        real = torch.cat([(visible[:, :, :offset] & sees_itself[:, :, None]).any(1), sees_itself], 1)
         document = torch.zeros_like(real, dtype=torch.long)
     else:
-        real, document = own, first
+        real, document = sees_itself, first
     want = real[:, None] & (document[:, offset:, None] == document[:, None])
     want &= (slot <= queries[:, None]) if causal else True
-    if bool((own[..., None] & (want != visible)).any()):
+    if bool((sees_itself[..., None] & (want != visible)).any()):
         kind = "causal" if causal else "bidirectional"
         raise ValueError(
             f"the 4-dimensional attention mask {tuple(mask.shape)} is not {kind} attention with padding and packed documents, which is all "

@@ -56,29 +56,29 @@ def wanted(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def supports(router: SparseRouter, asked: Attention) -> bool:
+def supports(router: SparseRouter, request: Attention) -> bool:
     """Whether steps can be made this way: causal, without padding, by budgets of the config, in a layer that is not dense."""
-    told = asked.attention_mask is None and asked.cu_seq_lens is None
-    return told and asked.causal and router.budgets is None and router.layer not in router.config.dense_layers
+    unmasked = request.attention_mask is None and request.cu_seq_lens is None
+    return unmasked and request.causal and router.budgets is None and router.layer not in router.config.dense_layers
 
 
 def decode(
-    router: SparseRouter, router_keys: Tensor, table: BudgetTable, query: Tensor, key: Tensor, value: Tensor, asked: Attention
+    router: SparseRouter, router_keys: Tensor, table: BudgetTable, query: Tensor, key: Tensor, value: Tensor, request: Attention
 ) -> Tensor:
     """Attention of ``query`` [B, H, 1, D] to the kept ones of the first ``asked.filled`` keys: [B, H, 1, D].
 
     ``key`` and ``value`` [B, G, N, D] are all slots of the cache; ``router_keys`` [B, G, nb, R] are written where the query's block is.
     """
-    size, filled = router.config.block_size, asked.filled
+    size, filled = router.config.block_size, request.filled
     assert filled is not None
     with torch.no_grad():
         sink, near, free, candidates = table.rows.index_select(0, filled.view(1))[0].unbind()
         last = (filled - 1) // size
-        at = filled.view(1, 1) - 1 if asked.position_ids is None else asked.position_ids[:, -1:]
+        at = filled.view(1, 1) - 1 if request.position_ids is None else request.position_ids[:, -1:]
         _summarise(router, router_keys, key, at, filled, last)
-        inputs = RoutingInputs(query, key, at, asked.scale)
+        inputs = RoutingInputs(query, key, at, request.scale)
 
-        queries = (coarse_queries(router, inputs) * asked.scale).to(key.dtype).flatten(0, 1)
+        queries = (coarse_queries(router, inputs) * request.scale).to(key.dtype).flatten(0, 1)
         coarse = torch.bmm(router_keys.flatten(0, 1), queries.transpose(1, 2))[..., 0].float()
         block = torch.arange(coarse.shape[-1], device=key.device, dtype=torch.int64)
         coarse = coarse.masked_fill((block < sink) | (block >= near), -torch.inf)
@@ -88,12 +88,12 @@ def decode(
         forced, stays = _forced(table, sink, near, last, len(coarse))
         blocks = torch.cat([passed.clamp(max=coarse.shape[-1] - 1), forced], -1)
 
-        fine = (mapped_queries(router, inputs) * asked.scale).to(key.dtype).flatten(0, 1)
+        fine = (mapped_queries(router, inputs) * request.scale).to(key.dtype).flatten(0, 1)
         mass = _mass(fine, key, blocks, torch.cat([exists, stays], -1), size, filled)[:, : passed.shape[-1]]
         chosen, keeps = _chosen(mass.masked_fill(~exists, -torch.inf), table, free, router.config.mass_threshold, near - sink <= free)
         listed = torch.cat([blocks.gather(-1, chosen), forced], -1)
         kept = torch.cat([keeps & exists.gather(-1, chosen), stays], -1)
-    return _attend(query, key, value, listed, kept, size, asked)
+    return _attend(query, key, value, listed, kept, size, request)
 
 
 def _first(index: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,8 +105,8 @@ def _summarise(router: SparseRouter, router_keys: Tensor, key: Tensor, at: Tenso
     """Write the stage-1 key of the block that the query is in, which holds once the block is full; until then nobody reads it."""
     size = router.config.block_size
     slots = last * size + torch.arange(size, device=key.device, dtype=torch.int64)
-    made = router.router_keys(key.index_select(2, slots.clamp(max=key.shape[2] - 1)), at + slots - (filled - 1), "torch")
-    router_keys.index_copy_(2, last.view(1), made.to(router_keys.dtype))
+    summary = router.router_keys(key.index_select(2, slots.clamp(max=key.shape[2] - 1)), at + slots - (filled - 1), "torch")
+    router_keys.index_copy_(2, last.view(1), summary.to(router_keys.dtype))
 
 
 def _forced(table: BudgetTable, sink: Tensor, near: Tensor, last: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -149,17 +149,17 @@ def _chosen(mass: Tensor, table: BudgetTable, free: Tensor, threshold: float | N
     return torch.arange(mass.shape[-1], device=mass.device, dtype=torch.int64).expand_as(mass), (mass >= threshold) | all_kept
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, real: Tensor, size: int, asked: Attention) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, real: Tensor, size: int, request: Attention) -> Tensor:
     """Softmax attention to the keys of the ``blocks`` [B·G, L] that are ``real``."""
-    assert asked.filled is not None
+    assert request.filled is not None
     slots = _slots(blocks, size, key.shape[2])
     grouped = query[:, :, 0].reshape(len(blocks), -1, query.shape[-1])
-    scores = torch.bmm(grouped, _gathered(key, slots).transpose(1, 2)).float() * asked.scale
-    if asked.softcap is not None:
-        scores = asked.softcap * torch.tanh(scores / asked.softcap)
-    scores = scores.masked_fill(_hidden(blocks, real, size, asked.filled), -torch.inf)
-    if asked.sinks is not None:
-        sinks = asked.sinks.float().view(1, key.shape[1], -1, 1).expand(len(query), -1, -1, -1).flatten(0, 1)
+    scores = torch.bmm(grouped, _gathered(key, slots).transpose(1, 2)).float() * request.scale
+    if request.softcap is not None:
+        scores = request.softcap * torch.tanh(scores / request.softcap)
+    scores = scores.masked_fill(_hidden(blocks, real, size, request.filled), -torch.inf)
+    if request.sinks is not None:
+        sinks = request.sinks.float().view(1, key.shape[1], -1, 1).expand(len(query), -1, -1, -1).flatten(0, 1)
         weights = torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1]
     else:
         weights = torch.softmax(scores, -1)

@@ -98,18 +98,18 @@ def _checked_peers(layer: Layer, selection: BlockSelection) -> tuple[dict[str, C
 
 def crossover(rows: list[dict[str, Any]]) -> dict[str, float | str]:
     """By dtype, the length from which on the sparse layer, router included, is the faster one, interpolated between ``rows``."""
-    found: dict[str, float | str] = {}
+    lengths: dict[str, float | str] = {}
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         points = sorted((row["length"], row["speedup_with_router"]["median"]) for row in rows if row["dtype"] == dtype)
         slower = [point for point in points if point[1] < 1]
         if not slower:
-            found[dtype] = f"below {points[0][0]}"
+            lengths[dtype] = f"below {points[0][0]}"
         elif slower[-1] == points[-1]:
-            found[dtype] = f"above {points[-1][0]}"
+            lengths[dtype] = f"above {points[-1][0]}"
         else:
             (a, low), (b, high) = slower[-1], points[points.index(slower[-1]) + 1]
-            found[dtype] = a * (b / a) ** (math.log(low) / (math.log(low) - math.log(high)))
-    return found
+            lengths[dtype] = a * (b / a) ** (math.log(low) / (math.log(low) - math.log(high)))
+    return lengths
 
 
 def _verified_flex(layer: Layer, selection: BlockSelection) -> Callable[[], Tensor]:
@@ -240,10 +240,10 @@ def bench_router(shape: LayerShape, *, repeats: int = 5, **fields: Any) -> dict[
 def _stage_times(layer: Layer, plan: TilePlan) -> dict[str, float]:
     """Seconds of each part of the router's work, one after the other over all tiles."""
     device = layer.shape.device
-    made: list[FeatureMaker] = []
-    times = {"keys": timed(lambda: made.append(FeatureMaker(layer.router, layer.inputs, plan.grid)), device)}
-    runs = made[0].runs(torch.arange(plan.grid.tiles, device=plan.device, dtype=torch.int64))
+    makers: list[FeatureMaker] = []
+    times = {"keys": timed(lambda: makers.append(FeatureMaker(layer.router, layer.inputs, plan.grid)), device)}
+    runs = makers[0].runs(torch.arange(plan.grid.tiles, device=plan.device, dtype=torch.int64))
     features: list[TileFeatures] = []
-    times["queries"] = timed(lambda: features.extend(map(made[0].features, runs)), device)
+    times["queries"] = timed(lambda: features.extend(map(makers[0].features, runs)), device)
     times["select"] = timed(lambda: [select_blocks(f, plan, run) for f, run in zip(features, runs, strict=True)], device)
     return times

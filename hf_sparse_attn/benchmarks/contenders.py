@@ -92,16 +92,16 @@ def make_contenders(model: PreTrainedModel, config: AdaptationConfig, names: tup
 
     The stock ones are the stock class with plain PEFT LoRA on the same modules.
     """
-    made: dict[str, Contender] = {}
+    contenders: dict[str, Contender] = {}
     for name in names:
         shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
         twin = copy.deepcopy(model, shared)
-        made[name] = _stock(name, twin, config) if name in (STOCK, EAGER) else _sparse(name, twin, config)
+        contenders[name] = _stock(name, twin, config) if name in (STOCK, EAGER) else _sparse(name, twin, config)
         with torch.no_grad():
-            for key, first in made[names[0]].lora.items():
-                made[name].lora[key].copy_(first)
-        made[name].allocate_states()
-    return made
+            for key, first in contenders[names[0]].lora.items():
+                contenders[name].lora[key].copy_(first)
+        contenders[name].allocate_states()
+    return contenders
 
 
 def _stock(name: str, model: PreTrainedModel, config: AdaptationConfig) -> Contender:
@@ -141,14 +141,14 @@ def verify_training(sparse: Contender, stock: Contender, batch: Mapping[str, Ten
     results.append(_probe(stock, short))
     (loss, gradient), (want, exact) = results
     eps = torch.finfo(base.dtype).eps
-    found = {"loss": abs(loss - want) / abs(want), "gradient": float((gradient - exact).norm() / exact.norm())}
+    errors = {"loss": abs(loss - want) / abs(want), "gradient": float((gradient - exact).norm() / exact.norm())}
     for name, allowed in (("loss", LOSS_EPSILONS * max(eps, 1e-6)), ("gradient", GRADIENT_EPSILONS * max(eps, 1e-6))):
-        if not found[name] <= allowed:
+        if not errors[name] <= allowed:
             what = "the loss differs" if name == "loss" else "the LoRA gradients differ"
             raise BenchmarkError(
-                f"with every block kept {what} from the stock model's by {found[name]:.3g} relative (allowed {allowed:.3g})"
+                f"with every block kept {what} from the stock model's by {errors[name]:.3g} relative (allowed {allowed:.3g})"
             )
-    return found
+    return errors
 
 
 def _probe(contender: Contender, batch: Mapping[str, Tensor]) -> tuple[float, Tensor]:

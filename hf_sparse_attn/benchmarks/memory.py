@@ -69,8 +69,8 @@ def peaks_in_a_fresh_process(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         model.save_pretrained(path / "model")
-        asked = {"names": names, "steps": list(steps), "budget": dict(budget), "config": config}
-        torch.save(asked, path / "asked.pt")
+        request = {"names": names, "steps": list(steps), "budget": dict(budget), "config": config}
+        torch.save(request, path / "asked.pt")
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(MAPPED_BYTES), "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-W", "ignore", "-m", __name__, folder, str(torch.get_num_threads())]
         run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -83,13 +83,13 @@ def peaks_in_a_fresh_process(
 
 def _main(folder: Path, threads: int) -> None:
     torch.set_num_threads(threads)
-    asked = torch.load(folder / "asked.pt", weights_only=False)  # written by the process that started this one
+    request = torch.load(folder / "asked.pt", weights_only=False)  # written by the process that started this one
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
-    with sparse_attention_as(model, **asked["budget"]):
-        contenders = make_contenders(model, asked["config"], asked["names"])
-        _, _, batch = asked["steps"][0]
+    with sparse_attention_as(model, **request["budget"]):
+        contenders = make_contenders(model, request["config"], request["names"])
+        _, _, batch = request["steps"][0]
         verify_training(contenders[SPARSE], contenders[STOCK], batch)  # loads the kernels
-        torch.save(measure_peaks(contenders, asked["steps"]), folder / "peaks.pt")
+        torch.save(measure_peaks(contenders, request["steps"]), folder / "peaks.pt")
 
 
 if __name__ == "__main__":

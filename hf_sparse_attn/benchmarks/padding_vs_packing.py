@@ -67,11 +67,11 @@ def with_memory(compared: dict[str, Any], peaks: Mapping[str, int]) -> dict[str,
 @torch.no_grad()
 def check_layouts(contender: Contender, layouts: Mapping[str, Batch]) -> dict[str, float]:
     """The task losses by layout. Raises BenchmarkError unless they agree."""
-    found = {layout: float(contender.loss(batch)[0]) for layout, batch in layouts.items()}
-    padded, packed = found["padded"], found["packed"]
+    losses = {layout: float(contender.loss(batch)[0]) for layout, batch in layouts.items()}
+    padded, packed = losses["padded"], losses["packed"]
     allowed = LOSS_EPSILONS * max(torch.finfo(contender.model.dtype).eps, 4e-5)
     if not abs(padded - packed) <= allowed * abs(packed):
         raise BenchmarkError(
             f"the loss of {contender.name} is {padded:.6f} padded and {packed:.6f} packed: more than {allowed:.1g} relative apart"
         )
-    return found
+    return losses

@@ -63,11 +63,13 @@ def plot_training(path: Path, rows: list[dict[str, Any]]) -> None:
         if not some:
             continue
         lengths, options = [length for length, *_ in some], {"color": colour, "ls": style, "marker": "o"}
-        middle = [tokens / made["median_s"] for _, tokens, made in some]
-        below = [m - tokens / made["max_s"] for m, (_, tokens, made) in zip(middle, some, strict=True)]
-        above = [tokens / made["min_s"] - m for m, (_, tokens, made) in zip(middle, some, strict=True)]
+        middle = [tokens / figures["median_s"] for _, tokens, figures in some]
+        below = [m - tokens / figures["max_s"] for m, (_, tokens, figures) in zip(middle, some, strict=True)]
+        above = [tokens / figures["min_s"] - m for m, (_, tokens, figures) in zip(middle, some, strict=True)]
         rate.errorbar(lengths, middle, (below, above), capsize=3, label=kind, **options)
-        memory.plot(lengths, [(made["static_bytes"] + made["peak_memory_bytes"]) / 2**30 for *_, made in some], label=kind, **options)
+        memory.plot(
+            lengths, [(figures["static_bytes"] + figures["peak_memory_bytes"]) / 2**30 for *_, figures in some], label=kind, **options
+        )
     lengths = [row["length"] for row in rows]
     for axis, label in ((rate, "tokens per second"), (memory, "weights, states and peak of a step, GiB")):
         axis.set_xscale("log", base=2)

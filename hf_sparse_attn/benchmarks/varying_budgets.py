@@ -38,9 +38,9 @@ class _LayerTimes(SparseCall):
             "uniform": partial(select_blocks, router, inputs, tile),
             "threshold": partial(select_above, router, inputs, tile, self.threshold),
         }
-        made = {kind: function() for kind, function in select.items()}
+        selections = {kind: function() for kind, function in select.items()}
         calls: dict[tuple[str, str], Callable[[], object]] = {(kind, "select"): function for kind, function in select.items()}
-        for kind, selection in made.items():
+        for kind, selection in selections.items():
             calls[kind, "attend"] = partial(_attend, inputs, selection, None)
             calls[kind, "attend in torch"] = partial(_attend, inputs, selection, "torch")
             self.keys[kind].append(float(selection.kept_keys().double().mean()))
@@ -69,7 +69,7 @@ def bench_budgets(model: PreTrainedModel, ids: Tensor, threshold: float, *, repe
     over = {part: ratio(times.times["threshold", part], times.times["uniform", part]) for part in PARTS}
     return {
         "length": ids.shape[1],
-        "keys": {kind: statistics.mean(found) for kind, found in times.keys.items()},
+        "keys": {kind: statistics.mean(keys) for kind, keys in times.keys.items()},
         "seconds": {f"{part}, {kind}": spread(seconds) for (kind, part), seconds in times.times.items()},
         "over_uniform": {**over, "select + attend": ratio(total["threshold"], total["uniform"])},
     }

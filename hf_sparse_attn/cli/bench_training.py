@@ -105,8 +105,8 @@ def _measure(
     loaded.to(device)
     for n in lengths:
         console.print(f"{n} tokens …", highlight=False)
-        found = [w.ids for w in windows_of(text, tokenizer, n, config.batch_size * (steps + 1), loaded)]
-        windows = [torch.cat(found[at : at + config.batch_size]) for at in range(0, len(found), config.batch_size)]
+        rows = [w.ids for w in windows_of(text, tokenizer, n, config.batch_size * (steps + 1), loaded)]
+        windows = [torch.cat(rows[at : at + config.batch_size]) for at in range(0, len(rows), config.batch_size)]
         before = device_here(loaded, config)
         row = bench_training(loaded, windows, TrainingShape(budget, config, eager, padded))
         row["plan"] = None
@@ -124,22 +124,28 @@ def _show(row: dict[str, Any]) -> None:
         "kind", "s a step", "min–max", "tokens/s", "over stock", "MB", "loss", title=f"{row['length']} tokens, {row['dtype']}"
     )
     kinds = row["kinds"] | ({"recipe": row["recipe"]} if row["recipe"]["dense_every"] else {})
-    for name, made in kinds.items():
+    for name, figures in kinds.items():
         speedup = row["speedup"].get(name)
-        memory = f"{made['peak_memory_bytes'] / 2**20:.0f}" if "peak_memory_bytes" in made else ""
-        loss = f"{made['loss_first']:.4f} → {made['loss_last']:.4f}" if "loss_first" in made else ""
-        span = f"{made['min_s']:.2f}–{made['max_s']:.2f}"
+        memory = f"{figures['peak_memory_bytes'] / 2**20:.0f}" if "peak_memory_bytes" in figures else ""
+        loss = f"{figures['loss_first']:.4f} → {figures['loss_last']:.4f}" if "loss_first" in figures else ""
+        span = f"{figures['min_s']:.2f}–{figures['max_s']:.2f}"
         over = f"{speedup['median']:.2f}× ({speedup['min']:.2f}–{speedup['max']:.2f})" if speedup else ""
-        table.add_row(name, f"{made['median_s']:.2f}", span, f"{made['tokens_per_s']:.0f}", over, memory, loss)
-    for name, made in row.get("layouts", {}).items():
-        span = f"{made['min_s']:.2f}–{made['max_s']:.2f}"
+        table.add_row(name, f"{figures['median_s']:.2f}", span, f"{figures['tokens_per_s']:.0f}", over, memory, loss)
+    for name, figures in row.get("layouts", {}).items():
+        span = f"{figures['min_s']:.2f}–{figures['max_s']:.2f}"
         table.add_row(
-            name, f"{made['median_s']:.2f}", span, f"{made['tokens_per_s']:.0f}", "", f"{made['peak_memory_bytes'] / 2**20:.0f}", ""
+            name,
+            f"{figures['median_s']:.2f}",
+            span,
+            f"{figures['tokens_per_s']:.0f}",
+            "",
+            f"{figures['peak_memory_bytes'] / 2**20:.0f}",
+            "",
         )
     console.print(table)
     console.print(f"KL: {row['kl_share']:.1%} of a sparse step; MB: peak of a step above weights and states; recipe: its average step")
-    for name, made in (row["plan"] or {}).items():
-        memory, time = made["memory_error"], made["time_error"]
+    for name, figures in (row["plan"] or {}).items():
+        memory, time = figures["memory_error"], figures["time_error"]
         console.print(f"plan, {name}: memory {memory:+.1%}, time {time:+.1%} of the measured", highlight=False)
 
 
@@ -164,13 +170,13 @@ def _plan(
     rows = []
     for n in lengths:
         for attention in ("sparse", "dense", "stock"):
-            made = plan_training(device=device, length=n, attention=attention, **options)
-            fit = fits(made, device)
-            others = made.static_bytes - made.static["weights"]
-            sizes = (f"{x / 1e9:.2f}" for x in (made.static["weights"], others, made.peak_bytes, made.total_bytes))
-            verdict = "yes" if fit else f"{(made.total_bytes - room(device)) / 1e9:.1f} GB missing"
-            table.add_row(str(n), attention, *sizes, verdict, f"{made.seconds:.3g}", f"{made.tokens_per_s:.0f}")
-            rows.append({"benchmark": "plan", **made.to_dict(), "fits": fit, "room_bytes": room(device)})
+            plan = plan_training(device=device, length=n, attention=attention, **options)
+            fit = fits(plan, device)
+            others = plan.static_bytes - plan.static["weights"]
+            sizes = (f"{x / 1e9:.2f}" for x in (plan.static["weights"], others, plan.peak_bytes, plan.total_bytes))
+            verdict = "yes" if fit else f"{(plan.total_bytes - room(device)) / 1e9:.1f} GB missing"
+            table.add_row(str(n), attention, *sizes, verdict, f"{plan.seconds:.3g}", f"{plan.tokens_per_s:.0f}")
+            rows.append({"benchmark": "plan", **plan.to_dict(), "fits": fit, "room_bytes": room(device)})
     console.print(table)
     longest = {attention: longest_length(device, attention=attention, **options) for attention in ("sparse", "stock")}
     console.print(f"longest rows that fit: {longest['sparse']} tokens sparse, {longest['stock']} stock; {device.note}", highlight=False)

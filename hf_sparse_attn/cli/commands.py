@@ -112,8 +112,8 @@ def distill(
     size = sum(weight.numel() * weight.element_size() for weight in loaded.parameters())
     if free_bytes(out) < size:
         raise ValueError(f"{out} has {free_bytes(out) >> 20} MB free, the model needs {size >> 20} MB: make room, or name another folder")
-    found = windows_of(text, tokenizer, context, batches, loaded)
-    report = train(loaded, to_batches(found), checkpoint=out / "distill.pt")
+    rows = windows_of(text, tokenizer, context, batches, loaded)
+    report = train(loaded, to_batches(rows), checkpoint=out / "distill.pt")
     loaded.save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / "distill.pt").unlink()

@@ -76,14 +76,14 @@ def evaluate(
         loaded, tokenizer = load(model, dtype, "")
         config = set_sparse_attention(loaded, **sparse_options(sparse))
         fitted = fitted_selectors(config, names, checked.budgets)
-        found = windows_of(text, tokenizer, length, windows, loaded)
+        rows = windows_of(text, tokenizer, length, windows, loaded)
         known = make_selectors(name for name in names if name not in fitted) | fitted
         chosen = {name: known[name] for name in names}
-        results = evaluate_windows(loaded, found, checked.budgets, chosen, decode_tokens=decode_tokens, on_result=_show)
+        results = evaluate_windows(loaded, rows, checked.budgets, chosen, decode_tokens=decode_tokens, on_result=_show)
     table = quality_table(results)
     _print_quality(table)
-    made = {"model": Path(model).name, "command": command_line(), "environment": environment(), "sparse_attention": config.to_dict()}
-    measured = {**made, **cost.figures, "table": table, "windows": [r.to_dict() for r in results]}
+    document = {"model": Path(model).name, "command": command_line(), "environment": environment(), "sparse_attention": config.to_dict()}
+    measured = {**document, **cost.figures, "table": table, "windows": [r.to_dict() for r in results]}
     emit(measured, json_path, None if report is None else partial(write_evaluation_report, report, measured))
 
 
@@ -121,18 +121,18 @@ def harness(
     with Cost() as cost:
         loaded, tokenizer = load(model, dtype, "")
         config = set_sparse_attention(loaded, **sparse_options(sparse))
-        asked = load_tasks([name.strip() for name in tasks.split(",")], model, length, seed, include)
-        rows = harness_rows(loaded, tokenizer, asked, limit, keys, chosen, cache=cache)
+        loaded_tasks = load_tasks([name.strip() for name in tasks.split(",")], model, length, seed, include)
+        rows = harness_rows(loaded, tokenizer, loaded_tasks, limit, keys, chosen, cache=cache)
     scores = harness_table(rows)
     tables = harness_tables(scores)
     _print_tables(tables)
-    made: dict[str, Any] = {"model": Path(model).name, "command": command_line(), "environment": environment()}
-    made |= {"lm_eval": version("lm_eval"), "sparse_attention": config.to_dict(), "seed": seed, **cost.figures}
-    made |= {"tables": tables, "scores": scores, "rows": rows}
-    emit(made, json_path, None if report is None else partial(write_harness_report, report, made))
+    document: dict[str, Any] = {"model": Path(model).name, "command": command_line(), "environment": environment()}
+    document |= {"lm_eval": version("lm_eval"), "sparse_attention": config.to_dict(), "seed": seed, **cost.figures}
+    document |= {"tables": tables, "scores": scores, "rows": rows}
+    emit(document, json_path, None if report is None else partial(write_harness_report, report, document))
 
 
-@reserving("folder", made=False)
+@reserving("folder", creates=False)
 def calibrate(
     folder: Annotated[Path, typer.Argument(help="Folder of a saved sparse model; the calibration is written into it.")],
     text: TextOption,
@@ -169,18 +169,18 @@ def calibrate(
         check_output(folder / file)
     with Cost() as cost:
         loaded, tokenizer = load_uncalibrated(folder, dtype)
-        found = windows_of(text, tokenizer, length, windows, loaded)
+        rows = windows_of(text, tokenizer, length, windows, loaded)
         others = windows_of(held_out, tokenizer, length, checked, loaded)
         share, name = (PRESETS[preset], preset) if mass is None and keys is None else (mass, None)
         questions = [question for seed in range(QUESTIONS) for question in ask(others, tokenizer, seed)]
-        made = find(loaded, found, others, questions, mass=share, keys=keys, preset=name, on_step=console.print)
-    missed = failures(made)
+        calibration = find(loaded, rows, others, questions, mass=share, keys=keys, preset=name, on_step=console.print)
+    missed = failures(calibration)
     result: dict[str, Any] = {"model": folder.absolute().name, "command": command_line(), "environment": environment(), **cost.figures}
-    result |= {"calibration": made.to_dict(), "failures": missed}
+    result |= {"calibration": calibration.to_dict(), "failures": missed}
     try:
         if not missed:
-            write_calibration(folder, made)
-            console.print(f"{_summary(made)}: {folder}", highlight=False, markup=False)
+            write_calibration(folder, calibration)
+            console.print(f"{_summary(calibration)}: {folder}", highlight=False, markup=False)
     finally:
         emit(result, json_path, None if report is None else partial(write_calibration_report, report, result))
     if missed:
@@ -228,11 +228,11 @@ def synth(
     with Cost() as cost:
         model = train(config, learning)
         with_routers(model, SparseAttentionConfig.from_dict(sparse_options(sparse)), config, learning)
-        found = study(model, config, EVALUATED * (seed + 7))
-    made = {"command": command_line(), "environment": environment(), "sparse_attention": model.config.sparse_attention, **cost.figures}
-    _print_links(found)
-    made |= found
-    emit(made, json_path, None if report is None else partial(write_longlink_report, report, made))
+        results = study(model, config, EVALUATED * (seed + 7))
+    document = {"command": command_line(), "environment": environment(), "sparse_attention": model.config.sparse_attention, **cost.figures}
+    _print_links(results)
+    document |= results
+    emit(document, json_path, None if report is None else partial(write_longlink_report, report, document))
 
 
 def _summary(calibration: Any) -> str:
@@ -264,10 +264,10 @@ def _print_tables(tables: list[dict[str, Any]]) -> None:
         console.print(table)
 
 
-def _print_links(found: dict[str, Any]) -> None:
+def _print_links(results: dict[str, Any]) -> None:
     table = Table("selection", "accuracy", "normalised", "D50", "D90", "recall above chance")
-    for row in found["answers"]:
-        recall = found["routing"]["recall"].get(row["selection"], {}).get("chance_adjusted_recall")
+    for row in results["answers"]:
+        recall = results["routing"]["recall"].get(row["selection"], {}).get("chance_adjusted_recall")
         figures = (f"{row['accuracy']:.3f} ± {row['error']:.3f}", "" if row["normalised"] is None else f"{row['normalised']:.3f}")
         table.add_row(row["selection"], *figures, str(row["d50"]), str(row["d90"]), "" if recall is None else f"{recall:.3f}")
     console.print(table)

@@ -95,7 +95,7 @@ def _write(result: Mapping[str, Any], target: str) -> Exception | None:
     return ValueError(f"the result is not whole: {named}. It is written, with null in their place") if bad else None
 
 
-def reserving(option: str, made: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def reserving(option: str, creates: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorates a verb: nobody else gets the folder of that option while it runs, and it is known from the start to be writable.
 
     One that is missing is made, or else the verb says what it thinks of that.
@@ -107,7 +107,7 @@ def reserving(option: str, made: bool = True) -> Callable[[Callable[..., None]],
             from ..system.files import check_folder_output
             from ..system.locks import sole_use
 
-            if not made and not Path(options[option]).is_dir():
+            if not creates and not Path(options[option]).is_dir():
                 return verb(**options)
             check_folder_output(options[option])
             with sole_use(options[option]):

@@ -26,13 +26,13 @@ def ordinary_checkpoint(source: str, folder: str | Path, dtype: torch.dtype = to
     path, gguf = local_model(source)
     if gguf is None:
         return path
-    asked, known = {"source": source, "dtype": str(dtype)}, Path(folder) / ORIGIN
+    origin, known = {"source": source, "dtype": str(dtype)}, Path(folder) / ORIGIN
     if not (Path(folder) / "config.json").exists():
         write_checkpoint(path, gguf, folder, dtype)
-        write_json(known, asked)
-    elif known.exists() and (made := read_json(known)) != asked:
+        write_json(known, origin)
+    elif known.exists() and (recorded := read_json(known)) != origin:
         raise SourceError(
-            f"{folder} holds a checkpoint made of {made['source']} in {made['dtype']}, not of {source} in {dtype}: remove that folder, or "
+            f"{folder} holds a checkpoint made of {recorded['source']} in {recorded['dtype']}, not of {source} in {dtype}: remove that folder, or "
             "give another"
         )
     return str(folder)

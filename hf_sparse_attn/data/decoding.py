@@ -56,8 +56,8 @@ class EncodingCheck:
         self.beyond_ascii += len(part.translate(None, ASCII))
         if self.bad:
             self.in_words += sum(map(len, WORDS.findall(part)))
-        if self.first_control is None and (found := CONTROL.search(part)):
-            self.first_control = (self.size + found.start(), found[0][0])
+        if self.first_control is None and (control := CONTROL.search(part)):
+            self.first_control = (self.size + control.start(), control[0][0])
         self.size += len(part)
 
     def _check_wide(self, part: bytes, final: bool) -> None:

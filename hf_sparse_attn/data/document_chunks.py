@@ -109,11 +109,11 @@ class PieceReader:
         self._position = lambda: {"file": index, "within": within}
 
     def _text(self, file: SourceFile, index: int, within: dict[str, int] | None) -> Generator[Piece]:
-        found, within = survey(file), within or {"offset": 0, "line": 1}
+        survey_result, within = survey(file), within or {"offset": 0, "line": 1}
         with contextlib.closing(chunks(file, within["offset"])) as parts:
             for raw, offset, line, last in stretches(parts, **within):
                 self._at(index + 1) if last else self._at(index, {"offset": offset + len(raw), "line": line + raw.count(b"\n")})
-                yield Piece(file.path, _decode(raw, found, file, offset), offset == 0, last, offset, line)
+                yield Piece(file.path, _decode(raw, survey_result, file, offset), offset == 0, last, offset, line)
 
     def _html(self, file: SourceFile, index: int, within: None) -> Generator[Piece]:
         text = text_of_html(_decode(b"".join(chunks(file)), survey(file), file, 0))
@@ -139,9 +139,11 @@ def _row_pieces(document: str, text: str) -> Iterator[Piece]:
         yield Piece(document, raw.decode("utf-8"), offset == 0, last, offset, line)
 
 
-def _decode(raw: bytes, found: Survey, file: SourceFile, offset: int) -> str:
+def _decode(raw: bytes, survey_result: Survey, file: SourceFile, offset: int) -> str:
     try:
-        text = raw.decode(found.encoding)
+        text = raw.decode(survey_result.encoding)
     except UnicodeDecodeError as error:
-        raise SourceError(f"{file.path} changed while it was read: byte {offset + error.start} is no {found.encoding} any more") from error
+        raise SourceError(
+            f"{file.path} changed while it was read: byte {offset + error.start} is no {survey_result.encoding} any more"
+        ) from error
     return text.removeprefix("\ufeff") if offset == 0 else text

@@ -125,12 +125,12 @@ def survey(file: SourceFile) -> Survey:
     kept = cache_folder() / "surveys" / f"{key}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):  # none yet, or no whole one: a second look is all that it costs
         return Survey(**read_json(kept))
-    found = _survey(file)
+    result = _survey(file)
     if identity(file) != before:
         raise changed(file.path)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
-        write_json(kept, asdict(found))
-    return found
+        write_json(kept, asdict(result))
+    return result
 
 
 def content(file: SourceFile) -> list[str | int]:

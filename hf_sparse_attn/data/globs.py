@@ -32,8 +32,8 @@ def matching_files(pattern: str) -> list[Path]:
         pattern = os.path.expanduser(pattern)
     if os.path.lexists(pattern):
         return [_file(Path(pattern))]
-    found = sorted(set(_matches(pattern)))
-    return [_file(Path(path)) for path in found if not os.path.isdir(path)]
+    files = sorted(set(_matches(pattern)))
+    return [_file(Path(path)) for path in files if not os.path.isdir(path)]
 
 
 def _file(path: Path) -> Path:

@@ -59,9 +59,9 @@ def _split(file: SourceFile, offset: int) -> Generator[bytes]:
         if len(held) > LARGEST_WHOLE:
             raise SourceError(f"{file.path} has a line of more than {LARGEST_WHOLE >> 20} MB: a row is read as a whole; split it")
         if b"\n" in part or b"\r" in part:
-            found = bytes(held).splitlines(keepends=True)
-            held = bytearray(found.pop())  # it may go on, and CR may be half of a line end
-            yield from found
+            lines = bytes(held).splitlines(keepends=True)
+            held = bytearray(lines.pop())  # it may go on, and CR may be half of a line end
+            yield from lines
     yield from bytes(held).splitlines(keepends=True)
 
 
@@ -167,9 +167,9 @@ def _values(file: SourceFile, text: str) -> Iterator[Any]:
         yield from value if isinstance(value, list) else [value]
 
 
-def _check_whole(file: SourceFile, found: Survey) -> None:
-    if found.size > LARGEST_WHOLE:
-        what = f"JSON of {found.size >> 20} MB over several lines, or its first line is no object"
+def _check_whole(file: SourceFile, survey_result: Survey) -> None:
+    if survey_result.size > LARGEST_WHOLE:
+        what = f"JSON of {survey_result.size >> 20} MB over several lines, or its first line is no object"
         raise SourceError(f"{file.path} is {what}: so much is read line by line only; convert it, e.g. `jq -c .`, or repair the first line")
 
 
@@ -201,23 +201,23 @@ class CsvRows(LineRows):
         self.at = self.header.index(file.column)
 
     def _header(self) -> tuple[str, list[str]]:
-        own: list[str] | csv.Error = []
+        names: list[str] | csv.Error = []
         for separator in SEPARATORS[self.file.format]:
             try:
                 header = next((row for _, row in self._rows(separator, 0, 1) if row), [])
             except csv.Error as error:
-                own = own or error
+                names = names or error
                 continue
             if (count := header.count(self.file.column)) > 1:
                 raise SourceError(f"{self.file.path} has {count} columns {self.file.column!r}: name them apart")
             if count:
                 return separator, header
-            own = own or header
-        if isinstance(own, csv.Error):
-            raise self._refused(1, str(own)) from own
-        if not own:
+            names = names or header
+        if isinstance(names, csv.Error):
+            raise self._refused(1, str(names)) from names
+        if not names:
             raise SourceError(f"{self.file.path} is empty: a table starts with a line of column names; leave it out")
-        raise column_error(self.file, own)
+        raise column_error(self.file, names)
 
     def __iter__(self) -> Generator[dict[str, str]]:
         header = not self._next["offset"]

@@ -47,10 +47,10 @@ def _inputs(batch: Any, where: str, vocabulary: int | None) -> dict[str, Tensor]
     fields = {name: value for name, value in batch.items() if name != "labels" and value is not None}
     if not fields:
         raise ValueError(f"{where} has no inputs (its fields: {', '.join(map(str, batch)) or 'none'}): give input_ids")
-    found = {str(name): _tensor(value, f"{where}, field {name!r},", str(name)) for name, value in fields.items()}
-    if "input_ids" in found:
-        _check_ids(found["input_ids"], f"{where}, field 'input_ids',", vocabulary)
-    return found
+    tensors = {str(name): _tensor(value, f"{where}, field {name!r},", str(name)) for name, value in fields.items()}
+    if "input_ids" in tensors:
+        _check_ids(tensors["input_ids"], f"{where}, field 'input_ids',", vocabulary)
+    return tensors
 
 
 def _tensor(value: Any, where: str, name: str) -> Tensor:

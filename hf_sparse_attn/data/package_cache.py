@@ -49,10 +49,10 @@ def parse_package(kind: str, text: str) -> Package:
 
     What stands here becomes part of a path, of an address and of a command: it must be a name, not an option, a path or a pattern.
     """
-    found = PINNED.fullmatch(text)
-    if found is None:
+    match = PINNED.fullmatch(text)
+    if match is None:
         raise SourceError(f"{kind}:{text}: behind a package stands @sha256= and 64 digits of 0-9 and a-f, or nothing")
-    name, right = found["name"], False
+    name, right = match["name"], False
     if kind == "deb":
         right = DEBIAN.fullmatch(name) is not None
     elif "==" in name:
@@ -63,7 +63,7 @@ def parse_package(kind: str, text: str) -> Package:
             right = False
     if not right:
         raise SourceError(f"{kind}:{text}: {name!r} is no package: must be {FORMS_OF_PACKAGES[kind]}")
-    return Package(kind, name, found["sha256"])
+    return Package(kind, name, match["sha256"])
 
 
 def fetched(cache: Path, package: Package, fetch: Callable[[Path, Path], None]) -> Path:
@@ -79,11 +79,11 @@ def fetched(cache: Path, package: Package, fetch: Callable[[Path, Path], None]) 
         return folder
     working.mkdir(parents=True, exist_ok=True)
     _clear(working)
-    own = f"{package.kind}-{package.folder}"
-    with FileLock(working / f"{own}.lock"):
+    folder_name = f"{package.kind}-{package.folder}"
+    with FileLock(working / f"{folder_name}.lock"):
         if _is_whole(folder):
             return folder  # another process was quicker
-        temporary = working / f"{own}.part"
+        temporary = working / f"{folder_name}.part"
         _remove(temporary)
         (temporary / "files").mkdir(parents=True, mode=0o755)
         try:

@@ -44,13 +44,13 @@ class Offered:
 
 def pip_settings(listing: str) -> dict[str, str]:
     """pip's settings for downloads, from what ``pip config list`` prints: variables come before those of the verb, then the global ones."""
-    found: dict[str, dict[str, str]] = {}
+    settings: dict[str, dict[str, str]] = {}
     for line in listing.splitlines():
         key, mark, value = line.partition("=")
         section, _, name = key.rpartition(".")
         if mark and section:
-            found.setdefault(section, {})[name.replace("_", "-")] = str(ast.literal_eval(value))
-    return {name: value for section in ("global", "install", "download", ":env:") for name, value in found.get(section, {}).items()}
+            settings.setdefault(section, {})[name.replace("_", "-")] = str(ast.literal_eval(value))
+    return {name: value for section in ("global", "install", "download", ":env:") for name, value in settings.get(section, {}).items()}
 
 
 class Index:
@@ -162,13 +162,13 @@ def _rank(filename: str, name: str, version: Version) -> int | None:
     """0 for a wheel that can be installed here, 1 for an sdist, 2 for a wheel of another system; None for anything else."""
     try:
         if filename.endswith(".whl"):
-            found, known, _, tags = parse_wheel_filename(filename)
+            wheel_name, known, _, tags = parse_wheel_filename(filename)
             rank = 0 if not tags.isdisjoint(sys_tags()) else 2
         else:
-            (found, known), rank = parse_sdist_filename(filename), 1
+            (wheel_name, known), rank = parse_sdist_filename(filename), 1
     except (InvalidWheelFilename, InvalidSdistFilename, InvalidVersion):
         return None
-    return rank if (found, known) == (name, version) else None
+    return rank if (wheel_name, known) == (name, version) else None
 
 
 def _local(url: str) -> Path | None:
@@ -198,18 +198,18 @@ def _json_files(body: bytes, page: str) -> list[Offered]:
     import json
 
     try:
-        found = [_listed(f["url"], page, str(f["filename"]), f.get("hashes", {}).get("sha256")) for f in json.loads(body)["files"]]
+        files = [_listed(f["url"], page, str(f["filename"]), f.get("hashes", {}).get("sha256")) for f in json.loads(body)["files"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise IndexFailure(f"{_shown(page)} is no list of files: {error!r}") from error
-    return [file for file in found if file is not None]
+    return [file for file in files if file is not None]
 
 
 def _html_files(text: str, page: str) -> list[Offered]:
     links = _Links()
     links.feed(text)
     base = urljoin(page, links.base) if links.base else page
-    found = [_listed(url, base, unquote(urlsplit(url).path.rpartition("/")[2]), None) for url in links.found]
-    return [file for file in found if file is not None]
+    files = [_listed(url, base, unquote(urlsplit(url).path.rpartition("/")[2]), None) for url in links.found]
+    return [file for file in files if file is not None]
 
 
 class _Links(HTMLParser):

@@ -58,14 +58,14 @@ class RowExamples(_BaseExamplesIterable):  # type: ignore[misc]
 
     def __iter__(self) -> Examples:
         files = self.files if self.seed is None else [self.files[i] for i in np.random.default_rng(self.seed).permutation(len(self.files))]
-        own = fingerprint(files, self.encoder, self.options)
+        fingerprints = fingerprint(files, self.encoder, self.options)
         state: dict[str, Any] = self._state_dict or self._init_state_dict()
-        if state["fingerprint"] not in (None, own):
+        if state["fingerprint"] not in (None, fingerprints):
             raise SourceError(
                 "the saved state of the data belongs to other files, another tokenizer or other settings: "
                 "restore those, or start from the first row without the state"
             )
-        state["fingerprint"] = own
+        state["fingerprint"] = fingerprints
         stream = RowStream(files, self.encoder, self.options, state["stream"])
         with contextlib.closing(iter(stream)) as rows:
             for index, row in enumerate(rows):
@@ -207,5 +207,5 @@ def stream_report(rows: IterableDataset) -> PackingReport:
 def _find_report(state: Any) -> dict[str, int] | None:
     if not isinstance(state, dict):
         return None
-    own = state.get("report")
-    return own or next((found for value in state.values() if (found := _find_report(value))), None)
+    report = state.get("report")
+    return report or next((nested for value in state.values() if (nested := _find_report(value))), None)

@@ -57,10 +57,10 @@ def package_files(source: str) -> list[Path]:
     package = parse_package(kind, name)
     folder = fetched(cache_folder(), package, lambda temporary, into: _fetch(package, temporary, into))
     inside = folder.resolve()
-    found = sorted(p for p in folder.glob(pattern) if p.is_file() and p.resolve().is_relative_to(inside) and p.name != MANIFEST)
-    if not found:
+    files = sorted(p for p in folder.glob(pattern) if p.is_file() and p.resolve().is_relative_to(inside) and p.name != MANIFEST)
+    if not files:
         raise SourceError(f"source {source!r}: no file matches {pattern!r} in {folder}")
-    return found
+    return files
 
 
 def _fetch(package: Package, temporary: Path, into: Path) -> None:
@@ -94,12 +94,12 @@ def _fetch_pypi(spec: str, temporary: Path, into: Path) -> None:
     fitting = [file for file in offered if None in (package.sha256, file.sha256) or file.sha256 == package.sha256]
     for file in fitting:
         archive = temporary / file.filename
-        found = index.download(file, archive)
-        if found != (package.sha256 or file.sha256 or found):
+        digest = index.download(file, archive)
+        if digest != (package.sha256 or file.sha256 or digest):
             archive.unlink()
             continue
         if package.sha256 is None:
-            logger.info("%s has the sha256 %s", file.filename, found)
+            logger.info("%s has the sha256 %s", file.filename, digest)
         unpack(archive, into)
         archive.unlink()
         return
@@ -117,11 +117,11 @@ def _fetch_deb(spec: str, temporary: Path, into: Path) -> None:
     _run(["apt-get", "download", "--", package.name], package.name, temporary)
     archive = next(p for p in temporary.iterdir() if p.suffix == ".deb")
     with archive.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if package.sha256 not in (None, found):
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if package.sha256 not in (None, digest):
         raise SourceError(
-            f"{archive.name} has the sha256 {found}, not {package.sha256}: your Debian or its archive has another version of {name}. If "
-            f"that one will do, say so with --set 'packages={{\"deb:{package.name}\": {found}}}'"
+            f"{archive.name} has the sha256 {digest}, not {package.sha256}: your Debian or its archive has another version of {name}. If "
+            f"that one will do, say so with --set 'packages={{\"deb:{package.name}\": {digest}}}'"
         )
     _run(["dpkg-deb", "-x", str(archive), str(into)], package.name, temporary)
 
@@ -202,8 +202,8 @@ def local_model(source: str) -> tuple[str, str | None]:
         return source, None
     files = package_files(source)
     if len(files) != 1 or not (files[0].suffix == ".gguf" or files[0].name == "config.json"):
-        found = [f.name for f in files[:3]]
-        raise SourceError(f"model source {source!r} must match exactly one .gguf file or the config.json of a checkpoint, found {found}")
+        names = [f.name for f in files[:3]]
+        raise SourceError(f"model source {source!r} must match exactly one .gguf file or the config.json of a checkpoint, found {names}")
     if files[0].suffix != ".gguf":
         return str(files[0].parent), None
     require_extra("data", f"reading {files[0].name}")  # by Transformers

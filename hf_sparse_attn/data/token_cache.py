@@ -94,10 +94,10 @@ def _of_this_process(name: str) -> Path:
 def _is_whole(folder: Path) -> bool:
     """Whether the rows are there, this user's, and as they were written; their hash is taken only if they were touched since."""
     try:
-        known, found = read_json(folder / REPORT)["rows"], (folder / ROWS).stat()
-        if not (is_own(folder / ROWS) and is_own(folder / REPORT)) or found.st_size != known["size"]:
+        known, status = read_json(folder / REPORT)["rows"], (folder / ROWS).stat()
+        if not (is_own(folder / ROWS) and is_own(folder / REPORT)) or status.st_size != known["size"]:
             return False
-        return bool(found.st_mtime_ns == known["mtime_ns"] or _digest(folder / ROWS) == known["sha256"])
+        return bool(status.st_mtime_ns == known["mtime_ns"] or _digest(folder / ROWS) == known["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -134,8 +134,8 @@ def _write(path: Path, folder: Path, stream: RowStream, before: Sequence[object]
                 batch = []
         if batch:
             writer.write_batch(_record_batch(batch, schema))
-    for source, found in zip(stream.files, before, strict=True):
-        if identity(source) != found:
+    for source, survey_result in zip(stream.files, before, strict=True):
+        if identity(source) != survey_result:
             raise changed(source.path)
     if not stream.report.rows:
         raise no_row(stream.report, stream.options)

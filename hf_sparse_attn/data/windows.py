@@ -36,8 +36,8 @@ def token_windows(
             raise SourceError(f"document {document.name!r} has {ids.shape[1]} tokens, less than one block ({block_size}): leave it out")
         whole = ids.shape[1] // length
         per_document.append([Window(f"{document.name}[{i}]", ids[:, i * length : (i + 1) * length]) for i in range(whole)])
-    rounds = max((len(found) for found in per_document), default=0)
-    windows = [found[i] for i in range(rounds) for found in per_document if i < len(found)]
+    rounds = max((len(pieces) for pieces in per_document), default=0)
+    windows = [pieces[i] for i in range(rounds) for pieces in per_document if i < len(pieces)]
     if len(windows) < count:
         raise SourceError(
             f"the documents hold {len(windows)} windows of {length} tokens, {count} are asked for: add documents or ask for fewer"

@@ -94,37 +94,39 @@ def calibrate(
     else:
         shares, tiles = _in_blocks(model, shared_out(model, windows, keys), length), []
     fit = {"windows": [w.document for w in windows], "tokens": length, "tiles": tiles, "keys": keys}
-    found = Calibration(preset, mass, ends, shares, made_with(model), fit, {})
-    use_calibration(model, found)
+    calibration = Calibration(preset, mass, ends, shares, made_with(model), fit, {})
+    use_calibration(model, calibration)
     try:
         fit["density"] = _kept(model, windows[:1], ends).density
         on_step(f"checking on {len(held_out)} other windows")
-        verified = _verify(model, found, held_out, questions)
+        verified = _verify(model, calibration, held_out, questions)
     except BaseException:
         remove_calibration(model)
         raise
-    done = Calibration(preset, mass, ends, shares, found.made_with, fit, verified)
+    done = Calibration(preset, mass, ends, shares, calibration.made_with, fit, verified)
     use_calibration(model, done)
     return done
 
 
 def failures(calibration: Calibration) -> list[str]:
     """What the figures of a calibration fail in, one sentence each; empty if it passed all checks."""
-    found, verified = [], calibration.verified
+    reasons, verified = [], calibration.verified
     if verified["heads_within"] is not None and verified["heads_within"] < LEAST_WITHIN:
-        found.append(
+        reasons.append(
             f"only {verified['heads_within']:.1%} of the heads keep {calibration.mass} − {TOLERANCE} of their mass on other windows "
             f"({LEAST_WITHIN:.0%} must): calibrate on more windows, of the kind of text that the model is meant for"
         )
     if verified["added_loss"] > MOST_LOSS:
-        found.append(f"the log-loss is {verified['added_loss']:.2%} above dense (at most {MOST_LOSS:.0%}): take a larger mass or more keys")
+        reasons.append(
+            f"the log-loss is {verified['added_loss']:.2%} above dense (at most {MOST_LOSS:.0%}): take a larger mass or more keys"
+        )
     recall = verified["planted"]["recall"]
     if recall is not None and recall < LEAST_RECALL:
-        found.append(
+        reasons.append(
             f"only {recall:.1%} of the planted links are kept by the heads that use them ({LEAST_RECALL:.0%} must be): take a larger mass "
             "or more keys"
         )
-    return found
+    return reasons
 
 
 def _config(model: PreTrainedModel) -> SparseAttentionConfig:
@@ -166,21 +168,21 @@ def _needs(model: PreTrainedModel, windows: Sequence[Window], mass: float, ends:
     return observer.needs
 
 
-def _shares(found: Mapping[Key, Tensor], config: SparseAttentionConfig, all_dense: bool) -> dict[int, tuple[tuple[float, ...], ...]]:
+def _shares(bounds: Mapping[Key, Tensor], config: SparseAttentionConfig, all_dense: bool) -> dict[int, tuple[tuple[float, ...], ...]]:
     """Shares by layer: a row for each bucket, in it one share for every KV head; 1 where a head is dense."""
     rows: dict[int, list[tuple[float, ...]]] = {}
-    for layer, bucket in sorted(found):
+    for layer, bucket in sorted(bounds):
         dense = all_dense or layer in config.dense_layers
-        values = [_rounded_up(share) for share in found[layer, bucket].tolist()]
+        values = [_rounded_up(share) for share in bounds[layer, bucket].tolist()]
         rows.setdefault(layer, []).append(tuple(1.0 if dense or share > MOST_SHARE else share for share in values))
-    assert len({len(own) for own in rows.values()}) == 1
-    return {layer: tuple(own) for layer, own in rows.items()}
+    assert len({len(row) for row in rows.values()}) == 1
+    return {layer: tuple(row) for layer, row in rows.items()}
 
 
 def _in_blocks(model: PreTrainedModel, keys: Mapping[int, Tensor], length: int) -> dict[int, tuple[tuple[float, ...], ...]]:
     """Budgets in whole blocks by layer, one row each; a layer that runs dense selects nothing and may keep all ``length`` keys."""
     size = _config(model).block_size
-    rows = {layer: [float(size * round(own / size)) for own in heads.tolist()] for layer, heads in keys.items()}
+    rows = {layer: [float(size * round(count / size)) for count in heads.tolist()] for layer, heads in keys.items()}
     return {router.layer: (tuple(rows.get(router.layer, [float(length)] * router.groups)),) for router in routers(model)}
 
 
@@ -248,17 +250,17 @@ def uniform_keys(config: SparseAttentionConfig, share: float, keys: int) -> dict
 
 def _losses(model: PreTrainedModel, windows: Sequence[Window], uniform: Mapping[str, Any]) -> dict[str, Any]:
     """Log-loss and KL against dense of the calibrated budgets and of a uniform one, over windows, and how the two differ."""
-    found: dict[str, list[tuple[float, float]]] = {"dense": [], "calibrated": [], "uniform": []}
+    pairs: dict[str, list[tuple[float, float]]] = {"dense": [], "calibrated": [], "uniform": []}
     for window in counted(windows, "checking on other windows"):
         reader = _Passes(model, window)
-        found["dense"].append(reader.read(SparseCall(dense=True)))
-        found["calibrated"].append(reader.read(SparseCall()))
+        pairs["dense"].append(reader.read(SparseCall(dense=True)))
+        pairs["calibrated"].append(reader.read(SparseCall()))
         with sparse_attention_as(model, **uniform):
-            found["uniform"].append(reader.read(SparseCall()))
-    losses = {name: np.array([loss for loss, _ in rows]) for name, rows in found.items()}
-    kl = {name: np.array([kl for _, kl in rows]) for name, rows in found.items()}
+            pairs["uniform"].append(reader.read(SparseCall()))
+    losses = {name: np.array([loss for loss, _ in rows]) for name, rows in pairs.items()}
+    kl = {name: np.array([kl for _, kl in rows]) for name, rows in pairs.items()}
     return {
-        "losses": {name: {"loss": float(losses[name].mean()), "kl": float(kl[name].mean()), "n": len(windows)} for name in found},
+        "losses": {name: {"loss": float(losses[name].mean()), "kl": float(kl[name].mean()), "n": len(windows)} for name in pairs},
         "added_loss": float(losses["calibrated"].mean() / losses["dense"].mean() - 1),
         "uniform": dict(uniform),
         "below_uniform": {"loss": loss_above(losses["uniform"], losses["calibrated"]), "kl": loss_above(kl["uniform"], kl["calibrated"])},
@@ -275,8 +277,8 @@ class _Passes:
     def read(self, call: SparseCall) -> tuple[float, float]:
         """(log-loss of the last half in nats a token, KL against the first pass)."""
         self.states.append(last_hidden(self.model, self.ids, call))
-        found = predictions(self.model, self.ids, self.states[-1], self.states[0], whole=False)
-        return found.loss, found.kl
+        prediction = predictions(self.model, self.ids, self.states[-1], self.states[0], whole=False)
+        return prediction.loss, prediction.kl
 
 
 def _planted(model: PreTrainedModel, questions: Sequence[Question]) -> dict[str, Any]:
@@ -288,5 +290,5 @@ def _planted(model: PreTrainedModel, questions: Sequence[Question]) -> dict[str,
         observer = PlantedObserver(source, answer - 1)
         run_sparse(model, [{"input_ids": question.input_ids[None]}], observer)
         used, kept, chance = used + observer.used, kept + observer.kept, chance + observer.chance
-    found = {"questions": len(questions), "n": used}
-    return {**found, "recall": kept / used if used else None, "chance": chance / used if used else None}
+    figures = {"questions": len(questions), "n": used}
+    return {**figures, "recall": kept / used if used else None, "chance": chance / used if used else None}

@@ -53,15 +53,15 @@ class TileFigures:
 
         A bootstrap over calls, each of which is one window: tiles of a window are no independent ones. Never below the quantile itself.
         """
-        found = self.quantile(share, "higher")
+        value = self.quantile(share, "higher")
         calls = len(next(iter(self.found.values())))
         picks = torch.randint(
             calls, (RESAMPLES, calls), generator=torch.Generator(device="cpu").manual_seed(0), dtype=torch.int64, device="cpu"
         ).tolist()
         for key, parts in self.found.items():
             drawn = [torch.cat([parts[at] for at in pick], 1).quantile(share, dim=1, interpolation="higher") for pick in picks]
-            found[key] = torch.maximum(found[key], torch.stack(drawn).quantile(confidence, dim=0, interpolation="higher"))
-        return found
+            value[key] = torch.maximum(value[key], torch.stack(drawn).quantile(confidence, dim=0, interpolation="higher"))
+        return value
 
     def counts(self) -> dict[Key, int]:
         return {key: sum(part.shape[1] for part in parts) for key, parts in self.found.items()}
@@ -86,26 +86,26 @@ class NeedObserver(SparseCall):
 
     def on_document(self, router: SparseRouter, inputs: RoutingInputs) -> None:
         check_finite(router.layer, queries=inputs.q, keys=inputs.k)
-        found = candidates(router, inputs, router.config.query_tile)
-        grid = found.every.grid
+        scored = candidates(router, inputs, router.config.query_tile)
+        grid = scored.every.grid
         tiles, visible = _read_tiles(grid, inputs.q.device)
         teacher = block_mass(inputs.q, inputs.k, grid, tiles, inputs.scale)
-        self.needs.add(router.layer, visible, needed_share(found, tiles, teacher, self.mass, visible))
+        self.needs.add(router.layer, visible, needed_share(scored, tiles, teacher, self.mass, visible))
 
 
-def needed_share(found: Candidates, tiles: Tensor, teacher: Tensor, mass: float, visible: Tensor) -> Tensor:
+def needed_share(scored: Candidates, tiles: Tensor, teacher: Tensor, mass: float, visible: Tensor) -> Tensor:
     """Least share of the ``visible`` keys [m] at which ``tiles`` [m] keep ``mass`` of the true mass ``teacher`` [B, G, m, nb]: [B, G, m].
 
     A tile that does not reach it with all candidates needs all keys.
     """
-    indices, free = found.every.indices[:, :, tiles], found.free[:, :, tiles]
+    indices, free = scored.every.indices[:, :, tiles], scored.free[:, :, tiles]
     true = teacher.gather(-1, indices.clamp(min=0).long())
     forced = true.masked_fill(free | (indices < 0), 0.0).sum(-1)
-    order = found.mass[:, :, tiles].masked_fill(~free, -1.0).argsort(dim=-1, descending=True, stable=True)
+    order = scored.mass[:, :, tiles].masked_fill(~free, -1.0).argsort(dim=-1, descending=True, stable=True)
     kept = forced[..., None] + true.masked_fill(~free, 0.0).gather(-1, order).cumsum(-1)
     enough = torch.cat([forced[..., None], kept], -1) >= mass
     blocks = torch.where(enough.any(-1), enough.int().argmax(-1), indices.shape[-1]) + ((indices >= 0) & ~free).sum(-1)
-    share = (blocks * found.every.grid.block_size).float() / visible
+    share = (blocks * scored.every.grid.block_size).float() / visible
     return torch.where(enough.any(-1), share.clamp(max=1.0), 1.0)
 
 

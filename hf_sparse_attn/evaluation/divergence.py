@@ -52,21 +52,21 @@ def predictions(model: PreTrainedModel, ids: Tensor, hidden: Tensor, dense: Tens
     Without ``whole`` only the last half is looked at, and ``by_position`` is empty.
     """
     half = ids.shape[1] // 2
-    own, other = hidden[0, half - 1 :], dense[0, half - 1 :]  # the last one predicts nothing that is known
-    late, kl = _compare(model, own, other, ids[0, half:])
+    states, other = hidden[0, half - 1 :], dense[0, half - 1 :]  # the last one predicts nothing that is known
+    late, kl = _compare(model, states, other, ids[0, half:])
     early = [token_losses(model, hidden[:, : half - 1], ids[:, 1:half])] if whole else []
     return Predictions(
         loss=float(late.mean()),
         kl=float(kl[1:].mean()),
-        output_error=float(((own - other).float().norm(dim=-1) / other.float().norm(dim=-1))[1:].mean()),
+        output_error=float(((states - other).float().norm(dim=-1) / other.float().norm(dim=-1))[1:].mean()),
         by_position=[float(part.mean()) for part in torch.cat([*early, late]).tensor_split(PARTS)] if whole else [],
     )
 
 
-def _compare(model: PreTrainedModel, own: Tensor, dense: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(log-losses of ``targets`` [n − 1], KL of the next token's distribution from that of ``dense`` [n]) of the states ``own`` [n, d]."""
+def _compare(model: PreTrainedModel, sparse: Tensor, dense: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(log-losses of ``targets`` [n − 1], KL of the next token's distribution from that of ``dense`` [n]) of the states ``sparse`` [n, d]."""
     head, losses, divergences, at = model.get_output_embeddings(), [], [], 0
-    for h, reference in zip(own.split(LOGIT_POSITIONS), dense.split(LOGIT_POSITIONS), strict=True):
+    for h, reference in zip(sparse.split(LOGIT_POSITIONS), dense.split(LOGIT_POSITIONS), strict=True):
         log_q, log_p = (head(states).float().log_softmax(-1) for states in (h, reference))
         known = targets[at : at + len(h)]
         losses.append(-log_q[: len(known)].gather(1, known[:, None])[:, 0])

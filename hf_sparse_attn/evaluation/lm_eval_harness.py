@@ -95,10 +95,10 @@ def harness_rows(
         with sparse_attention_as(model, **fixed_budget(keys)), _calling(model, call):
             answers = None if cache is None else str(cache / _name(model, call, name, keys))
             reader = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
-            found = simple_evaluate(
+            results = simple_evaluate(
                 reader, tasks=list(tasks), task_manager=loaded, limit=limit, bootstrap_iters=0, use_cache=answers, **SEEDS
             )
-        rows += [{"selection": name, "keys": keys, **score} for score in _scores(found["samples"])]
+        rows += [{"selection": name, "keys": keys, **score} for score in _scores(results["samples"])]
     return rows
 
 
@@ -114,10 +114,10 @@ def _calling(model: PreTrainedModel, call: SparseCall) -> Iterator[None]:
 
 def _name(model: PreTrainedModel, call: SparseCall, selection: str, keys: int | None) -> str:
     """A file name for the answers of this model under a selection: another one if weights change, or settings that it depends on."""
-    made = made_with(model)
+    identity = made_with(model)
     if call.dense:
-        made = {name: made[name] for name in ("version", "backbone")}
-    values = json.dumps({**made, "selection": selection, "keys": keys}, sort_keys=True)
+        identity = {name: identity[name] for name in ("version", "backbone")}
+    values = json.dumps({**identity, "selection": selection, "keys": keys}, sort_keys=True)
     return hashlib.sha256(values.encode()).hexdigest()[:32]
 
 
@@ -140,12 +140,12 @@ def harness_table(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for row in rows:
         cells.setdefault((row["task"], row["metric"], row["keys"], row["selection"]), {})[row["document"]] = row["score"]
     table = []
-    for (task, metric, keys, selection), found in cells.items():
-        scores = np.array(list(found.values()))
-        dense = np.array([cells[task, metric, None, "dense"][document] for document in found])
+    for (task, metric, keys, selection), by_selection in cells.items():
+        scores = np.array(list(by_selection.values()))
+        dense = np.array([cells[task, metric, None, "dense"][document] for document in by_selection])
         error = float(scores.std(ddof=1) / len(scores) ** 0.5) if len(scores) > 1 else None
-        own = {"task": task, "metric": metric, "keys": keys, "selection": selection, "n": len(scores)}
-        table.append({**own, "score": float(scores.mean()), "error": error, "below_dense": loss_above(dense, scores)})
+        cell = {"task": task, "metric": metric, "keys": keys, "selection": selection, "n": len(scores)}
+        table.append({**cell, "score": float(scores.mean()), "error": error, "below_dense": loss_above(dense, scores)})
     return table
 
 

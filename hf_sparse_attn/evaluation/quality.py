@@ -112,17 +112,17 @@ class MassObserver(SparseCall):
         wanted = plan.best(teacher, tiles, plan.free[tiles])
         for name, selector in self.selectors.items():
             kept = selector(router, inputs, config.query_tile).indices[:, :, tiles]
-            found = kept_mass(teacher, kept)
-            self.mass[name][router.layer] = float(found.mean())
-            self.by_head[name][router.layer] = found.mean((0, 2)).tolist()
+            mass = kept_mass(teacher, kept)
+            self.mass[name][router.layer] = float(mass.mean())
+            self.by_head[name][router.layer] = mass.mean((0, 2)).tolist()
             if wanted.shape[-1]:
                 self.recall[name][router.layer] = recall(kept, wanted).tolist()
-            self.of_tiles[name].append(found.flatten().cpu())
+            self.of_tiles[name].append(mass.flatten().cpu())
 
     def low(self, name: str) -> float | None:
         """5th percentile of the kept mass of tiles, over KV heads and layers; None if none was measured."""
-        found = self.of_tiles.get(name)
-        return float(torch.cat(found).quantile(0.05)) if found else None
+        tile_masses = self.of_tiles.get(name)
+        return float(torch.cat(tile_masses).quantile(0.05)) if tile_masses else None
 
 
 def recall(kept: Tensor, wanted: Tensor) -> Tensor:
@@ -229,7 +229,7 @@ class _Reader:
     def _result(self, keys: int | None, name: str, losses: tuple[float, float | None, float | None]) -> WindowResult:
         ids = self.window.ids
         assert self.hidden is not None and self.dense is not None
-        found = predictions(self.model, ids, self.hidden, self.dense)
+        prediction = predictions(self.model, ids, self.hidden, self.dense)
         result = WindowResult(self.window.document, ids.shape[1], keys, name, *losses)
-        result.kl, result.output_error, result.by_position = found.kl, found.output_error, found.by_position
+        result.kl, result.output_error, result.by_position = prediction.kl, prediction.output_error, prediction.by_position
         return result

@@ -57,10 +57,10 @@ def shares_by_layer(kept: dict[int, float], window: dict[int, float], oracle: di
 ByHead = dict[int, np.ndarray]  # one figure for every KV head, by layer
 
 
-def _mean_by_head(found: Sequence[dict[int, list[float]]]) -> ByHead:
+def _mean_by_head(readings: Sequence[dict[int, list[float]]]) -> ByHead:
     """Means over windows; layers that some window lacks are left out."""
-    layers = sorted(set.intersection(*({int(layer) for layer in one} for one in found)))
-    by_layer = [{int(layer): values for layer, values in one.items()} for one in found]
+    layers = sorted(set.intersection(*({int(layer) for layer in one} for one in readings)))
+    by_layer = [{int(layer): values for layer, values in one.items()} for one in readings]
     return {layer: np.mean([one[layer] for one in by_layer], 0) for layer in layers}
 
 
@@ -94,45 +94,47 @@ def quality_table(results: Sequence[WindowResult]) -> list[dict[str, Any]]:
     for (length, keys), by_selection in sorted(cells.items()):
         bounds = [{r.document: r for r in by_selection[name]} for name in ("window + sink", "oracle")]
         # only windows for which every selection is there: an interrupted run never mixes unpaired ones
-        documents = sorted(set.intersection(*({r.document for r in found} for found in by_selection.values())))
+        documents = sorted(set.intersection(*({r.document for r in window_results} for window_results in by_selection.values())))
         if not documents:
             continue
         rows.append(_row(length, None, "dense", [dense[d, length] for d in documents], None))
         paired = [[bound[d] for d in documents] for bound in bounds]
-        for selection, found in by_selection.items():
-            own = {r.document: r for r in found}
-            rows.append(_row(length, keys, selection, [own[d] for d in documents], paired))
+        for selection, window_results in by_selection.items():
+            by_document = {r.document: r for r in window_results}
+            rows.append(_row(length, keys, selection, [by_document[d] for d in documents], paired))
     return rows
 
 
-def _row(length: int, keys: int | None, selection: str, own: list[WindowResult], bounds: list[list[WindowResult]] | None) -> dict[str, Any]:
-    row: dict[str, Any] = {"length": length, "keys": keys, "selection": selection, "n": len(own)}
+def _row(
+    length: int, keys: int | None, selection: str, results: list[WindowResult], bounds: list[list[WindowResult]] | None
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"length": length, "keys": keys, "selection": selection, "n": len(results)}
     for path in ("prefill", "decode"):
-        if any(getattr(r, path) is None for r in own):
+        if any(getattr(r, path) is None for r in results):
             continue
-        losses = np.array([getattr(r, path) for r in own])
+        losses = np.array([getattr(r, path) for r in results])
         row[path] = float(losses.mean())
         if bounds is not None:
             window, oracle = (np.array([getattr(r, path) for r in bound]) for bound in bounds)
             row[f"{path}_share"] = loss_share(window, losses, oracle)
             row[f"{path}_above_oracle"] = loss_above(losses, oracle)
-    tails = [r.decode - r.prefill_of_decoded for r in own if r.decode is not None and r.prefill_of_decoded is not None]
-    if len(tails) == len(own):
+    tails = [r.decode - r.prefill_of_decoded for r in results if r.decode is not None and r.prefill_of_decoded is not None]
+    if len(tails) == len(results):
         row["decode_over_prefill"] = float(np.exp(np.mean(tails)))  # perplexity of the same tokens, tiles of 1 over tiles of query_tile
     for name in ("kept", "kept_all", "kept_decode", "low_mass", "kl", "output_error"):
-        found = [getattr(r, name) for r in own]
-        if all(value is not None for value in found):
-            row[name] = float(np.mean(found))
-    if all(r.by_position for r in own):
-        row["by_position"] = np.mean([r.by_position for r in own], 0).tolist()
-    recalls = _mean_by_head([r.recall for r in own])
+        series = [getattr(r, name) for r in results]
+        if all(value is not None for value in series):
+            row[name] = float(np.mean(series))
+    if all(r.by_position for r in results):
+        row["by_position"] = np.mean([r.by_position for r in results], 0).tolist()
+    recalls = _mean_by_head([r.recall for r in results])
     if recalls:
         row["recall"] = float(np.mean(list(recalls.values())))
-    if bounds is not None and own[0].mass and bounds[0][0].mass and bounds[1][0].mass:
-        mass = _mean_mass(own)
+    if bounds is not None and results[0].mass and bounds[0][0].mass and bounds[1][0].mass:
+        mass = _mean_mass(results)
         row["kept_mass"] = {"mean": float(np.mean(list(mass.values()))), "by_layer": {str(k): v for k, v in mass.items()}}
         row["recovered_share"] = shares_by_layer(mass, _mean_mass(bounds[0]), _mean_mass(bounds[1]))
-        heads, lower, upper = (_mean_by_head([r.head_mass for r in found]) for found in (own, *bounds))
+        heads, lower, upper = (_mean_by_head([r.head_mass for r in series]) for series in (results, *bounds))
         if heads and lower and upper:
             row["head_mass"] = {str(layer): values.tolist() for layer, values in heads.items()}
             row["worst_head"] = worst_head(heads, lower, upper)

@@ -95,16 +95,16 @@ def _value(node: yaml.Node, where: str) -> Any:
 
 
 def _mapping(node: yaml.MappingNode, where: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, value in node.value:
         key = name.value
         if not isinstance(name, yaml.ScalarNode) or (_is_plain(name) and not isinstance(_scalar(name, where), str)):
             shown = key if isinstance(name, yaml.ScalarNode) else "a list or mapping"
             raise PlainYamlError(f"{_at(name, where)} has the key {shown}: keys are texts; write it in quotes if it is meant as one")
-        if key in found:
+        if key in values:
             raise PlainYamlError(f"{_at(name, where)} has the key {key!r} twice: remove one")
-        found[key] = _value(value, f"{where}.{key}" if where else key)
-    return found
+        values[key] = _value(value, f"{where}.{key}" if where else key)
+    return values
 
 
 def _is_plain(node: yaml.Node) -> bool:

@@ -165,14 +165,14 @@ def _checked_recipe(values: dict[str, Any], smoke: bool, network: bool) -> Recip
     values = {
         **values,
         "quality": quality,
-        **{stage: {**values[stage], "settings": own} for stage, own in settings.items()},
+        **{stage: {**values[stage], "settings": stage_settings} for stage, stage_settings in settings.items()},
         "longlink": _fields(values["longlink"], LongLinkConfig, "longlink"),
         "sparse_attention": _sparse_attention(values["sparse_attention"]),
     }
     unread = {} if "quality.decode_tokens" in READS[values["task"]] else {"decode_tokens": 0}
-    made = {"quality": tuple(Quality(**{**unread, **entry}) for entry in quality), **_pinned_sources(values)}
+    parsed = {"quality": tuple(Quality(**{**unread, **entry}) for entry in quality), **_pinned_sources(values)}
     sparse = SparseAttentionConfig.from_dict(values["sparse_attention"])
-    read = read_by(values["task"], {**values, **made}, defaults())
+    read = read_by(values["task"], {**values, **parsed}, defaults())
     recipe = Recipe(**{**read, "sparse_attention": sparse}, smoke_run=smoke, raw=values)
     for stage, cls in STAGES.items():  # raises for values that do not go together
         cls(**{"seed": recipe.seed, **settings[stage]})

@@ -48,8 +48,8 @@ def shipped_recipes() -> Traversable:
 
 def recipe_names() -> list[str]:
     """Names of the recipes that come with this package."""
-    found = (Path(file.name) for file in shipped_recipes().iterdir())
-    return sorted(path.stem for path in found if path.suffix == ".yaml" and path.stem != "defaults")
+    files = (Path(file.name) for file in shipped_recipes().iterdir())
+    return sorted(path.stem for path in files if path.suffix == ".yaml" and path.stem != "defaults")
 
 
 def find_recipe(recipe: str | Path) -> Path | Traversable:
@@ -80,8 +80,8 @@ def defaults() -> dict[str, Any]:
 
 def change(text: str) -> dict[str, Any]:
     """``a.b=value`` of the command line as the delta ``{"a": {"b": value}}``. Raises RecipeError."""
-    keys, found, value = text.partition("=")
-    if not found or not all(keys.split(".")):
+    keys, separator, value = text.partition("=")
+    if not separator or not all(keys.split(".")):
         raise RecipeError(f"--set {text[:80]!r}: must be key.path=value, e.g. 'lora.steps=4' or 'data.train=[my.log]'")
     if keys.count(".") > 8:
         raise RecipeError(f"--set {text[:80]!r}: no key is nested that deep")
@@ -146,10 +146,10 @@ def pinned(sources: Sequence[str], packages: Mapping[str, str | None], where: st
 
 
 def _pinned(source: str, packages: Mapping[str, str | None], where: str) -> str:
-    found = SOURCE.fullmatch(source)
-    if found is None or "@" in found["package"]:
+    match = SOURCE.fullmatch(source)
+    if match is None or "@" in match["package"]:
         return source
-    name = f"{found['kind']}:{found['package']}"
+    name = f"{match['kind']}:{match['package']}"
     if name not in packages:
         raise RecipeError(
             f"{where} is {source!r}, but packages has no sha256 of {name}: add it to the recipe, or "
@@ -160,4 +160,4 @@ def _pinned(source: str, packages: Mapping[str, str | None], where: str) -> str:
         return source
     if not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
         raise RecipeError(f"packages.{name} is {shown(sha256)}: must be a sha256, 64 digits of 0-9 and a-f, or null")
-    return f"{found['label'] or ''}{name}@sha256={sha256.lower()}{found['rest'] or ''}"
+    return f"{match['label'] or ''}{name}@sha256={sha256.lower()}{match['rest'] or ''}"

@@ -81,12 +81,12 @@ def seconds(recipe: Recipe, work: Work) -> dict[str, float]:
     """Predicted seconds of each step, without margin."""
     distill, speed = recipe.distill, recipe.speed
     window = work.dense(distill["context"]) + recipe.distillation.steps_per_batch * work.taught(distill["context"])
-    found = {"distill": distill["batches"] * window, "lora": _joint(recipe, work), "quality": sum(_read(e, work) for e in recipe.quality)}
+    steps = {"distill": distill["batches"] * window, "lora": _joint(recipe, work), "quality": sum(_read(e, work) for e in recipe.quality)}
     if speed["length"]:
         layer = (work.dense(speed["length"]) - work.dense(0)) / max(1, work.config.get_text_config().num_hidden_layers)
         passes = speed["repeats"] * (work.dense(speed["length"]) + work.routed(speed["length"], speed["keys"]))
-        found["speed"] = 1.1 * passes + (speed["attention_repeats"] + 2) * layer
-    return {**found, "other": OTHER_SECONDS}
+        steps["speed"] = 1.1 * passes + (speed["attention_repeats"] + 2) * layer
+    return {**steps, "other": OTHER_SECONDS}
 
 
 def _joint(recipe: Recipe, work: Work) -> float:
@@ -168,7 +168,7 @@ def size_of(recipe: Recipe) -> dict[str, Any]:
 
 def at_size(recipe: Recipe, size: dict[str, Any]) -> Recipe:
     """The recipe at a size that `size_of` gave, so that a continued run goes on with the size it began with."""
-    quality = tuple(replace(entry, **made) for entry, made in zip(recipe.quality, size["quality"], strict=False))
+    quality = tuple(replace(entry, **changes) for entry, changes in zip(recipe.quality, size["quality"], strict=False))
     for section, key, value in (("distill", "batches", "distill"), ("lora", "steps", "lora"), ("speed", "length", "speed")):
         recipe = _with(section, **{key: size[value]})(recipe)
     return replace(recipe, quality=quality)

@@ -94,9 +94,9 @@ def attach_routers(model: Any, config: SparseAttentionConfig, device: torch.devi
     # an inner model that an Auto class made from a sparse config is sparse already
     stock = {name: site for name, site in sites.items() if not isinstance(site, SparseAttentionMixin)}
     rotaries: dict[Any, Rotary] = {}
-    made = {name: _make_router(model, name, site, config, layers[name], rotaries, device) for name, site in stock.items()}
+    modules = {name: _make_router(model, name, site, config, layers[name], rotaries, device) for name, site in stock.items()}
     holder = SettingsHolder(config)
-    for name, router in made.items():
+    for name, router in modules.items():
         router.holder = holder
         sites[name].router = router
         sites[name].__class__ = sparse_attention_class(type(sites[name]))
@@ -159,8 +159,8 @@ def _shape(site: Any) -> tuple[int, int, int]:
     """(query heads, KV heads, head dim) of an attention module."""
     config: PreTrainedConfig = site.config
     heads = int(config.num_attention_heads)
-    own = (getattr(site, name, None) for name in ("head_dim", "attention_head_size", "head_size"))
-    head_dim = int(next((dim for dim in own if dim is not None), None) or config.hidden_size // heads)
+    sizes = (getattr(site, name, None) for name in ("head_dim", "attention_head_size", "head_size"))
+    head_dim = int(next((dim for dim in sizes if dim is not None), None) or config.hidden_size // heads)
     if hasattr(site, "k_proj"):
         return heads, int(site.k_proj.out_features) // head_dim, head_dim
     return heads, heads // int(getattr(site, "num_key_value_groups", 1)), head_dim

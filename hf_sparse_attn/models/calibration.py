@@ -108,10 +108,10 @@ def _calibration(values: dict[str, Any]) -> Calibration:
         if not whole or not all(type(share) in (int, float) and 0 < share <= MOST_KEYS for row in rows for share in row):
             raise ValueError(f"shares.{layer} is {rows!r:.60}: must be rows of a share for every KV head")
         shares[int(layer)] = tuple(map(tuple, rows))
-    made = Calibration(**{**values, "ends": tuple(ends), "shares": shares})
+    calibration = Calibration(**{**values, "ends": tuple(ends), "shares": shares})
     for layer in shares:
-        made.budgets(layer)  # raises
-    return made
+        calibration.budgets(layer)  # raises
+    return calibration
 
 
 def made_with(model: Any) -> dict[str, Any]:
@@ -123,14 +123,14 @@ def made_with(model: Any) -> dict[str, Any]:
     Raises:
         CalibrationError: a weight is not in memory.
     """
-    found = routers(model)
-    values = found[0].config.to_dict()
+    layer_routers = routers(model)
+    values = layer_routers[0].config.to_dict()
     backbone = {name: weight for name, weight in getattr(model, "base_model", model).named_parameters() if not is_of_router(name)}
-    own = {f"{router.layer}.{name}": weight for router in found for name, weight in router.named_parameters()}
+    weights = {f"{router.layer}.{name}": weight for router in layer_routers for name, weight in router.named_parameters()}
     return {
         "version": VERSION,
         "backbone": _fingerprint(backbone, SAMPLES),
-        "routers": _fingerprint(own, None),
+        "routers": _fingerprint(weights, None),
         "settings": {name: value for name, value in values.items() if name not in UNUSED},
     }
 
@@ -159,8 +159,8 @@ def use_calibration(model: Any, calibration: Calibration) -> None:
         refuse_adapters(model, "use_calibration")
     except ValueError as error:
         raise CalibrationError(str(error)) from error
-    found, known = made_with(model), calibration.made_with
-    wrong = [name for name in found if found[name] != known.get(name)]
+    identity, known = made_with(model), calibration.made_with
+    wrong = [name for name in identity if identity[name] != known.get(name)]
     if wrong:
         raise CalibrationError(
             f"the calibration was made with another {' and other '.join(wrong)} than this model has: calibrate it with "

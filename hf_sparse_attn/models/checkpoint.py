@@ -65,19 +65,19 @@ class SparseSavingMixin:
 
     def _get_files_timestamps(self, working_dir: str | os.PathLike[str]) -> dict[str, float]:
         """Of the files that were there before a push, which leaves them out: the calibration is written first, but belongs to it."""
-        found: dict[str, float] = super()._get_files_timestamps(working_dir)  # type: ignore[misc]
-        return {name: time for name, time in found.items() if name != CALIBRATION}
+        stamps: dict[str, float] = super()._get_files_timestamps(working_dir)  # type: ignore[misc]
+        return {name: time for name, time in stamps.items() if name != CALIBRATION}
 
 
 def _refuse_other_routers(checkpoint: Any, options: dict[str, Any]) -> None:
     """Raise ValueError if the settings asked for and those that ``checkpoint`` was saved with call for routers of different kinds."""
     text = options["config"].get_text_config()
     values, _ = PreTrainedConfig.get_config_dict(checkpoint, **{name: options[name] for name in HUB_OPTIONS if name in options})
-    saved, asked = values.get(KEY), getattr(text, KEY, None)
-    if saved is None or asked is None:
+    saved, requested = values.get(KEY), getattr(text, KEY, None)
+    if saved is None or requested is None:
         return
     dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    kinds = [_kind(SparseAttentionConfig.coerce(settings), dim) for settings in (saved, asked)]
+    kinds = [_kind(SparseAttentionConfig.coerce(settings), dim) for settings in (saved, requested)]
     for name, (theirs, ours) in {name: (kinds[0][name], kinds[1][name]) for name in FIXED_FIELDS}.items():
         if theirs != ours:
             raise ValueError(

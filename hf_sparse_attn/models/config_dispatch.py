@@ -97,8 +97,8 @@ class SparseConfigMixin(MadeMixin):
             value = before.replaced(value)  # None: a stock checkpoint read through this class, as PEFT does
         super().__setattr__(name, value)
 
-    def _set_implementation(self, asked: Any) -> None:
-        PreTrainedConfig._attn_implementation.fset(self, asked_implementation(self, asked))  # type: ignore[attr-defined]
+    def _set_implementation(self, requested: Any) -> None:
+        PreTrainedConfig._attn_implementation.fset(self, asked_implementation(self, requested))  # type: ignore[attr-defined]
 
     _attn_implementation = PreTrainedConfig._attn_implementation.setter(_set_implementation)  # type: ignore[attr-defined]  # the stock getter
 
@@ -143,20 +143,20 @@ def implementation(config_class: type) -> str | dict[str, str]:
     return {"text_config": ATTN_IMPLEMENTATION} if is_composite(config_class) else ATTN_IMPLEMENTATION
 
 
-def asked_implementation(config: Any, asked: Any) -> Any:
-    """The attention implementation that is ``asked`` of a model with ``config``, or dict of those of its parts.
+def asked_implementation(config: Any, requested: Any) -> Any:
+    """The attention implementation that is ``requested`` of a model with ``config``, or dict of those of its parts.
 
     Of a composite model only the text part is sparse; None is the default: sparse.
     """
-    if asked is None and config.sparse_attention is not None:
+    if requested is None and config.sparse_attention is not None:
         return implementation(type(config))
     if not is_composite(type(config)):
-        return asked
-    if asked == ATTN_IMPLEMENTATION:
+        return requested
+    if requested == ATTN_IMPLEMENTATION:
         return {"text_config": ATTN_IMPLEMENTATION}
-    if isinstance(asked, dict) and asked.get("") == ATTN_IMPLEMENTATION:
-        return {"text_config": ATTN_IMPLEMENTATION, **{part: value for part, value in asked.items() if part}}
-    return asked
+    if isinstance(requested, dict) and requested.get("") == ATTN_IMPLEMENTATION:
+        return {"text_config": ATTN_IMPLEMENTATION, **{part: value for part, value in requested.items() if part}}
+    return requested
 
 
 def name_sparse_classes(config: Any) -> None:

@@ -106,23 +106,23 @@ def set_sparse_attention(model: nn.Module, **changes: Any) -> SparseAttentionCon
         ValueError: an unknown field, an impossible value, a field that the routers' weights depend on, no routers, another
             budget than the model's ``mass_threshold`` was fitted for, without a new one, or the model has a calibration.
     """
-    found = routers(model)
-    if not found:
+    layer_routers = routers(model)
+    if not layer_routers:
         raise ValueError(no_routers(model))
-    config = found[0].config.changed(**changes)
+    config = layer_routers[0].config.changed(**changes)
     for name in FIXED_FIELDS:
-        if getattr(config, name) != getattr(found[0].config, name):
+        if getattr(config, name) != getattr(layer_routers[0].config, name):
             raise ValueError(
-                f"sparse_attention.{name} cannot change from {getattr(found[0].config, name)!r} to {getattr(config, name)!r}: "
+                f"sparse_attention.{name} cannot change from {getattr(layer_routers[0].config, name)!r} to {getattr(config, name)!r}: "
                 "the routers' weights depend on it. Convert the dense model anew"
             )
-    moved = [name for name in BUDGET_FIELDS if getattr(config, name) != getattr(found[0].config, name)]
-    if moved and found[0].config.mass_threshold is not None and "mass_threshold" not in changes:
+    moved = [name for name in BUDGET_FIELDS if getattr(config, name) != getattr(layer_routers[0].config, name)]
+    if moved and layer_routers[0].config.mass_threshold is not None and "mass_threshold" not in changes:
         raise ValueError(
             f"sparse_attention.{moved[0]} cannot change alone: mass_threshold={config.mass_threshold} was fitted for the budget there is. "
             "Fit it anew with hf_sparse_attn.fit_mass_threshold(model, batches, keys=…), or pass mass_threshold=None, too"
         )
-    if found[0].budgets is not None and replace(config, bookkeeping=found[0].config.bookkeeping) != found[0].config:
+    if layer_routers[0].budgets is not None and replace(config, bookkeeping=layer_routers[0].config.bookkeeping) != layer_routers[0].config:
         raise ValueError(
             f"sparse_attention cannot change ({', '.join(changes)}): the model was calibrated for the settings there are. "
             "Call hf_sparse_attn.remove_calibration(model) first, and calibrate it anew afterwards"
@@ -137,16 +137,16 @@ def sparse_attention_as(model: nn.Module, **changes: Any) -> Iterator[SparseAtte
 
     A calibration of the model is set aside for as long.
     """
-    found = routers(model)
-    before, budgets = found[0].config, [router.budgets for router in found]
+    layer_routers = routers(model)
+    before, budgets = layer_routers[0].config, [router.budgets for router in layer_routers]
     try:
-        for router in found:
+        for router in layer_routers:
             router.budgets = None
         yield set_sparse_attention(model, **changes)
     finally:
         set_sparse_attention(model, **{name: getattr(before, name) for name in (*changes, "mass_threshold")})
-        for router, own in zip(found, budgets, strict=True):
-            router.budgets = own
+        for router, budget in zip(layer_routers, budgets, strict=True):
+            router.budgets = budget
 
 
 def mark_trained(model: nn.Module) -> None:

@@ -87,8 +87,8 @@ def chunk_lengths(start: int, end: int, size: int, tile: int, offset: int = 0) -
 
 
 def _past(model_kwargs: dict[str, Any]) -> int:
-    found = next((model_kwargs[name] for name in CACHE_ARGUMENTS if model_kwargs.get(name) is not None), None)
-    return 0 if found is None else int(found.get_seq_length())
+    cache = next((model_kwargs[name] for name in CACHE_ARGUMENTS if model_kwargs.get(name) is not None), None)
+    return 0 if cache is None else int(cache.get_seq_length())
 
 
 def _first_tile(mask: Tensor | None, tile: int) -> int:

@@ -14,12 +14,12 @@ def without_reentrance(function: Callable[..., Any]) -> Callable[..., Any]:
     Raises:
         ValueError: reentrant checkpointing was asked for, or ``function`` knows no other.
     """
-    asked = getattr(function, "keywords", {}).get("use_reentrant")  # torch's default is True
+    reentrant = getattr(function, "keywords", {}).get("use_reentrant")  # torch's default is True
     parameters = inspect.signature(function).parameters
     takes = "use_reentrant" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if asked or not takes:
+    if reentrant or not takes:
         raise ValueError(
             "gradient checkpointing of a sparse model needs use_reentrant=False: the reentrant kind drops the gradient of what "
             'the routers learn from. Pass {"use_reentrant": False} as its keyword arguments, or none at all'
         )
-    return function if asked is False else partial(function, use_reentrant=False)
+    return function if reentrant is False else partial(function, use_reentrant=False)

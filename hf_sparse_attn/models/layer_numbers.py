@@ -27,13 +27,13 @@ def number_layers(model: Any) -> None:
     sites = sparse_sites(model)
     held = [[part for part in site.router.modules() if isinstance(part, SparseRouter)] for site in sites]
     known: list[int | None] = [routers[0].layer for routers in held]
-    own = _distinct([getattr(site, "layer_idx", None) for site in sites]) or _distinct(known) or list(range(len(sites)))
-    if own == known and len({router.holder for routers in held for router in routers}) <= 1:
+    numbers = _distinct([getattr(site, "layer_idx", None) for site in sites]) or _distinct(known) or list(range(len(sites)))
+    if numbers == known and len({router.holder for routers in held for router in routers}) <= 1:
         return
     stored = getattr(getattr(model, "config", None), KEY, None)  # a copy may hold what was set before it was made
     settings = stored.settings if isinstance(stored, StoredSettings) and stored.in_use else held[0][0].config
-    dense = tuple(sorted(new for new, old in zip(own, known, strict=True) if old in settings.dense_layers))
-    for number, routers in zip(own, held, strict=True):
+    dense = tuple(sorted(new for new, old in zip(numbers, known, strict=True) if old in settings.dense_layers))
+    for number, routers in zip(numbers, held, strict=True):
         for router in routers:
             router.layer = number
     write_settings(model, replace(settings, dense_layers=dense))
@@ -41,8 +41,8 @@ def number_layers(model: Any) -> None:
 
 def _distinct(numbers: list[int | None]) -> list[int] | None:
     """``numbers`` if all are there and differ."""
-    found = [number for number in numbers if number is not None]
-    return found if len(set(found)) == len(numbers) else None
+    present = [number for number in numbers if number is not None]
+    return present if len(set(present)) == len(numbers) else None
 
 
 def _configs(model: Any) -> list[Any]:

@@ -63,8 +63,8 @@ class SparseModelMixin(SparseAdapterMixin, SparseSavingMixin, NumberedLayersMixi
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """As the stock method; of a composite model ``"hf_sparse"`` is for the text part."""
-        asked = asked_implementation(self.config, attn_implementation)  # type: ignore[attr-defined]
-        super().set_attn_implementation(asked, *args, **kwargs)
+        requested = asked_implementation(self.config, attn_implementation)  # type: ignore[attr-defined]
+        super().set_attn_implementation(requested, *args, **kwargs)
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any) -> None:
         function = without_reentrance(gradient_checkpointing_func) if enable else gradient_checkpointing_func

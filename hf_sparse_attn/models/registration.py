@@ -66,11 +66,11 @@ def sparse_class(stock: type[PreTrainedModel]) -> type:
         methods["_prefill"] = _in_front(prefill_whole_tiles, stock._prefill)
     if not SUPPORTED[config_class.model_type].hands_on:
         methods["forward"] = taking_call(stock.forward)
-    made = make_class(SparseModelMixin, stock, __module__=MODULE, config_class=config_class, **methods)
+    cls = make_class(SparseModelMixin, stock, __module__=MODULE, config_class=config_class, **methods)
     conversion = get_checkpoint_conversion_mapping(stock.__name__)
     if conversion is not None:  # looked up by class name: without this, converted weights would load as random
-        register_checkpoint_conversion_mapping(made.__name__, conversion, overwrite=True)
-    return made
+        register_checkpoint_conversion_mapping(cls.__name__, conversion, overwrite=True)
+    return cls
 
 
 def _in_front(function: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:

@@ -110,11 +110,11 @@ def _differences() -> list[str]:
     failed = []
     for check in CHECKS:
         try:
-            found = check(models)
+            differences = check(models)
         except Exception as error:
-            found = f"{type(error).__name__}: {error}"
-        if found:
-            failed.append(f"{(check.__doc__ or '').rstrip('.')}: {found}")
+            differences = f"{type(error).__name__}: {error}"
+        if differences:
+            failed.append(f"{(check.__doc__ or '').rstrip('.')}: {differences}")
     return failed
 
 
@@ -153,7 +153,9 @@ def _packed(models: Models) -> str:
     cuts = (0, 60, LENGTH)
     position_ids = torch.cat([torch.arange(length, dtype=torch.int64, device="cpu") for length in (60, LENGTH - 60)])[None]
     got = models.cut(input_ids=models.ids[:1], position_ids=position_ids, use_cache=False).logits[0]
-    return next((found for a, b in itertools.pairwise(cuts) if (found := _apart(got[a:b], _alone(models, models.ids[:1, a:b])))), "")
+    return next(
+        (difference for a, b in itertools.pairwise(cuts) if (difference := _apart(got[a:b], _alone(models, models.ids[:1, a:b])))), ""
+    )
 
 
 def _cached(models: Models) -> str:
@@ -164,8 +166,8 @@ def _cached(models: Models) -> str:
     for cache in (transformers.DynamicCache(config=models.cut.config), transformers.StaticCache(models.cut.config, LENGTH)):
         got = [models.cut(input_ids=models.ids[:, :PROMPT], **{MODEL_ARGUMENT: cache}).logits]
         got += [models.cut(input_ids=models.ids[:, at : at + 1], **{MODEL_ARGUMENT: cache}).logits for at in range(PROMPT, LENGTH)]
-        if found := _apart(torch.cat(got, 1), want):
-            return f"{type(cache).__name__}: {found}"
+        if difference := _apart(torch.cat(got, 1), want):
+            return f"{type(cache).__name__}: {difference}"
         if not all(isinstance(layer, SparseCacheLayerMixin) and all(layer.summarised) for layer in cache.layers):
             return f"{type(cache).__name__}: its layers were not given summaries"
     return ""
@@ -193,8 +195,8 @@ def _saved(models: Models) -> str:
         stock = transformers.LlamaForCausalLM.from_pretrained(folder).eval()
     if type(loaded) is not type(models.cut) or any(router.fresh for router in _routers(loaded)):
         return f"a {type(loaded).__name__} was loaded, or its routers were not"
-    found = _apart(loaded(input_ids=models.ids).logits, want)
-    return found or _apart(stock(input_ids=models.ids).logits, models.stock(input_ids=models.ids).logits)
+    difference = _apart(loaded(input_ids=models.ids).logits, want)
+    return difference or _apart(stock(input_ids=models.ids).logits, models.stock(input_ids=models.ids).logits)
 
 
 CHECKS: tuple[Callable[[Models], str], ...] = (_every_block_kept, _padded, _packed, _cached, _generated, _saved)

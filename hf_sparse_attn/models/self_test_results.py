@@ -92,9 +92,9 @@ def _files() -> Iterator[Path]:
 def _read(path: Path) -> dict[str, Any]:
     """What was kept in ``path``; nothing if it is not there, not whole, or others than this user could have written it."""
     try:
-        found = path.lstat()
-        own = not hasattr(os, "getuid") or found.st_uid == os.getuid()
-        if not (own and stat.S_ISREG(found.st_mode) and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
+        status = path.lstat()
+        is_ours = not hasattr(os, "getuid") or status.st_uid == os.getuid()
+        if not (is_ours and stat.S_ISREG(status.st_mode) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
             return {}
         result = read_json(path)
     except (OSError, ValueError):

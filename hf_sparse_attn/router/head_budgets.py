@@ -46,7 +46,7 @@ class HeadBudgets:
 
     def most_blocks(self, visible: int, block_size: int) -> int:
         """Blocks of the largest budget of a head that is not dense, 0 if all are."""
-        keys = [own for own in self.keys(visible) if own < visible]
+        keys = [count for count in self.keys(visible) if count < visible]
         return math.ceil(max(keys, default=0) / block_size)
 
     def keys(self, visible: int) -> list[float]:

@@ -180,8 +180,8 @@ class SparseRouter(nn.Module):
 
     def stage_one_keys(self, inputs: RoutingInputs) -> Tensor:
         """Stage-1 keys [B, G, at least N // S, R] in the dtype of the keys: those of the cache, or made from the keys."""
-        made = self.router_keys(inputs.k, inputs.positions) if inputs.router_keys is None else inputs.router_keys
-        return made.to(inputs.k.dtype)
+        keys = self.router_keys(inputs.k, inputs.positions) if inputs.router_keys is None else inputs.router_keys
+        return keys.to(inputs.k.dtype)
 
     def _rotate_features(self, x: Tensor, positions: Tensor) -> Tensor:
         return x if self.rotary is None else self.rotary.rotate(x, positions)

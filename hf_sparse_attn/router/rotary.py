@@ -115,13 +115,13 @@ def find_rotary(model: nn.Module, site: nn.Module, name: str, interleaved: bool)
     for depth in range(len(parts), -1, -1):
         around = model.get_submodule(".".join(parts[:depth]))
         held = (around, *around.children()) if depth < len(parts) else (site, *site.children())
-        found = list({id(m): m for m in held if _frequencies(m)}.values())
-        if len(found) > 1:
-            names = ", ".join(sorted({type(m).__name__ for m in found}))
-            raise ValueError(f"{type(site).__name__} has {len(found)} rotary embeddings at hand ({names}); sparse attention supports one")
-        if found:
-            layer_type = None if "inv_freq" in _frequencies(found[0]) else _layer_type(site)
-            return Rotary(found[0], interleaved, layer_type)
+        modules = list({id(m): m for m in held if _frequencies(m)}.values())
+        if len(modules) > 1:
+            names = ", ".join(sorted({type(m).__name__ for m in modules}))
+            raise ValueError(f"{type(site).__name__} has {len(modules)} rotary embeddings at hand ({names}); sparse attention supports one")
+        if modules:
+            layer_type = None if "inv_freq" in _frequencies(modules[0]) else _layer_type(site)
+            return Rotary(modules[0], interleaved, layer_type)
     return None
 
 
@@ -130,5 +130,5 @@ def _frequencies(module: nn.Module) -> list[str]:
 
 
 def _layer_type(site: nn.Module) -> str:
-    own = getattr(site, "layer_type", None)
-    return cast(str, own or site.config.layer_types[site.layer_idx])  # type: ignore[union-attr, index]
+    layer_type = getattr(site, "layer_type", None)
+    return cast(str, layer_type or site.config.layer_types[site.layer_idx])  # type: ignore[union-attr, index]

@@ -115,8 +115,8 @@ class FeatureMaker:
         router, scale = self.router, self.inputs.scale
         batch, dtype = (-1, router.groups), self.keys.dtype
         heads = torch.arange(self.reps.shape[0], device=tiles.device, dtype=torch.int64)[:, None]
-        told = (self.inputs.positions, self.grid, tiles, self.inputs.consecutive)
-        coarse, real = router.query_features(self.q_tiles[:, tiles], *told)
+        tile_arguments = (self.inputs.positions, self.grid, tiles, self.inputs.consecutive)
+        coarse, real = router.query_features(self.q_tiles[:, tiles], *tile_arguments)
         sampled = self.q_tiles[:, tiles[:, None, None], heads, self.reps]
         queries = router.index_queries(sampled, self.fold).unflatten(0, batch)
         return TileFeatures((coarse * scale).to(dtype), real, self.router_keys, (queries * scale).to(dtype), self.reps, self.keys)

@@ -21,13 +21,13 @@ PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "evaluate
 
 def package_versions() -> dict[str, str | None]:
     """Installed versions of the packages that matter, None for those that are missing."""
-    found: dict[str, str | None] = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-    return found
+            versions[name] = None
+    return versions
 
 
 def environment() -> dict[str, Any]:

@@ -148,14 +148,14 @@ def _refuse_obstacles(target: Path, files: Sequence[Path]) -> None:
 def _stale(target: Path, files: Sequence[Path]) -> list[Path]:
     """Weight files of variants that the new set has, but with other names (another number of shards)."""
     variants, known = {_variant(str(file)) for file in files} - {None}, set(files)
-    found = [Path(path.name) for path in target.iterdir() if _variant(path.name) in variants]
-    return [file for file in found if file not in known]
+    present = [Path(path.name) for path in target.iterdir() if _variant(path.name) in variants]
+    return [file for file in present if file not in known]
 
 
 def _variant(name: str) -> tuple[str, str] | None:
     """(model or adapter, variant) of a weight file's name, None for any other file."""
-    found = WEIGHTS.fullmatch(name)
-    return None if found is None else (found["kind"], found["variant"] or found["before"] or found["index"] or "")
+    match = WEIGHTS.fullmatch(name)
+    return None if match is None else (match["kind"], match["variant"] or match["before"] or match["index"] or "")
 
 
 def keep_mode(new: Path, old: Path) -> None:
@@ -164,8 +164,8 @@ def keep_mode(new: Path, old: Path) -> None:
         known = old.stat()
     except OSError:
         return
-    made = new.stat()
-    if (made.st_uid, made.st_gid) != (known.st_uid, known.st_gid):
+    status = new.stat()
+    if (status.st_uid, status.st_gid) != (known.st_uid, known.st_gid):
         with suppress(OSError):
             os.chown(new, known.st_uid, known.st_gid)
     new.chmod(stat.S_IMODE(known.st_mode) & 0o777)

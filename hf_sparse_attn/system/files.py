@@ -29,37 +29,37 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         OutputError: ``path`` is a folder, or a link in a circle.
         OSError: it cannot be written.
     """
-    found = destination(path)
+    target = destination(path)
     with ExitStack() as stack:
-        if is_stream(found):
+        if is_stream(target):
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         else:
-            found.parent.mkdir(parents=True, exist_ok=True)
-            refuse_read_only(found)
-            scratch = _scratch_for_file(found, stack)
-        temporary = scratch / found.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            refuse_read_only(target)
+            scratch = _scratch_for_file(target, stack)
+        temporary = scratch / target.name
         temporary.touch()
         write(temporary)
-        if is_stream(found):
-            with temporary.open("rb") as source, open_stream(found) as out:
+        if is_stream(target):
+            with temporary.open("rb") as source, open_stream(target) as out:
                 shutil.copyfileobj(source, out)
             return
         sync(temporary)
-        keep_mode(temporary, found)
+        keep_mode(temporary, target)
         try:
-            temporary.replace(found)
+            temporary.replace(target)
         except OSError as error:
-            if error.errno not in IN_PLACE or not found.is_file():
+            if error.errno not in IN_PLACE or not target.is_file():
                 raise
-            _pour(temporary, found)
-        sync_folder(found.parent)
+            _pour(temporary, target)
+        sync_folder(target.parent)
 
 
-def _scratch_for_file(found: Path, stack: ExitStack) -> Path:
+def _scratch_for_file(target: Path, stack: ExitStack) -> Path:
     try:
-        return stack.enter_context(scratch_folder(found.parent, found.name))
+        return stack.enter_context(scratch_folder(target.parent, target.name))
     except OSError as error:
-        if error.errno not in IN_PLACE or not found.is_file():
+        if error.errno not in IN_PLACE or not target.is_file():
             raise
         return Path(stack.enter_context(tempfile.TemporaryDirectory()))
 
@@ -92,9 +92,9 @@ def not_finite(value: Any, key: str = "") -> list[str]:
     if isinstance(value, float):
         return [] if math.isfinite(value) else [f"{key or 'the value'} is {value}"]
     if isinstance(value, Mapping):
-        return [found for name, part in value.items() for found in not_finite(part, f"{key}.{name}" if key else str(name))]
+        return [place for name, part in value.items() for place in not_finite(part, f"{key}.{name}" if key else str(name))]
     if isinstance(value, list | tuple):
-        return [found for at, part in enumerate(value) for found in not_finite(part, f"{key}[{at}]")]
+        return [place for at, part in enumerate(value) for place in not_finite(part, f"{key}[{at}]")]
     return []
 
 
@@ -132,15 +132,15 @@ def replaced_folder(target: str | Path, valid: str | None = None) -> Iterator[Pa
     Raises:
         OSError: nothing can be written there; or a file cannot be moved, then the message says where the new files are kept.
     """
-    found = _folder(Path(target))
-    with _scratch_for_folder(found) as scratch:
+    folder = _folder(Path(target))
+    with _scratch_for_folder(folder) as scratch:
         new = scratch / NEW
         new.mkdir()
         yield new
         try:
-            exchange(scratch, found, valid)
+            exchange(scratch, folder, valid)
         except BaseException as error:
-            kept = _keep(scratch, found)
+            kept = _keep(scratch, folder)
             if not isinstance(error, OSError):
                 error.add_note(f"the new files of {target} are in {kept}")
                 raise

@@ -128,9 +128,9 @@ class _Recorded(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         def look_up(name: str) -> Any:
-            made = getattr(import_module(PACKAGE), name, None) if name.startswith("Sparse") else None
-            if hasattr(made, "from_pretrained"):
-                return made
+            cls = getattr(import_module(PACKAGE), name, None) if name.startswith("Sparse") else None
+            if hasattr(cls, "from_pretrained"):
+                return cls
             if name.startswith("__"):
                 raise AttributeError(name)
             raise ImportError(f"{name}: {new_name(RECORDED)}")

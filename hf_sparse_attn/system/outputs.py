@@ -31,22 +31,22 @@ def destination(path: str | Path) -> Path:
     Raises:
         OutputError: links that lead in a circle, a folder, or something that cannot be written to.
     """
-    found = Path(path)
+    target = Path(path)
     for _ in range(MOST_LINKS):
-        folder = Path(os.path.realpath(found.parent))
-        found = folder / found.name
-        if DESCRIPTOR.fullmatch(str(found)) or not found.is_symlink():
+        folder = Path(os.path.realpath(target.parent))
+        target = folder / target.name
+        if DESCRIPTOR.fullmatch(str(target)) or not target.is_symlink():
             break
-        found = folder / os.readlink(found)
+        target = folder / os.readlink(target)
     else:
         raise OutputError(f"cannot write {path}: its symbolic links lead in a circle")
-    if (missing := dangling(Path(path))) and not found.parent.is_dir():
+    if (missing := dangling(Path(path))) and not target.parent.is_dir():
         raise OutputError(f"cannot write {path}: {missing} is a link to what is not there; make that folder, or mount its disk")
-    if found.is_dir():
+    if target.is_dir():
         raise OutputError(f"cannot write {path}: it is a folder; give the name of a file in it")
-    if found.is_block_device() or found.is_socket():
-        raise OutputError(f"cannot write {path}: it is a {'disk' if found.is_block_device() else 'socket'}; give the name of a file")
-    return found
+    if target.is_block_device() or target.is_socket():
+        raise OutputError(f"cannot write {path}: it is a {'disk' if target.is_block_device() else 'socket'}; give the name of a file")
+    return target
 
 
 def dangling(path: Path) -> Path | None:
@@ -55,23 +55,23 @@ def dangling(path: Path) -> Path | None:
     return there if there is not None and there.is_symlink() and not there.exists() else None
 
 
-def is_stream(found: Path) -> bool:
+def is_stream(target: Path) -> bool:
     """Whether a `destination` takes bytes as they come (a pipe, a terminal, /dev/null): it cannot be replaced by a file."""
-    return DESCRIPTOR.fullmatch(str(found)) is not None or found.is_fifo() or found.is_char_device()
+    return DESCRIPTOR.fullmatch(str(target)) is not None or target.is_fifo() or target.is_char_device()
 
 
-def open_stream(found: Path) -> BinaryIO:
+def open_stream(target: Path) -> BinaryIO:
     """Such a destination, opened; a descriptor of this process goes on where it stands."""
-    own = _own_descriptor(found)
-    if own is None:
-        return found.open("ab" if DESCRIPTOR.fullmatch(str(found)) else "wb", buffering=0)
+    descriptor = _own_descriptor(target)
+    if descriptor is None:
+        return target.open("ab" if DESCRIPTOR.fullmatch(str(target)) else "wb", buffering=0)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    return os.fdopen(os.dup(own), "wb")
+    return os.fdopen(os.dup(descriptor), "wb")
 
 
-def _own_descriptor(found: Path) -> int | None:
-    match = DESCRIPTOR.fullmatch(str(found))
+def _own_descriptor(target: Path) -> int | None:
+    match = DESCRIPTOR.fullmatch(str(target))
     return int(match["number"]) if match and match["process"] in (None, str(os.getpid())) else None
 
 
@@ -84,11 +84,11 @@ def check_output(path: str | Path) -> None:
         OutputError: it cannot, and why.
     """
     try:
-        found = destination(path)
-        if is_stream(found):
-            _check_stream(found)
+        target = destination(path)
+        if is_stream(target):
+            _check_stream(target)
         else:
-            _check_file(found)
+            _check_file(target)
     except OutputError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a zero byte
@@ -96,26 +96,26 @@ def check_output(path: str | Path) -> None:
         raise OutputError(f"cannot write {path}: {reason}; give another path, or make room or permission for it") from error
 
 
-def _check_stream(found: Path) -> None:
-    own = _own_descriptor(found)
-    if own is not None:
-        os.close(os.dup(own))  # raises where it is closed
-    elif not os.access(found, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+def _check_stream(target: Path) -> None:
+    descriptor = _own_descriptor(target)
+    if descriptor is not None:
+        os.close(os.dup(descriptor))  # raises where it is closed
+    elif not os.access(target, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
-def _check_file(found: Path) -> None:
-    refuse_read_only(found)
+def _check_file(target: Path) -> None:
+    refuse_read_only(target)
     try:
-        check_folder(found.parent)
+        check_folder(target.parent)
     except OSError as error:
-        if not (error.errno in IN_PLACE and found.is_file()):
+        if not (error.errno in IN_PLACE and target.is_file()):
             raise
 
 
-def refuse_read_only(found: Path) -> None:
+def refuse_read_only(target: Path) -> None:
     """Raise OSError for a file that is there and may not be changed, although its folder would let it be replaced, or a name too long."""
-    with suppress(FileNotFoundError), found.open("r+b"):
+    with suppress(FileNotFoundError), target.open("r+b"):
         pass
 
 
@@ -130,15 +130,15 @@ def check_folder(folder: Path) -> None:
 
 def close_to_others(path: Path) -> None:
     """Let only this user change ``path``. Raises PermissionError if it is not this user's."""
-    found = path.stat()
-    if hasattr(os, "geteuid") and found.st_uid != os.geteuid():
+    status = path.stat()
+    if hasattr(os, "geteuid") and status.st_uid != os.geteuid():
         raise PermissionError(errno.EACCES, "it belongs to another user", str(path))
-    if found.st_mode & OTHERS:
-        path.chmod(stat.S_IMODE(found.st_mode) & ~OTHERS)
+    if status.st_mode & OTHERS:
+        path.chmod(stat.S_IMODE(status.st_mode) & ~OTHERS)
 
 
 def is_own(path: Path) -> bool:
     """Whether ``path`` is a plain file of this user that nobody else may change."""
-    found = path.lstat()
-    mine = not hasattr(os, "geteuid") or found.st_uid == os.geteuid()
-    return mine and stat.S_ISREG(found.st_mode) and (os.name == "nt" or not found.st_mode & OTHERS)
+    status = path.lstat()
+    mine = not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
+    return mine and stat.S_ISREG(status.st_mode) and (os.name == "nt" or not status.st_mode & OTHERS)

@@ -149,6 +149,6 @@ def _has(*flags: str) -> bool:
     """Whether the processor has all of ``flags``, as torch names them."""
     listed = getattr(torch.cpu, "get_capabilities", None)
     if listed is not None:
-        found = listed()
-        return all(bool(found.get(flag)) for flag in flags)
+        lines = listed()
+        return all(bool(lines.get(flag)) for flag in flags)
     return all(getattr(torch.cpu, OLDER_NAMES[flag])() if flag in OLDER_NAMES else False for flag in flags)

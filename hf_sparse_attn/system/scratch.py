@@ -25,21 +25,21 @@ ATTEMPTS = 100
 def scratch_folder(place: Path, name: str) -> Iterator[Path]:
     """A new folder in ``place`` for what is to become ``name``, removed afterwards; what killed processes left in ``place`` goes first."""
     clear_leftovers(place)
-    made, lock = _new_folder(place, name.encode()[:LONGEST].decode(errors="ignore"))
+    folder, lock = _new_folder(place, name.encode()[:LONGEST].decode(errors="ignore"))
     try:
-        yield made
+        yield folder
     finally:
-        _remove(made, lock)
+        _remove(folder, lock)
 
 
 def _new_folder(place: Path, name: str) -> tuple[Path, BaseFileLock]:
     for _ in range(ATTEMPTS):
-        made = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=SUFFIX, dir=place))
+        folder = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=SUFFIX, dir=place))
         lock = None
         with suppress(FileNotFoundError):  # another process came between the two calls, and took it for abandoned
-            lock = locked(made / LOCK)
-        if lock is not None and (made / LOCK).exists():
-            return made, lock
+            lock = locked(folder / LOCK)
+        if lock is not None and (folder / LOCK).exists():
+            return folder, lock
     raise OSError(f"other processes keep removing the temporary folders that are made in {place}")
 
 
@@ -52,10 +52,10 @@ def _remove(folder: Path, lock: BaseFileLock) -> None:
 def clear_leftovers(place: Path) -> None:
     """Remove the scratch folders in ``place`` that dead processes of this user left; an exchange that one had begun is completed."""
     try:
-        found = [Path(entry.path) for entry in os.scandir(place) if entry.name.startswith(".") and entry.name.endswith(SUFFIX)]
+        folders = [Path(entry.path) for entry in os.scandir(place) if entry.name.startswith(".") and entry.name.endswith(SUFFIX)]
     except OSError:  # not readable
         return
-    for path in found:
+    for path in folders:
         with suppress(OSError):
             if _is_own_folder(path):
                 _clear(path)

@@ -113,7 +113,7 @@ def _without_logits(head: _Head, forward: Callable[..., Any]) -> Callable[..., A
     def forward_in_chunks(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("labels") is None:
             return forward(*args, **kwargs)
-        asked = kwargs.pop("return_dict", None)
+        return_dict = kwargs.pop("return_dict", None)
         head.through = True
         try:
             out = forward(*args, **kwargs, return_dict=True)
@@ -124,12 +124,12 @@ def _without_logits(head: _Head, forward: Callable[..., Any]) -> Callable[..., A
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
             values["logits"] = LateLogits(head.own, hidden)
         out = type(out)(**values)
-        return out if (head.returns_dict if asked is None else asked) else out.to_tuple()
+        return out if (head.returns_dict if return_dict is None else return_dict) else out.to_tuple()
 
     return forward_in_chunks
 
 
-def _deferred_loss(head: _Head, own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _deferred_loss(head: _Head, loss_function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def loss_in_chunks(
         logits: Tensor,
         labels: Tensor | None,
@@ -141,7 +141,7 @@ def _deferred_loss(head: _Head, own: Callable[..., Tensor]) -> Callable[..., Ten
     ) -> Tensor:
         if not head.through:
             options = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index, "shift_labels": shift_labels, **kwargs}
-            return own(logits=logits, labels=labels, vocab_size=vocab_size, **options)
+            return loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **options)
         if shift_labels is None:
             assert labels is not None
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]

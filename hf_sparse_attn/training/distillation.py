@@ -61,11 +61,11 @@ def router_state(model: nn.Module) -> dict[str, Tensor]:
 
 def load_router_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Set all router weights. Raises ValueError if names or shapes do not match."""
-    own = {name: p for name, p in model.named_parameters() if is_of_router(name)}
-    if own.keys() != state.keys():
-        raise ValueError(f"router weights do not match the model: {sorted(own.keys() ^ state.keys())[:4]} are on one side only")
+    parameters = {name: p for name, p in model.named_parameters() if is_of_router(name)}
+    if parameters.keys() != state.keys():
+        raise ValueError(f"router weights do not match the model: {sorted(parameters.keys() ^ state.keys())[:4]} are on one side only")
     with torch.no_grad():
-        for name, p in own.items():
+        for name, p in parameters.items():
             if p.shape != state[name].shape:
                 raise ValueError(f"router weight {name} has shape {tuple(state[name].shape)}, the model needs {tuple(p.shape)}")
             p.copy_(state[name])
@@ -108,16 +108,16 @@ def distill(
         RuntimeError: the backbone changed.
     """
     config = config or DistillationConfig()
-    found = active_routers(model)
-    if not found:
+    layer_routers = active_routers(model)
+    if not layer_routers:
         raise ValueError(no_routers(model))
     todo = model_inputs(model, batches)
     if not todo:
         raise ValueError("distill got no batches: give at least one document")
-    _check_processes(found, todo)
-    distiller = Distiller(found, config, -(-len(todo) // rank_and_size()[1]))
+    _check_processes(layer_routers, todo)
+    distiller = Distiller(layer_routers, config, -(-len(todo) // rank_and_size()[1]))
     report = DistillationReport(batches=len(todo), backbone_sha256=backbone_hash(model))
-    training, frozen = model.training, [p for router in found for p in router.parameters() if not p.requires_grad]
+    training, frozen = model.training, [p for router in layer_routers for p in router.parameters() if not p.requires_grad]
     model.eval()
     try:
         for weight in frozen:
@@ -135,16 +135,16 @@ def distill(
             weight.requires_grad_(False)
     if backbone_hash(model) != report.backbone_sha256:
         raise RuntimeError("the backbone changed during distillation; this is a bug, please report it")
-    for router in found:
+    for router in layer_routers:
         router.fresh = False
     mark_trained(model)
     report.steps = distiller.batch * config.steps_per_batch
     return report
 
 
-def _check_processes(found: list[SparseRouter], batches: list[dict[str, Tensor]]) -> None:
+def _check_processes(layer_routers: list[SparseRouter], batches: list[dict[str, Tensor]]) -> None:
     """Raise ValueError for what several processes cannot share."""
-    if any(type(w) is not nn.Parameter or hasattr(w, "ds_id") for router in found for w in router.parameters()):
+    if any(type(w) is not nn.Parameter or hasattr(w, "ds_id") for router in layer_routers for w in router.parameters()):
         raise ValueError("distill needs whole routers, and these are sharded: call it before accelerator.prepare, in every process")
     if rank_and_size()[1] == 1:
         return
@@ -195,17 +195,17 @@ class _Run:
 
     def start_or_resume(self) -> None:
         """Go on from the checkpoint if there is one; else let data start those low-rank stages 2 that nothing has taught."""
-        found = active_routers(self.model)
+        layer_routers = active_routers(self.model)
         rank, _ = rank_and_size()
-        same_everywhere(weight for router in found for weight in router.weights)
+        same_everywhere(weight for router in layer_routers for weight in router.weights)
         state = from_main(_read(self.path) if self.path is not None and self.path.exists() else None)
         if state is not None:
             self._resume(state)
-        elif any(router.index_is_untrained for router in found):
+        elif any(router.index_is_untrained for router in layer_routers):
             self.distiller.start_index, self.distiller.counts = True, rank < len(self.batches)
             _forward(self.model, self.batches, min(rank, len(self.batches) - 1), self.distiller)
             self.distiller.start_index = False
-            same_everywhere(weight for router in found for weight in router.weights)
+            same_everywhere(weight for router in layer_routers for weight in router.weights)
 
     def _resume(self, state: dict[str, Any]) -> None:
         known = state.get("identity", {})

@@ -20,11 +20,11 @@ from .router_loss import TileLoss, recovered_share, tile_loss
 class Distiller(SparseCall):
     """Dense forward passes that train each layer's router as the layer runs."""
 
-    def __init__(self, found: list[SparseRouter], config: DistillationConfig, rounds: int) -> None:
+    def __init__(self, layer_routers: list[SparseRouter], config: DistillationConfig, rounds: int) -> None:
         super().__init__(dense=True)
         self.config, self.rounds = config, rounds
         self.generator = torch.Generator(device="cpu").manual_seed(config.seed)
-        self.optimizers = {r: self._optimizer(r) for r in found}  # layers that are copies of each other share a layer index
+        self.optimizers = {r: self._optimizer(r) for r in layer_routers}  # layers that are copies of each other share a layer index
         self.total_steps = max(1, rounds * config.steps_per_batch)
         self.batch = 0
         self.losses: list[TileLoss] = []
@@ -81,8 +81,8 @@ class Distiller(SparseCall):
         losses, self.losses = self.losses, []
         n, device = len(losses), losses[0].coarse.device
         names = {"kl_coarse": "coarse", "kl_fine": "fine", "kept": "kept", "window": "window", "oracle": "oracle"}
-        own = {name: sum(float(getattr(x, attribute)) for x in losses) / n for name, attribute in names.items()}
-        means = mean_over_processes(own, device, self.counts)
+        averages = {name: sum(float(getattr(x, attribute)) for x in losses) / n for name, attribute in names.items()}
+        means = mean_over_processes(averages, device, self.counts)
         return {
             "batch": float(self.batch),
             "kl_coarse": means["kl_coarse"],

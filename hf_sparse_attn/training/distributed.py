@@ -39,13 +39,13 @@ def materialize_trained(model: nn.Module) -> None:
     """
     if not (_flag("ACCELERATE_USE_FSDP") and _flag("FSDP_CPU_RAM_EFFICIENT_LOADING")):
         return
-    made: dict[nn.Parameter, nn.Parameter] = {}  # tied weights stay tied
+    copies: dict[nn.Parameter, nn.Parameter] = {}  # tied weights stay tied
     for module in model.modules():
         for name, weight in module._parameters.items():
             if weight is not None and weight.requires_grad and weight.is_meta:
-                if weight not in made:
-                    made[weight] = nn.Parameter(torch.empty_like(weight, device="cpu"))
-                module._parameters[name] = made[weight]
+                if weight not in copies:
+                    copies[weight] = nn.Parameter(torch.empty_like(weight, device="cpu"))
+                module._parameters[name] = copies[weight]
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -78,8 +78,10 @@ def average_gradients(weights: Sequence[Tensor], counts: bool) -> bool:
     """
     if rank_and_size()[1] == 1:
         return counts
-    own = [torch.zeros_like(w) if w.grad is None or not counts else w.grad for w in weights]
-    flat = torch.cat([*(grad.flatten() for grad in own), torch.full((1,), float(counts), dtype=own[0].dtype, device=own[0].device)])
+    gradients = [torch.zeros_like(w) if w.grad is None or not counts else w.grad for w in weights]
+    flat = torch.cat(
+        [*(grad.flatten() for grad in gradients), torch.full((1,), float(counts), dtype=gradients[0].dtype, device=gradients[0].device)]
+    )
     dist.all_reduce(flat)
     total = float(flat[-1])
     if not total:

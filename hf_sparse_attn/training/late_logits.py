@@ -24,9 +24,9 @@ class LateLogits(Tensor):
     def __new__(cls: type[LateLogits], head: Callable[[Tensor], Tensor], hidden: Tensor, dtype: torch.dtype | None = None) -> LateLogits:
         one = head(hidden[:1, :1])  # how wide a row is, and its dtype
         shape = (*hidden.shape[:-1], one.shape[-1])
-        made: LateLogits = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype or one.dtype, device=one.device)
-        made.head, made.hidden, made.made = head, hidden, None
-        return made
+        logits: LateLogits = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype or one.dtype, device=one.device)
+        logits.head, logits.hidden, logits.made = head, hidden, None
+        return logits
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 

@@ -198,7 +198,7 @@ def _claimed_by_another(folder: Path, model: Any, rows: Any, config: AdaptationC
     """In what the run that ``folder`` belongs to is another one; it belongs to this one if that is nothing."""
     frozen = weights_hash((name, p) for name, p in model.named_parameters() if not p.requires_grad and not is_of_router(name))
     learned = [[name, list(p.shape)] for name, p in model.named_parameters() if p.requires_grad]
-    made = {
+    claims = {
         "settings": {**asdict(config), "steps": steps},
         "the model's frozen weights": frozen,
         **model_identity(model),
@@ -206,7 +206,7 @@ def _claimed_by_another(folder: Path, model: Any, rows: Any, config: AdaptationC
         "the rows": rows_hash(rows),
     }
     known = folder / "run.json"
-    if known.exists() and (different := differences(json.loads(known.read_text()), json.loads(json.dumps(made)))):
+    if known.exists() and (different := differences(json.loads(known.read_text()), json.loads(json.dumps(claims)))):
         return different
-    write_json(known, made)
+    write_json(known, claims)
     return ""

@@ -97,18 +97,18 @@ class Histogram:
         self.counts = torch.zeros(BINS, dtype=torch.int64, device="cpu")
         self.tiles = self.forced = self.asked = self.block_size = 0  # tiles of a KV head; blocks
 
-    def add(self, found: Candidates, values: Tensor) -> None:
-        """Count the ``values`` [B, G, n, K] of ``found``."""
-        grid = found.every.grid
-        counted = found.counted & (grid.first_positions(values.device) >= self.first)
+    def add(self, scored: Candidates, values: Tensor) -> None:
+        """Count the ``values`` [B, G, n, K] of ``scored``."""
+        grid = scored.every.grid
+        counted = scored.counted & (grid.first_positions(values.device) >= self.first)
         rows = values.shape[0] * values.shape[1]
-        listed = (found.every.indices >= 0) & counted[:, None]
-        free = found.free & counted[:, None]
+        listed = (scored.every.indices >= 0) & counted[:, None]
+        free = scored.free & counted[:, None]
         bins = values[free].contiguous().view(torch.int32) >> BITS
         self.counts += torch.bincount(bins.clamp(0, BINS - 1), minlength=BINS).cpu()
         self.tiles += rows * int(counted.sum())
         self.forced += int(listed.sum()) - int(free.sum())
-        self.asked += rows * int(found.asked[counted].sum())
+        self.asked += rows * int(scored.asked[counted].sum())
         self.block_size = grid.block_size
 
     def asked_keys(self) -> float:
@@ -155,8 +155,8 @@ class KeptKeys(SparseCall):
 
     def mean(self) -> float | None:
         """Mean keys over layers and KV heads, None before any tile was counted."""
-        found = list(self.by_layer().values())
-        return float(torch.cat(found).mean()) if found else None
+        thresholds = list(self.by_layer().values())
+        return float(torch.cat(thresholds).mean()) if thresholds else None
 
 
 @dataclass(frozen=True)
@@ -188,11 +188,11 @@ class ByThreshold:
 
     def __call__(self, router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection:
         check_finite(router.layer, queries=inputs.q, keys=inputs.k)  # the histogram would count NaN as no mass
-        found = self.source(router, inputs, query_tile)
-        mass = found.mass
+        scored = self.source(router, inputs, query_tile)
+        mass = scored.mass
         if self.histogram is not None:
-            self.histogram.add(found, mass)
-        return found.every if self.threshold is None else found.keep(mass >= self.threshold)
+            self.histogram.add(scored, mass)
+        return scored.every if self.threshold is None else scored.keep(mass >= self.threshold)
 
 
 def fit_threshold(

@@ -64,7 +64,7 @@ class _Layer:
 
 
 @dataclass
-class _Made:
+class _Routed:
     """A selection, and the mean of the queries [b, H, D] that it was made for."""
 
     selection: BlockSelection
@@ -86,7 +86,7 @@ class TrainingForward(SparseCall):
     dense: bool
     selector: Selector = learned_selector
     layers: dict[SparseRouter, _Layer] = field(default_factory=dict)  # by the module: copies of a layer can share its number
-    made: dict[SparseRouter, list[_Made]] = field(default_factory=lambda: defaultdict(list))
+    selections: dict[SparseRouter, list[_Routed]] = field(default_factory=lambda: defaultdict(list))
     closed: bool = False
 
     def __post_init__(self) -> None:
@@ -141,12 +141,12 @@ class TrainingForward(SparseCall):
         """A selection, which a repetition for gradient checkpointing gets again."""
         if not torch.is_grad_enabled():
             return self.selector(router, inputs, query_tile)
-        made = self.made[active_router(router)]
+        selections = self.selections[active_router(router)]
         if not self.closed:
-            made.append(_Made(self.selector(router, inputs, query_tile), inputs.q.float().mean(2)))
-            return made[-1].selection
+            selections.append(_Routed(self.selector(router, inputs, query_tile), inputs.q.float().mean(2)))
+            return selections[-1].selection
         # recomputed: of the calls of this layer (documents, or passes through a layer that runs several times) the one with these queries
-        same = [one for one in made if one.selection.grid == inputs.grid(query_tile, router.config.block_size)]
+        same = [one for one in selections if one.selection.grid == inputs.grid(query_tile, router.config.block_size)]
         same = [one for one in same if one.queries.shape[0] == inputs.q.shape[0]]
         if len(same) < 2:
             return same[0].selection
@@ -205,14 +205,14 @@ class SparseObjective:
     def __init__(self, model: nn.Module, config: SparseTrainingConfig | None = None) -> None:
         refuse_split_sequences()
         self.model, self.config = model, config or SparseTrainingConfig()
-        found = active_routers(model)
-        if not found:
+        layer_routers = active_routers(model)
+        if not layer_routers:
             raise ValueError(no_routers(model))
-        for router in found:
+        for router in layer_routers:
             router.requires_grad_(self.config.kl_weight > 0)
         materialize_trained(model)
         for step in (0, 1):
-            self.config.budget(found[0].config, step, 2)  # raises before the first step
+            self.config.budget(layer_routers[0].config, step, 2)  # raises before the first step
         if self.config.kl_weight > 0:
             mark_trained(_base(model))
 

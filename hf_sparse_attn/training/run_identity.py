@@ -66,11 +66,11 @@ def without_bookkeeping(settings: SparseAttentionConfig) -> dict[str, Any]:
     return {name: value for name, value in settings.to_dict().items() if name != "bookkeeping"}
 
 
-def differences(known: Mapping[str, Any], made: Mapping[str, Any]) -> str:
+def differences(known: Mapping[str, Any], current: Mapping[str, Any]) -> str:
     """What differs between two identities, in words; empty where nothing does."""
     names = []
-    for name in made:
-        old, new = known.get(name), made[name]
+    for name in current:
+        old, new = known.get(name), current[name]
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             names += [
                 f"{name}.{key} ({old.get(key)!r} then, {new.get(key)!r} now)"

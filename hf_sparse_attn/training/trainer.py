@@ -77,10 +77,10 @@ class SparseTrainerMixin:
         return model
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        made = getattr(self, "optimizer", None) is not None  # the user's own
+        exists = getattr(self, "optimizer", None) is not None  # the user's own
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)  # type: ignore[misc]
         routers, _ = split_parameters(self.model if model is None else model)
-        if made or not routers:
+        if exists or not routers:
             return optimizer
         known = set(map(id, routers))
         for group in optimizer.param_groups:
@@ -122,9 +122,9 @@ class SparseTrainerMixin:
 
     def _undivided(self, num_items: Any) -> bool:
         """Whether Trainer takes the loss as it is, and does not divide it by the number of micro-batches: its rule in `training_step`."""
-        own: bool | None = getattr(self, "loss_is_scaled_for_ga", None)  # of trainers with a loss of their own, as TRL's
-        if own is not None:
-            return own
+        scales: bool | None = getattr(self, "loss_is_scaled_for_ga", None)  # of trainers with a loss of their own, as TRL's
+        if scales is not None:
+            return scales
         return (num_items is not None and self.model_accepts_loss_kwargs) or self.compute_loss_func is not None  # type: ignore[attr-defined]
 
     @contextmanager
@@ -159,8 +159,8 @@ class SparseTrainerMixin:
         if self._statistics and "loss" in logs:
             seconds, self._since = time.perf_counter() - self._since, time.perf_counter()
             steps, self._logged_step = self.state.global_step - self._logged_step, self.state.global_step
-            own = {**mean_statistics(self._statistics), "own_kl": self._kl, "tokens": float(self._tokens)}
-            means = mean_over_processes(own, self.accelerator.device)
+            statistics = {**mean_statistics(self._statistics), "own_kl": self._kl, "tokens": float(self._tokens)}
+            means = mean_over_processes(statistics, self.accelerator.device)
             if "kl" in getattr(self, "_metrics", {}).get("train", ()):  # TRL's, of the policy from its reference
                 means["router_kl"] = means.pop("kl")
             logs["task_loss"] = logs["loss"] - means.pop("own_kl") / max(1, steps)
@@ -177,8 +177,8 @@ class SparseTrainerMixin:
         if self.accelerator.num_processes > 1:  # all processes stop together
             bad = self.accelerator.gather(bad)
         if bool(bad.any()):
-            own = "" if torch.isfinite(loss.detach()) else f" on the batch that begins with {self._preview(inputs)}"
-            self._stop(f"the loss is {float(loss.detach())}{own}")
+            cause = "" if torch.isfinite(loss.detach()) else f" on the batch that begins with {self._preview(inputs)}"
+            self._stop(f"the loss is {float(loss.detach())}{cause}")
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)  # type: ignore[misc]
@@ -212,12 +212,12 @@ def last_checkpoint(folder: str | Path, below: int | None = None) -> Path | None
 
     Trainer writes its state last, so a checkpoint without it was cut off.
     """
-    found = []
+    checkpoints = []
     for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         try:
             state = json.loads((path / "trainer_state.json").read_text())
         except (OSError, json.JSONDecodeError):
             continue
         if below is None or state["global_step"] < below:
-            found.append((int(state["global_step"]), path))
-    return max(found)[1] if found else None
+            checkpoints.append((int(state["global_step"]), path))
+    return max(checkpoints)[1] if checkpoints else None

@@ -40,13 +40,13 @@ def read(folder: Path) -> dict[str, Any]:
     """
     if not (folder / "machine.json").exists():
         raise SystemExit(f"{folder} holds no machine.json: it is no result of recipes/gpu/run.sh")
-    found: dict[str, Any] = {"machine": json.loads((folder / "machine.json").read_text())}
+    results: dict[str, Any] = {"machine": json.loads((folder / "machine.json").read_text())}
     for stage in STAGES:
         if (path := folder / f"{stage}.json").exists():
-            found[stage] = json.loads(path.read_text())
+            results[stage] = json.loads(path.read_text())
     if (log := folder / "right.log").exists():
-        found["right"] = read_log(log.read_text())
-    return found
+        results["right"] = read_log(log.read_text())
+    return results
 
 
 def read_log(text: str) -> dict[str, Any]:
@@ -63,28 +63,28 @@ def read_log(text: str) -> dict[str, Any]:
     return {"counts": counts, "failed": sorted(set(failed)), "finished": finished}
 
 
-def rows(found: dict[str, Any], stage: str) -> list[dict[str, Any]]:
-    return list(found.get(stage, {}).get("rows", []))
+def rows(results: dict[str, Any], stage: str) -> list[dict[str, Any]]:
+    return list(results.get(stage, {}).get("rows", []))
 
 
-def table(found: dict[str, Any]) -> list[str]:
+def table(results: dict[str, Any]) -> list[str]:
     """A line for each row."""
-    machine = found["machine"]
+    machine = results["machine"]
     lines = [f"card: {machine.get('card', 'none')}{' (dry run)' if machine['dry'] else ''}"]
-    if "right" in found:
-        right = found["right"]
+    if "right" in results:
+        right = results["right"]
         lines.append(f"right: {right['counts']}{'' if right['finished'] else ', CUT OFF'}")
         lines += [f"  FAILED {name}" for name in right["failed"]]
     else:
         lines.append("right: not run")
     for stage in STAGES:
-        if stage not in found:
+        if stage not in results:
             lines.append(f"{stage}: not run")
             continue
-        lines.append(f"{stage}: {found[stage]['seconds']:.0f} s, {len(found[stage]['rows'])} rows")
-        lines += [f"  {row['entry']}: {figure(row)}" for row in found[stage]["rows"]]
-        lines += [f"  FAILED {row['entry']}: {row['error'][:160]}" for row in found[stage]["failed"]]
-        lines += [f"  not run: {label}" for label in found[stage]["not_run"]]
+        lines.append(f"{stage}: {results[stage]['seconds']:.0f} s, {len(results[stage]['rows'])} rows")
+        lines += [f"  {row['entry']}: {figure(row)}" for row in results[stage]["rows"]]
+        lines += [f"  FAILED {row['entry']}: {row['error'][:160]}" for row in results[stage]["failed"]]
+        lines += [f"  not run: {label}" for label in results[stage]["not_run"]]
     return lines
 
 
@@ -118,20 +118,20 @@ def figure(row: dict[str, Any]) -> str:
     return f"{row['proposed']}: {row['best_s'] * 1e3:.2f} ms, the table's {row['table_s'] * 1e3:.2f} ms"
 
 
-def chosen(found: dict[str, Any], benchmark: str, length: int, density: float | None) -> dict[str, Any] | None:
+def chosen(results: dict[str, Any], benchmark: str, length: int, density: float | None) -> dict[str, Any] | None:
     """The row of a target."""
-    for row in rows(found, "limits"):
+    for row in rows(results, "limits"):
         if row["benchmark"] == benchmark and row["length"] == length and (density is None or row.get("density") == density):
             return row
     return None
 
 
-def misses(found: dict[str, Any]) -> list[str]:
+def misses(results: dict[str, Any]) -> list[str]:
     """For each target what was reached, and where it is missed by which of the two limits the kernel is held."""
-    ceilings = next((row for row in rows(found, "limits") if row["benchmark"] == "ceilings"), None)
+    ceilings = next((row for row in rows(results, "limits") if row["benchmark"] == "ceilings"), None)
     lines = []
     for what, benchmark, length, density, key, wanted in TARGETS:
-        row = chosen(found, benchmark, length, density)
+        row = chosen(results, benchmark, length, density)
         if row is None:
             lines.append(f"{what}: not measured (wanted {wanted:g})")
         elif row[key]["median"] < wanted:
@@ -154,15 +154,15 @@ def _limit(row: dict[str, Any], ceilings: dict[str, Any] | None) -> str:
     return f"; its floor is {name}, {floor * 1e3:.2f} ms, of which it reaches {floor / seconds:.2f}"
 
 
-def write(found: dict[str, Any], folder: Path) -> Path:
+def write(results: dict[str, Any], folder: Path) -> Path:
     """The result file and its plot; those of a dry run beside what they were read from."""
     from hf_sparse_attn.system.files import write_json
 
-    machine = found["machine"]
+    machine = results["machine"]
     card = "dry" if machine["dry"] else re.sub(r"[^a-z0-9]+", "-", machine["card"].lower()).strip("-")
     path = (folder if machine["dry"] else RESULTS) / f"gpu-{card}.json"
-    write_json(path, {**found, "misses": misses(found)})
-    drawn = [row for row in rows(found, "limits") if row["benchmark"] == "attention"]
+    write_json(path, {**results, "misses": misses(results)})
+    drawn = [row for row in rows(results, "limits") if row["benchmark"] == "attention"]
     if drawn:
         from hf_sparse_attn.benchmarks.plot import plot_speedups
 
@@ -173,10 +173,10 @@ def write(found: dict[str, Any], folder: Path) -> Path:
     return path
 
 
-def readme_rows(found: dict[str, Any]) -> list[str]:
+def readme_rows(results: dict[str, Any]) -> list[str]:
     """Rows of a Markdown table: tokens, share kept, speed-up of attention alone and with its router, share of what is possible, memory."""
     lines = ["| | tokens | kept | attention alone | with router | of the possible | memory |", "|---|---|---|---|---|---|---|"]
-    for row in rows(found, "limits"):
+    for row in rows(results, "limits"):
         if row["benchmark"] in ("attention", "backward", "decode"):
             alone = f"{row['speedup']['median']:.2f}x" if "speedup" in row else ""
             memory = "" if row.get("peak_memory_bytes") is None else f"{row['peak_memory_bytes'] / 2**20:.0f} MB"
@@ -192,12 +192,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="OUT")
     parser.add_argument("--table", action="store_true", help="print the short table only")
-    asked = parser.parse_args()
-    found = read(asked.folder)
-    if not asked.table:
-        path = write(found, asked.folder)
-        print("\n".join([f"written: {path.name}", "", *readme_rows(found), "", "targets that are missed:", *misses(found), ""]))
-    print("\n".join(table(found)))
+    arguments = parser.parse_args()
+    results = read(arguments.folder)
+    if not arguments.table:
+        path = write(results, arguments.folder)
+        print("\n".join([f"written: {path.name}", "", *readme_rows(results), "", "targets that are missed:", *misses(results), ""]))
+    print("\n".join(table(results)))
 
 
 if __name__ == "__main__":

@@ -97,12 +97,12 @@ def test_a_stock_checkpoint_with_every_block_kept_gives_the_stock_outputs(model_
     close(output(type(stock).from_pretrained(tmp_path / "sparse", config=stock.config)), want, 1e-6)
 
     count_calls.clear()
-    own = stock.config.get_text_config()._attn_implementation
-    model.set_attn_implementation(own)
+    mine = stock.config.get_text_config()._attn_implementation
+    model.set_attn_implementation(mine)
     close(output(model), want, 1e-6)
     assert not count_calls
     assert type(to_dense(model)) is type(stock)
-    model.set_attn_implementation(own)
+    model.set_attn_implementation(mine)
     close(output(model), want, 1e-6)
     for dense, folder in ((model, tmp_path / "dense"), (type(stock).from_pretrained(tmp_path / "stock"), tmp_path / "again")):
         dense.save_pretrained(folder)
@@ -185,12 +185,12 @@ def test_padded_rows_equal_unpadded_ones(model_type, side, every_block_two_sided
 
 
 def test_at_least_twenty_of_the_asked_architectures_are_supported():
-    asked = {
+    requested = {
         *("llama", "mistral", "mixtral", "ministral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "gemma2", "gemma3_text", "gemma3"),
         *("smollm3", "phi3", "olmo2", "olmo3", "granite", "gpt_neox", "gpt_oss", "cohere2", "starcoder2", "modernbert", "bert"),
         *("patchtst", "timesfm"),
     }
-    assert asked <= set(INSTALLED)
+    assert requested <= set(INSTALLED)
 
 
 @pytest.mark.parametrize(

@@ -42,9 +42,9 @@ def newer(monkeypatch, tmp_path):
 @pytest.fixture
 def runs(monkeypatch):
     """A list that grows by one for every self-test."""
-    found, original = [], self_test._differences
-    monkeypatch.setattr(self_test, "_differences", lambda: found.append(1) or original())
-    return found
+    result, original = [], self_test._differences
+    monkeypatch.setattr(self_test, "_differences", lambda: result.append(1) or original())
+    return result
 
 
 # -- versions -------------------------------------------------------------------------------------------------------
@@ -229,8 +229,8 @@ def test_doctor_runs_it_and_keeps_the_result(newer, runs, capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out)["self_test"] == "passed" and len(runs) == 1 and self_test_results.kept_pass()
     monkeypatch.setattr(self_test, "_differences", lambda: ["Saving: other weights"])
     app(["doctor", "--json", "-"], standalone_mode=False)
-    found = json.loads(capsys.readouterr().out)
-    assert found["self_test"] == ["Saving: other weights"] and found["supported_transformers"] == ["5.17", "5.24"]
+    result = json.loads(capsys.readouterr().out)
+    assert result["self_test"] == ["Saving: other weights"] and result["supported_transformers"] == ["5.17", "5.24"]
     assert not self_test_results.kept_pass()
 
 
@@ -298,8 +298,8 @@ def test_a_layer_whose_cache_has_a_new_name_raises():
         def forward(self, hidden_states, position_embeddings=None, attention_mask=None, key_store=None, **kwargs):
             raise AssertionError("ran without its cache")
 
-    made = sparse_attention_class(Renamed)
-    site = made.__new__(made)
+    created = sparse_attention_class(Renamed)
+    site = created.__new__(created)
     torch.nn.Module.__init__(site)
     site.config = type("Config", (), {"_attn_implementation": "hf_sparse"})()
     for arguments in ({"key_store": DynamicCache()}, {MODEL_ARGUMENT: DynamicCache()}):

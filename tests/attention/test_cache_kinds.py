@@ -39,12 +39,12 @@ def settings(every_block, real_budget):
 
 @pytest.fixture(scope="module")
 def model_of(settings):
-    made = {}
+    created = {}
 
     def make(model_type, budget):
-        if (model_type, budget) not in made:
-            made[model_type, budget] = tiny_models.sparse_tiny_model(model_type, settings[budget])
-        return made[model_type, budget]
+        if (model_type, budget) not in created:
+            created[model_type, budget] = tiny_models.sparse_tiny_model(model_type, settings[budget])
+        return created[model_type, budget]
 
     return make
 

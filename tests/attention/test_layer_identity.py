@@ -79,8 +79,8 @@ def test_copies_have_numbers_of_their_own_and_stay_dense(way, sparse_llama, real
     model = COPIED[way](sparse_llama({**real_budget, "dense_layers": [1]}, noise=0.1, num_hidden_layers=3))
     with torch.no_grad():
         want = model(token_ids(1, N), use_cache=False).logits
-    found = active_routers(model)
-    assert [router.layer for router in found] == [0, 1, 2, 3] and {router.config.dense_layers for router in found} == {(1, 2)}
+    result = active_routers(model)
+    assert [router.layer for router in result] == [0, 1, 2, 3] and {router.config.dense_layers for router in result} == {(1, 2)}
     assert model.config.sparse_attention["dense_layers"] == [1, 2]
     with torch.no_grad():
         assert torch.equal(model(token_ids(1, N), use_cache=False).logits, want)
@@ -129,9 +129,9 @@ def test_a_cache_that_was_rebuilt_by_its_attributes_has_a_number_of_its_own(spar
     model(ids[:, :180], past_key_values=cache)
     twin = DynamicCache()
     for layer in cache.layers:
-        made = type(layer).__new__(type(layer))
-        made.__dict__.update(layer.__dict__)
-        twin.layers.append(made)
+        created = type(layer).__new__(type(layer))
+        created.__dict__.update(layer.__dict__)
+        twin.layers.append(created)
     model(ids[:, 180:190], past_key_values=twin)
     numbers = [int(layer.number) for layer in (*cache.layers, *twin.layers)]
     assert len(set(numbers)) == 4

@@ -243,11 +243,11 @@ def test_a_compiled_model_does_not_take_overlays_for_packed_documents(overlay, s
         return create_causal_mask(sparse.config, inputs_embeds, None, past_key_values=None, **overlay)
 
     try:
-        found = mask(embeddings)
+        result = mask(embeddings)
     except RuntimeError as error:
         assert "another mask lies over that of packed documents" in str(error)
     else:
-        assert found.shape == (2, 1, N, N)
+        assert result.shape == (2, 1, N, N)
 
 
 def test_overlays_of_a_bidirectional_model_are_refused(settings, ids, embeddings):

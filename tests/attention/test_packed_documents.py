@@ -148,6 +148,6 @@ def test_a_compiled_model_keeps_documents_apart_in_every_layer(use_cache, every_
     want = separate(model, documents)
     torch.compiler.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    for told in ("position_ids", "cu_seq_lens_q"):
-        inputs = {"input_ids": packed["input_ids"], "position_ids": packed["position_ids"], told: packed[told]}
+    for options in ("position_ids", "cu_seq_lens_q"):
+        inputs = {"input_ids": packed["input_ids"], "position_ids": packed["position_ids"], options: packed[options]}
         close(logits(compiled, **inputs, use_cache=use_cache), want, 1e-5)

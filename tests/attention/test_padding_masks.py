@@ -122,8 +122,8 @@ def test_the_mask_function_gives_back_its_own_masks(every_block):
     config = sparse("llama", every_block).config
     _, mask, _ = padded(ROWS.values())
     arguments = {"config": config, "inputs_embeds": torch.zeros(4, WIDTH, 1), "past_key_values": None}
-    made = create_causal_mask(attention_mask=mask, **arguments)
-    assert torch.equal(made, mask.bool()) and torch.equal(create_causal_mask(attention_mask=made, **arguments), made)
+    created = create_causal_mask(attention_mask=mask, **arguments)
+    assert torch.equal(created, mask.bool()) and torch.equal(create_causal_mask(attention_mask=created, **arguments), created)
     assert create_causal_mask(attention_mask=torch.ones_like(mask), **arguments) is None
 
 

@@ -110,14 +110,14 @@ def test_a_cropped_and_a_reset_cache_are_not_taken_for_what_they_were(real_budge
 
 def test_other_settings_after_the_prompt_are_followed(real_budget, used):
     model = sparse("llama", real_budget)
-    found = []
+    result = []
     with torch.no_grad():
         for cache in (DynamicCache(config=model.config), static(model)):
             model(input_ids=ids()[:, :PROMPT], past_key_values=cache)
             with sparse_attention_as(model, min_keys=144):
-                found.append(model(input_ids=ids()[:, PROMPT : PROMPT + 1], past_key_values=cache).logits)
+                result.append(model(input_ids=ids()[:, PROMPT : PROMPT + 1], past_key_values=cache).logits)
         model(input_ids=ids()[:, PROMPT + 1 : PROMPT + 2], past_key_values=cache)
-    close(found[1], found[0], 1e-5)
+    close(result[1], result[0], 1e-5)
 
 
 def test_padded_rows_and_positions_that_jump_are_made_elsewhere(real_budget, used):
@@ -126,10 +126,10 @@ def test_padded_rows_and_positions_that_jump_are_made_elsewhere(real_budget, use
     mask[0, :30] = 0
     jumps = torch.cat([torch.arange(90), torch.arange(100, 110 + STEPS + PROMPT - 100)])[None, : PROMPT + STEPS]
     with torch.no_grad():
-        for told in ({"attention_mask": mask}, {"position_ids": jumps}):
+        for options in ({"attention_mask": mask}, {"position_ids": jumps}):
             cache = static(model)
             for start, stop in ((0, PROMPT), *((at, at + 1) for at in range(PROMPT, PROMPT + 3))):
-                cut = {n: x[:, :stop] if n == "attention_mask" else x[:, start:stop] for n, x in told.items()}
+                cut = {n: x[:, :stop] if n == "attention_mask" else x[:, start:stop] for n, x in options.items()}
                 model(input_ids=ids()[:, start:stop], past_key_values=cache, **cut)
     assert not used
 

@@ -294,10 +294,10 @@ def test_installed_sparse_peers_get_what_their_interfaces_ask_for(monkeypatch):
     monkeypatch.setattr(dense_baselines, "import_module", modules.__getitem__)
     assert dense_baselines.sparse_peers(layer, selection) == {}  # on a CPU none of them runs
     layer.shape = replace(layer.shape, device="cuda")
-    found = dense_baselines.sparse_peers(layer, selection)
-    assert list(found) == ["NSA", "AdaSplash", "flash-sparse-attn"]
-    layer.verify(found["NSA"](), selection)
-    assert found["AdaSplash"]().shape == layer.q.shape == found["flash-sparse-attn"]().shape and seen == [layer.q.shape]
+    result = dense_baselines.sparse_peers(layer, selection)
+    assert list(result) == ["NSA", "AdaSplash", "flash-sparse-attn"]
+    layer.verify(result["NSA"](), selection)
+    assert result["AdaSplash"]().shape == layer.q.shape == result["flash-sparse-attn"]().shape and seen == [layer.q.shape]
 
     monkeypatch.setitem(modules, "adasplash", SimpleNamespace(adasplash=lambda *args, **kwargs: 1 / 0))
     running, failed = attention_call._checked_peers(layer, selection)

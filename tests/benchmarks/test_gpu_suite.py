@@ -60,9 +60,9 @@ tests/interpreter/test_routing.py::test_mass PASSED                      [ 30%]
 
 
 def test_a_log_that_was_cut_off_tells_what_passed_and_failed():
-    found = read["read_log"](LOG)
-    assert found["counts"] == {"passed": 2, "failed": 1} and found["failed"] == ["tests/interpreter/test_grid.py::test_forward[b]"]
-    assert not found["finished"] and read["read_log"](LOG + "===== 1 failed, 2 passed in 12.30s =====\n")["finished"]
+    result = read["read_log"](LOG)
+    assert result["counts"] == {"passed": 2, "failed": 1} and result["failed"] == ["tests/interpreter/test_grid.py::test_forward[b]"]
+    assert not result["finished"] and read["read_log"](LOG + "===== 1 failed, 2 passed in 12.30s =====\n")["finished"]
 
 
 def limits(speedup):
@@ -86,19 +86,19 @@ def limits(speedup):
 def test_what_misses_a_target_is_told_with_the_limit_that_holds_it(speedup, missed, tmp_path, capsys, monkeypatch):
     (tmp_path / "machine.json").write_text(json.dumps({"dry": False, "card": "NVIDIA H100 80GB HBM3"}))
     (tmp_path / "limits.json").write_text(json.dumps(limits(speedup)))
-    found = read["read"](tmp_path)
-    lines = read["misses"](found)
+    result = read["read"](tmp_path)
+    lines = read["misses"](result)
     assert any(line.startswith("decode at 128k, 4096 kept: not measured (wanted 5)") for line in lines)
     prefill = [line for line in lines if line.startswith("prefill at 32k")]
     assert len(prefill) == missed
     if missed:  # 8.8e12 operations, an eighth of them: 1.37 ms at 8e14
         assert "3.00, wanted 4; its floor is arithmetic, 1.37 ms, of which it reaches 0.69" in prefill[0]
-    table = "\n".join(read["table"](found))
+    table = "\n".join(read["table"](result))
     assert "card: NVIDIA H100 80GB HBM3" in table and "right: not run" in table and "FAILED x: E" in table and "not run: y" in table
-    assert f"| attention | 32768 | 10% |  | {speedup:.2f}x |" in "\n".join(read["readme_rows"](found))
+    assert f"| attention | 32768 | 10% |  | {speedup:.2f}x |" in "\n".join(read["readme_rows"](result))
     monkeypatch.setitem(read["write"].__globals__, "RESULTS", tmp_path)
     monkeypatch.setattr("hf_sparse_attn.benchmarks.plot.plot_speedups", lambda path, rows: path.write_text("plot"))
-    path = read["write"](found, tmp_path)
+    path = read["write"](result, tmp_path)
     assert path.name == "gpu-nvidia-h100-80gb-hbm3.json" and json.loads(path.read_text())["misses"] == lines
     assert path.with_suffix(".svg").read_text() == "plot"
 

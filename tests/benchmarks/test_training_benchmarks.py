@@ -50,10 +50,10 @@ def never_timed(monkeypatch):
 def test_a_row_holds_every_kind_with_its_times_memory_and_losses(row):
     assert (row["length"], row["batch"], row["dtype"], row["device"], row["budget"]) == (300, 2, "float32", "cpu", BUDGET)
     assert list(row["kinds"]) == [SPARSE, WITHOUT_KL, DENSE, STOCK, EAGER]
-    for made in row["kinds"].values():
-        assert made["n"] == 2 and 0 < made["min_s"] <= made["median_s"] <= made["max_s"]
-        assert made["tokens_per_s"] == pytest.approx(600 / made["median_s"])
-        assert made["peak_memory_bytes"] >= 0 and made["static_bytes"] > 0
+    for created in row["kinds"].values():
+        assert created["n"] == 2 and 0 < created["min_s"] <= created["median_s"] <= created["max_s"]
+        assert created["tokens_per_s"] == pytest.approx(600 / created["median_s"])
+        assert created["peak_memory_bytes"] >= 0 and created["static_bytes"] > 0
     assert row["verified"]["loss"] < 1e-6 and row["verified"]["gradient"] < 1e-5
     json.dumps(row)
 
@@ -72,10 +72,10 @@ def test_the_recipe_is_the_average_of_its_steps(row):
     ends = [row["kinds"][kind][end] for kind in (SPARSE, DENSE) for end in ("min_s", "max_s")]
     assert min(ends) <= row["recipe"]["median_s"] <= max(ends)
     times = {SPARSE: [1.0, 2.0], WITHOUT_KL: [0.9, 1.8], DENSE: [5.0, 6.0], STOCK: [4.0, 8.0]}
-    made = training_step._ratios(times, 4, 100)
-    assert made["recipe"]["min_s"] == 2.0 and made["recipe"]["max_s"] == 3.0 and made["recipe"]["tokens_per_s"] == 40
-    assert made["speedup"]["recipe"]["min"] == 2.0 and made["speedup"][SPARSE]["median"] == 4.0
-    assert made["kl_share"] == pytest.approx(0.1) and "speedup_over_eager" not in made
+    created = training_step._ratios(times, 4, 100)
+    assert created["recipe"]["min_s"] == 2.0 and created["recipe"]["max_s"] == 3.0 and created["recipe"]["tokens_per_s"] == 40
+    assert created["speedup"]["recipe"]["min"] == 2.0 and created["speedup"][SPARSE]["median"] == 4.0
+    assert created["kl_share"] == pytest.approx(0.1) and "speedup_over_eager" not in created
     assert training_step._ratios(times, 0, 100)["recipe"]["min_s"] == 1.0
 
 
@@ -87,14 +87,14 @@ def test_a_benchmark_leaves_the_model_as_it_was(model, windows):
 
 
 def test_contenders_share_the_frozen_weights_and_nothing_else(model):
-    made = make_contenders(model, AdaptationConfig(), (SPARSE, STOCK))
+    created = make_contenders(model, AdaptationConfig(), (SPARSE, STOCK))
     weight = "model.layers.0.mlp.up_proj.weight"
-    shared = {dict(c.model.get_base_model().named_parameters())[weight].data_ptr() for c in made.values()}
+    shared = {dict(c.model.get_base_model().named_parameters())[weight].data_ptr() for c in created.values()}
     assert shared == {dict(model.named_parameters())[weight].data_ptr()}
-    assert type(made[STOCK].model.get_base_model()).__name__ == "LlamaForCausalLM"
-    assert made[SPARSE].lora.keys() == made[STOCK].lora.keys()
-    assert all(torch.equal(p, made[STOCK].lora[name]) and p is not made[STOCK].lora[name] for name, p in made[SPARSE].lora.items())
-    assert all(float(state["step"]) == 0 for c in made.values() for state in c.optimizer.state.values())
+    assert type(created[STOCK].model.get_base_model()).__name__ == "LlamaForCausalLM"
+    assert created[SPARSE].lora.keys() == created[STOCK].lora.keys()
+    assert all(torch.equal(p, created[STOCK].lora[name]) and p is not created[STOCK].lora[name] for name, p in created[SPARSE].lora.items())
+    assert all(float(state["step"]) == 0 for c in created.values() for state in c.optimizer.state.values())
 
 
 def test_memory_is_measured_in_a_fresh_process(model, windows, monkeypatch):
@@ -152,11 +152,11 @@ def test_a_wrong_gradient_is_never_timed(model, windows, monkeypatch):
 
 
 def test_verification_leaves_lora_and_settings_as_they_were(model, windows):
-    made = make_contenders(model, AdaptationConfig(), (SPARSE, STOCK))
-    before = {name: p.clone() for name, p in made[SPARSE].lora.items()}
-    verify_training(made[SPARSE], made[STOCK], {"input_ids": windows[0], "labels": windows[0]})
-    assert all(torch.equal(before[name], p) for name, p in made[SPARSE].lora.items())
-    assert made[SPARSE].losses == [] and all(p.grad is None for p in made[SPARSE].trainable)
+    created = make_contenders(model, AdaptationConfig(), (SPARSE, STOCK))
+    before = {name: p.clone() for name, p in created[SPARSE].lora.items()}
+    verify_training(created[SPARSE], created[STOCK], {"input_ids": windows[0], "labels": windows[0]})
+    assert all(torch.equal(before[name], p) for name, p in created[SPARSE].lora.items())
+    assert created[SPARSE].losses == [] and all(p.grad is None for p in created[SPARSE].trainable)
 
 
 def test_too_few_windows_are_refused(model, windows):
@@ -170,8 +170,8 @@ def test_too_few_windows_are_refused(model, windows):
 def test_padded_and_packed_layouts_of_the_same_documents_are_measured(row):
     assert row["documents"] == [300, 150]
     assert list(row["layouts"]) == ["sparse, padded", "stock sdpa, padded", "sparse, packed", "stock sdpa, packed"]
-    for made in row["layouts"].values():
-        assert made["n"] == 2 and made["tokens_per_s"] == pytest.approx(450 / made["median_s"])
+    for created in row["layouts"].values():
+        assert created["n"] == 2 and created["tokens_per_s"] == pytest.approx(450 / created["median_s"])
     for losses in row["layout_losses"].values():
         assert losses["padded"] == pytest.approx(losses["packed"], rel=1e-5)
     assert row["layout_speedup"].keys() == {"padded", "packed"}
@@ -230,9 +230,9 @@ def test_the_command_measures_every_length_and_states_the_error_of_the_plan(save
     for row in rows:
         assert row["budget"] == {"min_keys": 96, "max_keys": 96, "mass_threshold": None} and row["plan"].keys() == {SPARSE, DENSE, STOCK}
         for kind, plan in row["plan"].items():
-            made = row["kinds"][kind]
-            assert plan["time_error"] == pytest.approx(plan["seconds"] / made["median_s"] - 1)
-            assert plan["static_bytes"] == made["static_bytes"]  # weights, LoRA, routers and states to the byte
+            created = row["kinds"][kind]
+            assert plan["time_error"] == pytest.approx(plan["seconds"] / created["median_s"] - 1)
+            assert plan["static_bytes"] == created["static_bytes"]  # weights, LoRA, routers and states to the byte
 
 
 @pytest.mark.parametrize(

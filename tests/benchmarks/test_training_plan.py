@@ -48,13 +48,13 @@ def plan(tiny_config, real_budget):
 @pytest.mark.parametrize("tied", [False, True])
 def test_counts_and_static_bytes_are_those_of_the_real_model(plan, sparse_llama, tiny_config, real_budget, training, kind, tied):
     changes, training = {"num_hidden_layers": 5, "tie_word_embeddings": tied}, AdaptationConfig(**training)
-    made = plan(config=tiny_config(**changes), training=training, attention=ATTENTIONS[kind])
+    created = plan(config=tiny_config(**changes), training=training, attention=ATTENTIONS[kind])
     model = sparse_llama(real_budget, **changes)
     contender = make_contenders(model, training, (kind,))[kind]
-    assert made.parameters["backbone"] == sum(p.numel() for name, p in model.named_parameters() if ".router." not in name)
-    assert made.parameters["lora"] == sum(p.numel() for p in contender.lora.values())
-    assert made.parameters["routers"] == (0 if kind == STOCK else sum(p.numel() for r in routers(model) for p in r.parameters()))
-    assert made.static_bytes == contender.static_bytes
+    assert created.parameters["backbone"] == sum(p.numel() for name, p in model.named_parameters() if ".router." not in name)
+    assert created.parameters["lora"] == sum(p.numel() for p in contender.lora.values())
+    assert created.parameters["routers"] == (0 if kind == STOCK else sum(p.numel() for r in routers(model) for p in r.parameters()))
+    assert created.static_bytes == contender.static_bytes
 
 
 def test_a_plan_reads_stock_and_sparse_configs_alike(plan, sparse_llama, real_budget, tiny_config):
@@ -116,8 +116,8 @@ def make_lora(model, training):
 def test_checkpointing_keeps_the_input_of_every_layer(plan):
     kept = {}
     for layers in (4, 12):
-        made = plan(length=2048, config=llama(layers), training=AdaptationConfig(chunked_loss=False))
-        kept[layers] = made.step["kept activations"]
+        created = plan(length=2048, config=llama(layers), training=AdaptationConfig(chunked_loss=False))
+        kept[layers] = created.step["kept activations"]
     assert kept[12] - kept[4] == 8 * 2048 * 64 * 4  # hidden states of 64 float32 numbers
 
 
@@ -141,9 +141,9 @@ def test_selections_take_what_the_tensors_of_one_take(make_router, routing_input
 
     for length in (300, 512):
         router = make_router()
-        made = select_blocks(router, routing_inputs(length, batch=2), 16)
+        created = select_blocks(router, routing_inputs(length, batch=2), 16)
         work = layer_work(router.config, AttentionShape(2, 4, 2, 16), length, 4, 4)
-        assert work.selection_bytes == made.indices.nbytes + made.scores.nbytes
+        assert work.selection_bytes == created.indices.nbytes + created.scores.nbytes
 
 
 def test_pairs_are_those_of_the_layer_benchmarks():
@@ -172,12 +172,12 @@ def test_padding_costs_stock_a_mask(plan):
 
 def test_products_take_as_long_as_the_device_says(plan):
     slow = replace(H100, products=dict.fromkeys(H100.products, 1.0), bytes_per_s=1e30, operation_seconds=0.0)
-    made = plan(attention="stock", device=slow, training=AdaptationConfig(gradient_checkpointing=False, chunked_loss=False))
+    created = plan(attention="stock", device=slow, training=AdaptationConfig(gradient_checkpointing=False, chunked_loss=False))
     linear = 3 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96) + 64 * 97
     lora = 3 * 8 * (64 + 64 + 64 + 32 + 64 + 32 + 64 + 64)
     inputs = 64 * 64 + 2 * 64 * 32  # of the first layer's projections: nothing before them learns
     at_least, at_most = 2 * LENGTH * (2 * linear - inputs), 2 * LENGTH * (2 * linear + 3 * lora)
-    assert at_least <= made.time["products"] <= at_most
+    assert at_least <= created.time["products"] <= at_most
 
 
 def test_attention_takes_its_pairs_over_the_rates(plan):
@@ -192,21 +192,21 @@ def test_attention_takes_its_pairs_over_the_rates(plan):
 
 
 def test_dense_layers_attend_densely(plan, real_budget):
-    made = plan(sparse_attention={**real_budget, "dense_layers": [0]})
-    assert made.time["dense attention"] == pytest.approx(plan(attention="stock").time["dense attention"] / 3)
+    created = plan(sparse_attention={**real_budget, "dense_layers": [0]})
+    assert created.time["dense attention"] == pytest.approx(plan(attention="stock").time["dense attention"] / 3)
 
 
 # -- fitting ---------------------------------------------------------------------------------------------------------
 
 
 def test_what_does_not_fit_is_refused_with_the_way_out(plan):
-    made = plan(batch=4, training=AdaptationConfig(gradient_checkpointing=False, chunked_loss=False))
-    check_memory(made, H100)
-    small = replace(H100, name="small", memory_bytes=made.total_bytes - 10**8)
+    created = plan(batch=4, training=AdaptationConfig(gradient_checkpointing=False, chunked_loss=False))
+    check_memory(created, H100)
+    small = replace(H100, name="small", memory_bytes=created.total_bytes - 10**8)
     with pytest.raises(
         NotEnoughMemoryError, match=r"a sparse step on 4 × 512 tokens needs .* GB, small has .* GB: 0\.1 GB are missing"
     ) as caught:
-        check_memory(made, small)
+        check_memory(created, small)
     for fix in ("shorter rows", "a smaller batch", "gradient_checkpointing: true", "chunked_loss: true", "a larger device"):
         assert fix in str(caught.value)
     with pytest.raises(NotEnoughMemoryError) as caught:
@@ -217,8 +217,8 @@ def test_what_does_not_fit_is_refused_with_the_way_out(plan):
 def test_the_longest_length_fits_and_a_longer_one_does_not(plan, tiny_config, real_budget):
     options = {"config": tiny_config(), "dtype": torch.float32, "sparse_attention": real_budget}
     small = replace(H100, memory_bytes=plan(4096, config=tiny_config()).total_bytes)
-    found = longest_length(small, **options)
-    assert 4096 <= found < 8192 and fits(plan(found, config=tiny_config()), small)
+    result = longest_length(small, **options)
+    assert 4096 <= result < 8192 and fits(plan(result, config=tiny_config()), small)
     assert longest_length(replace(H100, memory_bytes=1000), **options) == 0
     assert longest_length(H100, most=1024, **options) == 1024
 
@@ -245,11 +245,11 @@ def test_impossible_plans_are_refused(plan, options, message):
 def test_layers_with_a_window_are_counted_as_such(plan, model_type):
     from helpers.tiny_models import tiny_config as tiny
 
-    made = {attention: plan(config=tiny(model_type), attention=attention) for attention in ("stock", "sparse")}
-    windowed = "attention in a window" in made["stock"].time
-    assert windowed == (model_type in ("qwen3", "gemma3_text", "olmo3")) and made["sparse"].time["sparse attention"] > 0
+    created = {attention: plan(config=tiny(model_type), attention=attention) for attention in ("stock", "sparse")}
+    windowed = "attention in a window" in created["stock"].time
+    assert windowed == (model_type in ("qwen3", "gemma3_text", "olmo3")) and created["sparse"].time["sparse attention"] > 0
     if windowed:  # 40 of up to 512 keys in one of three layers
-        share = made["stock"].time["attention in a window"] / made["stock"].time["dense attention"]
+        share = created["stock"].time["attention in a window"] / created["stock"].time["dense attention"]
         assert share == pytest.approx(40 / (513 / 2) / 2)
 
 

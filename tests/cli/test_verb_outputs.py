@@ -139,8 +139,8 @@ def run(tmp_path, monkeypatch):
             ran.append(results["one"]["windows"][0]["loss"])
 
     recipe = SimpleNamespace(raw={"name": "x"}, seed=0, smoke_run=False, model={"dtype": "float32"})
-    made = lambda: Two(recipe, tmp_path / "run", Terminal(out))  # noqa: E731
-    return SimpleNamespace(make=made, folder=tmp_path / "run", out=out, ran=ran)
+    created = lambda: Two(recipe, tmp_path / "run", Terminal(out))  # noqa: E731
+    return SimpleNamespace(make=created, folder=tmp_path / "run", out=out, ran=ran)
 
 
 def test_a_step_with_a_nan_is_named_and_not_lost(run):
@@ -153,10 +153,10 @@ def test_a_step_with_a_nan_is_named_and_not_lost(run):
 
 
 def test_a_report_that_fails_does_not_cost_the_results(run, monkeypatch):
-    made = run.make()
-    monkeypatch.setattr(type(made), "finish", lambda *_: 1 / 0)
+    created = run.make()
+    monkeypatch.setattr(type(created), "finish", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        made.main()
+        created.main()
     assert json.loads((run.folder / "results.json").read_text())["two"]["seconds"] >= 0
 
 

@@ -59,9 +59,9 @@ def message_of(capsys, *arguments):
 
 def test_doctor_prints_json_on_standard_output(invoke):
     done = invoke("doctor", "--json", "-")
-    found = json.loads(done.stdout)
-    assert done.exit_code == 0 and found["implementation"] in found["implementations"]
-    assert {"packages", "cpu", "commit", "device", "cache", "why", "model_types", "extras"} <= found.keys() and "llama" in found[
+    result = json.loads(done.stdout)
+    assert done.exit_code == 0 and result["implementation"] in result["implementations"]
+    assert {"packages", "cpu", "commit", "device", "cache", "why", "model_types", "extras"} <= result.keys() and "llama" in result[
         "model_types"
     ]
     assert "implementation" in done.stderr and invoke("doctor").stdout == ""
@@ -228,8 +228,8 @@ def test_a_bad_recipe_ends_the_program_with_code_1_and_no_traceback(tmp_path):
 
 
 def test_eval_takes_selectors_of_ones_own_from_a_file(distilled, text, invoke, tmp_path, capsys):
-    own = tmp_path / "mine.py"
-    own.write_text(
+    mine = tmp_path / "mine.py"
+    mine.write_text(
         "from hf_sparse_attn.evaluation.baselines import MinMax, register_selector\n"
         "class Furthest(MinMax):\n"
         "    name = 'furthest'\n"
@@ -240,12 +240,12 @@ def test_eval_takes_selectors_of_ones_own_from_a_file(distilled, text, invoke, t
     arguments = ["eval", distilled[0], "--text", text, "--length", 200, "--windows", 1, "--budgets", 80]
     arguments += ["--selections", "oracle, furthest, window + sink"]
     try:
-        done = invoke(*arguments, "--import", own, "--json", "-")
+        done = invoke(*arguments, "--import", mine, "--json", "-")
         rows = json.loads(done.stdout)["table"]
         assert [row["selection"] for row in rows] == ["dense", "oracle", "furthest", "window + sink"]
         assert rows[2]["kept"] == rows[1]["kept"] and rows[2]["prefill"] not in (rows[1]["prefill"], rows[3]["prefill"])
-        assert f"--import {own} fails with SelectorError: mine.Furthest: the name 'furthest'" in message_of(
-            capsys, *arguments, "--import", own
+        assert f"--import {mine} fails with SelectorError: mine.Furthest: the name 'furthest'" in message_of(
+            capsys, *arguments, "--import", mine
         )
     finally:
         unregister_selector("furthest")

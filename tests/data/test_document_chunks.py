@@ -65,10 +65,10 @@ def refused(match, *sources):
 def test_each_row_of_a_table_is_a_document(suffix, compression, tmp_path):
     file = tmp_path / f"rows{suffix}{compression}"
     file.write_bytes(COMPRESS[compression](table(suffix)))
-    found = read(file)
-    assert [piece.text for piece in found] == TEXTS
-    assert [piece.document for piece in found] == [f"{file}:{i}" for i in range(5)]
-    assert all((piece.first, piece.last, piece.offset, piece.line) == (True, True, 0, 1) for piece in found)
+    result = read(file)
+    assert [piece.text for piece in result] == TEXTS
+    assert [piece.document for piece in result] == [f"{file}:{i}" for i in range(5)]
+    assert all((piece.first, piece.last, piece.offset, piece.line) == (True, True, 0, 1) for piece in result)
     assert [piece.text for piece in read(f"{file}#message")] == ["m0", "m1", "m2", "m3", "m4"]
 
 
@@ -223,15 +223,15 @@ def test_stretches_are_whole_characters_in_order_and_know_their_place(text, step
     raw, before = text.encode(), document_chunks.PIECE
     document_chunks.PIECE = 40
     try:
-        found = list(stretches(iter(raw[i : i + step] for i in range(0, len(raw), step))))
-        again = [list(stretches(iter([raw[offset:]]), offset, line)) for _, offset, line, _ in found]
+        result = list(stretches(iter(raw[i : i + step] for i in range(0, len(raw), step))))
+        again = [list(stretches(iter([raw[offset:]]), offset, line)) for _, offset, line, _ in result]
     finally:
         document_chunks.PIECE = before
-    assert b"".join(part for part, *_ in found) == raw and [last for *_, last in found] == [False] * (len(found) - 1) + [True]
-    for i, (part, offset, line, _) in enumerate(found):
+    assert b"".join(part for part, *_ in result) == raw and [last for *_, last in result] == [False] * (len(result) - 1) + [True]
+    for i, (part, offset, line, _) in enumerate(result):
         part.decode()
         assert len(part) <= 40 and raw[offset : offset + len(part)] == part and line == 1 + raw[:offset].count(b"\n")
-        assert again[i] == found[i:]  # from any place on, whatever came before
+        assert again[i] == result[i:]  # from any place on, whatever came before
 
 
 @pytest.mark.parametrize(
@@ -257,17 +257,17 @@ def test_the_tokens_of_pieces_are_those_of_the_whole(tmp_path, small_pieces):
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.train_from_iterator([text], BpeTrainer(vocab_size=400, show_progress=False, initial_alphabet=ByteLevel.alphabet()))
     (tmp_path / "a.txt").write_text(text)
-    found = read(tmp_path / "a.txt")
-    assert len(found) > 90
-    assert [i for piece in found for i in tokenizer.encode(piece.text).ids] == tokenizer.encode(text).ids
+    result = read(tmp_path / "a.txt")
+    assert len(result) > 90
+    assert [i for piece in result for i in tokenizer.encode(piece.text).ids] == tokenizer.encode(text).ids
 
 
 def test_the_last_piece_of_a_file_is_known_as_such(tmp_path, small_pieces):
     for size in (0, 1, 39, 40, 41, 80, 81):
         (tmp_path / "a.txt").write_text("x" * size)
-        found = read(tmp_path / "a.txt")
-        assert [piece.last for piece in found] == [False] * (len(found) - 1) + [True] and found[0].first
-        assert len(found) == max(1, -(-size // 40)) and sum(len(piece.text) for piece in found) == size
+        result = read(tmp_path / "a.txt")
+        assert [piece.last for piece in result] == [False] * (len(result) - 1) + [True] and result[0].first
+        assert len(result) == max(1, -(-size // 40)) and sum(len(piece.text) for piece in result) == size
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst", "a.jsonl", "a.json", "a.csv", "a.parquet", "a.jsonl.zst"])
@@ -295,17 +295,17 @@ def test_reading_is_taken_up_at_any_piece(name, tmp_path, small_pieces):
 def test_a_row_of_a_table_is_taken_up_as_a_whole(tmp_path, small_pieces):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "word\n" * 30}) + "\n" + json.dumps({"text": "end"}) + "\n")
     reader = PieceReader(source_files([str(tmp_path / "a.jsonl")]))
-    found = [(piece, reader.position()) for piece in reader]
-    assert [position is None for _, position in found] == [True] * (len(found) - 2) + [False, False]
-    assert found[1][0].document == found[0][0].document and (found[1][0].offset, found[1][0].line) == (40, 9)
+    result = [(piece, reader.position()) for piece in reader]
+    assert [position is None for _, position in result] == [True] * (len(result) - 2) + [False, False]
+    assert result[1][0].document == result[0][0].document and (result[1][0].offset, result[1][0].line) == (40, 9)
 
 
 def test_a_tilde_in_a_source_is_the_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a#1.txt").write_text("a text")
     (tmp_path / "b.csv").write_text("words\na text\n")
-    found = source_files(["~/a#1.txt", "~/*.csv#words"])
-    assert [(file.path, file.column) for file in found] == [(str(tmp_path / "a#1.txt"), "text"), (str(tmp_path / "b.csv"), "words")]
+    result = source_files(["~/a#1.txt", "~/*.csv#words"])
+    assert [(file.path, file.column) for file in result] == [(str(tmp_path / "a#1.txt"), "text"), (str(tmp_path / "b.csv"), "words")]
 
 
 def test_a_place_in_a_parquet_file_is_found_by_row_group(tmp_path):

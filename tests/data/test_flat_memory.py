@@ -69,9 +69,9 @@ def test_five_gigabytes_are_streamed_and_cached_in_flat_memory(tmp_path):
     for way in ("stream", "cache"):
         command = [sys.executable, "-c", MEASURE, str(tmp_path / "small.log"), str(tmp_path / "large.log"), way, str(LENGTH)]
         run = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-        found = json.loads(run.stdout.splitlines()[-1])
-        print(way, found)
-        assert found["tokens"] == lines + 1  # one a line and the end of text
-        assert found["rows"] == found["count"] == (lines + 1) // LENGTH
-        assert found["dropped"] == (lines + 1) % LENGTH and found["padding"] == 0
-        assert found["growth"] < GROWTH, found
+        result = json.loads(run.stdout.splitlines()[-1])
+        print(way, result)
+        assert result["tokens"] == lines + 1  # one a line and the end of text
+        assert result["rows"] == result["count"] == (lines + 1) // LENGTH
+        assert result["dropped"] == (lines + 1) % LENGTH and result["padding"] == 0
+        assert result["growth"] < GROWTH, result

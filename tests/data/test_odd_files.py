@@ -181,8 +181,8 @@ def test_two_columns_of_one_name_are_refused_in_parquet(tmp_path):
 
 def test_classes_and_texts_of_tables_are_not_converted(tmp_path):
     (tmp_path / "a.jsonl").write_text(lines({"text": "2024-01-02", "kind": "007"}, {"text": "5", "kind": 7}, {"text": "x", "kind": "1e5"}))
-    found = read_labelled([str(tmp_path / "a.jsonl")], "kind")
-    assert [(document.text, document.label) for document in found] == [("2024-01-02", "007"), ("5", "7"), ("x", "1e5")]
+    result = read_labelled([str(tmp_path / "a.jsonl")], "kind")
+    assert [(document.text, document.label) for document in result] == [("2024-01-02", "007"), ("5", "7"), ("x", "1e5")]
     (tmp_path / "a.jsonl").write_text(lines({"text": 5, "kind": "a"}))
     with pytest.raises(SourceError, match="row 0: column 'text' holds int, not text"):
         read_labelled([str(tmp_path / "a.jsonl")], "kind")
@@ -267,15 +267,15 @@ def test_a_file_that_changes_while_it_is_read_is_refused(name, tmp_path, monkeyp
         parquet.write_table(pyarrow.table({"text": texts}), file)
     else:
         file.write_text(lines(*({"text": text} for text in texts)) if name == "a.jsonl" else separated(texts))
-    found = iter(PieceReader(source_files([str(file)])))
-    next(found)
+    result = iter(PieceReader(source_files([str(file)])))
+    next(result)
     status = file.stat()
     with file.open("r+b") as changed:
         changed.seek(-1, os.SEEK_END)
         changed.write(b"x")
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
     with pytest.raises(SourceError, match=rf"{name} changed while it was read: wait until it is written, or name a copy of it"):
-        list(found)
+        list(result)
 
 
 def test_a_file_that_changes_while_it_is_surveyed_or_tokenised_leaves_nothing_in_the_cache(tmp_path, word_tokenizer, monkeypatch):
@@ -283,9 +283,9 @@ def test_a_file_that_changes_while_it_is_surveyed_or_tokenised_leaves_nothing_in
     file.write_text("w11 " * 200)
 
     def changed(source):
-        found = survey_of(source)
+        result = survey_of(source)
         file.write_text("w22 " * 200)
-        return found
+        return result
 
     monkeypatch.setattr(file_check, "_survey", changed)
     with pytest.raises(SourceError, match=r"a\.txt changed while it was read"):
@@ -307,11 +307,11 @@ def test_a_file_that_changes_while_it_is_surveyed_or_tokenised_leaves_nothing_in
 def test_a_survey_that_was_cut_off_is_made_again(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     (file,) = source_files([str(tmp_path / "a.txt")])
-    found = file_check.survey(file)
+    result = file_check.survey(file)
     (kept,) = (tmp_path / "cache/surveys").iterdir()
     for left in ("", "{}", "[1]", '{"enc'):
         kept.write_text(left)
-        assert file_check.survey(file) == found
+        assert file_check.survey(file) == result
 
 
 # -- names ----------------------------------------------------------------------------------------------------------

@@ -153,8 +153,8 @@ def test_what_pip_would_prefer_comes_first(tmp_path):
     for name in (*names, "pack_other-1.0.zip", "other-1.0.zip", "pack-1.0-broken.whl"):
         (tmp_path / name).touch()
     index = Index({"no-index": "true", "find-links": str(tmp_path)})
-    found = [file.filename for file in index.offered("PACK", "1.0.0")]
-    assert found == ["pack-1.0-py3-none-any.whl", "pack-1.0.tar.gz", "pack-1.0.zip", "Pack-1.0-cp27-cp27m-win32.whl"]
+    result = [file.filename for file in index.offered("PACK", "1.0.0")]
+    assert result == ["pack-1.0-py3-none-any.whl", "pack-1.0.tar.gz", "pack-1.0.zip", "Pack-1.0-cp27-cp27m-win32.whl"]
     with pytest.raises(IndexFailure, match=rf"version 3 is offered by {re.escape(str(tmp_path))}"):
         index.offered("pack", "3")
     with pytest.raises(IndexFailure, match="no index at all"):
@@ -195,8 +195,8 @@ def test_an_index_over_http(tmp_path, kind):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         host = f"127.0.0.1:{server.server_address[1]}"
         index = Index({"index-url": f"http://me:secret@{host}/simple", "timeout": "20"})
-        (found,) = index.offered("pack", "1.0")  # what a page elsewhere says of files of this machine is left out
-        assert found.sha256 == sha256 and index.download(found, tmp_path / "got") == sha256
+        (result,) = index.offered("pack", "1.0")  # what a page elsewhere says of files of this machine is left out
+        assert result.sha256 == sha256 and index.download(result, tmp_path / "got") == sha256
         assert (tmp_path / "got").read_bytes() == (tmp_path / "pack-1.0-py3-none-any.whl").read_bytes()
         assert seen[0] == ("/simple/pack/", "Basic bWU6c2VjcmV0")
         with pytest.raises(IndexFailure, match=r"no wheel and no sdist of version 1\.0") as refused:
@@ -250,8 +250,8 @@ def test_a_debian_package_has_its_hash_and_no_links_out_of_it(commands, cache):
     good = hashlib.sha256(b"archive").hexdigest()
     with pytest.raises(SourceError, match=rf"has the sha256 {good}, not 0+: .*--set 'packages=\{{\"deb:some-doc\": {good}\}}'"):
         package_files(f"deb:some-doc@sha256={'0' * 64}:**/*")
-    found = package_files(f"deb:some-doc@sha256={good}:usr/share/*")
-    assert [p.name for p in found] == ["doc.html", "suid.txt"] and stat.S_IMODE(found[1].stat().st_mode) == 0o644
+    result = package_files(f"deb:some-doc@sha256={good}:usr/share/*")
+    assert [p.name for p in result] == ["doc.html", "suid.txt"] and stat.S_IMODE(result[1].stat().st_mode) == 0o644
 
 
 @pytest.mark.parametrize("listed", ["", "'u' some-doc-b_1.deb 5 x\n", "'u' some-doc_1.deb 5 x\n'u' b_1.deb 5 x\n"])
@@ -309,8 +309,8 @@ def test_an_archive_cannot_write_outside_its_folder(tmp_path, archive, name):
 
 def test_links_and_devices_are_left_out(tmp_path, caplog):
     kinds = {"link": (tarfile.SYMTYPE, "/etc"), "hard": (tarfile.LNKTYPE, "/etc/hostname"), "pipe": (tarfile.FIFOTYPE, "")}
-    made = [member(name, kind=kind, target=target) for name, (kind, target) in kinds.items()]
-    sdist(tmp_path, [*made, member("link/passwd"), member("a.txt")])
+    created = [member(name, kind=kind, target=target) for name, (kind, target) in kinds.items()]
+    sdist(tmp_path, [*created, member("link/passwd"), member("a.txt")])
     with caplog.at_level(logging.INFO):
         unpack(tmp_path / "pack-1.0.tar.gz", tmp_path / "out")
     assert sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*")) == ["a.txt", "link", "link/passwd"]

@@ -41,8 +41,8 @@ def packed(lengths, length, block_size, part=None, **options):
 def segments(row):
     """Tokens of each document in a row, padding left out."""
     starts = [*np.flatnonzero(row["position_ids"] == 0), len(row["input_ids"])]
-    found = [row["input_ids"][a:b] for a, b in itertools.pairwise(starts)]
-    return [ids for ids in found if ids[0] != PAD]
+    result = [row["input_ids"][a:b] for a, b in itertools.pairwise(starts)]
+    return [ids for ids in result if ids[0] != PAD]
 
 
 def same(rows, others):
@@ -79,8 +79,8 @@ def test_rows_have_one_length_and_labels_for_all_but_first_tokens_and_padding(le
 def test_a_segment_holds_tokens_of_one_document_only(lengths, shape):
     document = np.repeat(np.arange(len(lengths)), lengths)  # of each token
     for row in packed(lengths, *shape)[0]:
-        found = segments(row)
-        owners = [set(document[ids - 1]) for ids in found]
+        result = segments(row)
+        owners = [set(document[ids - 1]) for ids in result]
         assert all(len(owner) == 1 for owner in owners)
         assert [min(owner) for owner in owners] == sorted({min(owner) for owner in owners})  # and each has one segment in a row
 

@@ -28,8 +28,8 @@ def cache(tmp_path, monkeypatch):
 def test_documents_come_from_files_and_globs_in_order(tmp_path):
     for name in ("b.txt", "a.txt", "c.md"):
         (tmp_path / name).write_text(f"text of {name}", encoding="utf-8")
-    found = read_documents([str(tmp_path / "c.md"), str(tmp_path / "*.txt")])
-    assert found == [Document(n, f"text of {n}") for n in ("c.md", "a.txt", "b.txt")]
+    result = read_documents([str(tmp_path / "c.md"), str(tmp_path / "*.txt")])
+    assert result == [Document(n, f"text of {n}") for n in ("c.md", "a.txt", "b.txt")]
     assert read_documents([]) == []
 
 
@@ -150,9 +150,9 @@ def documents(random_words):
 
 
 def test_windows_take_the_first_of_every_document_then_the_second(documents, word_tokenizer):
-    found = token_windows(documents, word_tokenizer, 32, 7, 16)
-    assert [w.document for w in found] == ["a[0]", "b[0]", "c[0]", "a[1]", "c[1]", "c[2]", "c[3]"]
-    assert all(w.ids.shape == (1, 32) and w.ids.dtype == torch.long for w in found)
+    result = token_windows(documents, word_tokenizer, 32, 7, 16)
+    assert [w.document for w in result] == ["a[0]", "b[0]", "c[0]", "a[1]", "c[1]", "c[2]", "c[3]"]
+    assert all(w.ids.shape == (1, 32) and w.ids.dtype == torch.long for w in result)
     assert [w.document for w in token_windows(documents, word_tokenizer, 32, 4, 16)] == ["a[0]", "b[0]", "c[0]", "a[1]"]
 
 
@@ -184,9 +184,9 @@ def test_too_few_windows_are_refused(documents, word_tokenizer):
 
 
 def test_batches_hold_one_row_per_window(documents, word_tokenizer):
-    found = token_windows(documents, word_tokenizer, 32, 3, 16)
-    assert [list(b) for b in batches(found)] == [["input_ids"]] * 3
-    assert all(torch.equal(b["input_ids"], w.ids) for b, w in zip(batches(found), found, strict=True))
+    result = token_windows(documents, word_tokenizer, 32, 3, 16)
+    assert [list(b) for b in batches(result)] == [["input_ids"]] * 3
+    assert all(torch.equal(b["input_ids"], w.ids) for b, w in zip(batches(result), result, strict=True))
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, lambda raw: zstandard.ZstdCompressor().compress(raw)], ids=["gz", "zst"])

@@ -101,17 +101,17 @@ def ids(rows):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_documents_stand_one_behind_the_other_each_with_an_end_of_text(streaming, rows_of, tokenizer, texts):
     rows = rows_of(streaming=streaming)
-    found = list(rows)
-    assert all(list(row) == ["input_ids", "position_ids", "labels"] for row in found)
-    assert all(value.dtype == torch.int64 and value.shape == (LENGTH,) for row in found for value in row.values())
+    result = list(rows)
+    assert all(list(row) == ["input_ids", "position_ids", "labels"] for row in result)
+    assert all(value.dtype == torch.int64 and value.shape == (LENGTH,) for row in result for value in row.values())
     files = source_files([texts])
     documents = [content(file) for file in files[:-1]] + [json.loads(line)["text"] for line in content(files[-1]).splitlines()]
     expected = [token for text in documents for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
-    kept = [token for row in found for token, label in zip(row["input_ids"].tolist(), row["labels"].tolist(), strict=True) if token]
+    kept = [token for row in result for token, label in zip(row["input_ids"].tolist(), row["labels"].tolist(), strict=True) if token]
     report = packing_report(rows)
     assert kept == expected[: len(kept)] and len(expected) == report.tokens == len(kept) + report.dropped
-    assert (report.documents, report.empty, report.rows) == (54, 0, len(found)) and report.dropped < LENGTH
-    assert report.padding == sum(int((row["input_ids"] == 0).sum()) for row in found)
+    assert (report.documents, report.empty, report.rows) == (54, 0, len(result)) and report.dropped < LENGTH
+    assert report.padding == sum(int((row["input_ids"] == 0).sum()) for row in result)
 
 
 def test_a_document_does_not_predict_the_next_ones_first_token(rows_of):
@@ -298,8 +298,8 @@ def test_rows_that_are_not_those_that_were_written_are_made_again(rows_of, cache
     (folder,) = (cache / "tokens").iterdir()
     DAMAGES[damage](folder)
     same(rows_of(), rows_of(streaming=True))
-    found = (folder / "rows.arrow").lstat()
-    assert stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+    result = (folder / "rows.arrow").lstat()
+    assert stat.S_ISREG(result.st_mode) and result.st_uid == os.geteuid() and not result.st_mode & 0o022
 
 
 def test_rows_that_were_only_copied_or_touched_are_used(rows_of, cache, monkeypatch):
@@ -331,15 +331,15 @@ def test_without_a_cache_rows_are_made_and_that_is_said_once(rows_of, cache, cap
 
 def test_a_second_process_waits_for_the_first(texts, tokenizer, rows_of, cache):
     name = fingerprint(source_files([texts]), tokenization.Encoder(tokenizer), PackingOptions(LENGTH, BLOCK))
-    folder, found = cache / "tokens" / name, []
+    folder, result = cache / "tokens" / name, []
     folder.mkdir(parents=True)
     with FileLock(folder / "lock"):
-        other = threading.Thread(target=lambda: found.append(rows_of()))
+        other = threading.Thread(target=lambda: result.append(rows_of()))
         other.start()
         other.join(0.5)
-        assert other.is_alive() and not found
+        assert other.is_alive() and not result
     other.join()
-    assert len(found) == 1 and [p.name for p in (cache / "tokens").iterdir()] == [name]
+    assert len(result) == 1 and [p.name for p in (cache / "tokens").iterdir()] == [name]
 
 
 def test_a_full_disk_says_so(rows_of, monkeypatch):
@@ -562,14 +562,14 @@ def test_the_same_loss_is_learned_from_packed_and_from_padded_rows(texts, tokeni
 
     def losses(**options):
         rows = training_rows([file], tokenizer, 1024, block_size=BLOCK, progress=False, **options)
-        found = []
+        result = []
         for row in rows:
             labels = row.pop("labels")
             with torch.no_grad():
                 logits = model(**{key: value[None] for key, value in row.items()}).logits[0]
             loss = torch.nn.functional.cross_entropy(logits[:-1], labels[1:], reduction="none")
-            found += loss[labels[1:] != IGNORE_INDEX].tolist()
-        return torch.tensor(found)
+            result += loss[labels[1:] != IGNORE_INDEX].tolist()
+        return torch.tensor(result)
 
     packed, padded = losses(), losses(pad=True)
     assert len(packed) > 900

@@ -32,7 +32,7 @@ def test_min_max_is_the_literal_bound(q_len, tile, make_router, routing_inputs, 
     monkeypatch.setattr(key_bounds, "QUERY_SCORES", 1000)  # one tile at a time
     router, inputs = make_router(rotary=True), routing_inputs(N, q_len, batch=2)
     plan = make_plan(router.config, inputs.grid(tile, 16))
-    found = chosen(MinMax()(router, inputs, tile), plan)
+    result = chosen(MinMax()(router, inputs, tile), plan)
     blocks = inputs.k[:, :, : N // 16 * 16].unflatten(2, (-1, 16))
     most, least = blocks.amax(3), blocks.amin(3)
     first = (N - q_len) // tile
@@ -50,7 +50,7 @@ def test_min_max_is_the_literal_bound(q_len, tile, make_router, routing_inputs, 
                     bounds.append(math.log(sum(map(math.exp, terms))))
                 eligible = range(plan.sink, int(plan.near[t]))
                 best = sorted(eligible, key=lambda b: bounds[b], reverse=True)[: int(plan.free[t])]
-                assert found[2 * row + group][t] == set(best)
+                assert result[2 * row + group][t] == set(best)
 
 
 def test_random_blocks_are_the_same_for_a_layer_and_a_position_only(make_router, routing_inputs):
@@ -71,8 +71,8 @@ def test_random_blocks_meet_the_oracle_at_prevalence(make_router, routing_inputs
         plan = make_plan(router.config, inputs.grid(16, 16))
         mine, best = (chosen(select(router, inputs, 16), plan) for select in (RandomBlocks(), Oracle()))
         for t in plan.open.nonzero()[:, 0].tolist():
-            for own, true in zip(mine, best, strict=True):
-                hits, wanted = hits + len(own[t] & true[t]), wanted + len(true[t])
+            for expected_own, true in zip(mine, best, strict=True):
+                hits, wanted = hits + len(expected_own[t] & true[t]), wanted + len(true[t])
                 expected += len(true[t]) * int(plan.free[t]) / int(plan.eligible[t])
     error = math.sqrt(expected * (1 - expected / wanted))
     assert abs(hits - expected) < 3 * error and wanted > 1000
@@ -112,18 +112,18 @@ def test_predictions_are_those_of_literal_logits(measured):
     model, text, results = measured
     ids = text.ids
     dense, sparse = (logits(model, ids, call).log_softmax(-1) for call in (SparseCall(dense=True), SparseCall(selector=WindowAndSink())))
-    found = results["window + sink"]
+    result = results["window + sink"]
     kl = (dense.exp() * (dense - sparse)).sum(-1)[81:].mean()
-    assert found.kl == pytest.approx(float(kl), rel=1e-4) and found.kl > 1e-3
+    assert result.kl == pytest.approx(float(kl), rel=1e-4) and result.kl > 1e-3
     losses = F.nll_loss(sparse[:-1], ids[0, 1:], reduction="none")
-    assert found.by_position == pytest.approx([float(part.mean()) for part in np.array_split(losses.numpy(), 8)], abs=1e-5)
+    assert result.by_position == pytest.approx([float(part.mean()) for part in np.array_split(losses.numpy(), 8)], abs=1e-5)
     with torch.no_grad():
         states = [
             model.base_model(ids, use_cache=False, sparse_call=call).last_hidden_state[0, 81:]
             for call in (SparseCall(selector=WindowAndSink()), SparseCall(dense=True))
         ]
     error = ((states[0] - states[1]).norm(dim=-1) / states[1].norm(dim=-1)).mean()
-    assert found.output_error == pytest.approx(float(error), rel=1e-4) and found.output_error > 1e-2
+    assert result.output_error == pytest.approx(float(error), rel=1e-4) and result.output_error > 1e-2
 
 
 def test_dense_predictions_are_no_distance_from_themselves(measured, sparse_llama, every_block):

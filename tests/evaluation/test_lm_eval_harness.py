@@ -99,10 +99,10 @@ def test_the_table_pairs_documents_and_leaves_out_other_lengths():
             for at, score in enumerate([1.0, 0.0, 1.0])
         ]
     }
-    found = list(harness._scores(samples))
-    assert {row["metric"] for row in found} == {"4096"} and [row["score"] for row in found] == [1.0, 0.0, 1.0]
-    rows = [{"selection": "dense", "keys": None, **row} for row in found]
-    rows += [{"selection": "x", "keys": 64, **row, "score": max(0.0, row["score"] - (row["document"] == 2))} for row in reversed(found)]
+    result = list(harness._scores(samples))
+    assert {row["metric"] for row in result} == {"4096"} and [row["score"] for row in result] == [1.0, 0.0, 1.0]
+    rows = [{"selection": "dense", "keys": None, **row} for row in result]
+    rows += [{"selection": "x", "keys": 64, **row, "score": max(0.0, row["score"] - (row["document"] == 2))} for row in reversed(result)]
     dense, other = harness_table(rows)
     assert dense["score"] == pytest.approx(2 / 3) and other["score"] == pytest.approx(1 / 3)
     assert (
@@ -127,9 +127,9 @@ def test_the_verb_reports(folder, llama_folder, tmp_path):
     ]
     done = CliRunner().invoke(app, [*map(str, arguments), "--json", str(tmp_path / "r.json"), "--report", str(tmp_path / "r.html")])
     assert done.exit_code == 0, done.output
-    found = json.loads((tmp_path / "r.json").read_text())
-    assert [(row["selection"], row["n"]) for row in found["scores"]] == [("dense", 2), ("oracle", 2)] and found["lm_eval"]
-    page, card = (tmp_path / "r.html").read_text(), str(model_card(found, "mine"))
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert [(row["selection"], row["n"]) for row in result["scores"]] == [("dense", 2), ("oracle", 2)] and result["lm_eval"]
+    page, card = (tmp_path / "r.html").read_text(), str(model_card(result, "mine"))
     assert "| oracle | 160 | 2 |" in card and "chosen of lm-eval, acc" in card
     assert "chosen of lm-eval, acc" in page and "oracle" in page and "How it was made" in page and "http://" not in page
 

@@ -251,11 +251,11 @@ def test_every_window_is_measured_once_under_everything(evaluated):
 def test_results_are_those_of_the_window_at_that_budget(evaluated, sparse_llama, real_budget):
     _, windows, _, _, results = evaluated
     other = sparse_llama({**real_budget, "min_keys": 112, "max_keys": 112}, noise=0.1)
-    found = by_key(results)["b[0]", 112, "two stages"]
-    assert (found["prefill"], found["decode"], found["prefill_of_decoded"]) == pytest.approx(
+    result = by_key(results)["b[0]", 112, "two stages"]
+    assert (result["prefill"], result["decode"], result["prefill_of_decoded"]) == pytest.approx(
         window_losses(other, windows[1].ids, SparseCall(), 8), abs=1e-6
     )
-    assert found["prefill"] != by_key(results)["b[0]", 80, "two stages"]["prefill"]
+    assert result["prefill"] != by_key(results)["b[0]", 80, "two stages"]["prefill"]
 
 
 @pytest.mark.parametrize("kept", [0, 1, 3, 5, 9, 14])
@@ -272,12 +272,12 @@ def test_an_interrupted_evaluation_continues_without_computing_again(evaluated, 
     assert len(new) == 14 - kept and again[:kept] == results[:kept] and again[kept:] == new
     assert calls["sparse"] == sum(r.keys is not None for r in new) and calls["dense"] == sum(r.keys is None for r in new)
     assert calls["again"] == (kept in (1, 3, 5, 9))  # what is missing is compared with a dense pass, which is done once more
-    found, want = by_key(again), by_key(results)
-    assert found.keys() == want.keys()
+    result, want = by_key(again), by_key(results)
+    assert result.keys() == want.keys()
     for key in want:
-        assert (found[key]["prefill"], found[key]["decode"]) == pytest.approx((want[key]["prefill"], want[key]["decode"]), abs=1e-6)
+        assert (result[key]["prefill"], result[key]["decode"]) == pytest.approx((want[key]["prefill"], want[key]["decode"]), abs=1e-6)
         for name in ("mass", "kl", "output_error", "by_position"):
-            assert found[key][name] == pytest.approx(want[key][name], abs=1e-6), name
+            assert result[key][name] == pytest.approx(want[key][name], abs=1e-6), name
 
 
 def test_results_survive_json(evaluated):
@@ -291,8 +291,8 @@ def test_results_survive_json(evaluated):
 
 
 def test_the_loss_share_by_hand():
-    found = loss_share(np.array([2.0, 2.0]), np.array([1.5, 1.25]), np.array([1.0, 1.0]))
-    assert found == {"share": 0.625, "low": 0.5, "high": 0.75}
+    result = loss_share(np.array([2.0, 2.0]), np.array([1.5, 1.25]), np.array([1.0, 1.0]))
+    assert result == {"share": 0.625, "low": 0.5, "high": 0.75}
 
 
 def test_the_loss_share_is_exact_at_both_ends():
@@ -307,8 +307,8 @@ def test_the_loss_share_is_exact_at_both_ends():
 def test_the_interval_of_a_paired_difference_is_narrow():
     """Windows differ far more than selections do: unpaired resampling would give a wide interval."""
     level = np.linspace(1, 9, 16)
-    found = loss_share(level + 1, level + 0.25, level)
-    assert found == {"share": pytest.approx(0.75), "low": pytest.approx(0.75), "high": pytest.approx(0.75)}
+    result = loss_share(level + 1, level + 0.25, level)
+    assert result == {"share": pytest.approx(0.75), "low": pytest.approx(0.75), "high": pytest.approx(0.75)}
 
 
 def test_without_a_gap_the_share_is_zero():
@@ -318,16 +318,16 @@ def test_without_a_gap_the_share_is_zero():
 
 def test_the_shares_by_layer_by_hand():
     kept, near, best = {0: 0.8, 1: 0.5, 2: 0.88}, {0: 0.6, 1: 0.4, 2: 0.895}, {0: 0.9, 1: 0.6, 2: 0.905}
-    found = shares_by_layer(kept, near, best)
-    assert found["share"] == pytest.approx((0.2 + 0.1 - 0.015) / (0.3 + 0.2 + 0.01))
+    result = shares_by_layer(kept, near, best)
+    assert result["share"] == pytest.approx((0.2 + 0.1 - 0.015) / (0.3 + 0.2 + 0.01))
     # layer 2 has the lowest share, but a gap below 0.02
-    assert found["worst"] == pytest.approx(0.5) and found["worst_layer"] == 1
-    assert found["by_layer"] == {"0": pytest.approx(2 / 3), "1": pytest.approx(0.5)}
+    assert result["worst"] == pytest.approx(0.5) and result["worst_layer"] == 1
+    assert result["by_layer"] == {"0": pytest.approx(2 / 3), "1": pytest.approx(0.5)}
 
 
 def test_the_worst_layer_needs_a_gap_of_at_least_two_hundredths():
-    found = shares_by_layer({0: 0.25, 1: 0.5}, {0: 0.25, 1: 0.5}, {0: 0.28125, 1: 0.515625})
-    assert found["worst_layer"] == 0 and list(found["by_layer"]) == ["0"]
+    result = shares_by_layer({0: 0.25, 1: 0.5}, {0: 0.25, 1: 0.5}, {0: 0.28125, 1: 0.515625})
+    assert result["worst_layer"] == 0 and list(result["by_layer"]) == ["0"]
     none = shares_by_layer({0: 0.5}, {0: 0.5}, {0: 0.515625})
     assert none == {"share": 0.0, "worst": None, "worst_layer": None, "by_layer": {}}
     assert shares_by_layer({0: 0.5}, {0: 0.5}, {0: 0.5})["share"] == 0.0

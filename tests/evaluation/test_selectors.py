@@ -63,8 +63,8 @@ def literal(call, of_query, row, group, tile, block):
     first = grid.q_offset // grid.query_tile + tile
     tokens = [i for i in range(grid.q_len) if (grid.q_offset + i) // grid.query_tile == first]
     keys = call.inputs.k[row, group, block * SIZE : (block + 1) * SIZE].tolist()
-    found = [of_query(q[row, head, i].tolist(), keys) for head in (2 * group, 2 * group + 1) for i in tokens]
-    return math.log(sum(math.exp(score) for score in found))
+    result = [of_query(q[row, head, i].tolist(), keys) for head in (2 * group, 2 * group + 1) for i in tokens]
+    return math.log(sum(math.exp(score) for score in result))
 
 
 # -- scores by their formulas -----------------------------------------------------------------------------------------
@@ -94,12 +94,12 @@ def test_mean_pool_is_the_mean_query_against_the_mean_key(make_router, routing_i
     """Without RoPE: log Σ over the 8 runs of a tile of exp(mean over heads and tokens of q · mean of k)."""
     inputs, router = routing_inputs(N), make_router(noise=0.5)
     call = ScoringCall(router, inputs, make_plan(router.config, inputs.grid(16, SIZE)))
-    found = MeanPool().scores(call, every_tile(call))
+    result = MeanPool().scores(call, every_tile(call))
     for group, tile, block in ((0, 9, 3), (1, 9, 0), (1, 15, 7)):
         mean = inputs.k[0, group, block * SIZE : (block + 1) * SIZE].double().mean(0)
         runs = [inputs.q[0, 2 * group : 2 * group + 2, at : min(at + 2, N)].double() for at in range(tile * 16, min(tile * 16 + 16, N), 2)]
         want = math.log(sum(math.exp(float(run.mean((0, 1)) @ mean) * inputs.scale) for run in runs))
-        assert float(found[0, group, tile, block]) == pytest.approx(want, abs=1e-5)
+        assert float(result[0, group, tile, block]) == pytest.approx(want, abs=1e-5)
 
 
 def test_the_bound_of_min_max_lies_above_every_product(call):

@@ -72,10 +72,10 @@ def test_costs_are_those_of_a_layers_real_inputs(sparse_llama, real_budget, toke
     with pytest.raises(ValueError, match=r"no sparse layer 7: it has \[0, 1\]"):
         capture(model, ids, 7)
     router = routers(model)[1]
-    own = Contender(router, learned_selector)
-    found = measure(
+    mine = Contender(router, learned_selector)
+    result = measure(
         {
-            BASELINE: own,
+            BASELINE: mine,
             "half": Contender(router, learned_selector, 0.5),
         },
         BASELINE,
@@ -83,9 +83,9 @@ def test_costs_are_those_of_a_layers_real_inputs(sparse_llama, real_budget, toke
         2,
         3,
     )
-    assert set(found) == {BASELINE, "half", DENSE} and all(row["n"] == 3 and row["ms"] > 0 for row in found.values())
-    assert found[BASELINE]["summary_bytes"] == 2 * 2 * 12 * 32 * 4  # layers, KV heads, whole blocks, router_dim, float32
-    assert found[BASELINE]["weight_bytes"] == 2 * sum(w.numel() for w in router.weights) * 4
+    assert set(result) == {BASELINE, "half", DENSE} and all(row["n"] == 3 and row["ms"] > 0 for row in result.values())
+    assert result[BASELINE]["summary_bytes"] == 2 * 2 * 12 * 32 * 4  # layers, KV heads, whole blocks, router_dim, float32
+    assert result[BASELINE]["weight_bytes"] == 2 * sum(w.numel() for w in router.weights) * 4
 
 
 # -- the table ------------------------------------------------------------------------------------------------------
@@ -97,10 +97,10 @@ def reading(factor, level, seed, document, kl):
 
 def test_differences_are_paired_by_window_and_seed():
     base = [reading(BASELINE, BASELINE, seed, d, kl) for seed, d, kl in [(0, "a", 0.1), (0, "b", 0.5), (1, "a", 0.2), (1, "b", 0.6)]]
-    own = [reading("f", "x", seed, d, kl) for seed, d, kl in [(1, "b", 0.7), (1, "a", 0.3), (0, "a", 0.3), (0, "b", 0.7)]]
-    found = difference(own, base, "kl")
-    assert found["mean"] == pytest.approx(0.15) and sorted(found["seeds"]) == pytest.approx([0.1, 0.2])
-    assert found["low"] == found["high"] == pytest.approx(0.15)  # both windows have the same mean
+    mine = [reading("f", "x", seed, d, kl) for seed, d, kl in [(1, "b", 0.7), (1, "a", 0.3), (0, "a", 0.3), (0, "b", 0.7)]]
+    result = difference(mine, base, "kl")
+    assert result["mean"] == pytest.approx(0.15) and sorted(result["seeds"]) == pytest.approx([0.1, 0.2])
+    assert result["low"] == result["high"] == pytest.approx(0.15)  # both windows have the same mean
     with pytest.raises(ValueError, match=r"the baseline lacks seed and window \(2, 'a'\)"):
         difference([reading("f", "x", 2, "a", 0.1)], base, "kl")
 

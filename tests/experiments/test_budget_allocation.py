@@ -51,17 +51,17 @@ def test_the_threshold_selector_is_the_routers_own_path(router, case):
 
 def test_the_oracles_candidates_are_all_blocks_with_their_mass(router, case):
     inputs, tile = case
-    found = oracle_candidates(router, inputs, tile)
-    plan = make_plan(router.config, found.every.grid)
+    result = oracle_candidates(router, inputs, tile)
+    plan = make_plan(router.config, result.every.grid)
     tiles = torch.arange(plan.grid.tiles)
     mass = block_mass(inputs.q, inputs.k, plan.grid, tiles, inputs.scale)
-    assert sets(found.every) == [set(range(int(last) + 1)) for _ in range(4) for last in plan.last]
-    there = found.every.indices >= 0
-    assert torch.equal(found.every.scores[there], mass.gather(-1, found.every.indices.clamp(min=0).long())[there])
-    assert torch.equal(found.free.sum(-1)[0, 0], torch.where(plan.open, plan.eligible, 0))
-    best = found.mass.topk(int(plan.free.max()), -1).values
+    assert sets(result.every) == [set(range(int(last) + 1)) for _ in range(4) for last in plan.last]
+    there = result.every.indices >= 0
+    assert torch.equal(result.every.scores[there], mass.gather(-1, result.every.indices.clamp(min=0).long())[there])
+    assert torch.equal(result.free.sum(-1)[0, 0], torch.where(plan.open, plan.eligible, 0))
+    best = result.mass.topk(int(plan.free.max()), -1).values
     last = best.gather(-1, (plan.free - 1).clamp(min=0)[:, None].expand(2, 2, -1, 1))
-    assert sets(found.keep(found.free & (found.mass >= last))) == sets(Oracle()(router, inputs, tile))
+    assert sets(result.keep(result.free & (result.mass >= last))) == sets(Oracle()(router, inputs, tile))
 
 
 def test_budgets_by_head_are_those_of_the_head(router, case):
@@ -78,16 +78,16 @@ def fitted(sparse_llama, real_budget, token_ids):
     model = sparse_llama({**real_budget, "candidate_factor": 3.0}, noise=0.2)
     batches = [{"input_ids": token_ids(1, 320, seed=seed)} for seed in range(4)]
     before = model.config.sparse_attention
-    made = Allocations(model, batches, [96, 128], 160)
+    created = Allocations(model, batches, [96, 128], 160)
     assert model.config.sparse_attention == before
-    return model, batches, made
+    return model, batches, created
 
 
 @pytest.mark.parametrize("name", FITTED)
 @pytest.mark.parametrize("keys", [96, 128])
 def test_every_allocation_keeps_the_budget_on_average_where_it_was_fitted(fitted, name, keys):
-    model, batches, made = fitted
-    meter = KeptKeys(160, selector=made.selectors[name])
+    model, batches, created = fitted
+    meter = KeptKeys(160, selector=created.selectors[name])
     with sparse_attention_as(model, min_keys=keys, max_keys=keys):
         mass_threshold.run_sparse(model, batches, meter)
     # a head's budget is whole blocks: of two layers with two heads each off by at most half a block
@@ -95,20 +95,20 @@ def test_every_allocation_keeps_the_budget_on_average_where_it_was_fitted(fitted
 
 
 def test_a_fit_says_what_it_found(fitted):
-    *_, made = fitted
-    assert [fit["keys"] for fit in made.fits] == [96, 128]
-    for fit in made.fits:
+    *_, created = fitted
+    assert [fit["keys"] for fit in created.fits] == [96, 128]
+    for fit in created.fits:
         assert fit["asked"] == fit["keys"] and 0 < fit["threshold"] < 1 and 0 < fit["oracle_threshold"] < 1
         for name in ("kept", "oracle_kept"):
             assert fit[name] == pytest.approx(fit["keys"], rel=0.01)
         assert {layer: len(heads) for layer, heads in fit["kept_by_layer_and_head"].items()} == {0: 2, 1: 2}
-    assert made.fits[0]["threshold"] > made.fits[1]["threshold"]
+    assert created.fits[0]["threshold"] > created.fits[1]["threshold"]
 
 
 def test_windows_tell_what_they_kept(fitted, token_ids):
-    model, _, made = fitted
+    model, _, created = fitted
     windows = [Window(f"a[{i}]", token_ids(1, 320, seed=10 + i)) for i in range(2)]
-    chosen = {"oracle": Oracle(), "window + sink": WindowAndSink(), **{name: made.selectors[name] for name in FITTED}}
+    chosen = {"oracle": Oracle(), "window + sink": WindowAndSink(), **{name: created.selectors[name] for name in FITTED}}
     results = evaluate_windows(model, windows, [96, 128], chosen, decode_tokens=8)
     assert len(results) == 2 * (1 + 2 * 5)
     for r in results:
@@ -123,11 +123,11 @@ def test_windows_tell_what_they_kept(fitted, token_ids):
     table = {(row["keys"], row["selection"]): row for row in quality_table(results)}
     assert table[96, "oracle"]["prefill_above_oracle"] == {"mean": 0, "low": 0, "high": 0}
     for keys in (96, 128):
-        own = [r for r in results if r.keys == keys and r.selection == THRESHOLD]
+        mine = [r for r in results if r.keys == keys and r.selection == THRESHOLD]
         bound = [r for r in results if r.keys == keys and r.selection == "oracle"]
         row = table[keys, THRESHOLD]
-        assert row["kept"] == pytest.approx(np.mean([r.kept for r in own])) and row["kept_decode"] > 0
-        want = np.mean([a.prefill - b.prefill for a, b in zip(own, bound, strict=True)])
+        assert row["kept"] == pytest.approx(np.mean([r.kept for r in mine])) and row["kept_decode"] > 0
+        want = np.mean([a.prefill - b.prefill for a, b in zip(mine, bound, strict=True)])
         assert row["prefill_above_oracle"]["mean"] == pytest.approx(want)
 
 
@@ -141,6 +141,6 @@ def test_a_model_shows_its_own_threshold_at_the_budget_it_was_fitted_for():
     assert fitted_selectors(config, ["oracle", THRESHOLD], [512]) == {THRESHOLD: AtThreshold(0.01)}
     with pytest.raises(ValueError, match="'oracle by threshold' must be fitted first"):
         fitted_selectors(config, ["oracle by threshold"], [512])
-    for other, asked in ((config, [512, 1024]), (config.changed(mass_threshold=None), [512]), (config.changed(max_keys=None), [512])):
+    for other, requested in ((config, [512, 1024]), (config.changed(mass_threshold=None), [512]), (config.changed(max_keys=None), [512])):
         with pytest.raises(ValueError, match=r"own mass_threshold at the fixed budget.*fit_mass_threshold"):
-            fitted_selectors(other, [THRESHOLD], asked)
+            fitted_selectors(other, [THRESHOLD], requested)

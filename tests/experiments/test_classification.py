@@ -41,8 +41,8 @@ def bert(positions=64, seed=0, **changes):
 def test_sources_name_their_class(tmp_path):
     for name in ("a1", "a2", "b1"):
         (tmp_path / f"{name}.txt").write_text(f"text of {name}")
-    found = read_labelled([f"first={tmp_path}/a*.txt", f"second kind={tmp_path}/b1.txt"], None)
-    assert [(d.name, d.text, d.label) for d in found] == [
+    result = read_labelled([f"first={tmp_path}/a*.txt", f"second kind={tmp_path}/b1.txt"], None)
+    assert [(d.name, d.text, d.label) for d in result] == [
         ("a1.txt", "text of a1", "first"),
         ("a2.txt", "text of a2", "first"),
         ("b1.txt", "text of b1", "second kind"),
@@ -54,8 +54,8 @@ def test_sources_name_their_class(tmp_path):
 def test_tables_hold_their_classes_in_a_column(tmp_path):
     rows = [{"text": "w5 w6", "kind": "x"}, {"text": "w7", "kind": 2}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [{**r, "kind": str(r["kind"])} for r in rows])))
-    found = read_labelled([f"{tmp_path}/rows.jsonl#text"], "kind")
-    assert [(d.text, d.label) for d in found] == [("w5 w6", "x"), ("w7", "2")]
+    result = read_labelled([f"{tmp_path}/rows.jsonl#text"], "kind")
+    assert [(d.text, d.label) for d in result] == [("w5 w6", "x"), ("w7", "2")]
     with pytest.raises(SourceError, match=r"no column 'class' but text, kind"):
         read_labelled([f"{tmp_path}/rows.jsonl#text"], "class")
     (tmp_path / "gap.jsonl").write_text('{"text": "w5", "kind": "x"}\n{"text": "w6", "kind": null}\n')
@@ -88,9 +88,9 @@ def test_a_split_keeps_the_share_of_every_class_and_no_document_twice():
 def test_windows_are_cut_padded_and_short_rests_left_out(word_tokenizer):
     long = Labelled("long", " ".join(f"w{5 + i % 50}" for i in range(70)), "b")
     short = Labelled("short", "w8 w9", "a")
-    found = labelled_windows([long, short], word_tokenizer, 32, ["a", "b"], most=5)
-    assert [(w.name, int(w.attention_mask.sum()), w.label) for w in found] == [("long[0]", 32, 1), ("long[1]", 32, 1), ("short[0]", 2, 0)]
-    assert found[1].input_ids.tolist() == [5 + i % 50 for i in range(32, 64)] and found[2].input_ids.tolist() == [8, 9, *[0] * 30]
+    result = labelled_windows([long, short], word_tokenizer, 32, ["a", "b"], most=5)
+    assert [(w.name, int(w.attention_mask.sum()), w.label) for w in result] == [("long[0]", 32, 1), ("long[1]", 32, 1), ("short[0]", 2, 0)]
+    assert result[1].input_ids.tolist() == [5 + i % 50 for i in range(32, 64)] and result[2].input_ids.tolist() == [8, 9, *[0] * 30]
     assert len(labelled_windows([long], word_tokenizer, 32, ["b"], most=1)) == 1
     with pytest.raises(SourceError, match=r"short has the class 'a', which no training document has: b"):
         labelled_windows([short], word_tokenizer, 32, ["b"], most=1)
@@ -122,8 +122,8 @@ def test_models_without_learned_positions_are_refused(tiny_config):
 
 
 def test_macro_f1_is_the_mean_over_the_classes_that_occur():
-    found, label = np.array([0, 0, 1, 1, 1]), np.array([0, 1, 1, 1, 0])
-    assert macro_f1(found, label, 5) == pytest.approx((2 * 1 / 4 + 2 * 2 / 6) / 2)
+    result, label = np.array([0, 0, 1, 1, 1]), np.array([0, 1, 1, 1, 0])
+    assert macro_f1(result, label, 5) == pytest.approx((2 * 1 / 4 + 2 * 2 / 6) / 2)
 
 
 def test_the_table_counts_hits():

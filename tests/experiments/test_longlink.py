@@ -36,12 +36,12 @@ def read(planted, link):
     tokens, row, config = planted.config.tokens, planted.input_ids[link.sequence][: link.effect], planted.config
 
     def value_of(key, kind):
-        found = [v for v in range(config.values) for token in row if token == kind(key, v)]
-        assert len(found) <= 1
-        return found[0] if found else None
+        result = [v for v in range(config.values) for token in row if token == kind(key, v)]
+        assert len(result) <= 1
+        return result[0] if result else None
 
-    asked = [k for k in range(config.keys) if planted.input_ids[link.sequence][link.effect] == tokens.ask(k)]
-    key = asked[0]
+    requested = [k for k in range(config.keys) if planted.input_ids[link.sequence][link.effect] == tokens.ask(k)]
+    key = requested[0]
     if link.family == "lag":
         return value_of((key - 1) % config.keys, tokens.cause)
     if link.family == "count":
@@ -87,8 +87,8 @@ def test_the_ceiling_is_what_the_best_reader_gets(family):
     generator = np.random.default_rng(0)
     hits = []
     for link in planted.links:
-        told = read(planted, link)
-        hits.append((int(generator.integers(4)) if told is None else told) == link.answer)
+        options = read(planted, link)
+        hits.append((int(generator.integers(4)) if options is None else options) == link.answer)
     want = ceiling(planted.config)
     assert abs(np.mean(hits) - want) < 4 * math.sqrt(want * (1 - want) / len(hits))
     assert want == {"null": 0.25}.get(family, want) and chance(planted.config) == 0.25
@@ -179,13 +179,13 @@ def test_the_verb_writes_a_set(tmp_path):
 def test_a_study_is_made_of_every_family(family, sparse_llama, real_budget):
     config = config_of(family, sequences=2, links=3)
     model = sparse_llama(real_budget, vocab_size=config.tokens.count)
-    found = study(model, config, seed=1)
-    assert {row["n"] for row in found["answers"]} == {6} and len(found["answers"]) == 9
-    kinds = {row["noise"] for row in found["noise"]}
+    result = study(model, config, seed=1)
+    assert {row["n"] for row in result["answers"]} == {6} and len(result["answers"]) == 9
+    kinds = {row["noise"] for row in result["noise"]}
     assert kinds == ({"strength", "distractors"} if family == "count" else {"corruption", "missing", "strength", "distractors"})
-    own = next(row for row in found["answers"] if row["selection"] == "two stages")
-    plain = next(row for row in found["noise"] if (row["noise"], row["level"]) == ("strength", 1.0))
-    assert plain["answers"]["two stages"]["accuracy"] == own["accuracy"]
+    mine = next(row for row in result["answers"] if row["selection"] == "two stages")
+    plain = next(row for row in result["noise"] if (row["noise"], row["level"]) == ("strength", 1.0))
+    assert plain["answers"]["two stages"]["accuracy"] == mine["accuracy"]
 
 
 # -- scores ---------------------------------------------------------------------------------------------------------
@@ -200,9 +200,9 @@ def test_average_precision_by_hand():
 
 
 def test_the_metrics_work_without_a_network():
-    found = NormalisedAccuracy().compute(predictions=[1, 2, 3, 4], references=[1, 2, 3, 0], chance=0.25, ceiling=1.0)
-    assert found["accuracy"] == 0.75 and found["normalised"] == pytest.approx(2 / 3) and found["n"] == 4
-    assert found["error"] == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
+    result = NormalisedAccuracy().compute(predictions=[1, 2, 3, 4], references=[1, 2, 3, 0], chance=0.25, ceiling=1.0)
+    assert result["accuracy"] == 0.75 and result["normalised"] == pytest.approx(2 / 3) and result["n"] == 4
+    assert result["error"] == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
     one = NormalisedAccuracy().compute(predictions=[1, 2], references=[1, 1], chance=0.5, ceiling=0.5)
     assert (one["accuracy"], one["normalised"]) == (0.5, None)  # nothing to find
     ranking = AveragePrecision()

@@ -98,7 +98,7 @@ def test_learning_starts_with_what_an_answer_is():
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_dense_attention_learns_the_links_from_scratch():
-    found = studied(learn(CONFIG, LearningConfig(), progress=False), distilled=LearningConfig().distilled, sequences=64)
-    dense, learned = answers(found, "dense"), answers(found, "two stages")
+    result = studied(learn(CONFIG, LearningConfig(), progress=False), distilled=LearningConfig().distilled, sequences=64)
+    dense, learned = answers(result, "dense"), answers(result, "two stages")
     assert dense["n"] == 512 and dense["normalised"] >= 0.95 and learned["normalised"] >= 0.95 * dense["normalised"]
-    assert found["routing"]["recall"]["two stages"]["chance_adjusted_recall"] >= 0.9
+    assert result["routing"]["recall"]["two stages"]["chance_adjusted_recall"] >= 0.9

@@ -144,8 +144,8 @@ def test_the_gaps_to_dense_attention_are_shown_where_they_were_measured(demo):
     for row in gaps["table"]:
         keys = row["keys"] or "all"
         assert f"| {row['length']} | {keys} | {row['selection']} | {row['kl']:.4f} | {row['output_error']:.3f} |" in text
-    own = next(row for row in gaps["table"] if row["selection"] == "two stages")
-    assert f"{own['recall']:.3f} | {own['low_mass']:.3f} | {own['worst_head']['share']:.2f} (layer {own['worst_head']['layer']}" in text
+    mine = next(row for row in gaps["table"] if row["selection"] == "two stages")
+    assert f"{mine['recall']:.3f} | {mine['low_mass']:.3f} | {mine['worst_head']['share']:.2f} (layer {mine['worst_head']['layer']}" in text
     assert "from dense attention" not in str(model_card(demo, "mine"))
 
 
@@ -153,8 +153,8 @@ def test_the_gaps_to_dense_attention_are_shown_where_they_were_measured(demo):
 def test_results_without_what_a_card_must_say_are_refused(demo, missing, tmp_path):
     values = evaluation(demo)
     del values[missing]
-    told = f"these results hold no {missing}: a card is made from what the verbs run, eval and lm-eval write"
-    with pytest.raises(ValueError, match=told):
+    options = f"these results hold no {missing}: a card is made from what the verbs run, eval and lm-eval write"
+    with pytest.raises(ValueError, match=options):
         write_card(tmp_path / "README.md", values)
     assert not list(tmp_path.iterdir())
 

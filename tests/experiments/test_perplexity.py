@@ -39,9 +39,9 @@ def test_perplexities_are_paired_with_the_same_window_of_the_reference():
 
 def test_decoded_tokens_are_compared_by_themselves():
     after = [row("a", 2.0, 80, "two stages", decode=1.5), row("b", 3.0, 80, "two stages", decode=1.0)]
-    found = comparison(after, reference=[row("a", 2.0, decode=1.2), row("b", 3.0, decode=1.1)])[0]
-    assert found["over_reference"]["ratio"] == pytest.approx(1.0)
-    assert found["decode_over_reference"]["ratio"] == pytest.approx(math.exp(0.1))  # (0.3 - 0.1) / 2
+    result = comparison(after, reference=[row("a", 2.0, decode=1.2), row("b", 3.0, decode=1.1)])[0]
+    assert result["over_reference"]["ratio"] == pytest.approx(1.0)
+    assert result["decode_over_reference"]["ratio"] == pytest.approx(math.exp(0.1))  # (0.3 - 0.1) / 2
     assert "decode_over_reference" not in comparison(after, reference=[row("a", 2.0), row("b", 3.0)])[0]
 
 
@@ -64,8 +64,8 @@ def questions(llama_folder, random_words):
 
 
 def test_a_question_quotes_a_passage_and_asks_for_what_follows(questions):
-    windows, _, asked = questions
-    for source, question in zip(windows, asked, strict=True):
+    windows, _, requested = questions
+    for source, question in zip(windows, requested, strict=True):
         ids = question.input_ids
         assert len(ids) == 400 and question.document == source.document
         answer = ids[-ANSWERED:]
@@ -79,10 +79,10 @@ def test_a_question_quotes_a_passage_and_asks_for_what_follows(questions):
 
 
 def test_questions_differ_by_seed_only(questions):
-    windows, tokenizer, asked = questions
+    windows, tokenizer, requested = questions
     again, other = ask(windows, tokenizer, seed=0), ask(windows, tokenizer, seed=1)
-    assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(asked, again, strict=True))
-    assert any(a.distance != b.distance for a, b in zip(asked, other, strict=True))
+    assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(requested, again, strict=True))
+    assert any(a.distance != b.distance for a, b in zip(requested, other, strict=True))
 
 
 def test_texts_without_a_question_are_refused(questions):
@@ -94,23 +94,23 @@ def test_texts_without_a_question_are_refused(questions):
 
 
 def test_answers_are_read_at_their_own_tokens(sparse_llama, real_budget, questions):
-    _, _, asked = questions
+    _, _, requested = questions
     model = sparse_llama(real_budget, noise=0.1)
-    question = asked[0]
+    question = requested[0]
     loss, predicted = read_answer(model, question, SparseCall(dense=True))
     with torch.no_grad():
         out = model(question.input_ids[None], labels=question.labels[None], use_cache=False, sparse_call=SparseCall(dense=True))
     assert loss == pytest.approx(float(out.loss), rel=1e-5)
     assert predicted == out.logits[0, -ANSWERED - 1 : -1].argmax(-1).tolist()
     selectors = make_selectors(["oracle", "window + sink"])
-    rows = evaluate_answers(model, asked[:2], [80, 96], selectors)
+    rows = evaluate_answers(model, requested[:2], [80, 96], selectors)
     assert [(r["keys"], r["selection"]) for r in rows[:5]] == [
         (None, "dense"),
         *((keys, name) for keys in (80, 96) for name in ("oracle", "window + sink")),
     ]
     assert rows[0]["answer"] == question.input_ids[-ANSWERED:].tolist() and rows[0]["predicted"] == predicted
     known, new = [{**rows[0], "loss": -1.0}, *rows[1:7]], []
-    again = evaluate_answers(model, asked[:2], [80, 96], selectors, done=known, on_row=new.append)
+    again = evaluate_answers(model, requested[:2], [80, 96], selectors, done=known, on_row=new.append)
     assert again[:7] == known and again[7:] == new == rows[7:]  # those that are known are not read again
     table = answer_table(rows)
     assert len(table) == 5 and all(r["n"] == 2 for r in table)

@@ -263,12 +263,12 @@ def test_an_unknown_task_is_refused(load):
 )
 def test_numbers_are_numbers_however_they_are_written(tmp_path, change, value):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**LEAST, "data": {"train": ["a.txt"], "split": 0.5}}))
-    found = load_recipe(tmp_path / "mine.yaml", changes=[f"{change}={value}"]).raw
+    result = load_recipe(tmp_path / "mine.yaml", changes=[f"{change}={value}"]).raw
     for key in change.split("."):
-        found = found[key]
+        result = result[key]
     want = int(value, 0) if value[1:2] in "xo" and value[1:] else float(value)
-    assert found == want and type(found) in (int, float)
-    assert type(found) is int or change.split(".")[-1] not in ("rank", "steps", "min_keys")
+    assert result == want and type(result) in (int, float)
+    assert type(result) is int or change.split(".")[-1] not in ("rank", "steps", "min_keys")
 
 
 @pytest.mark.parametrize(

@@ -82,9 +82,9 @@ def test_every_domain_and_length_is_read_with_all_routers(recipe, tmp_path):
     text = (state / "texts/one/eval/000-0.txt").read_text()
     ids = AutoTokenizer.from_pretrained(state / "base")(text, return_tensors="pt")["input_ids"][:, 200:400]
     window = Window("w", ids)
-    found = predictions(model, window.ids, last_hidden(model, ids, SparseCall()), last_hidden(model, ids, SparseCall(dense=True)))
+    result = predictions(model, window.ids, last_hidden(model, ids, SparseCall()), last_hidden(model, ids, SparseCall(dense=True)))
     kept = [r for r in results["domain-one"]["readings"] if r["selection"] == "trained on two, 200 tokens"]
-    assert kept[1]["kl"] == pytest.approx(found.kl, rel=1e-3) and kept[1]["loss"] == pytest.approx(found.loss, rel=1e-5)
+    assert kept[1]["kl"] == pytest.approx(result.kl, rel=1e-3) and kept[1]["loss"] == pytest.approx(result.loss, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -52,13 +52,13 @@ def write(tmp_path):
 @pytest.mark.parametrize("name", ["s.csv", "s.csv.gz", "s.parquet"])
 def test_channels_are_normalised_by_what_trains(write, name):
     frame = table()
-    found = read_series([write(frame, name)], 0.75, "t", "m", [])
-    assert found.channels == ["x", "y"] and [s.machine for s in found.series] == ["a", "b"]
+    result = read_series([write(frame, name)], 0.75, "t", "m", [])
+    assert result.channels == ["x", "y"] and [s.machine for s in result.series] == ["a", "b"]
     raw = np.stack([frame[frame.m == m][["x", "y"]].to_numpy() for m in "ab"])
     trained = raw[:, :1200].reshape(-1, 2)
-    assert found.mean == pytest.approx(trained.mean(0).tolist()) and found.deviation == pytest.approx(trained.std(0).tolist())
-    assert [s.trained for s in found.series] == [1200, 1200]
-    np.testing.assert_allclose(found.series[1].values.numpy(), (raw[1] - trained.mean(0)) / trained.std(0), atol=1e-5)
+    assert result.mean == pytest.approx(trained.mean(0).tolist()) and result.deviation == pytest.approx(trained.std(0).tolist())
+    assert [s.trained for s in result.series] == [1200, 1200]
+    np.testing.assert_allclose(result.series[1].values.numpy(), (raw[1] - trained.mean(0)) / trained.std(0), atol=1e-5)
 
 
 def test_rows_are_sorted_by_time_repeated_stamps_dropped_and_gaps_filled(write):
@@ -67,11 +67,11 @@ def test_rows_are_sorted_by_time_repeated_stamps_dropped_and_gaps_filled(write):
     frame.loc[700:703, "x"] = np.nan
     filled = frame["x"].ffill()
     mixed = pd.concat([frame.sample(frac=1, random_state=1), frame.iloc[5:8]])
-    found = read_series([write(mixed, "mixed.csv")], 0.5, "t", "m", ["x"])
-    assert len(found.series[0].values) == 1600 and found.filled == [pytest.approx(4 / 1600)]
-    again = found.series[0].values[:, 0] * found.deviation[0] + found.mean[0]
+    result = read_series([write(mixed, "mixed.csv")], 0.5, "t", "m", ["x"])
+    assert len(result.series[0].values) == 1600 and result.filled == [pytest.approx(4 / 1600)]
+    again = result.series[0].values[:, 0] * result.deviation[0] + result.mean[0]
     np.testing.assert_allclose(again, filled, rtol=1e-5)
-    assert not torch.equal(found.series[0].values[700:704], want[700:704])
+    assert not torch.equal(result.series[0].values[700:704], want[700:704])
 
 
 def test_a_member_of_a_zip_is_read(write, tmp_path):
@@ -80,27 +80,27 @@ def test_a_member_of_a_zip_is_read(write, tmp_path):
     with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
         archive.writestr("inner/one.csv", buffer.getvalue())
         archive.writestr("readme.txt", "no series")
-    found = read_series([f"{tmp_path}/all.zip::inner/one.csv"], 0.5, "t", "m", ["y"])
-    assert [s.machine for s in found.series] == ["a", "b"]
+    result = read_series([f"{tmp_path}/all.zip::inner/one.csv"], 0.5, "t", "m", ["y"])
+    assert [s.machine for s in result.series] == ["a", "b"]
 
 
 def test_the_files_of_one_machine_are_one_series(write):
     frame = table()
     want = read_series([write(frame, "whole.csv")], 0.75, "t", "m", [])
     halves = [write(frame[frame.index % 2 == part], f"{part}.csv") for part in (1, 0)]
-    found = read_series(halves, 0.75, "t", "m", [])
-    assert sorted(s.machine for s in found.series) == ["a", "b"] and [s.trained for s in found.series] == [1200, 1200]
-    for own in want.series:
-        other = next(s for s in found.series if s.machine == own.machine)
-        torch.testing.assert_close(other.values, own.values, atol=1e-5, rtol=1e-5)
+    result = read_series(halves, 0.75, "t", "m", [])
+    assert sorted(s.machine for s in result.series) == ["a", "b"] and [s.trained for s in result.series] == [1200, 1200]
+    for mine in want.series:
+        other = next(s for s in result.series if s.machine == mine.machine)
+        torch.testing.assert_close(other.values, mine.values, atol=1e-5, rtol=1e-5)
 
 
 def test_files_without_a_column_of_machines_are_machines(write, tmp_path):
     (tmp_path / "x").mkdir()
     one = table(machines=("a",)).drop(columns="m")
     paths = [write(one, "s.csv"), write(one, "x/s.csv")]
-    found = read_series(paths, 0.5, "t", None, [])
-    assert [(s.machine, len(s.values)) for s in found.series] == [("s", 1600), ("s", 1600)]
+    result = read_series(paths, 0.5, "t", None, [])
+    assert [(s.machine, len(s.values)) for s in result.series] == [("s", 1600), ("s", 1600)]
 
 
 def test_a_row_without_its_machine_is_refused(write):
@@ -148,9 +148,9 @@ def values_of(tmp_path):
     def make(stamps, time_format=None, separator=",", encoding="utf-8", end="\n"):
         lines = [separator.join(("t", "a")), *(separator.join((str(t), str(i))) for i, t in enumerate(stamps))]
         (tmp_path / "s.csv").write_bytes(end.join([*lines, ""]).encode(encoding))
-        found = read_series([str(tmp_path / "s.csv")], 0.5, "t", None, [], time_format)
-        values = found.series[0].values[:, 0].double() * found.deviation[0] + found.mean[0]
-        return values.round().int().tolist(), found
+        result = read_series([str(tmp_path / "s.csv")], 0.5, "t", None, [], time_format)
+        values = result.series[0].values[:, 0].double() * result.deviation[0] + result.mean[0]
+        return values.round().int().tolist(), result
 
     return make
 
@@ -186,8 +186,8 @@ STAMPS = {
 
 @pytest.mark.parametrize("kind", STAMPS)
 def test_no_row_is_lost_or_moved_by_its_time_stamp(kind, values_of):
-    values, found = values_of(STAMPS[kind])
-    assert values == list(range(80)) and (found.reordered, found.repeated) == (0, 0)
+    values, result = values_of(STAMPS[kind])
+    assert values == list(range(80)) and (result.reordered, result.repeated) == (0, 0)
 
 
 AMBIGUOUS = [f"{day:02}.{month:02}.2024" for month in (1, 2) for day in range(1, 13)]
@@ -236,14 +236,14 @@ def test_the_order_of_a_date_is_told_from_all_files(write):
     """Days 1 to 12 alone do not tell it; another file of the run does."""
     days = pd.date_range("2024-01-01", periods=24)
     frame = pd.DataFrame({"t": days.strftime("%d.%m.%Y"), "m": "x", "a": range(24)})
-    found = read_series([write(frame[12:], "late.csv"), write(frame[:12], "early.csv")], 0.5, "t", "m", [])
-    assert (found.series[0].values[:, 0].diff() > 0).all() and (found.reordered, found.repeated) == (24, 0)
+    result = read_series([write(frame[12:], "late.csv"), write(frame[:12], "early.csv")], 0.5, "t", "m", [])
+    assert (result.series[0].values[:, 0].diff() > 0).all() and (result.reordered, result.repeated) == (24, 0)
 
 
 def test_an_hour_that_local_time_repeats_is_counted_and_told(values_of, caplog):
     stamps = pd.date_range("2024-10-20", periods=2000, freq="10min", tz="UTC").tz_convert("Europe/Berlin").tz_localize(None)
-    values, found = values_of([stamp.isoformat() for stamp in stamps])
-    assert len(values) == 1994 and found.report()["repeated"] == 6 and found.report()["reordered"] > 0
+    values, result = values_of([stamp.isoformat() for stamp in stamps])
+    assert len(values) == 1994 and result.report()["repeated"] == 6 and result.report()["reordered"] > 0
     assert "6 that had the time stamp of another row dropped" in caplog.text
 
 
@@ -271,8 +271,8 @@ def test_tables_of_other_programs_are_read(options, values_of):
 
 def test_a_comma_before_the_fraction_is_read_where_a_semicolon_separates(tmp_path):
     (tmp_path / "s.csv").write_text("t;a\n" + "".join(f"45000,{i};{i},5\n" for i in range(10, 50)))
-    found = read_series([str(tmp_path / "s.csv")], 0.5, "t", None, [])
-    assert found.mean == [pytest.approx(20.0)] and len(found.series[0].values) == 40
+    result = read_series([str(tmp_path / "s.csv")], 0.5, "t", None, [])
+    assert result.mean == [pytest.approx(20.0)] and len(result.series[0].values) == 40
 
 
 @pytest.mark.parametrize(
@@ -294,18 +294,18 @@ def test_damaged_tables_are_refused_by_name(content, message, tmp_path):
 
 
 def test_training_rows_end_before_what_is_evaluated(write):
-    found = read_series([write(table())], 0.75, "t", "m", [])
-    rows = SeriesRows(found, 500, 40, 200, seed=3)
-    assert len(rows) == 200 and rows.places == SeriesRows(found, 500, 40, 200, seed=3).places
+    result = read_series([write(table())], 0.75, "t", "m", [])
+    rows = SeriesRows(result, 500, 40, 200, seed=3)
+    assert len(rows) == 200 and rows.places == SeriesRows(result, 500, 40, 200, seed=3).places
     assert {which for which, _ in rows.places} == {0, 1} and max(start for _, start in rows.places) + 540 <= 1200
     which, start = rows.places[7]
     assert torch.equal(torch.cat([rows[7]["past_values"], rows[7]["future_values"]]), rows.series[which].values[start : start + 540])
-    evaluated = evaluation_rows(found, 300, 40, 5)
+    evaluated = evaluation_rows(result, 300, 40, 5)
     assert [name for name, _ in evaluated] == ["a[1200]", "b[1200]", "a[1230]", "b[1230]", "a[1260]"]
     with pytest.raises(SourceError, match=r"a row needs 1300 steps \(1260 \+ 40\), the longest training part has 1200"):
-        SeriesRows(found, 1260, 40, 1, seed=0)
+        SeriesRows(result, 1260, 40, 1, seed=0)
     with pytest.raises(SourceError, match=r"a window needs 440 steps .*evaluation part has 400: lower data.split"):
-        evaluation_rows(found, 400, 40, 1)
+        evaluation_rows(result, 400, 40, 1)
 
 
 # -- the task -------------------------------------------------------------------------------------------------------

@@ -121,15 +121,15 @@ class Handler(BaseHTTPRequestHandler):
         body, path = self.read_body(), unquote(urlsplit(self.path).path)
         try:
             for method, pattern, handle in ROUTES:
-                found = re.fullmatch(pattern, path)
-                if found and self.command in method.split():
-                    repo = found.groupdict().get("repo", "")
+                result = re.fullmatch(pattern, path)
+                if result and self.command in method.split():
+                    repo = result.groupdict().get("repo", "")
                     if method in ("POST", "PUT"):
                         self.check_token(handle.__name__, repo)
                     with self.hub.lock:
                         if statuses := self.hub.refusals.get((handle.__name__, repo)):
                             raise Refusal(statuses.pop(0), f"{handle.__name__} is refused")
-                        return handle(self, body, **found.groupdict())
+                        return handle(self, body, **result.groupdict())
             raise Refusal(404, f"{self.command} {path} is not part of this hub")
         except Refusal as refusal:
             headers = {"X-Error-Message": str(refusal), **({"X-Error-Code": refusal.code} if refusal.code else {})}
@@ -163,8 +163,8 @@ def create(handler, body):
 
 def validate(handler, body):
     """The rules of the Hub that a model card is most likely to break."""
-    found = re.match(r"---\n(.*?)\n---\n", json.loads(body)["content"], re.DOTALL)
-    data = yaml.safe_load(found[1]) if found else {}
+    results = re.match(r"---\n(.*?)\n---\n", json.loads(body)["content"], re.DOTALL)
+    data = yaml.safe_load(results[1]) if results else {}
     if not MODEL_ID.fullmatch(data.get("base_model", USER)):
         raise Refusal(400, f'"base_model" with value {data["base_model"]!r} is not valid. Use a model id from https://hf.co/models.')
     for key, kind in {"license": str, "library_name": str, "tags": list}.items():

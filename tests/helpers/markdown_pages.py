@@ -45,11 +45,11 @@ def blocks(text):
 def anchors(text):
     """What a link to a heading may name, as GitHub makes it."""
     titles = re.findall(r"^#{1,6} (.+)$", FENCE.sub("", text), re.MULTILINE)
-    found = []
+    result = []
     for title in titles:
         name = re.sub(r"[^\w -]", "", title.lower()).strip().replace(" ", "-")
-        found.append(name if name not in found else f"{name}-{found.count(name)}")
-    return found
+        result.append(name if name not in result else f"{name}-{result.count(name)}")
+    return result
 
 
 def links(text):

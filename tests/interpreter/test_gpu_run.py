@@ -47,5 +47,5 @@ def test_a_dry_run_of_the_script_passes_every_stage_and_is_read(tmp_path):
     for stage, count in ROWS.items():
         result = json.loads((tmp_path / f"{stage}.json").read_text())
         assert len(result["rows"]) == count and not result["failed"] and not result["not_run"], (stage, result["failed"], result["not_run"])
-    told = subprocess.run([sys.executable, RECIPES / "read.py", tmp_path], capture_output=True, text=True, check=True).stdout
-    assert "card: none (dry run)" in told and "FAILED" not in told and (tmp_path / "gpu-dry.json").exists()
+    options = subprocess.run([sys.executable, RECIPES / "read.py", tmp_path], capture_output=True, text=True, check=True).stdout
+    assert "card: none (dry run)" in options and "FAILED" not in options and (tmp_path / "gpu-dry.json").exists()

@@ -91,7 +91,7 @@ def test_every_head_keeps_what_its_own_budget_alone_would(q_len, tile, impl, mak
     router = make_router(rotary=True, noise=0.3, **EVERY_CANDIDATE)
     inputs, shares = routing_inputs(N, q_len, batch=2), ((0.6, 0.45), (0.35, 0.6))
     router.budgets = HeadBudgets((128, 256), shares)
-    found = select_blocks(router, inputs, tile, impl=impl).kept()
+    result = select_blocks(router, inputs, tile, impl=impl).kept()
     router.budgets = None
     forced, config = router.config.forced_keys, router.config
     visible = make_plan(config, inputs.grid(tile, 16)).grid.last_positions() + 1
@@ -101,21 +101,21 @@ def test_every_head_keeps_what_its_own_budget_alone_would(q_len, tile, impl, mak
             router.config = config.changed(density=share, min_keys=forced)
             alone = select_blocks(router, inputs, tile, impl=impl).kept()
             enough = tiles & (visible * share >= forced)  # a budget below the forced keys keeps just these
-            assert torch.equal(found[:, head, enough], alone[:, head, enough])
+            assert torch.equal(result[:, head, enough], alone[:, head, enough])
             plan = make_plan(config, inputs.grid(tile, 16))
             blocks = torch.maximum(torch.ceil(share * visible / 16), (plan.last + 1 - plan.eligible).float())
-            assert torch.equal(found[:, head, tiles].sum(-1)[0].float(), torch.minimum(blocks, plan.last + 1.0)[tiles])
+            assert torch.equal(result[:, head, tiles].sum(-1)[0].float(), torch.minimum(blocks, plan.last + 1.0)[tiles])
 
 
 @pytest.mark.parametrize(("q_len", "tile"), [(N, 16), (5, 1), (1, 1)])
 def test_budgets_in_keys_are_those_that_each_head_alone_would_keep(q_len, tile, make_router, routing_inputs):
     router, inputs = make_router(rotary=True, noise=0.3, **EVERY_CANDIDATE), routing_inputs(N, q_len, batch=2)
     router.budgets = HeadBudgets((N,), ((80.0, 160.0),), in_keys=True)
-    found = select_blocks(router, inputs, tile).kept()
+    result = select_blocks(router, inputs, tile).kept()
     router.budgets, config = None, router.config
     for head, keys in enumerate((80, 160)):
         router.config = config.changed(min_keys=keys, max_keys=keys)
-        assert torch.equal(found[:, head], select_blocks(router, inputs, tile).kept()[:, head])
+        assert torch.equal(result[:, head], select_blocks(router, inputs, tile).kept()[:, head])
 
 
 def test_a_dense_head_sees_everything_and_leaves_the_others_alone(make_router, routing_inputs):
@@ -123,14 +123,14 @@ def test_a_dense_head_sees_everything_and_leaves_the_others_alone(make_router, r
     router.budgets = HeadBudgets((N,), ((0.4, 0.4),))
     both = select_blocks(router, inputs, 16).kept()
     router.budgets = HeadBudgets((N,), ((1.0, 0.4),))
-    found = select_blocks(router, inputs, 16)
-    plan = make_plan(router.config, found.grid)
-    assert torch.equal(found.kept()[:, 1], both[:, 1])
-    assert torch.equal(found.kept()[0, 0], torch.arange(plan.grid.blocks) <= plan.last[:, None])
-    found.check(inputs.q, inputs.k, values=True)
+    result = select_blocks(router, inputs, 16)
+    plan = make_plan(router.config, result.grid)
+    assert torch.equal(result.kept()[:, 1], both[:, 1])
+    assert torch.equal(result.kept()[0, 0], torch.arange(plan.grid.blocks) <= plan.last[:, None])
+    result.check(inputs.q, inputs.k, values=True)
     router.budgets = HeadBudgets((128, N), ((1.0, 1.0), (0.4, 0.4)))  # all dense at first: nothing to score there
     mixed = select_blocks(router, inputs, 16).kept()
-    first = make_plan(router.config, found.grid).grid.last_positions() + 1 <= 128
+    first = make_plan(router.config, result.grid).grid.last_positions() + 1 <= 128
     assert torch.equal(mixed[:, :, ~first], both[:, :, ~first])
     assert torch.equal(mixed[0, 0, first], (torch.arange(plan.grid.blocks) <= plan.last[:, None])[first])
 
@@ -139,8 +139,8 @@ def test_two_sided_calls_have_budgets_by_head_too(make_router, routing_inputs):
     router = make_router(rotary=True, noise=0.3, **EVERY_CANDIDATE)
     inputs = dataclasses.replace(routing_inputs(N), causal=False)
     router.budgets = HeadBudgets((N,), ((1.0, 0.5),))
-    found = select_blocks(router, inputs, 16).kept()
-    assert bool(found[:, 0].all()) and set(found[0, 1].sum(-1).tolist()) == {8}
+    result = select_blocks(router, inputs, 16).kept()
+    assert bool(result[:, 0].all()) and set(result[0, 1].sum(-1).tolist()) == {8}
 
 
 # -- what tiles need ------------------------------------------------------------------------------------------------
@@ -153,11 +153,11 @@ def test_the_needed_share_by_hand():
         torch.tensor([[[[-1, 0, 1, 2, 3]]]], dtype=torch.int32), grid, torch.tensor([[[[math.nan, 0.1, 0.2, 0.3, 0.1]]]])
     )
     free = torch.tensor([[[[False, False, True, True, True]]]])
-    found = Candidates(every, free, torch.tensor([True]), torch.tensor([1]))
+    result = Candidates(every, free, torch.tensor([True]), torch.tensor([1]))
     teacher = torch.tensor([[[[0.5, 0.1, 0.25, 0.15]]]])
 
     def need(mass):
-        return float(needed_share(found, torch.tensor([0]), teacher, mass, torch.tensor([64])))
+        return float(needed_share(result, torch.tensor([0]), teacher, mass, torch.tensor([64])))
 
     assert [need(mass) for mass in (0.4, 0.5, 0.6, 0.75, 0.8, 0.86, 0.999)] == [0.25, 0.25, 0.5, 0.5, 0.75, 1.0, 1.0]
     every.indices[..., 3], free[..., 3] = -1, False  # block 2 is no candidate
@@ -234,24 +234,24 @@ def low_mass(model, windows, layer, bucket, head):
 
 
 def test_budgets_are_the_smallest_that_keep_the_mass(calibrated, texts):
-    model, found = calibrated
-    assert found.ends == (256, 512) and sorted(found.shares) == [0, 1]
-    every = [(layer, b, h) for layer, rows in found.shares.items() for b, row in enumerate(rows) for h, _ in enumerate(row)]
-    sparse = [at for at in every if found.shares[at[0]][at[1]][at[2]] < 1]
-    assert sparse and all(found.shares[a][b][h] <= 0.6 for a, b, h in sparse)
+    model, result = calibrated
+    assert result.ends == (256, 512) and sorted(result.shares) == [0, 1]
+    every = [(layer, b, h) for layer, rows in result.shares.items() for b, row in enumerate(rows) for h, _ in enumerate(row)]
+    sparse = [at for at in every if result.shares[at[0]][at[1]][at[2]] < 1]
+    assert sparse and all(result.shares[a][b][h] <= 0.6 for a, b, h in sparse)
     copied = copy.deepcopy(model)
     for layer, bucket, head in sparse:
         assert low_mass(model, texts[:5], layer, bucket, head) >= MASS - 1e-4
-        rows = [list(row) for row in found.shares[layer]]
-        rows[bucket][head] -= 3 * 16 / found.ends[bucket]  # three blocks fewer: the bound over windows lies above the quantile
-        routers(copied)[layer].budgets = HeadBudgets(found.ends, tuple(map(tuple, rows)))
+        rows = [list(row) for row in result.shares[layer]]
+        rows[bucket][head] -= 3 * 16 / result.ends[bucket]  # three blocks fewer: the bound over windows lies above the quantile
+        routers(copied)[layer].budgets = HeadBudgets(result.ends, tuple(map(tuple, rows)))
         assert low_mass(copied, texts[:5], layer, bucket, head) < MASS
-        routers(copied)[layer].budgets = found.budgets(layer)
+        routers(copied)[layer].budgets = result.budgets(layer)
 
 
 def test_what_was_verified_is_what_the_model_does(calibrated, texts):
-    model, found = calibrated
-    verified = found.verified
+    model, result = calibrated
+    verified = result.verified
     assert verified["windows"] == ["text[5]", "text[6]", "text[7]"] and verified["losses"]["dense"]["n"] == 3
     calls = [SparseCall(dense=True), SparseCall()]
     with torch.no_grad():
@@ -265,7 +265,7 @@ def test_what_was_verified_is_what_the_model_does(calibrated, texts):
     assert verified["losses"]["dense"]["loss"] == pytest.approx(means[0], abs=1e-5)
     assert verified["losses"]["calibrated"]["loss"] == pytest.approx(means[1], abs=1e-5) and means[0] != means[1]
     assert verified["added_loss"] == pytest.approx(means[1] / means[0] - 1, abs=1e-6)
-    assert verified["density"] == pytest.approx(found.fit["density"], rel=0.1) and 0 < verified["density"] < 1
+    assert verified["density"] == pytest.approx(result.fit["density"], rel=0.1) and 0 < verified["density"] < 1
     assert verified["planted"] == {"questions": 0, "n": 0, "recall": None, "chance": None}
 
 
@@ -279,8 +279,8 @@ def test_a_uniform_budget_of_the_same_cost_is_found(uniform, make_router):
 
 def test_an_average_budget_is_shared_out_over_heads(make_model, texts, tmp_path):
     model, keys = make_model(), 112
-    found = calibrate(model, texts[:5], texts[5:], [], keys=keys)
-    assert found.mass is None and found.fit["keys"] == keys and found.verified["heads_within"] is None
+    result = calibrate(model, texts[:5], texts[5:], [], keys=keys)
+    assert result.mass is None and result.fit["keys"] == keys and result.verified["heads_within"] is None
     # literally: one threshold, and what it keeps on average of every head in the last half of the windows
     with sparse_attention_as(model, min_keys=keys, max_keys=keys):
         threshold, _ = fit_threshold(model, batches(texts[:5]), LENGTH // 2)
@@ -295,23 +295,23 @@ def test_an_average_budget_is_shared_out_over_heads(make_model, texts, tmp_path)
     every = []
     for layer, parts in kept.items():
         means = torch.cat(parts, 1).mean(1)
-        assert found.shares[layer] == (tuple(16 * round(mean / 16) for mean in means.tolist()),)
+        assert result.shares[layer] == (tuple(16 * round(mean / 16) for mean in means.tolist()),)
         every += means.tolist()
     assert sum(every) / len(every) == pytest.approx(keys, rel=0.05) and max(every) > min(every)
     # each head keeps as many keys as its budget, wherever it sees more
     for router in routers(model):
-        assert router.budgets == HeadBudgets((LENGTH,), found.shares[router.layer], in_keys=True) == found.budgets(router.layer)
+        assert router.budgets == HeadBudgets((LENGTH,), result.shares[router.layer], in_keys=True) == result.budgets(router.layer)
     seen = {}
     with torch.no_grad():
         model(texts[6].ids, sparse_call=Watching(selection=lambda router, inputs, selection: seen.update({router.layer: selection})))
     for layer, selection in seen.items():
-        for head, own in enumerate(found.shares[layer][0]):
-            assert (selection.kept_keys()[0, head, -8:] == max(own, 48)).all()  # 48 are forced
-    uniform = found.verified["uniform"]
-    assert uniform["min_keys"] == uniform["max_keys"] and found.verified["losses"]["uniform"]["n"] == 3
+        for head, mine in enumerate(result.shares[layer][0]):
+            assert (selection.kept_keys()[0, head, -8:] == max(mine, 48)).all()  # 48 are forced
+    uniform = result.verified["uniform"]
+    assert uniform["min_keys"] == uniform["max_keys"] and result.verified["losses"]["uniform"]["n"] == 3
     model.save_pretrained(tmp_path)
-    assert routers(AutoModelForCausalLM.from_pretrained(tmp_path))[1].budgets == found.budgets(1)
-    assert not [text for text in failures(found) if "of the heads keep" in text]
+    assert routers(AutoModelForCausalLM.from_pretrained(tmp_path))[1].budgets == result.budgets(1)
+    assert not [text for text in failures(result) if "of the heads keep" in text]
     with pytest.raises(ValueError, match="min_keys is 16: must be >="):
         calibrate(make_model(), texts[:5], texts[5:], [], keys=16)
 
@@ -319,14 +319,14 @@ def test_an_average_budget_is_shared_out_over_heads(make_model, texts, tmp_path)
 def test_a_budget_is_shared_out_in_a_model_with_dense_layers(make_model, texts):
     model = make_model()
     set_sparse_attention(model, dense_layers=(0,))
-    found = calibrate(model, texts[:5], texts[5:], [], keys=112)
-    assert found.shares[0] == ((float(LENGTH), float(LENGTH)),) and max(found.shares[1][0]) < LENGTH
+    result = calibrate(model, texts[:5], texts[5:], [], keys=112)
+    assert result.shares[0] == ((float(LENGTH), float(LENGTH)),) and max(result.shares[1][0]) < LENGTH
 
 
 def test_at_a_mass_of_one_the_logits_are_dense(make_model, stock_llama, texts):
     model = make_model()
-    found = calibrate(model, texts[:1], texts[5:6], [], mass=1.0)
-    assert all(share == 1 for rows in found.shares.values() for row in rows for share in row) and found.verified["density"] == 1.0
+    result = calibrate(model, texts[:1], texts[5:6], [], mass=1.0)
+    assert all(share == 1 for rows in result.shares.values() for row in rows for share in row) and result.verified["density"] == 1.0
     with torch.no_grad():
         want, got = (m(texts[7].ids).logits for m in (stock_llama(**SHARP), model))
     torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
@@ -340,8 +340,8 @@ def test_twice_gives_the_same_file(calibrated, make_model, texts):
 def test_a_planted_link_is_looked_for_in_the_questions(make_model, word_tokenizer):
     windows = [Window(f"w[{i}]", torch.randint(3, 97, (1, LENGTH), generator=torch.Generator().manual_seed(i))) for i in range(4)]
     questions = ask(windows[3:], word_tokenizer, seed=0)
-    found = calibrate(make_model(), windows[:3], windows[3:], questions, mass=0.9)
-    assert found.verified["planted"]["questions"] == 1 and found.verified["planted"]["n"] > 0
+    result = calibrate(make_model(), windows[:3], windows[3:], questions, mass=0.9)
+    assert result.verified["planted"]["questions"] == 1 and result.verified["planted"]["n"] > 0
 
 
 @pytest.mark.parametrize(
@@ -356,10 +356,10 @@ def test_a_planted_link_is_looked_for_in_the_questions(make_model, word_tokenize
     ],
 )
 def test_what_cannot_be_calibrated_is_refused(changes, message, make_model, texts):
-    asked = {"windows": slice(0, 5), "held_out": slice(5, 8), "mass": MASS, **changes}
+    requested = {"windows": slice(0, 5), "held_out": slice(5, 8), "mass": MASS, **changes}
     model = make_model()
     with pytest.raises(CalibrationError, match=message):
-        calibrate(model, texts[asked["windows"]], texts[asked["held_out"]], [], mass=asked["mass"], keys=asked.get("keys"))
+        calibrate(model, texts[requested["windows"]], texts[requested["held_out"]], [], mass=requested["mass"], keys=requested.get("keys"))
     assert routers(model)[0].budgets is None and model.config.sparse_attention["bookkeeping"]["calibration"] is None
 
 
@@ -373,11 +373,11 @@ def test_texts_shorter_than_the_budget_are_refused(make_model, token_ids):
 
 
 def test_failed_checks_by_hand(calibrated):
-    _, found = calibrated
-    good = {**found.verified, "heads_within": 0.95, "added_loss": 0.01, "planted": {"recall": None}}
-    assert failures(dataclasses.replace(found, verified=good)) == []
+    _, result = calibrated
+    good = {**result.verified, "heads_within": 0.95, "added_loss": 0.01, "planted": {"recall": None}}
+    assert failures(dataclasses.replace(result, verified=good)) == []
     bad = {**good, "heads_within": 0.9, "added_loss": 0.011, "planted": {"recall": 0.8}}
-    said = failures(dataclasses.replace(found, verified=bad))
+    said = failures(dataclasses.replace(result, verified=bad))
     assert len(said) == 3 and "only 90.0% of the heads keep 0.6 − 0.01" in said[0] and "1.10% above dense" in said[1] and "80.0%" in said[2]
 
 
@@ -396,13 +396,13 @@ def logits(model, ids):
 
 
 def test_a_saved_calibration_is_used_again(calibrated, folder, texts):
-    model, found = calibrated
-    assert read_calibration(folder / FILE) == found
+    model, result = calibrated
+    assert read_calibration(folder / FILE) == result
     loaded = AutoModelForCausalLM.from_pretrained(folder)
-    assert [r.budgets for r in routers(loaded)] == [found.budgets(0), found.budgets(1)] and loaded.calibration == found
+    assert [r.budgets for r in routers(loaded)] == [result.budgets(0), result.budgets(1)] and loaded.calibration == result
     assert torch.equal(logits(loaded, texts[0].ids), logits(model, texts[0].ids))
-    assert routers(AutoModel.from_pretrained(folder))[1].budgets == found.budgets(1)
-    assert routers(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16))[1].budgets == found.budgets(1)
+    assert routers(AutoModel.from_pretrained(folder))[1].budgets == result.budgets(1)
+    assert routers(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16))[1].budgets == result.budgets(1)
     loaded.save_pretrained(folder.parent / "again")
     assert (folder.parent / "again" / FILE).read_bytes() == (folder / FILE).read_bytes()
     with pytest.MonkeyPatch.context() as patch:
@@ -484,8 +484,8 @@ def test_a_calibration_of_something_else_is_refused(part, named, folder, calibra
     model = make_model()
     if part == "settings":
         model = sparsify(hf_sparse_attn.to_dense(model), {**real_budget, **FULL_RANK, "query_samples": 4})
-        for own, other in zip(routers(model), routers(calibrated[0]), strict=True):
-            own.load_state_dict(other.state_dict())
+        for mine, other in zip(routers(model), routers(calibrated[0]), strict=True):
+            mine.load_state_dict(other.state_dict())
     elif part == "version":
         monkeypatch.setattr(calibration, "VERSION", "9.9")
     else:
@@ -509,12 +509,12 @@ def test_a_model_that_was_trained_on_is_saved_without_its_calibration(calibrated
 
 
 def test_settings_of_a_calibrated_model_change_only_for_a_while(calibrated):
-    model, found = copy.deepcopy(calibrated[0]), calibrated[1]
+    model, result = copy.deepcopy(calibrated[0]), calibrated[1]
     with pytest.raises(ValueError, match=r"cannot change \(min_keys\): the model was calibrated"):
         set_sparse_attention(model, min_keys=96)
     with sparse_attention_as(model, min_keys=96, max_keys=96):
         assert routers(model)[0].budgets is None and routers(model)[0].config.min_keys == 96
-    assert routers(model)[0].budgets == found.budgets(0)
+    assert routers(model)[0].budgets == result.budgets(0)
     remove_calibration(model)
     set_sparse_attention(model, min_keys=96)
     assert model.config.sparse_attention["bookkeeping"]["calibration"] is None
@@ -523,8 +523,8 @@ def test_settings_of_a_calibrated_model_change_only_for_a_while(calibrated):
 def test_the_routers_of_an_adapter_have_no_calibration(calibrated, texts):
     model = copy.deepcopy(calibrated[0])
     adapted = get_peft_model(model, hf_sparse_attn.lora_config(model, r=2))
-    found = active_routers(adapted)
-    assert len(found) == 2 and all(router.budgets is None for router in found)
+    result = active_routers(adapted)
+    assert len(result) == 2 and all(router.budgets is None for router in result)
     with pytest.raises(CalibrationError, match="cannot change a model with adapters"):
         use_calibration(adapted, calibrated[1])
 

@@ -177,8 +177,8 @@ def test_one_model_serves_two_threads(model, token_ids, impatient_threads):
 def test_threads_that_make_a_class_share_it(impatient_threads):
     for _ in range(20):
         stock = type("Stock", (), {})
-        made = at_once(*[lambda stock=stock: make_class(SharedMixin, stock)] * 8)
-        assert len(set(made)) == 1 and made[0].__bases__ == (SharedMixin, stock)
+        created = at_once(*[lambda stock=stock: make_class(SharedMixin, stock)] * 8)
+        assert len(set(created)) == 1 and created[0].__bases__ == (SharedMixin, stock)
 
 
 class SharedMixin(MadeMixin):

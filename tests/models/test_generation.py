@@ -62,8 +62,8 @@ def generated(model, ids, seed=0, **options):
 
 def assert_logits_of_the_uncached_forward(model, ids, mask=None, **options):
     """Each row of what is generated, token by token, against one uncached call: the prompt in tiles, the rest singly."""
-    told = {} if mask is None else {"attention_mask": mask}
-    out = generated(model, ids, output_logits=True, return_dict_in_generate=True, **told, **options)
+    arguments = {} if mask is None else {"attention_mask": mask}
+    out = generated(model, ids, output_logits=True, return_dict_in_generate=True, **arguments, **options)
     prompt = ids.shape[1]
     assert out.sequences.shape[1] == prompt + NEW
     for row, tokens in enumerate(out.sequences):
@@ -94,8 +94,8 @@ STRATEGIES = {
 @pytest.mark.parametrize("options", STRATEGIES.values(), ids=STRATEGIES)
 def test_tokens_are_those_of_the_stock_model(stock, complete, token_ids, left_padded, options, padded):
     ids, mask = left_padded([token_ids(1, n, seed=n)[0] for n in ((140, 97, 33) if padded else (140, 140))])
-    told = {"attention_mask": mask, **options} if padded else options
-    assert torch.equal(generated(complete, ids, **told), generated(stock, ids, **told))
+    arguments = {"attention_mask": mask, **options} if padded else options
+    assert torch.equal(generated(complete, ids, **arguments), generated(stock, ids, **arguments))
 
 
 @pytest.mark.parametrize("name", ["greedy", "sampling", "several sequences", "chunks", "repetition penalty"])
@@ -107,11 +107,11 @@ def test_logits_at_a_real_budget_are_those_of_the_uncached_forward(sparse, token
 @pytest.mark.parametrize("offset", [0, 5, 21])
 def test_chunks_end_with_query_tiles(sparse, token_ids, size, length, offset):
     """So a prompt in chunks selects what the uncut one does; a last chunk of less than a tile would be routed as decoding is."""
-    ids, told = token_ids(1, length), {"output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 2}
+    ids, options = token_ids(1, length), {"output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 2}
     if offset:
         ids = torch.cat([torch.zeros(1, offset, dtype=torch.long), ids], 1)
-        told["attention_mask"] = ids.ne(0).long()
-    whole, chunks = generated(sparse, ids, **told), generated(sparse, ids, prefill_chunk_size=size, **told)
+        options["attention_mask"] = ids.ne(0).long()
+    whole, chunks = generated(sparse, ids, **options), generated(sparse, ids, prefill_chunk_size=size, **options)
     for a, b in zip(whole.logits, chunks.logits, strict=True):
         close(b, a, 1e-5)
     for a, b in zip(whole.past_key_values.layers, chunks.past_key_values.layers, strict=True):
@@ -275,8 +275,8 @@ def test_a_cached_prompt_is_expanded_to_several_rows(request, model, token_ids, 
     end, mask = left_padded(ends)
     mask = torch.cat([torch.ones(3, 144, dtype=torch.long), mask], 1)
     got = generated(model, torch.cat([prompt.expand(3, -1), end], 1), attention_mask=mask, past_key_values=cache)
-    for row, own in enumerate(ends):
+    for row, mine in enumerate(ends):
         alone = DynamicCache()
         fed(model, prompt, alone)
-        want = generated(model, torch.cat([prompt[0], own])[None], past_key_values=alone)
+        want = generated(model, torch.cat([prompt[0], mine])[None], past_key_values=alone)
         assert torch.equal(got[row, -NEW:], want[0, -NEW:])

@@ -79,8 +79,8 @@ def test_the_tokenizer_of_a_sparse_folder_is_that_of_the_stock_one(model_type, s
     for folder in folders:
         tokenizer.save_pretrained(folder)
         (folder / "tokenizer_config.json").unlink()
-    made = [AutoTokenizer.from_pretrained(folder) for folder in folders]
-    assert type(made[0]) is type(made[1])
+    created = [AutoTokenizer.from_pretrained(folder) for folder in folders]
+    assert type(created[0]) is type(created[1])
 
 
 def test_a_processor_finds_the_config_of_a_sparse_composite_model(settings):
@@ -104,8 +104,8 @@ def test_a_base_model_still_gives_hidden_states(convert, settings, token_ids, tm
 
 
 def test_classes_without_an_auto_class_are_made_by_name(settings):
-    made = sparse_class(transformers.PatchTSTForPretraining)
-    assert made.__name__ == "SparsePatchTSTForPretraining" and issubclass(made, transformers.PatchTSTForPretraining)
+    created = sparse_class(transformers.PatchTSTForPretraining)
+    assert created.__name__ == "SparsePatchTSTForPretraining" and issubclass(created, transformers.PatchTSTForPretraining)
 
 
 # -- other kinds of checkpoints -------------------------------------------------------------------------------------

@@ -54,8 +54,8 @@ def loaded(sparse_folder):
 
 def test_a_loaded_config_names_the_sparse_class_and_a_saved_one_the_stock_class(loaded, sparse_folder, token_ids, tmp_path):
     ids = token_ids(1, 200)
-    found = by_name(sparse_folder)
-    assert found is type(loaded) and torch.equal(logits(found.from_pretrained(sparse_folder), ids), logits(loaded, ids))
+    result = by_name(sparse_folder)
+    assert result is type(loaded) and torch.equal(logits(result.from_pretrained(sparse_folder), ids), logits(loaded, ids))
     assert loaded.config.architectures == copy.deepcopy(loaded.config).architectures == ["SparseLlamaForCausalLM"]
     loaded.save_pretrained(tmp_path / "again")
     for folder in (sparse_folder, tmp_path / "again"):
@@ -113,9 +113,9 @@ def test_every_auto_class_that_takes_a_stock_config_takes_the_sparse_one(model_t
     model = sparsify(tiny_models.tiny_model(model_type), real_budget)
     stock = type(tiny_models.tiny_config(model_type))
     autos = {name: auto._model_mapping for name, auto in vars(modeling_auto).items() if name.startswith("AutoModel")}
-    found = {name for name, mapping in autos.items() if stock in (mapping or ()) and mapping[stock].config_class is stock}
-    assert "AutoModel" in found and (model_type != "gemma3" or "AutoModelForMultimodalLM" in found)
-    for name in found:
+    result = {name for name, mapping in autos.items() if stock in (mapping or ()) and mapping[stock].config_class is stock}
+    assert "AutoModel" in result and (model_type != "gemma3" or "AutoModelForMultimodalLM" in result)
+    for name in result:
         assert autos[name][type(model.config)].__name__ == f"Sparse{autos[name][stock].__name__}", name
 
 
@@ -141,11 +141,11 @@ def test_peft_finds_the_class_of_an_adapter_without_a_task(loaded, sparse_folder
     """The adapter's config names class and module, which PEFT wants to be allowed by the user."""
     from peft import AutoPeftModel, get_peft_model
 
-    made = get_peft_model(loaded, lora_config(loaded, r=2, target_modules=["q_proj"]))
-    made.save_pretrained(tmp_path)
+    created = get_peft_model(loaded, lora_config(loaded, r=2, target_modules=["q_proj"]))
+    created.save_pretrained(tmp_path)
     again = AutoPeftModel.from_pretrained(tmp_path, import_allowlist=["hf_sparse_attn"])
     assert type(again.get_base_model()) is by_name(sparse_folder) and torch.equal(
-        logits(again, token_ids(1, 200)), logits(made, token_ids(1, 200))
+        logits(again, token_ids(1, 200)), logits(created, token_ids(1, 200))
     )
 
 
@@ -231,13 +231,13 @@ def test_trl_trains_sparse_models_against_sparse_references(
     from hf_sparse_attn import SparseTrainerMixin
 
     options = {"use_cpu": True, "report_to": [], "max_steps": 1, "bf16": False, "save_strategy": "no", "per_device_train_batch_size": 1}
-    told = {"processing_class": copy.deepcopy(word_tokenizer)}
-    told["processing_class"].eos_token = "<bos>"  # TRL ends its texts with it
+    arguments = {"processing_class": copy.deepcopy(word_tokenizer)}
+    arguments["processing_class"].eos_token = "<bos>"  # TRL ends its texts with it
     texts = [" ".join(f"w{3 + (7 * i + 11 * row) % 90}" for i in range(150)) for row in range(3)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         rows = Dataset.from_dict({"text": texts})
-        sft = SFTTrainer(str(sparse_folder), SFTConfig(str(tmp_path / "sft"), **options), train_dataset=rows, **told)
+        sft = SFTTrainer(str(sparse_folder), SFTConfig(str(tmp_path / "sft"), **options), train_dataset=rows, **arguments)
         assert len(routers(sft.model)) == 2
         sft.train()
         policy = loaded
@@ -248,7 +248,7 @@ def test_trl_trains_sparse_models_against_sparse_references(
                 router.wq.data += 0.1
         pairs = Dataset.from_dict({"prompt": texts, "chosen": ["w5 w6 w7"] * 3, "rejected": ["w9 w8"] * 3})
         trainer = type("Mine", (SparseTrainerMixin, DPOTrainer), {})(
-            policy, args=DPOConfig(str(tmp_path / "dpo"), logging_steps=1, **options), train_dataset=pairs, **told
+            policy, args=DPOConfig(str(tmp_path / "dpo"), logging_steps=1, **options), train_dataset=pairs, **arguments
         )
         for ours, theirs in zip(routers(trainer.model), routers(trainer.ref_model), strict=True):
             assert torch.equal(ours.wq, theirs.wq) and not theirs.wq.requires_grad and ours.wq.requires_grad

@@ -110,10 +110,10 @@ def test_a_folder_of_this_user_that_a_group_may_write_is_closed_to_it(cache, com
 def test_without_a_place_in_the_cache_a_temporary_one_is_used_and_said_once(cache, compiler, monkeypatch, tmp_path, value, caplog):
     monkeypatch.setenv(caching.VARIABLE, value)
     program = compiler()
-    made = {compiling.library(program, ()) for _ in range(3)}
-    assert {path.parent for path in made} == {tmp_path / f"hf_sparse_attn-{os.getuid()}/kernels"} and compiler.runs() == 1
+    created = {compiling.library(program, ()) for _ in range(3)}
+    assert {path.parent for path in created} == {tmp_path / f"hf_sparse_attn-{os.getuid()}/kernels"} and compiler.runs() == 1
     assert caplog.text.count("set HF_SPARSE_ATTN_CACHE") == 1
-    assert stat.S_IMODE(next(iter(made)).parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE(next(iter(created)).parent.stat().st_mode) == 0o700
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="gives files to another user")
@@ -122,8 +122,8 @@ def test_a_temporary_folder_that_another_user_made_first_is_not_used(cache, comp
     taken = tmp_path / f"hf_sparse_attn-{os.getuid()}"
     taken.mkdir(mode=0o777)
     os.chown(taken, 65534, 65534)
-    made = compiling.library(compiler(), ())
-    assert taken not in made.parents and made.parent.stat().st_uid == 0
+    created = compiling.library(compiler(), ())
+    assert taken not in created.parents and created.parent.stat().st_uid == 0
 
 
 def test_a_full_disk_is_left_for_the_next_place(cache, compiler, tmp_path):
@@ -148,18 +148,18 @@ def test_folders_of_killed_compilations_are_cleared(cache, compiler, tmp_path):
 
 
 def test_threads_and_processes_that_come_at_once_compile_once(cache, compiler):
-    program, found = compiler("sleep 0.3"), []
+    program, result = compiler("sleep 0.3"), []
     child = os.fork()
     if not child:
         compiling.library(program, ())
         os._exit(0)
-    threads = [threading.Thread(target=lambda: found.append(compiling.library(program, ()))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: result.append(compiling.library(program, ()))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     os.waitpid(child, 0)
-    assert len(found) == 4 and len(set(found)) == 1 and compiler.runs() == 1
+    assert len(result) == 4 and len(set(result)) == 1 and compiler.runs() == 1
 
 
 def test_threads_load_once(cache, monkeypatch):

@@ -304,13 +304,13 @@ def test_scales_of_any_size_weigh_as_in_float64(impl, scale):
 
 def test_gradients_beyond_float16_are_those_of_float64():
     q, k, v = qkv(GRID, dtype=torch.float16)
-    found = []
+    result = []
     for dtype, impl in ((torch.float16, "torch"), (torch.float16, "cpp"), (torch.float64, "reference")):
         leaves = [x.to(dtype, copy=True).requires_grad_() for x in (torch.full_like(q, 300), torch.full_like(k, 300), v)]
         block_sparse_attention(*leaves, every_block(GRID, 2, 2), impl=impl)[0].sum().backward()
-        found.append(leaves[2].grad.double())
-    for got in found[:2]:
-        torch.testing.assert_close(got, found[2], rtol=5e-3, atol=5e-3)
+        result.append(leaves[2].grad.double())
+    for got in result[:2]:
+        torch.testing.assert_close(got, result[2], rtol=5e-3, atol=5e-3)
 
 
 @pytest.mark.parametrize("impl", ["torch", "cpp"])

@@ -22,8 +22,8 @@ def case(q_len, past, tile, size, seed=0, dtype=torch.float32, spread=1.0):
     block = torch.arange(grid.blocks)
     keep = (torch.rand(rows, grid.tiles, grid.blocks, generator=generator) < 0.5) & (block <= last - grid.own_blocks)
     listed = torch.where(keep, block, -1).sort(-1).values
-    own = last - torch.arange(grid.own_blocks - 1, -1, -1)
-    blocks = torch.cat([listed, own.clamp(min=-1).expand(rows, -1, -1)], -1)
+    mine = last - torch.arange(grid.own_blocks - 1, -1, -1)
+    blocks = torch.cat([listed, mine.clamp(min=-1).expand(rows, -1, -1)], -1)
     queries = torch.randn(rows, grid.tiles, hg, count, 16, generator=generator) * spread
     keys = torch.randn(rows, grid.kv_len, 16, generator=generator)
     return queries.to(dtype), keys.to(dtype), grid, tiles, blocks, reps
@@ -68,11 +68,11 @@ def test_fine_mass_is_the_mean_softmax_mass_of_the_listed_blocks(sizes, impl, sc
 def test_scores_beyond_the_range_of_an_exponential_are_shifted(spread, monkeypatch):
     """The mass is the same whether or not the unshifted exponentials overflow or vanish."""
     arguments = case(100, 0, 64, 16, spread=spread)
-    made = []
+    created = []
     original = features._unshifted_mass
-    monkeypatch.setattr(features, "_unshifted_mass", lambda *args: made.append(original(*args)) or made[-1])
+    monkeypatch.setattr(features, "_unshifted_mass", lambda *args: created.append(original(*args)) or created[-1])
     got = fine_mass(*arguments, scratch=Scratch(), impl="torch")
-    assert [x is None for x in made] == [spread > 1]
+    assert [x is None for x in created] == [spread > 1]
     for impl in ("torch", "cpp"):
         torch.testing.assert_close(got, fine_mass(*arguments, impl=impl), rtol=1e-4, atol=1e-6)
     assert bool(torch.isfinite(got).all())

@@ -59,8 +59,8 @@ def test_tile_grid_counts_tiles_from_the_first_token(q_len, past, tiling):
     assert grid.last_positions().tolist() == [queries[-1] for queries in members.values()]
     assert grid.lead == past % tile
     assert grid.blocks == len({position // size for position in range(past + q_len)})
-    own = [{p // size for p in range(t * tile, queries[-1] + 1)} for t, queries in members.items()]
-    assert max(map(len, own)) <= grid.own_blocks
+    mine = [{p // size for p in range(t * tile, queries[-1] + 1)} for t, queries in members.items()]
+    assert max(map(len, mine)) <= grid.own_blocks
 
 
 @pytest.mark.parametrize(
@@ -101,9 +101,9 @@ def literal_tile(config, grid, first, last):
     size = config.block_size
     visible_blocks = {key // size for key in range(last + 1)}
     sink = {key // size for key in range(config.sink)} & visible_blocks
-    own = {key // size for key in range(first, last + 1)}
+    mine = {key // size for key in range(first, last + 1)}
     local = {key // size for key in range(max(0, first - config.local), first)}
-    forced = sink | own | local
+    forced = sink | mine | local
     keys = max(math.ceil(config.density * (last + 1)), config.min_keys)
     if config.max_keys is not None:
         keys = min(keys, config.max_keys)
@@ -126,8 +126,8 @@ def test_tile_plan_matches_the_definition(case):
         assert int(plan.free[i]) == min(len(eligible), budget - len(forced))
         assert int(plan.candidates[i]) == min(len(eligible), math.ceil(config.candidate_factor * budget))
         assert bool(plan.open[i]) == (len(eligible) > budget - len(forced))
-        own = {key // config.block_size for key in range(first, last + 1)} - set(range(plan.sink))
-        assert own <= set(forced_blocks[i, -grid.own_blocks :].tolist())
+        mine = {key // config.block_size for key in range(first, last + 1)} - set(range(plan.sink))
+        assert mine <= set(forced_blocks[i, -grid.own_blocks :].tolist())
 
 
 @given(plans())

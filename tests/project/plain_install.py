@@ -30,9 +30,9 @@ def check_what_is_there():
         assert module.__file__.startswith(SITE), module.__file__
     assert distribution("hf_sparse_attn").version == hf_sparse_attn.__version__
     assert [point.value for point in distribution("hf_sparse_attn").entry_points] == ["hf_sparse_attn.cli:main"]
-    for found in pkgutil.walk_packages(hf_sparse_attn.__path__, "hf_sparse_attn."):
-        if not found.name.startswith(("hf_sparse_attn.cli.", "hf_sparse_attn.recipes.")) and not found.name.endswith("__main__"):
-            import_module(found.name)
+    for result in pkgutil.walk_packages(hf_sparse_attn.__path__, "hf_sparse_attn."):
+        if not result.name.startswith(("hf_sparse_attn.cli.", "hf_sparse_attn.recipes.")) and not result.name.endswith("__main__"):
+            import_module(result.name)
 
 
 def check_the_files_of_the_package():

@@ -66,14 +66,14 @@ def test_every_module_has_its_place_in_the_order():
 
 @pytest.mark.parametrize("path", [p for p in MODULES if p != PACKAGE / "__init__.py"], ids=label)
 def test_a_module_imports_only_from_layers_above_it(path):
-    own = top(path)
+    mine = top(path)
     for name in imported(path, "hf_sparse_attn"):
         parts = name.split(".")
         if parts[0] != "hf_sparse_attn":
             continue
         other = parts[1]
         assert other in LEVEL, f"{label(path)} imports {name}, which has no place in the order (import it from its module)"
-        assert other == own or LEVEL[other] < LEVEL[own], f"{label(path)} imports {name}: {other} is not above {own}"
+        assert other == mine or LEVEL[other] < LEVEL[mine], f"{label(path)} imports {name}: {other} is not above {mine}"
 
 
 @pytest.mark.parametrize("path", KERNEL_MODULES, ids=label)
@@ -151,8 +151,8 @@ def test_every_tensor_names_its_dtype_and_device(path):
 
 
 def test_a_tensor_of_the_defaults_is_found():
-    found = list(unnamed(ast.parse("import torch\nx = torch.zeros(3, dtype=torch.int64)\ny = torch.arange(3)\nfrom torch import ones")))
-    assert found == [
+    result = list(unnamed(ast.parse("import torch\nx = torch.zeros(3, dtype=torch.int64)\ny = torch.arange(3)\nfrom torch import ones")))
+    assert result == [
         "line 4: import ones as torch.ones",
         "line 2: torch.zeros names no device",
         "line 3: torch.arange names no device and no dtype",

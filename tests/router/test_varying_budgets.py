@@ -45,8 +45,8 @@ def estimated(router, inputs, tile):
 
 def threshold_in_a_gap(plan, mass):
     """A threshold that about half of the candidates reach, far from the mass of any of them."""
-    found = mass[(mass > -torch.inf) & plan.eligible_mask(torch.arange(plan.grid.tiles)) & plan.open[:, None]].sort().values
-    middle = found[len(found) // 3 : 2 * len(found) // 3].log()
+    result = mass[(mass > -torch.inf) & plan.eligible_mask(torch.arange(plan.grid.tiles)) & plan.open[:, None]].sort().values
+    middle = result[len(result) // 3 : 2 * len(result) // 3].log()
     at = int(middle.diff().argmax())
     return float(((middle[at] + middle[at + 1]) / 2).exp())
 
@@ -82,14 +82,14 @@ def test_a_tile_keeps_the_candidates_that_reach_the_threshold(case, impl, router
     threshold = threshold_in_a_gap(plan, mass)
     varying = copy.copy(router)
     varying.config = router.config.changed(mass_threshold=threshold)
-    found = select_blocks(varying, inputs, tile, impl=impl)
-    assert as_sets(found) == literal(plan, mass, threshold)
-    counts = (found.indices >= 0).sum(-1)[:, :, plan.open]
-    assert len(counts.unique()) > 2 and counts.amin() < counts.amax() <= make_plan(varying.config, found.grid).width
-    found.check(inputs.q, inputs.k, values=True)
-    scored = (found.indices >= 0) & plan.open[:, None]
-    torch.testing.assert_close(found.scores[scored], mass.gather(-1, found.indices.clamp(min=0).long())[scored], rtol=1e-4, atol=1e-7)
-    assert bool(found.scores[~scored].isnan().all())
+    result = select_blocks(varying, inputs, tile, impl=impl)
+    assert as_sets(result) == literal(plan, mass, threshold)
+    counts = (result.indices >= 0).sum(-1)[:, :, plan.open]
+    assert len(counts.unique()) > 2 and counts.amin() < counts.amax() <= make_plan(varying.config, result.grid).width
+    result.check(inputs.q, inputs.k, values=True)
+    scored = (result.indices >= 0) & plan.open[:, None]
+    torch.testing.assert_close(result.scores[scored], mass.gather(-1, result.indices.clamp(min=0).long())[scored], rtol=1e-4, atol=1e-7)
+    assert bool(result.scores[~scored].isnan().all())
 
 
 def test_a_bidirectional_tile_keeps_the_candidates_that_reach_the_threshold(make_router, routing_inputs):
@@ -122,9 +122,9 @@ def test_the_most_that_is_kept_are_all_candidates_and_the_least_the_forced_block
 def test_without_a_threshold_a_tile_keeps_the_best_of_its_budget(router, routing_inputs):
     inputs = routing_inputs(250, batch=2)
     plan, mass = estimated(router, inputs, 16)
-    found = as_sets(select_blocks(router, inputs, impl="torch"))
+    result = as_sets(select_blocks(router, inputs, impl="torch"))
     eligible = plan.eligible_mask(torch.arange(plan.grid.tiles))
-    for (b, g, t), blocks in found.items():
+    for (b, g, t), blocks in result.items():
         best = mass[b, g, t].masked_fill(~eligible[t], -torch.inf).topk(int(plan.free[t])).indices.tolist()
         if plan.open[t]:
             assert {block for block in blocks if eligible[t, block]} == set(best)
@@ -296,13 +296,13 @@ def test_a_fit_without_a_number_keeps_the_average_of_the_present_budget(model, b
 
 
 def test_a_histogram_finds_the_threshold_of_a_sort(router, routing_inputs):
-    found = mass_threshold.candidates(router, routing_inputs(250, batch=2), 16)
+    result = mass_threshold.candidates(router, routing_inputs(250, batch=2), 16)
     histogram = mass_threshold.Histogram()
     for _ in range(2):
-        histogram.add(found, found.mass)
-    values = found.mass[found.free].sort(descending=True).values
-    forced = int((found.every.indices >= 0)[:, :, found.counted].sum()) - len(values)
-    rows = 4 * int(found.counted.sum())
+        histogram.add(result, result.mass)
+    values = result.mass[result.free].sort(descending=True).values
+    forced = int((result.every.indices >= 0)[:, :, result.counted].sum()) - len(values)
+    rows = 4 * int(result.counted.sum())
     for keys in (80, 96, 130):
         most = int(keys * rows / 16 - forced)
         threshold = histogram.threshold(keys)
@@ -310,7 +310,7 @@ def test_a_histogram_finds_the_threshold_of_a_sort(router, routing_inputs):
         lower = (torch.tensor(threshold).view(torch.int32) - (1 << mass_threshold.BITS)).view(torch.float32)
         assert kept <= most < int((values >= lower).sum()) and lower > 0.999 * threshold
         assert histogram.kept_keys(threshold) == pytest.approx(16 * (forced + kept) / rows)
-    assert histogram.asked_keys() == pytest.approx(16 * (forced + int(found.asked[found.counted].sum()) * 4) / rows)
+    assert histogram.asked_keys() == pytest.approx(16 * (forced + int(result.asked[result.counted].sum()) * 4) / rows)
 
 
 def test_a_threshold_is_saved_with_the_model_and_read_again(model, batches, token_ids, tmp_path):
@@ -390,18 +390,18 @@ def test_times_of_varying_and_uniform_budgets_are_taken_in_turns(model, batches,
     row = bench_budgets(model, token_ids(1, 400), 0.02, repeats=2)
     assert row["length"] == 400 and 64 < row["keys"]["uniform"] <= 128 and row["keys"]["threshold"] != row["keys"]["uniform"]
     assert set(row["seconds"]) == {f"{p}, {k}" for p in ("select", "attend", "attend in torch") for k in ("uniform", "threshold")}
-    assert all(found["n"] == 2 and found["min_s"] > 0 for found in row["seconds"].values())
+    assert all(result["n"] == 2 and result["min_s"] > 0 for result in row["seconds"].values())
     assert set(row["over_uniform"]) == {"select", "attend", "attend in torch", "select + attend"}
 
 
 def test_as_many_blocks_hold_more_mass_by_a_threshold_than_by_a_uniform_budget(router, routing_inputs):
-    found = mass_threshold.candidates(router, routing_inputs(250, batch=2), 16)
-    count = int(found.asked[found.counted].sum()) * 4
-    best = torch.arange(found.mass.shape[-1]) < found.asked[:, None]
-    uniform = found.mass.sort(descending=True).values.masked_fill(~best, 0)[:, :, found.counted].sum()
-    values = found.mass[found.free].sort(descending=True).values
-    varying = found.keep(found.mass >= values[count - 1])
-    kept = (varying.indices >= 0) & found.counted[:, None]
-    assert int(kept.sum()) == count + int(((found.every.indices >= 0) & ~found.free)[:, :, found.counted].sum())
-    forced = found.every.scores[~found.free & (found.every.indices >= 0) & found.counted[:, None]].sum()
+    result = mass_threshold.candidates(router, routing_inputs(250, batch=2), 16)
+    count = int(result.asked[result.counted].sum()) * 4
+    best = torch.arange(result.mass.shape[-1]) < result.asked[:, None]
+    uniform = result.mass.sort(descending=True).values.masked_fill(~best, 0)[:, :, result.counted].sum()
+    values = result.mass[result.free].sort(descending=True).values
+    varying = result.keep(result.mass >= values[count - 1])
+    kept = (varying.indices >= 0) & result.counted[:, None]
+    assert int(kept.sum()) == count + int(((result.every.indices >= 0) & ~result.free)[:, :, result.counted].sum())
+    forced = result.every.scores[~result.free & (result.every.indices >= 0) & result.counted[:, None]].sum()
     assert varying.scores[kept].sum() - forced > 1.02 * uniform

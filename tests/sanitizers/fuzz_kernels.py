@@ -234,8 +234,8 @@ def fine(case, wrong):
     last = (grid.last_positions() // grid.block_size)[tiles][:, None]
     listed = case.lists(grid, case.batch)[:, :, tiles].long()
     listed = torch.where(listed <= last - grid.own_blocks, listed, -1).sort(-1).values
-    own = (last - torch.arange(grid.own_blocks - 1, -1, -1)).clamp(min=-1).expand(case.batch, case.groups, -1, -1)
-    blocks = torch.cat([listed, own], -1).flatten(0, 1)
+    mine = (last - torch.arange(grid.own_blocks - 1, -1, -1)).clamp(min=-1).expand(case.batch, case.groups, -1, -1)
+    blocks = torch.cat([listed, mine], -1).flatten(0, 1)
     if wrong:
         ops.block_mass(*spoiled(case, (queries, reps, keys, tiles, blocks, grid.q_len, grid.query_tile, grid.block_size)))
         return

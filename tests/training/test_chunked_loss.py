@@ -57,8 +57,8 @@ def test_shifted_labels_are_used_as_they_are(stock_llama, batch):
 def test_no_more_logits_than_a_chunk_exist_and_the_output_holds_none(stock_llama, batch):
     model, sizes = stock_llama(), []
     head = model.get_output_embeddings()
-    own = head.forward
-    head.forward = lambda hidden: sizes.append(hidden.shape[:-1].numel()) or own(hidden)
+    mine = head.forward
+    head.forward = lambda hidden: sizes.append(hidden.shape[:-1].numel()) or mine(hidden)
     chunk_loss(model)
     sizes.clear()
     out = model(**batch)
@@ -131,8 +131,8 @@ def test_without_gradients_logits_are_there_for_who_reads_them(stock_llama, batc
     batch = {**batch, **options, **({"shift_labels": batch["labels"][:, -5:].contiguous()} if options else {})}
     want, sizes = model(**batch), []
     head = model.get_output_embeddings()
-    own = head.forward
-    head.forward = lambda hidden: sizes.append(hidden.shape[:-1].numel()) or own(hidden)
+    mine = head.forward
+    head.forward = lambda hidden: sizes.append(hidden.shape[:-1].numel()) or mine(hidden)
     chunk_loss(model)
     for logits in (lambda: model(**batch)["logits"], lambda: model(**batch).logits, lambda: model(**batch, return_dict=False)[1]):
         sizes.clear()

@@ -36,13 +36,13 @@ def model(sparse_llama, real_budget):
 @pytest.fixture
 def rows(token_ids):
     """Rows with ever fewer labels."""
-    made = []
+    created = []
     for seed in range(8):
         ids = token_ids(1, LENGTH, seed=seed)[0]
         labels = ids.clone()
         labels[: 15 * seed] = -100
-        made.append({"input_ids": ids, "labels": labels})
-    return made
+        created.append({"input_ids": ids, "labels": labels})
+    return created
 
 
 def arguments(folder, **changes):
@@ -55,8 +55,8 @@ def arguments(folder, **changes):
 
 def trainer_of(model, rows, folder, sparse=None, cls=SparseTrainer, **changes):
     sparse = SparseTrainingConfig(**{"kl_tile_share": 2, "dense_every": 0, **(sparse or {})})
-    made = cls(model, arguments(folder, **changes), train_dataset=rows, sparse_training=sparse)
-    return made
+    created = cls(model, arguments(folder, **changes), train_dataset=rows, sparse_training=sparse)
+    return created
 
 
 def losses(trainer):
@@ -182,10 +182,10 @@ def test_checkpointing_changes_nothing_and_repeats_neither_routing_nor_kl(sparse
 def test_routers_have_a_learning_rate_of_their_own_and_no_decay(model, rows, tmp_path):
     trainer = trainer_of(model, rows, tmp_path, {"router_lr": 3e-3}, weight_decay=0.1, warmup_steps=0, lr_scheduler_type="constant")
     trainer.train()
-    own = {id(p) for router in routers(model) for p in router.parameters()}
-    groups = [({id(p) for p in group["params"]} & own, group) for group in trainer.optimizer.param_groups]
-    found = [group for inside, group in groups if inside]
-    assert len(found) == 1 and len(found[0]["params"]) == 8 and found[0]["lr"] == 3e-3 and found[0]["weight_decay"] == 0
+    mine = {id(p) for router in routers(model) for p in router.parameters()}
+    groups = [({id(p) for p in group["params"]} & mine, group) for group in trainer.optimizer.param_groups]
+    result = [group for inside, group in groups if inside]
+    assert len(result) == 1 and len(result[0]["params"]) == 8 and result[0]["lr"] == 3e-3 and result[0]["weight_decay"] == 0
     assert {group["lr"] for inside, group in groups if not inside} == {1e-3}
     assert sum(len(group["params"]) for _, group in groups) == sum(1 for _ in model.parameters())
 
@@ -198,17 +198,17 @@ def test_an_optimiser_of_the_user_stays_as_it_is(model, rows, tmp_path):
 
 
 def test_budgets_and_the_weight_of_the_kl_are_annealed(model, rows, tmp_path, monkeypatch):
-    made, original = [], objective.TrainingForward.__post_init__
+    created, original = [], objective.TrainingForward.__post_init__
 
     def note(self):
-        made.append((self.step, round(self.kl_weight, 4), routers(model)[0].config.density, routers(model)[0].config.min_keys))
+        created.append((self.step, round(self.kl_weight, 4), routers(model)[0].config.density, routers(model)[0].config.min_keys))
         original(self)
 
     monkeypatch.setattr(objective.TrainingForward, "__post_init__", note)
     settings = {"anneal": {"density": [1.0, 0.05], "min_keys": [160, 80], "kl_weight": [0.4, 0.1]}, "anneal_share": 0.75}
     trainer = trainer_of(model, rows, tmp_path, settings, max_steps=4)
     trainer.train()
-    assert made == [(0, 0.4, 1.0, 160), (1, 0.25, 0.525, 120), (2, 0.1, 0.05, 80), (3, 0.1, 0.05, 80)]
+    assert created == [(0, 0.4, 1.0, 160), (1, 0.25, 0.525, 120), (2, 0.1, 0.05, 80), (3, 0.1, 0.05, 80)]
     densities = [row["density"] for row in trainer.state.log_history if "density" in row]
     assert densities[0] == 1.0 and densities[0] > densities[1] > densities[2] == densities[3]
     assert model.config.sparse_attention["density"] == 0.05 and model.config.sparse_attention["min_keys"] == 80
@@ -255,8 +255,8 @@ def test_plain_trainer_leaves_routers_frozen_and_says_so_once(model, rows, tmp_p
     gradients.say_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger="hf_sparse_attn"):
         trainer = Trainer(model, arguments(tmp_path, max_steps=3, weight_decay=0.1), train_dataset=rows)
-        found = losses(trainer)
-    assert len(found) == 3 and [r.getMessage()[:36] for r in caplog.records if r.name == "hf_sparse_attn.attention.gradients"] == [
+        result = losses(trainer)
+    assert len(result) == 3 and [r.getMessage()[:36] for r in caplog.records if r.name == "hf_sparse_attn.attention.gradients"] == [
         "the routers of this sparse model sta"
     ]
     for router, weights in zip(active_routers(model), before, strict=True):
@@ -352,18 +352,18 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(model, rows, tmp_pa
 
 
 def test_a_model_that_the_trainer_makes_is_the_one_that_learns(sparse_llama, real_budget, rows, tmp_path):
-    made = []
+    created = []
 
     def model_init():
-        made.append(sparse_llama(real_budget, noise=0.1))
-        return made[-1]
+        created.append(sparse_llama(real_budget, noise=0.1))
+        return created[-1]
 
     config = SparseTrainingConfig(kl_tile_share=2, dense_every=0, anneal={"min_keys": [112, 80]})
     trainer = SparseTrainer(args=arguments(tmp_path, max_steps=3), model_init=model_init, train_dataset=rows, sparse_training=config)
     for run in range(2):
         before = router_state(sparse_llama(real_budget, noise=0.1))
         trainer.train()
-        assert trainer.model is trainer.objective.model is made[-1] and len(made) == 2 + run
+        assert trainer.model is trainer.objective.model is created[-1] and len(created) == 2 + run
         assert all(not torch.equal(weight, before[name]) for name, weight in router_state(trainer.model).items() if "index" not in name)
         assert trainer.model.config.sparse_attention["min_keys"] == 80
         logged = [row for row in trainer.state.log_history if "task_loss" in row]
@@ -384,10 +384,10 @@ class OwnLoss(Trainer):
         self.ref_model = ref_model if ref_model is not None else reference
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        told = {"input_ids": inputs["input_ids"], "labels": inputs["labels"], "use_cache": False}
+        options = {"input_ids": inputs["input_ids"], "labels": inputs["labels"], "use_cache": False}
         with torch.no_grad():  # before and after: neither may count
             self.compared = [(self.ref_model if self.ref_model is not None else model)(**inputs).loss for _ in range(2)]
-        loss = model(**told).loss
+        loss = model(**options).loss
         with torch.no_grad():
             model(**inputs)
         return loss
@@ -408,7 +408,7 @@ def test_a_reference_gets_the_routers_and_does_not_count(model, stock_llama, spa
     seen = []
     for cls, reference in ((None, None), (Own, stock_llama()), (Own, sparse_llama(real_budget)), (Own, None)):
         policy = sparse_llama(real_budget, noise=0.1)
-        made = (
+        created = (
             trainer_of(policy, rows, tmp_path, max_steps=1)
             if cls is None
             else own_trainer(policy, rows, tmp_path, reference=reference, max_steps=1)
@@ -416,13 +416,13 @@ def test_a_reference_gets_the_routers_and_does_not_count(model, stock_llama, spa
         if reference is not None:
             assert all(torch.equal(a.wq, b.wq) and not a.wq.requires_grad for a, b in zip(routers(reference), routers(policy), strict=True))
             assert reference.config.sparse_attention == policy.config.sparse_attention
-        made.add_callback(gradients := Gradients())
-        made.train()
+        created.add_callback(gradients := Gradients())
+        created.train()
         seen.append(gradients.steps[0])
-        row = made.state.log_history[0]
+        row = created.state.log_history[0]
         assert row["kl"] > 0
         if cls is not None:
-            assert float(made.compared[0]) == pytest.approx(row["task_loss"], rel=1e-5)
+            assert float(created.compared[0]) == pytest.approx(row["task_loss"], rel=1e-5)
     for other in seen[1:]:
         assert seen[0].keys() == other.keys() and len(other) == 8
         for name, grad in seen[0].items():

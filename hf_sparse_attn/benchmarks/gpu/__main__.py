@@ -20,13 +20,13 @@ def main() -> int:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of the results")
     parser.add_argument("--dry", action="store_true", help="tiny sizes on a CPU, the kernels in Triton's interpreter")
     parser.add_argument("--seconds", type=float, default=600, help="after which no row is begun")
-    asked = parser.parse_args()
-    if asked.dry:
+    arguments = parser.parse_args()
+    if arguments.dry:
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
-    asked.out.mkdir(parents=True, exist_ok=True)
-    if asked.stage == "machine":
-        return machine(asked.out / "machine.json", asked.dry)
-    return stage(asked.stage, asked.out / f"{asked.stage}.json", asked.dry, asked.seconds)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.stage == "machine":
+        return machine(arguments.out / "machine.json", arguments.dry)
+    return stage(arguments.stage, arguments.out / f"{arguments.stage}.json", arguments.dry, arguments.seconds)
 
 
 def machine(path: Path, dry: bool) -> int:
@@ -39,8 +39,8 @@ def machine(path: Path, dry: bool) -> int:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         known |= {"card": properties.name, "memory_bytes": properties.total_memory, "multiprocessors": properties.multi_processor_count}
-        told = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False) if shutil.which("nvidia-smi") else None
-        known["nvidia_smi"] = None if told is None else told.stdout
+        listing = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False) if shutil.which("nvidia-smi") else None
+        known["nvidia_smi"] = None if listing is None else listing.stdout
     write_json(path, known)
     if dry or torch.cuda.is_available():
         return 0

@@ -107,8 +107,8 @@ class _launched:  # a context manager, used as a function
             table.TABLE[self.key] = self.before
 
 
-def _verify(found: list[Tensor], want: list[Tensor]) -> None:
-    for got, expected in zip(found, want, strict=True):
+def _verify(outputs: list[Tensor], want: list[Tensor]) -> None:
+    for got, expected in zip(outputs, want, strict=True):
         error = float((got.double() - expected.double()).norm() / expected.double().norm())
         if not error <= 4 * torch.finfo(got.dtype).eps:
             raise RuntimeError(f"its results differ by {error:.3g} relative")

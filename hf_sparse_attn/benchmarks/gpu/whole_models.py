@@ -81,8 +81,8 @@ def make(shape: Shape, dry: bool) -> PreTrainedModel:
     with torch.device("cpu" if dry else "cuda"):
         model: PreTrainedModel = LlamaForCausalLM._from_config(config, dtype=dtype)
     keys = DRY_KEYS if dry else KEYS
-    made: PreTrainedModel = sparsify(model, {**fixed_budget(keys), **({"dense_below": 0} if dry else {})}).eval()
-    return made
+    sparse: PreTrainedModel = sparsify(model, {**fixed_budget(keys), **({"dense_below": 0} if dry else {})}).eval()
+    return sparse
 
 
 def random_ids(shape: Shape, rows: int, length: int, dry: bool, seed: int = 0) -> Tensor:

@@ -34,8 +34,8 @@ def device_at(where: torch.device, config: PreTrainedConfig, dtype: torch.dtype,
         return named_device("cpu", config, dtype, lora)
     known = torch.cuda.get_device_name(where).replace(" ", "")
     size = torch.cuda.get_device_properties(where).total_memory
-    found = [name for name in GPUS if name.partition("-")[0] in known and abs(GPUS[name][0] * 1e9 / size - 1) < 0.15]
-    return gpu(found[0]) if found else None
+    fitting = [name for name in GPUS if name.partition("-")[0] in known and abs(GPUS[name][0] * 1e9 / size - 1) < 0.15]
+    return gpu(fitting[0]) if fitting else None
 
 
 def faster_here(before: Device, model: PreTrainedModel, lora: AdaptationConfig | None = None) -> Device:
@@ -54,12 +54,12 @@ def compare_plan(model: PreTrainedModel, device: Device, row: dict[str, Any], tr
     for kind, attention in PLANNED.items():
         options = {"batch": row["batch"], "dtype": model.dtype, "sparse_attention": sparse, "training": training}
         plan = plan_training(model.config, device, row["length"], attention=attention, **options)
-        made = row["kinds"][kind]
-        memory = made["static_bytes"] + made["peak_memory_bytes"]
+        measured = row["kinds"][kind]
+        memory = measured["static_bytes"] + measured["peak_memory_bytes"]
         compared[kind] = {
             **plan.to_dict(),
             "memory_error": (plan.static_bytes + plan.peak_bytes) / memory - 1,
-            "step_memory_error": plan.peak_bytes / max(made["peak_memory_bytes"], 1) - 1,
-            "time_error": plan.seconds / made["median_s"] - 1,
+            "step_memory_error": plan.peak_bytes / max(measured["peak_memory_bytes"], 1) - 1,
+            "time_error": plan.seconds / measured["median_s"] - 1,
         }
     return compared

@@ -80,15 +80,15 @@ class _Meter(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = function(*args, **kwargs)
-        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        for tensor in made:
+        tensors = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        for tensor in tensors:
             self._allocated(tensor.untyped_storage())
-        if made and not function.is_view:
+        if tensors and not function.is_view:
             count = flop_registry.get(function._overloadpacket)
             flops = 0 if count is None else int(count(*args, **kwargs, out_val=out))
             read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-            moved = {id(t): t.numel() * t.element_size() for t in (*read, *made)}
-            self.result.operations[Operation(flops, sum(moved.values()), (read or made)[0].dtype)] += 1
+            moved = {id(t): t.numel() * t.element_size() for t in (*read, *tensors)}
+            self.result.operations[Operation(flops, sum(moved.values()), (read or tensors)[0].dtype)] += 1
         return out
 
     def _allocated(self, storage: Any) -> None:
@@ -185,12 +185,12 @@ def simulate_step(config: Any, dtype: torch.dtype, lora: AdaptationConfig, batch
 
 
 def _run(model: Any, base: Any, meter: _Meter, ids: Tensor) -> None:
-    own = base.loss_function
+    stock_loss = base.loss_function
 
     def loss_function(*args: Any, **kwargs: Any) -> Any:
         meter.phase = LOSS
         try:
-            return own(*args, **kwargs)
+            return stock_loss(*args, **kwargs)
         finally:
             meter.phase = FORWARD
 

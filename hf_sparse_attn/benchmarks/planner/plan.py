@@ -161,8 +161,8 @@ def _simulate(stock: Any, layers: int, dtype: torch.dtype, training: AdaptationC
 
 
 def _settings(config: Any, given: Any) -> SparseAttentionConfig:
-    own = getattr(config, "sparse_attention", None)
-    return SparseAttentionConfig.coerce(given if given is not None else own if own is not None else {})
+    settings = getattr(config, "sparse_attention", None)
+    return SparseAttentionConfig.coerce(given if given is not None else settings if settings is not None else {})
 
 
 def _describe(stock: Any, batch: int, sparse: SparseAttentionConfig) -> _Model:
@@ -170,13 +170,15 @@ def _describe(stock: Any, batch: int, sparse: SparseAttentionConfig) -> _Model:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(stock))  # which sparsify would change
-    found = routers(sparsify(model, sparse))
-    router = found[0]
+    layer_routers = routers(sparsify(model, sparse))
+    router = layer_routers[0]
     shape = AttentionShape(batch, router.heads, router.groups, router.head_dim)
-    weights = sum(p.numel() for r in found for p in r.parameters())
+    weights = sum(p.numel() for r in layer_routers for p in r.parameters())
     text = stock.get_text_config()
     layers, window = int(text.num_hidden_layers), int(getattr(text, "sliding_window", None) or 0)
-    return _Model(shape, layers, len(found) - len(sparse.dense_layers), layers - len(found) if window else 0, window, weights, sparse)
+    return _Model(
+        shape, layers, len(layer_routers) - len(sparse.dense_layers), layers - len(layer_routers) if window else 0, window, weights, sparse
+    )
 
 
 def _parameters(step: _Step) -> dict[str, int]:

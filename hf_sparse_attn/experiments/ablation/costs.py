@@ -79,25 +79,25 @@ def measure(contenders: Mapping[str, Contender], baseline: str, inputs: RoutingI
     one layer above its inputs, beside the routers' weights and the cached stage-1 keys of all layers.
     """
     dense = _run_dense(inputs)
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for name, contender in contenders.items():
         run: Callable[[], object] = lambda: contender(inputs)  # noqa: B023, E731
         base: Callable[[], object] = lambda: contenders[baseline](inputs)  # noqa: E731
         alternate({"warm": run, "base": base}, 1)
         times = alternate({"own": run, "base": base, "dense": dense}, repeats)
         share = contender.dense_share
-        own = [(1 - share) * a + share * b for a, b in zip(times["own"], times["dense"], strict=True)]
+        mixed_times = [(1 - share) * a + share * b for a, b in zip(times["own"], times["dense"], strict=True)]
         with PeakMemory() as peak:
             run()
-        found[name] = _figures(own, times["base"], layers) | {
+        figures[name] = _figures(mixed_times, times["base"], layers) | {
             "mb": (peak.bytes + layers * (contender.weight_bytes + contender.summary_bytes(inputs))) / 2**20,
             "peak_bytes": peak.bytes,
             "weight_bytes": layers * contender.weight_bytes,
             "summary_bytes": layers * contender.summary_bytes(inputs),
         }
         if name == baseline:
-            found[DENSE] = _figures(times["dense"], times["base"], layers)
-    return found
+            figures[DENSE] = _figures(times["dense"], times["base"], layers)
+    return figures
 
 
 def _run_dense(inputs: RoutingInputs) -> Callable[[], object]:
@@ -106,5 +106,5 @@ def _run_dense(inputs: RoutingInputs) -> Callable[[], object]:
     return lambda: dense_attention(inputs.q, inputs.k, v, inputs.scale, inputs.causal, None, None)
 
 
-def _figures(own: list[float], base: list[float], layers: int) -> dict[str, Any]:
-    return {"ms": 1e3 * layers * spread(own)["median_s"], "over_default": ratio(own, base), "n": len(own)}
+def _figures(times: list[float], base: list[float], layers: int) -> dict[str, Any]:
+    return {"ms": 1e3 * layers * spread(times)["median_s"], "over_default": ratio(times, base), "n": len(times)}

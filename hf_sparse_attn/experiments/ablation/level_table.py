@@ -27,18 +27,18 @@ def ablation_table(readings: Readings, costs: Mapping[str, Any], defaults: Mappi
     for factor in dict.fromkeys(factor for factor, _ in cells if factor != BASELINE):
         baseline = cells.get((factor, BASELINE), cells[BASELINE, BASELINE])
         rows.append(_row(factor, defaults[factor], baseline, baseline, costs.get(BASELINE), True))
-        for (other, level), own in cells.items():
+        for (other, level), cell in cells.items():
             if other == factor and level != BASELINE:
-                rows.append(_row(factor, level, own, baseline, costs.get(f"{factor} {level}"), False))
+                rows.append(_row(factor, level, cell, baseline, costs.get(f"{factor} {level}"), False))
     return rows
 
 
-def _row(factor: str, level: str, own: Readings, baseline: Readings, cost: Mapping[str, Any] | None, default: bool) -> dict[str, Any]:
+def _row(factor: str, level: str, readings: Readings, baseline: Readings, cost: Mapping[str, Any] | None, default: bool) -> dict[str, Any]:
     row: dict[str, Any] = {"factor": factor, "level": level, "default": default}
-    row |= {"n": len({r["document"] for r in own}), "seeds": len({r["seed"] for r in own})}
+    row |= {"n": len({r["document"] for r in readings}), "seeds": len({r["seed"] for r in readings})}
     for name in FIGURES:
-        row[name] = float(np.mean([reading[name] for reading in own]))
-        row[f"{name}_above"] = difference(own, baseline, name)
+        row[name] = float(np.mean([reading[name] for reading in readings]))
+        row[f"{name}_above"] = difference(readings, baseline, name)
     row["verdict"] = "default" if default else _verdict(row["kl_above"])
     if cost is not None:
         row |= {"ms": cost["ms"], "mb": cost.get("mb"), "over_default": cost["over_default"]}

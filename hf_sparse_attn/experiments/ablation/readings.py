@@ -38,22 +38,22 @@ def read(
     model: PreTrainedModel, windows: Sequence[Window], dense: Sequence[Tensor], call: SparseCall, level: Level, seed: int
 ) -> list[Reading]:
     """Every window under ``call``; ``dense`` holds the last hidden states of dense attention for each."""
-    found = []
+    results = []
     for window, reference in zip(windows, dense, strict=True):
-        made = predictions(model, window.ids, last_hidden(model, window.ids, call), reference, whole=False)
-        found.append(Reading(level.factor, level.name, seed, window.document, made.loss, made.kl))
-    return found
+        prediction = predictions(model, window.ids, last_hidden(model, window.ids, call), reference, whole=False)
+        results.append(Reading(level.factor, level.name, seed, window.document, prediction.loss, prediction.kl))
+    return results
 
 
 def by_seed(readings: Sequence[Mapping[str, Any]], name: str) -> dict[int, dict[str, float]]:
     """A figure of some readings, by seed and window."""
-    found: dict[int, dict[str, float]] = {}
+    values: dict[int, dict[str, float]] = {}
     for reading in readings:
-        found.setdefault(reading["seed"], {})[reading["document"]] = reading[name]
-    return found
+        values.setdefault(reading["seed"], {})[reading["document"]] = reading[name]
+    return values
 
 
-def difference(own: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
+def difference(readings: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
     """How much a figure lies above the baseline's: mean with a 95 % interval over resampled windows, paired by window and seed.
 
     ``seeds`` are the means of the single seeds, whose spread is what training alone does.
@@ -61,10 +61,10 @@ def difference(own: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str,
     Raises:
         ValueError: the baseline lacks a seed or window.
     """
-    mine, base = by_seed(own, name), by_seed(baseline, name)
-    lacking = [(seed, document) for seed, found in mine.items() for document in found if document not in base.get(seed, {})]
+    mine, base = by_seed(readings, name), by_seed(baseline, name)
+    lacking = [(seed, document) for seed, values in mine.items() for document in values if document not in base.get(seed, {})]
     if lacking:
         raise ValueError(f"the baseline lacks seed and window {lacking[0]}: read it at the same seeds and windows")
-    above = np.array([[value - base[seed][document] for document, value in found.items()] for seed, found in mine.items()])
+    above = np.array([[value - base[seed][document] for document, value in values.items()] for seed, values in mine.items()])
     means = above.mean(0)
     return {**loss_above(means, np.zeros_like(means)), "seeds": above.mean(1).tolist()}

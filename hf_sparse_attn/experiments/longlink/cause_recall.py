@@ -128,10 +128,10 @@ class LinkObserver(SparseCall):
 
 def _wanted(links: list[Link], tile: int, size: int) -> dict[int, set[int]]:
     """Blocks of the causes, by the tile of the question."""
-    found: dict[int, set[int]] = defaultdict(set)
+    causes: dict[int, set[int]] = defaultdict(set)
     for link in links:
-        found[link.effect // tile] |= {cause // size for cause in link.causes}
-    return found
+        causes[link.effect // tile] |= {cause // size for cause in link.causes}
+    return causes
 
 
 def _estimates(every: BlockSelection) -> Tensor:
@@ -163,15 +163,15 @@ class Without:
         self.generator = torch.Generator(device="cpu").manual_seed(seed)
 
     def __call__(self, router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection:
-        found = self.selector(router, inputs, query_tile)
-        plan = make_plan(router.config, found.grid, inputs.q.device)
-        eligible = plan.eligible_mask(torch.arange(plan.grid.tiles, device=found.indices.device, dtype=torch.int64))
-        indices = found.indices.clone()
+        scores = self.selector(router, inputs, query_tile)
+        plan = make_plan(router.config, scores.grid, inputs.q.device)
+        eligible = plan.eligible_mask(torch.arange(plan.grid.tiles, device=scores.indices.device, dtype=torch.int64))
+        indices = scores.indices.clone()
         for row, links in enumerate(self.rows.rows(inputs)):
-            for t, blocks in _wanted(links, query_tile, found.grid.block_size).items():
+            for t, blocks in _wanted(links, query_tile, scores.grid.block_size).items():
                 for head in range(indices.shape[1]):
                     self._cut(indices[row, head, t], eligible[t], blocks)
-        return BlockSelection(indices.sort(-1).values, found.grid)
+        return BlockSelection(indices.sort(-1).values, scores.grid)
 
     def _cut(self, kept: Tensor, eligible: Tensor, blocks: set[int]) -> None:
         free = (kept >= 0) & eligible[kept.clamp(min=0).long()]

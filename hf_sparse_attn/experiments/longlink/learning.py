@@ -122,8 +122,8 @@ def _batch(config: LongLinkConfig, stage: Stage, seed: int) -> tuple[torch.Tenso
 def _step(model: PreTrainedModel, batch: tuple[torch.Tensor, torch.Tensor], optimizer: torch.optim.Optimizer) -> float:
     ids, labels = batch
     hidden, target = model.base_model(ids, use_cache=False).last_hidden_state[:, :-1], labels[:, 1:]
-    asked = target >= 0
-    loss = F.cross_entropy(model.get_output_embeddings()(hidden[asked]), target[asked])
+    labelled = target >= 0
+    loss = F.cross_entropy(model.get_output_embeddings()(hidden[labelled]), target[labelled])
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

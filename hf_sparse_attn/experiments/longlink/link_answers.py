@@ -28,13 +28,13 @@ def sequences_at_once(planted: Planted) -> int:
 def predicted(model: PreTrainedModel, planted: Planted, call: SparseCall) -> np.ndarray:
     """The token that ``model`` finds most likely behind every link's question, int64 [links]."""
     ids, rows = torch.from_numpy(planted.input_ids), sequences_at_once(planted)
-    found: list[torch.Tensor] = []
+    predictions: list[torch.Tensor] = []
     by_sequence = [[link.effect for link in planted.links if link.sequence == at] for at in range(len(ids))]
     for start in range(0, len(ids), rows):
         hidden = model.base_model(ids[start : start + rows].to(model.device), use_cache=False, sparse_call=call).last_hidden_state
         for row, effects in zip(hidden, by_sequence[start : start + rows], strict=True):
-            found.append(model.get_output_embeddings()(row[effects]).argmax(-1).cpu())
-    tokens: np.ndarray = torch.cat(found).numpy()
+            predictions.append(model.get_output_embeddings()(row[effects]).argmax(-1).cpu())
+    tokens: np.ndarray = torch.cat(predictions).numpy()
     return tokens
 
 

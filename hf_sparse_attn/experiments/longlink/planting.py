@@ -44,9 +44,9 @@ def plant(config: LongLinkConfig, seed: int) -> Planted:
     Raises:
         LongLinkError: the links do not fit into the length.
     """
-    made = [_Sequence(config, seed, index) for index in range(config.sequences)]
-    ids, labels = (np.stack([getattr(one, name) for one in made]) for name in ("ids", "labels"))
-    return Planted(config, seed, ids, labels, tuple(link for one in made for link in one.links))
+    sequences = [_Sequence(config, seed, index) for index in range(config.sequences)]
+    ids, labels = (np.stack([getattr(one, name) for one in sequences]) for name in ("ids", "labels"))
+    return Planted(config, seed, ids, labels, tuple(link for one in sequences for link in one.links))
 
 
 class _Sequence:
@@ -98,10 +98,10 @@ class _Sequence:
         answer, random = value, int(rng.integers(config.values))
         if not holds:
             answer = random
-        asked = (key + 1) % config.keys if config.family == "lag" else key
-        self.ids[effect], self.ids[effect + 1] = config.tokens.ask(asked), config.tokens.value(answer)
+        queried_key = (key + 1) % config.keys if config.family == "lag" else key
+        self.ids[effect], self.ids[effect + 1] = config.tokens.ask(queried_key), config.tokens.value(answer)
         self.labels[effect + 1] = self.ids[effect + 1]
-        self.links.append(Link(self.index, config.family, causes, effect, effect - causes[0], asked, value, answer))
+        self.links.append(Link(self.index, config.family, causes, effect, effect - causes[0], queried_key, value, answer))
 
     def _causes_needed(self, value: int) -> int:
         if self.config.family == "count":

@@ -113,8 +113,8 @@ def _null(
     links = (config.keys - config.distractors) // 2
     many = NULL_SEQUENCES * config.sequences
     planted = plant(replace(config, family="null", links=min(config.links, links), sequences=many), seed)
-    found = {name: accuracy(planted, tokens) for name, tokens in _both(model, planted).items()}
-    return {"answers": found, "routing": link_scores(model, planted, selectors, heads)}
+    rows = {name: accuracy(planted, tokens) for name, tokens in _both(model, planted).items()}
+    return {"answers": rows, "routing": link_scores(model, planted, selectors, heads)}
 
 
 def _counterfactual(model: PreTrainedModel, config: LongLinkConfig, seed: int) -> dict[str, Any]:
@@ -136,8 +136,8 @@ def _noise(
         other = replace(config, **changed)
         if other not in done:
             planted = plant(other, seed)
-            found = {key: accuracy(planted, tokens) for key, tokens in _both(model, planted).items()}
+            scores = {key: accuracy(planted, tokens) for key, tokens in _both(model, planted).items()}
             recall = link_scores(model, planted, selectors, heads)["recall"][OWN]
-            done[other] = {"ceiling": ceiling(other), "answers": found, "routing": recall}
+            done[other] = {"ceiling": ceiling(other), "answers": scores, "routing": recall}
         rows.append({"noise": name, "level": level, **done[other]})
     return rows

@@ -78,8 +78,8 @@ def loss_plot(table: Rows) -> str:
 
 def _first_cell(table: Rows, name: str) -> Rows:
     """The rows of the first length and budget that have a figure ``name``."""
-    found = [row for row in table if row["keys"] is not None and row.get(name)]
-    return [row for row in found if (row["length"], row["keys"]) == (found[0]["length"], found[0]["keys"])]
+    cells = [row for row in table if row["keys"] is not None and row.get(name)]
+    return [row for row in cells if (row["length"], row["keys"]) == (cells[0]["length"], cells[0]["keys"])]
 
 
 def _lines(rows: Rows, values: Callable[[dict[str, Any]], tuple[Sequence[float], Sequence[float]]], x: str, y: str) -> str:
@@ -210,8 +210,8 @@ def distance_plot(answers: Rows) -> str:
         for row in answers:
             octaves = [octave for octave in row["by_distance"] if octave["normalised"] is not None]
             x = [(octave["from"] * octave["to"]) ** 0.5 for octave in octaves]
-            own = {"color": "#111111", "ls": "--"} if row["selection"] == "dense" else {"color": COLOURS.get(row["selection"], OTHER)}
-            axis.plot(x, [octave["normalised"] for octave in octaves], marker="o", ms=3, label=row["selection"], **own)
+            style = {"color": "#111111", "ls": "--"} if row["selection"] == "dense" else {"color": COLOURS.get(row["selection"], OTHER)}
+            axis.plot(x, [octave["normalised"] for octave in octaves], marker="o", ms=3, label=row["selection"], **style)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.set_xlabel("distance (tokens)")
@@ -246,11 +246,11 @@ def share_plot(rows: Rows) -> str:
 
     def draw(axis: Any) -> None:
         for name in names:
-            own = sorted((row for row in rows if row["selection"] == name), key=lambda row: row["length"])
-            x, mean = [row["length"] for row in own], [row["share"]["share"] for row in own]
+            style = sorted((row for row in rows if row["selection"] == name), key=lambda row: row["length"])
+            x, mean = [row["length"] for row in style], [row["share"]["share"] for row in style]
             spread = [
-                [m - row["share"]["low"] for m, row in zip(mean, own, strict=True)],
-                [row["share"]["high"] - row["share"]["share"] for row in own],
+                [m - row["share"]["low"] for m, row in zip(mean, style, strict=True)],
+                [row["share"]["high"] - row["share"]["share"] for row in style],
             ]
             axis.errorbar(x, mean, np.maximum(spread, 0), marker="o", ms=3, capsize=2, label=name, color=COLOURS.get(name))
         axis.set_xscale("log", base=2)

@@ -57,12 +57,12 @@ def base_of(results: Mapping[str, Any]) -> Base:
 
 def without_folders(source: str) -> str:
     """A source of texts or of a model as others may see it: of a path, which says something of the machine only, the last part."""
-    found = SOURCE.fullmatch(source)
-    assert found is not None
-    if found["kind"]:
+    match = SOURCE.fullmatch(source)
+    assert match is not None
+    if match["kind"]:
         return source
-    path, mark, member = found["rest"].partition("::")
-    return f"{found['label'] or ''}{PurePosixPath(path.replace(chr(92), '/')).name}{mark}{member}"
+    path, mark, member = match["rest"].partition("::")
+    return f"{match['label'] or ''}{PurePosixPath(path.replace(chr(92), '/')).name}{mark}{member}"
 
 
 def one_line(value: Any) -> Any:
@@ -91,11 +91,11 @@ def _texts(windows: list[dict[str, Any]], length: int | None = None) -> str:
 
 def eval_results(table: list[dict[str, Any]], windows: list[dict[str, Any]]) -> list[EvalResult]:
     """What was measured of this model, dense and sparse, as entries of the metadata."""
-    found: dict[tuple[Any, ...], EvalResult] = {}
+    results: dict[tuple[Any, ...], EvalResult] = {}
 
     def add(row: dict[str, Any], kind: str, name: str, value: float, **more: float) -> None:
         budget = "dense" if row["keys"] is None else f"{row['keys']} keys"
-        found.setdefault(
+        results.setdefault(
             (row["length"], row["keys"], kind, name),  # the dense row stands before each budget
             EvalResult(
                 task_type="text-generation",
@@ -119,7 +119,7 @@ def eval_results(table: list[dict[str, Any]], windows: list[dict[str, Any]]) -> 
                 add(row, "share-of-oracle", f"share of the way from window to oracle at {path}", share["share"], **interval)
         if "recovered_share" in row:
             add(row, "recovered-share", "recovered share of softmax mass", row["recovered_share"]["share"])
-    return list(found.values())
+    return list(results.values())
 
 
 def model_card(results: Mapping[str, Any], name: str) -> ModelCard:

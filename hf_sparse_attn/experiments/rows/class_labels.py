@@ -53,13 +53,13 @@ def read_labelled(sources: Sequence[str], label: str | None) -> list[Labelled]:
         SourceError: a source names no class, a table lacks a column, or a row has no class.
     """
     if label is None:
-        found = []
+        documents = []
         for source in sources:
             named = NAMED.fullmatch(source)
             if named is None:
                 raise SourceError(f"source {source!r} names no class: write LABEL=SOURCE, or set data.label to a column of a table")
-            found += [Labelled(d.name, d.text, named[1]) for d in read_documents([named[2]])]
-        return found
+            documents += [Labelled(d.name, d.text, named[1]) for d in read_documents([named[2]])]
+        return documents
     return [document for file in source_files(sources) for document in _rows(file, label)]
 
 
@@ -68,13 +68,13 @@ def _rows(file: SourceFile, label: str) -> list[Labelled]:
         raise SourceError(
             f"{file.path} is no table, so it has no column {label!r}: name TABLE#TEXT_COLUMN, or write LABEL=SOURCE without data.label"
         )
-    labels, found = replace(file, column=label), []
+    labels, rows = replace(file, column=label), []
     for (at, text), kind in zip(TableRows(file), open_table(labels), strict=True):
         lacks_class = kind[label] in (None, "") or kind[label] != kind[label]  # NaN is no class
         if lacks_class or not text:
             raise SourceError(f"{file.path}, row {at}: the {'class' if lacks_class else 'text'} is missing")
-        found.append(Labelled(f"{file.path}[{at}]", text, str(kind[label])))
-    return found
+        rows.append(Labelled(f"{file.path}[{at}]", text, str(kind[label])))
+    return rows
 
 
 def split_labelled(documents: Sequence[Labelled], share: float, seed: int) -> tuple[list[Labelled], list[Labelled]]:
@@ -86,22 +86,22 @@ def split_labelled(documents: Sequence[Labelled], share: float, seed: int) -> tu
     generator = np.random.default_rng(seed)
     train, evaluated = [], []
     for label in classes_of(documents):
-        own = [d for d in documents if d.label == label]
-        if len(own) < 2:
+        of_class = [d for d in documents if d.label == label]
+        if len(of_class) < 2:
             raise SourceError(f"class {label!r} has one document only: it takes two, one that trains and one that is evaluated")
-        order = generator.permutation(len(own))
-        cut = min(max(1, round(share * len(own))), len(own) - 1)
-        train += [own[i] for i in sorted(order[:cut])]
-        evaluated += [own[i] for i in sorted(order[cut:])]
+        order = generator.permutation(len(of_class))
+        cut = min(max(1, round(share * len(of_class))), len(of_class) - 1)
+        train += [of_class[i] for i in sorted(order[:cut])]
+        evaluated += [of_class[i] for i in sorted(order[cut:])]
     return train, evaluated
 
 
 def classes_of(documents: Sequence[Labelled]) -> list[str]:
     """The classes in alphabetical order. Raises SourceError if there is one only."""
-    found = sorted({d.label for d in documents})
-    if len(found) < 2:
-        raise SourceError(f"all {len(documents)} documents have the class {', '.join(map(repr, found)) or 'none'}: it takes two classes")
-    return found
+    classes = sorted({d.label for d in documents})
+    if len(classes) < 2:
+        raise SourceError(f"all {len(documents)} documents have the class {', '.join(map(repr, classes)) or 'none'}: it takes two classes")
+    return classes
 
 
 def labelled_windows(

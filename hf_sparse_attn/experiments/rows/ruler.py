@@ -44,10 +44,10 @@ class _Task:
 
 def _words(rng: np.random.Generator, count: int) -> list[str]:
     """Different made-up words of three syllables."""
-    found: dict[str, None] = {}
-    while len(found) < count:
-        found["".join(rng.choice(list(letters)) for letters in (CONSONANTS, VOWELS) * 3)] = None
-    return list(found)
+    words: dict[str, None] = {}
+    while len(words) < count:
+        words["".join(rng.choice(list(letters)) for letters in (CONSONANTS, VOWELS) * 3)] = None
+    return list(words)
 
 
 def _number(rng: np.random.Generator) -> str:
@@ -58,18 +58,18 @@ def _needle(key: str, number: str) -> str:
     return f"The number of {key} is {number}."
 
 
-def _niah(keys: int, values: int, asked: int) -> Callable[[np.random.Generator], _Task]:
-    """``keys`` names with ``values`` numbers each, in random order, of which ``asked`` are asked for."""
+def _niah(keys: int, values: int, queried: int) -> Callable[[np.random.Generator], _Task]:
+    """``keys`` names with ``values`` numbers each, in random order, of which ``queried`` are asked for."""
 
     def make(rng: np.random.Generator) -> _Task:
         needles = [(key, _number(rng)) for key in _words(rng, keys) for _ in range(values)]
         needles = [needles[at] for at in rng.permutation(len(needles))]
-        wanted = {needles[at][0] for at in rng.permutation(len(needles))[:1]} if asked == 1 else {key for key, _ in needles}
-        found = [(at, key, number) for at, (key, number) in enumerate(needles) if key in wanted]
-        names = " and ".join(dict.fromkeys(key for _, key, _ in found))
-        which = f"numbers of {names}, in the order of the text, are" if len(found) > 1 else f"number of {names} is"
-        answer = " " + ", ".join(number for _, _, number in found)
-        return _Task([_needle(key, number) for key, number in needles], f"\n\nIn the text above the {which}:", answer, found[0][0])
+        wanted = {needles[at][0] for at in rng.permutation(len(needles))[:1]} if queried == 1 else {key for key, _ in needles}
+        needed = [(at, key, number) for at, (key, number) in enumerate(needles) if key in wanted]
+        names = " and ".join(dict.fromkeys(key for _, key, _ in needed))
+        which = f"numbers of {names}, in the order of the text, are" if len(needed) > 1 else f"number of {names} is"
+        answer = " " + ", ".join(number for _, _, number in needed)
+        return _Task([_needle(key, number) for key, number in needles], f"\n\nIn the text above the {which}:", answer, needed[0][0])
 
     return make
 
@@ -116,11 +116,11 @@ def ruler(windows: Sequence[Window], tokenizer: PreTrainedTokenizerBase, seed: i
     def tokens(text: str) -> Tensor:
         return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64, device="cpu")
 
-    made = []
+    questions = []
     for at, window in enumerate(windows):
         rng = np.random.default_rng((seed, RULER.index(task), at))
-        made.append(_hidden(window, tokens, task, rng) if task in TASKS else _listed(window, tokens, task, rng))
-    return made
+        questions.append(_hidden(window, tokens, task, rng) if task in TASKS else _listed(window, tokens, task, rng))
+    return questions
 
 
 def _question(window: Window, task: str, parts: Sequence[Tensor], answer: Tensor, needed: int) -> Question:
@@ -133,8 +133,8 @@ def _question(window: Window, task: str, parts: Sequence[Tensor], answer: Tensor
 
 def _hidden(window: Window, tokens: Tokens, task: str, rng: np.random.Generator) -> Question:
     """The facts between the sentences of the window, in their order."""
-    made = TASKS[task](rng)
-    facts, question, answer = [tokens(f"\n{fact}\n") for fact in made.facts], tokens(made.question), tokens(made.answer)
+    instance = TASKS[task](rng)
+    facts, question, answer = [tokens(f"\n{fact}\n") for fact in instance.facts], tokens(instance.question), tokens(instance.answer)
     taken = sum(map(len, (*facts, question, answer)))
     room = window.ids.shape[1] - taken
     if room < LEAST_HAYSTACK:
@@ -149,7 +149,7 @@ def _hidden(window: Window, tokens: Tokens, task: str, rng: np.random.Generator)
         parts.append(text[start:stop])
         length += stop - start
         if at < len(facts):
-            needed = length if at == made.needed else needed
+            needed = length if at == instance.needed else needed
             parts.append(facts[at])
             length += len(facts[at])
     return _question(window, task, [*parts, question], answer, needed)

@@ -103,13 +103,13 @@ def _csv(shown: str, raw: bytes, kind: str, names: Sequence[str]) -> pd.DataFram
 
 def _header(text: str, kind: str, names: Sequence[str]) -> tuple[str, list[str]]:
     """(separator, column names): the first separator that gives all of ``names``, or several columns."""
-    found = []
+    columns = []
     for separator in SEPARATORS[kind]:
         header = next((row for row in csv.reader(io.StringIO(text, newline=""), delimiter=separator) if row), [])
         if set(names) <= set(header) and (names or len(header) > 1):
             return separator, header
-        found.append((separator, header))
-    return found[0]
+        columns.append((separator, header))
+    return columns[0]
 
 
 def _with_comma(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:

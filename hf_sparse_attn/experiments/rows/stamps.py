@@ -55,8 +55,8 @@ class TimeColumn:
         Raises:
             SourceError: a stamp is missing, is none, can be read in two ways, or is written in another way than others.
         """
-        found, ends = self._all(), np.cumsum([len(values) for _, values in self.columns])
-        return [found.iloc[end - len(values) : end].array for end, (_, values) in zip(ends, self.columns, strict=True)]
+        times, ends = self._all(), np.cumsum([len(values) for _, values in self.columns])
+        return [times.iloc[end - len(values) : end].array for end, (_, values) in zip(ends, self.columns, strict=True)]
 
     def _all(self) -> pd.Series:
         import pandas as pd
@@ -83,12 +83,12 @@ class TimeColumn:
         import pandas as pd
 
         try:
-            found = pd.to_datetime(texts, format=self.form, utc=True, errors="coerce")
+            times = pd.to_datetime(texts, format=self.form, utc=True, errors="coerce")
         except (ValueError, TypeError) as error:
             raise SourceError(f"series.time_format {self.form!r} is no format of time stamps: {error}; {FIX}") from error
-        if found.isna().any():
-            self._refuse(found.isna(), f"is not written as series.time_format {self.form!r} says", "correct either")
-        return found
+        if times.isna().any():
+            self._refuse(times.isna(), f"is not written as series.time_format {self.form!r} says", "correct either")
+        return times
 
     def _numbers(self, numbers: pd.Series) -> pd.Series:
         finite = np.isfinite(numbers.to_numpy(np.float64, na_value=np.nan))
@@ -124,12 +124,12 @@ class TimeColumn:
         dates = parts["year"] + "-" + parts["month"].str.zfill(2) + "-" + parts["day"].fillna("1").str.zfill(2)
         clock = self._hours(parts) + ":" + parts["minute"].fillna("00") + ":" + parts["second"].fillna("00")
         zone = parts["zone"].fillna("Z").str.upper().replace({"UTC": "Z", "GMT": "Z"})
-        found = pd.to_datetime(
+        times = pd.to_datetime(
             dates + "T" + clock + "." + parts["fraction"].fillna("0") + zone, format="ISO8601", utc=True, errors="coerce"
         )
-        if found.isna().any():
-            self._refuse(found.isna(), "is no time stamp")
-        return found
+        if times.isna().any():
+            self._refuse(times.isna(), "is no time stamp")
+        return times
 
     def _day_first(self, texts: pd.Series, parts: pd.DataFrame) -> bool:
         one, two = parts["one"].astype(int), parts["two"].astype(int)

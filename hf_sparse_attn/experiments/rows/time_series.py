@@ -77,7 +77,7 @@ def read_series(
         SourceError: a file cannot be read, lacks a column, holds no numbers, too few of them, or the same number throughout; a time stamp
             is none or ambiguous; more than ``MOST_REPEATED`` of a machine's rows have the stamp of another row, but other numbers.
     """
-    tables = [found for source in sources for found in read_tables(source, [name for name in (time, machine) if name is not None])]
+    tables = [entry for source in sources for entry in read_tables(source, [name for name in (time, machine) if name is not None])]
     names = list(channels) or [name for name in tables[0][2].columns if name not in (time, machine)]
     tables = [(path, stem, _numeric(path, table, names)) for path, stem, table in tables]
     parts, reordered, repeated = _machines(tables, time, machine, time_format)
@@ -121,7 +121,7 @@ def _machines(
 
     if time is not None:
         column = TimeColumn(time, [(path, table[time]) for path, _, table in tables], time_format)
-        tables = [(p, n, t.assign(**{time: found})) for (p, n, t), found in zip(tables, column.stamps(), strict=True)]
+        tables = [(p, n, t.assign(**{time: stamps})) for (p, n, t), stamps in zip(tables, column.stamps(), strict=True)]
     parts: dict[tuple[int, str], list[pd.DataFrame]] = {}
     for at, (path, stem, table) in enumerate(tables):
         if machine is None:
@@ -132,7 +132,7 @@ def _machines(
             raise SourceError(f"{path}: {lacking.sum()} rows name no machine in column {machine!r}: fill it, or leave them out")
         for name, part in table.groupby(table[machine].astype(str)):
             parts.setdefault((0, str(name)), []).append(part)
-    whole = [(name, pd.concat(found, ignore_index=True)) for (_, name), found in parts.items()]
+    whole = [(name, pd.concat(stamps, ignore_index=True)) for (_, name), stamps in parts.items()]
     if time is None:
         return whole, 0, 0
     shown = (
@@ -151,16 +151,16 @@ def _machines(
 
 def _ordered(where: str, table: pd.DataFrame, time: str) -> tuple[pd.DataFrame, int, int]:
     """(rows by time, each stamp once; rows that were moved; rows that were dropped)."""
-    found = table.sort_values(time, kind="stable")
-    moved = int((found.index != table.index).sum())
-    again = found.duplicated(time)
-    other = int((again & ~found.duplicated()).sum())
-    if other > MOST_REPEATED * len(found):
+    ordered = table.sort_values(time, kind="stable")
+    moved = int((ordered.index != table.index).sum())
+    again = ordered.duplicated(time)
+    other = int((again & ~ordered.duplicated()).sum())
+    if other > MOST_REPEATED * len(ordered):
         raise SourceError(
-            f"{where}: {other} of {len(found)} rows have the time stamp of another row in column {time!r}, but other numbers: name a finer "
+            f"{where}: {other} of {len(ordered)} rows have the time stamp of another row in column {time!r}, but other numbers: name a finer "
             "column in series.time, one of machines in series.machine, or no series.time if the rows are in order"
         )
-    return found[~again], moved, int(again.sum())
+    return ordered[~again], moved, int(again.sum())
 
 
 def _numeric(path: str, table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:

@@ -52,10 +52,10 @@ class ByHead:
     keys: Mapping[int, Tensor]
 
     def __call__(self, router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection:
-        found = candidates(router, inputs, query_tile)
-        forced = ((found.every.indices >= 0) & ~found.free).sum(-1)
-        blocks = (self.keys[router.layer] / found.every.grid.block_size).round().long().to(forced.device)[:, None] - forced
-        return found.keep(found.free & (ranks(found.mass) < blocks[..., None]))
+        scored = candidates(router, inputs, query_tile)
+        forced = ((scored.every.indices >= 0) & ~scored.free).sum(-1)
+        blocks = (self.keys[router.layer] / scored.every.grid.block_size).round().long().to(forced.device)[:, None] - forced
+        return scored.keep(scored.free & (ranks(scored.mass) < blocks[..., None]))
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,12 @@ class Allocations:
     def __init__(self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]], budgets: Sequence[int], first: int = 0) -> None:
         todo = list(batches)
         self.fits: list[dict[str, Any]] = []
-        found: dict[str, dict[int, Selector]] = {name: {} for name in FITTED}
+        selectors: dict[str, dict[int, Selector]] = {name: {} for name in FITTED}
         for keys in budgets:
             with sparse_attention_as(model, **fixed_budget(keys)):
                 for name, selector in self._fit(model, todo, keys, first).items():
-                    found[name][keys] = selector
-        self.selectors: dict[str, Selector] = {name: ByBudget(chosen) for name, chosen in found.items()}
+                    selectors[name][keys] = selector
+        self.selectors: dict[str, Selector] = {name: ByBudget(chosen) for name, chosen in selectors.items()}
 
     def _fit(self, model: nn.Module, batches: list[Mapping[str, Tensor]], keys: int, first: int) -> dict[str, Selector]:
         threshold, counted = fit_threshold(model, batches, first)

@@ -26,13 +26,15 @@ def robustness_table(readings: Readings) -> list[dict[str, Any]]:
         cell = cells.setdefault((reading["domain"], reading["length"], reading["keys"]), {})
         cell.setdefault(reading["selection"], {})[reading["document"]] = reading
     rows = []
-    for (domain, length, keys), found in cells.items():
-        bounds = found.get(LOWER, {}), found.get(UPPER, {})
-        for selection, own in found.items():
-            if any(document not in bound for document in own for bound in bounds):
+    for (domain, length, keys), by_selection in cells.items():
+        bounds = by_selection.get(LOWER, {}), by_selection.get(UPPER, {})
+        for selection, cell_rows in by_selection.items():
+            if any(document not in bound for document in cell_rows for bound in bounds):
                 raise ValueError(f"{domain}, {length} tokens: {selection!r} has windows that {LOWER!r} or {UPPER!r} lacks")
-            lower, mine, upper = (np.array([source[document]["kl"] for document in own]) for source in (bounds[0], own, bounds[1]))
-            loss = float(np.mean([reading["loss"] for reading in own.values()]))
-            row = {"domain": domain, "length": length, "keys": keys, "selection": selection, "n": len(own)}
+            lower, mine, upper = (
+                np.array([source[document]["kl"] for document in cell_rows]) for source in (bounds[0], cell_rows, bounds[1])
+            )
+            loss = float(np.mean([reading["loss"] for reading in cell_rows.values()]))
+            row = {"domain": domain, "length": length, "keys": keys, "selection": selection, "n": len(cell_rows)}
             rows.append({**row, "kl": float(mine.mean()), "loss": loss, "share": loss_share(lower, mine, upper)})
     return rows

@@ -26,11 +26,11 @@ def evaluate_rows(
     model: PreTrainedModel, rows: Sequence[tuple[str, Row]], score: Score, budgets: Sequence[int], selectors: Mapping[str, Selector]
 ) -> Scores:
     """``score`` of every named row (inputs without the batch dimension), dense and under every selector at every budget (keys)."""
-    found: Scores = []
+    scores: Scores = []
 
     def add(name: str, row: Row, keys: int | None, selection: str, call: SparseCall) -> None:
         batch = {key: value[None].to(model.device) for key, value in row.items()}
-        found.append({"row": name, "keys": keys, "selection": selection, **score(model(**batch, sparse_call=call), batch)})
+        scores.append({"row": name, "keys": keys, "selection": selection, **score(model(**batch, sparse_call=call), batch)})
 
     with bar(True) as shown:
         task = shown.add_task("evaluating", total=len(rows), info="")
@@ -41,7 +41,7 @@ def evaluate_rows(
                     for selection, selector in selectors.items():
                         add(name, row, keys, selection, SparseCall(selector=selector))
             shown.update(task, advance=1)
-    return found
+    return scores
 
 
 def forecast_errors(prediction: Tensor, truth: Tensor) -> dict[str, float]:
@@ -65,10 +65,16 @@ def forecast_table(scores: Scores, reference: Scores | None = None) -> list[dict
     """Means by budget and selection; ``over_reference``: mean squared error over that of dense fine-tuning, 95 % paired interval."""
     yardstick = {s["row"]: s["mse"] for s in reference or ()}
     table = []
-    for (keys, selection), own in _cells(scores).items():
-        row: dict[str, Any] = {"keys": keys, "selection": selection, "n": len(own), "mse": _mean(own, "mse"), "mae": _mean(own, "mae")}
+    for (keys, selection), cell_scores in _cells(scores).items():
+        row: dict[str, Any] = {
+            "keys": keys,
+            "selection": selection,
+            "n": len(cell_scores),
+            "mse": _mean(cell_scores, "mse"),
+            "mae": _mean(cell_scores, "mae"),
+        }
         if yardstick:
-            pairs = np.array([(s["mse"], yardstick[s["row"]]) for s in own])
+            pairs = np.array([(s["mse"], yardstick[s["row"]]) for s in cell_scores])
             picked = pairs[np.random.default_rng(0).integers(0, len(pairs), (RESAMPLES, len(pairs)))].mean(1)
             low, high = np.quantile(picked[:, 0] / picked[:, 1], [0.025, 0.975])
             row["over_reference"] = {"ratio": float(pairs[:, 0].mean() / pairs[:, 1].mean()), "low": float(low), "high": float(high)}
@@ -79,26 +85,32 @@ def forecast_table(scores: Scores, reference: Scores | None = None) -> list[dict
 def class_table(scores: Scores, classes: int) -> list[dict[str, Any]]:
     """Mean log-loss, accuracy with its standard error, and macro F1 by budget and selection."""
     table = []
-    for (keys, selection), own in _cells(scores).items():
-        found, label = (np.array([s[name] for s in own]) for name in ("found", "label"))
-        right = found == label
+    for (keys, selection), cell_scores in _cells(scores).items():
+        predicted, label = (np.array([s[name] for s in cell_scores]) for name in ("found", "label"))
+        right = predicted == label
         table.append(
             {
-                **{"keys": keys, "selection": selection, "n": len(own), "loss": _mean(own, "loss"), "accuracy": float(right.mean())},
-                "accuracy_error": float(right.std() / len(own) ** 0.5),
-                "macro_f1": macro_f1(found, label, classes),
+                **{
+                    "keys": keys,
+                    "selection": selection,
+                    "n": len(cell_scores),
+                    "loss": _mean(cell_scores, "loss"),
+                    "accuracy": float(right.mean()),
+                },
+                "accuracy_error": float(right.std() / len(cell_scores) ** 0.5),
+                "macro_f1": macro_f1(predicted, label, classes),
             }
         )
     return table
 
 
-def macro_f1(found: Any, label: Any, classes: int) -> float:
+def macro_f1(predicted: Any, label: Any, classes: int) -> float:
     """Mean over the classes that occur of 2·hits / (found + true)."""
     scores = []
     for c in range(classes):
-        total = int((found == c).sum() + (label == c).sum())
+        total = int((predicted == c).sum() + (label == c).sum())
         if total:
-            scores.append(2 * int(((found == c) & (label == c)).sum()) / total)
+            scores.append(2 * int(((predicted == c) & (label == c)).sum()) / total)
     return float(np.mean(scores))
 
 

@@ -59,7 +59,7 @@ class AblationRun(LanguageRun):
         head_dim = results["cost"]["head_dim"]
         defaults = {factor: default_of(factor, self._config(DEFAULT), head_dim) for factor in {level.factor for level in self.levels}}
         defaults[JOINT_KL] = f"weight {self.recipe.adaptation.kl_weight}"
-        results["table"] = ablation_table([r for found in read for r in found], results["cost"]["levels"], defaults)
+        results["table"] = ablation_table([r for readings in read for r in readings], results["cost"]["levels"], defaults)
         write_ablation_report(self.folder / "report.html", results)
 
     def _config(self, level: Level) -> SparseAttentionConfig:
@@ -150,8 +150,8 @@ class AblationRun(LanguageRun):
         contenders, inputs, layers, head_dim = {}, None, 0, 0
         for level in (DEFAULT, *self.levels):
             model = self._of_level(level, 0)
-            found = routers(model)
-            middle, layers, head_dim = found[len(found) // 2], len(found), found[0].head_dim
+            layer_routers = routers(model)
+            middle, layers, head_dim = layer_routers[len(layer_routers) // 2], len(layer_routers), layer_routers[0].head_dim
             if inputs is None:
                 inputs = capture(model, self._windows()[0].ids, middle.layer)
             share = len(middle.config.dense_layers) / layers

@@ -71,13 +71,13 @@ class ForecastingRun(TaskRun):
         torch.manual_seed(self.recipe.seed)
         config = PatchTSTConfig(**{**self._shape(), "scaling": "std", "norm_type": "layernorm", **self.recipe.series["model"]})
         model: Any = PatchTSTForPrediction(config).to(dtype=self.dtype)  # type: ignore[call-arg]
-        own = {"output_dir": str(self.state / "pretrain"), "seed": self.recipe.seed, "dataloader_pin_memory": False}
-        arguments = TrainingArguments(**{**own, "report_to": [], "save_total_limit": 2, **settings})
+        trainer_arguments = {"output_dir": str(self.state / "pretrain"), "seed": self.recipe.seed, "dataloader_pin_memory": False}
+        arguments = TrainingArguments(**{**trainer_arguments, "report_to": [], "save_total_limit": 2, **settings})
         count = settings["max_steps"] * arguments.train_batch_size * arguments.gradient_accumulation_steps
         rows = SeriesRows(self.table, self.context, config.prediction_length, count, self.recipe.seed)
         trainer = Trainer(model, arguments, collate_rows, rows)
-        found = last_checkpoint(self.state / "pretrain", below=settings["max_steps"])
-        trainer.train(resume_from_checkpoint=None if found is None else str(found))
+        checkpoint = last_checkpoint(self.state / "pretrain", below=settings["max_steps"])
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         return model.cpu(), [{"step": row["step"], "loss": row["loss"]} for row in trainer.state.log_history if "loss" in row]
 
     def _base(self) -> PreTrainedModel:
@@ -106,13 +106,13 @@ class ForecastingRun(TaskRun):
         series, scores = self.recipe.series, []
         for name, row in self._evaluation_rows():
             past, horizon = row["past_values"], series["horizon"]
-            found = {"last value": past[-1:].expand(horizon, -1)}
+            forecasts = {"last value": past[-1:].expand(horizon, -1)}
             if series["period"] is not None:
                 period = past[-series["period"] :]
-                found["one period before"] = period.repeat(-(-horizon // len(period)), 1)[:horizon]
+                forecasts["one period before"] = period.repeat(-(-horizon // len(period)), 1)[:horizon]
             scores += [
                 {"row": name, "keys": None, "selection": kind, **forecast_errors(forecast, row["future_values"])}
-                for kind, forecast in found.items()
+                for kind, forecast in forecasts.items()
             ]
         return scores
 

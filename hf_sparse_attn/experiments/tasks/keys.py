@@ -59,11 +59,11 @@ def check_read(keys: Iterable[str], task: str) -> None:
         if key in READS[task]:
             continue
         section = key.partition(".")[0]
-        own = sorted(name for name in READS[task] if name.partition(".")[0] == section)
+        sections = sorted(name for name in READS[task] if name.partition(".")[0] == section)
         others = [name for name, reads in READS.items() if key in reads]
         raise ValueError(
             f"{key} is stated, but task {task!r} does not read it: remove it, or set task to one that reads it: {', '.join(others)}. "
-            f"{task} reads {', '.join(own) if own else f'nothing of {section}'}; all its keys: {', '.join(sorted(READS[task]))}"
+            f"{task} reads {', '.join(sections) if sections else f'nothing of {section}'}; all its keys: {', '.join(sorted(READS[task]))}"
         )
 
 

@@ -101,10 +101,10 @@ class LanguageRun(TrainingRun):
         known = {"minutes": minutes, "whole_minutes": whole, "predicted_minutes": total, "predicted_seconds": predicted, "rates": rates}
         return {**known, "left_out": left_out, "size": size_of(recipe)}
 
-    def _sized(self, found: dict[str, Any]) -> None:
-        self.recipe = at_size(self.recipe, found["size"])
-        if found["left_out"] and self.processes.is_main_process:
-            text = f"  all would take {found['whole_minutes']:.0f} min here, so this is left out: {'; '.join(found['left_out'])}"
+    def _sized(self, size: dict[str, Any]) -> None:
+        self.recipe = at_size(self.recipe, size["size"])
+        if size["left_out"] and self.processes.is_main_process:
+            text = f"  all would take {size['whole_minutes']:.0f} min here, so this is left out: {'; '.join(size['left_out'])}"
             self.console.print(text)
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
@@ -133,13 +133,13 @@ class LanguageRun(TrainingRun):
             windows = self._train_windows(settings["context"], settings["batches"])
             return batches(windows), [w.document for w in windows]
         rows = self._packed_rows(settings["context"], streaming=True)
-        found = [{name: row[name][None] for name in ("input_ids", "position_ids")} for row in islice(rows, settings["batches"])]
-        if len(found) < settings["batches"]:
+        rows_of_batches = [{name: row[name][None] for name in ("input_ids", "position_ids")} for row in islice(rows, settings["batches"])]
+        if len(rows_of_batches) < settings["batches"]:
             raise SourceError(
-                f"the texts hold {len(found)} packed rows of {settings['context']} tokens, distill.batches asks for {settings['batches']}: "
+                f"the texts hold {len(rows_of_batches)} packed rows of {settings['context']} tokens, distill.batches asks for {settings['batches']}: "
                 "add texts or ask for fewer"
             )
-        return found, [f"packed row {i}" for i in range(len(found))]
+        return rows_of_batches, [f"packed row {i}" for i in range(len(rows_of_batches))]
 
     def _rows(self) -> Any:
         """The training rows of the joint stage: windows, one epoch of them all of its steps, or packed documents."""

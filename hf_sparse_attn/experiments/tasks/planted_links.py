@@ -25,8 +25,8 @@ class LongLinkRun(Run):
         steps = [results[step.name] for step in self.steps()]
         cost = {"seconds": sum(s["seconds"] for s in steps), "peak_process_bytes": max(s["peak_process_bytes"] for s in steps)}
         command = f"hf-sparse-attn run recipes/{self.recipe.name}.yaml"
-        found = {**results["study"], **cost, "environment": results["environment"], "command": command}
-        write_longlink_report(self.folder / "report.html", found)
+        document = {**results["study"], **cost, "environment": results["environment"], "command": command}
+        write_longlink_report(self.folder / "report.html", document)
 
     def _learn(self) -> dict[str, Any]:
         learn(self.config, self.learning).save_pretrained(self.state / "dense")

@@ -47,8 +47,8 @@ class QuestionRun(LanguageRun):
         partial = self.state / f"{name}.answer_tokens.partial.json"
         done = json.loads(partial.read_text()) if partial.exists() else []
         rows: list[dict[str, Any]] = []
-        asked = [(entry, self._questions(entry)) for entry in self.recipe.quality]
-        total = sum(len(questions) * (1 + len(entry.budgets) * len(entry.selections)) for entry, questions in asked)
+        per_length = [(entry, self._questions(entry)) for entry in self.recipe.quality]
+        total = sum(len(questions) * (1 + len(entry.budgets) * len(entry.selections)) for entry, questions in per_length)
         with bar(self.processes.is_main_process) as shown:
             task = shown.add_task("answers", total=total, completed=len(done), info="")
 
@@ -57,7 +57,7 @@ class QuestionRun(LanguageRun):
                 write_json(partial, done, finite=False)
                 shown.update(task, advance=1, info=f"{row['task']}, {row['selection']}")
 
-            for entry, questions in asked:
+            for entry, questions in per_length:
                 selectors = make_selectors(entry.selections)
                 rows += evaluate_answers(model, questions, entry.budgets, selectors, done=list(done), on_row=note)
         return answer_table(rows)

@@ -85,9 +85,9 @@ class RobustnessRun(LanguageRun):
         def read(name: str, selector: Selector) -> None:
             for window, reference in zip(windows, dense, strict=True):
                 hidden = last_hidden(model, window.ids, SparseCall(selector=selector))
-                found = predictions(model, window.ids, hidden, reference, whole=False)
+                prediction = predictions(model, window.ids, hidden, reference, whole=False)
                 known = {"domain": domain, "length": entry.length, "keys": keys, "selection": name, "document": window.document}
-                readings.append({**known, "kl": found.kl, "loss": found.loss})
+                readings.append({**known, "kl": prediction.kl, "loss": prediction.loss})
             self.console.print(f"  {domain}, {entry.length} tokens, {name}: KL {readings[-1]['kl']:.4f}")
 
         with sparse_attention_as(model, **fixed_budget(keys)):

@@ -65,26 +65,26 @@ def places(name: str) -> Iterator[Path]:
 
 def _close_to_others(folder: Path) -> None:
     """A folder of this user's may have been made where all new ones can be written by a group."""
-    found = folder.stat()
-    if found.st_uid == os.getuid() and found.st_mode & (stat.S_IWOTH | stat.S_IWGRP):
-        folder.chmod(stat.S_IMODE(found.st_mode) & ~(stat.S_IWOTH | stat.S_IWGRP))
+    status = folder.stat()
+    if status.st_uid == os.getuid() and status.st_mode & (stat.S_IWOTH | stat.S_IWGRP):
+        folder.chmod(stat.S_IMODE(status.st_mode) & ~(stat.S_IWOTH | stat.S_IWGRP))
 
 
 def _open_to_others(path: Path) -> str | None:
     """Why someone else could change what ``path`` holds, or None. This user's own group is not someone else."""
-    found = path.stat()
-    if found.st_uid not in (os.getuid(), 0):
-        return f"{path} belongs to another user ({found.st_uid})"
-    others = stat.S_IWOTH if found.st_gid == os.getgid() else stat.S_IWOTH | stat.S_IWGRP
-    if found.st_mode & others and not found.st_mode & stat.S_ISVTX:
-        return f"{path} can be written by others (mode {stat.S_IMODE(found.st_mode):o})"
+    status = path.stat()
+    if status.st_uid not in (os.getuid(), 0):
+        return f"{path} belongs to another user ({status.st_uid})"
+    others = stat.S_IWOTH if status.st_gid == os.getgid() else stat.S_IWOTH | stat.S_IWGRP
+    if status.st_mode & others and not status.st_mode & stat.S_ISVTX:
+        return f"{path} can be written by others (mode {stat.S_IMODE(status.st_mode):o})"
     return None
 
 
 def is_trusted(file: Path) -> bool:
     """Whether ``file`` is a plain file of this user's or root's that nobody else can write."""
-    found = file.lstat()
-    return stat.S_ISREG(found.st_mode) and found.st_uid in (os.getuid(), 0) and not found.st_mode & (stat.S_IWOTH | stat.S_IWGRP)
+    status = file.lstat()
+    return stat.S_ISREG(status.st_mode) and status.st_uid in (os.getuid(), 0) and not status.st_mode & (stat.S_IWOTH | stat.S_IWGRP)
 
 
 @cache

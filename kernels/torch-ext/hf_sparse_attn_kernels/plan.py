@@ -147,9 +147,9 @@ class TilePlan:
         """Blocks that stage 2 decides for by its ``mass`` [B, G, m, nb] of the candidates, −inf elsewhere; as `best` gives them."""
         if self.threshold is None:
             return self.best(mass, tiles, self.free[tiles], self.most("free"))
-        found = self.best(mass, tiles, self.candidates[tiles])
-        enough = mass.gather(-1, found.clamp(min=0)) >= self.threshold
-        return torch.where(enough | ~self.open[tiles][:, None], found, -1)
+        best = self.best(mass, tiles, self.candidates[tiles])
+        enough = mass.gather(-1, best.clamp(min=0)) >= self.threshold
+        return torch.where(enough | ~self.open[tiles][:, None], best, -1)
 
     def assemble(self, chosen: Tensor, tiles: Tensor) -> Tensor:
         """Kept blocks: ``chosen`` [B, G, m, C] and the forced ones, int32 [B, G, m, width], ascending, −1 first."""

@@ -127,8 +127,8 @@ def _select_tiles(features: TileFeatures, plan: TilePlan, tiles: Tensor, impl: s
         scored = plan.open[part][:, None]
         mass = torch.full((b, groups, len(part), plan.grid.blocks), torch.nan, device=part.device, dtype=torch.float32)
         if scored.device.type != "cpu" or bool(scored.any()):  # reading a value would wait for an accelerator
-            found = stage_two_mass(some, plan, part, stage_one_scores(some, plan, part, impl), scratch, impl)
-            mass = torch.where(scored, found, mass)
+            masses = stage_two_mass(some, plan, part, stage_one_scores(some, plan, part, impl), scratch, impl)
+            mass = torch.where(scored, masses, mass)
         indices = plan.assemble(plan.chosen(mass, part), part)
         kept.append(indices)
         scores.append(mass.gather(-1, indices.clamp(min=0).long()).masked_fill(indices < 0, torch.nan))

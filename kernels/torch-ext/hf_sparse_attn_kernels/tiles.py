@@ -71,10 +71,10 @@ def gather_visible(x: Tensor, index: Tensor, block_size: int) -> Tensor:
     """
     d, n = x.shape[-1], x.shape[2]
     rows = as_rows(x)
-    found = _as_blocks(rows, -(-n // block_size), block_size)
-    if found is None:
+    cut = _as_blocks(rows, -(-n // block_size), block_size)
+    if cut is None:
         return gather_blocks(rows, index, block_size)
-    blocks, per_row = found
+    blocks, per_row = cut
     first = torch.arange(0, len(index) * per_row, per_row, device=index.device, dtype=torch.int64)
     gathered = blocks.index_select(0, (index + first[:, None]).view(-1)).view(len(index), -1, d)
     if n % block_size:
@@ -93,11 +93,11 @@ def gather_blocks(x: Tensor, index: Tensor, block_size: int, out: Tensor | None 
     flat = index.clamp(0, max(full - 1, 0)).long().reshape(rows, -1)
     shape = (rows, flat.shape[1], block_size * d)
     out = x.new_empty(shape) if out is None else out.view(shape)
-    found = _as_blocks(x, full, block_size)
+    cut = _as_blocks(x, full, block_size)
     if not full:
         out.zero_()
-    elif found is not None:
-        blocks, per_row = found
+    elif cut is not None:
+        blocks, per_row = cut
         flat += torch.arange(0, rows * per_row, per_row, device=flat.device, dtype=torch.int64)[:, None]
         torch.index_select(blocks, 0, flat.view(-1), out=out.view(-1, block_size * d))
     else:

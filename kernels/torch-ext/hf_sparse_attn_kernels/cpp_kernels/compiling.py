@@ -60,14 +60,14 @@ def compiler() -> str | None:
     """Command of the C++ compiler, quoted for a shell: ``$CXX``, a path or a command with options, else c++, g++ or clang++."""
     named = os.environ.get("CXX", "").strip()
     if not named:
-        return next((shlex.quote(found) for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
-    if found := shutil.which(named):
-        return shlex.quote(found)
+        return next((shlex.quote(path) for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    if path := shutil.which(named):
+        return shlex.quote(path)
     try:
         program, *options = shlex.split(named)
     except ValueError:  # a quote that does not end
         return None
-    return shlex.join([found, *options]) if (found := shutil.which(program)) else None
+    return shlex.join([path, *options]) if (path := shutil.which(program)) else None
 
 
 @cache
@@ -76,8 +76,8 @@ def processor_levels() -> tuple[str, ...]:
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return ()
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    found = set(next((line for line in lines if line.startswith("flags")), "").split())
-    return tuple(name for name, (needed, _) in LEVELS.items() if needed <= found)
+    flags = set(next((line for line in lines if line.startswith("flags")), "").split())
+    return tuple(name for name, (needed, _) in LEVELS.items() if needed <= flags)
 
 
 def level() -> str | None:
@@ -118,14 +118,14 @@ def library(program: str, flags: tuple[str, ...]) -> Path:
         digest.update(path.read_bytes())
     name = f"cpu-{digest.hexdigest()[:16]}.so"
     for place in places("kernels"):
-        if found := _kept(place / name):
-            return found
+        if kept := _kept(place / name):
+            return kept
         try:
             with _lock(place) as alone:
-                made = _kept(place / name) or _compile(program, flags, place / name)
+                compiled = _kept(place / name) or _compile(program, flags, place / name)
                 if alone:
-                    _clear(place, made)
-            return made
+                    _clear(place, compiled)
+            return compiled
         except OSError as error:
             failed = error
     raise RuntimeError(f"the CPU kernels cannot be kept anywhere ({failed}); set {VARIABLE} to a folder that can be written")
@@ -158,12 +158,12 @@ def _lock(place: Path) -> Iterator[bool]:
             yield True
 
 
-def _clear(place: Path, made: Path) -> None:
-    """Remove what killed compilations left, and damaged versions of ``made``."""
+def _clear(place: Path, library_file: Path) -> None:
+    """Remove what killed compilations left, and damaged versions of ``library_file``."""
     for left in place.glob("tmp*"):
         shutil.rmtree(left, ignore_errors=True)
-    for other in place.glob(f"{made.stem.rpartition('-')[0]}-*{made.suffix}"):
-        if other != made:
+    for other in place.glob(f"{library_file.stem.rpartition('-')[0]}-*{library_file.suffix}"):
+        if other != library_file:
             other.unlink(missing_ok=True)
 
 
@@ -188,9 +188,9 @@ def _compile(program: str, flags: tuple[str, ...], target: Path) -> Path:
             raise RuntimeError(f"compiling the CPU kernels failed ({' '.join(command)}):\n{done.stderr[-4000:]}")
         built.chmod(0o755)
         _sync(built)
-        made = built.replace(_named(target, built.read_bytes()))
-    _sync(made.parent)
-    return made
+        library_file = built.replace(_named(target, built.read_bytes()))
+    _sync(library_file.parent)
+    return library_file
 
 
 def _sync(path: Path) -> None:

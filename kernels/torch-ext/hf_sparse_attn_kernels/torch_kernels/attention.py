@@ -176,10 +176,10 @@ class GatheredAttention(torch.autograd.Function):
             hidden, some = chunk_mask(part, grid, tiles), _of(row_sinks, rows)
             scores = chunk_scores(q_tiles[rows, tiles], chunk_k, hidden, options, dtype, scratch)
             some_lse = chunk_lse(scores, some) if need_lse else None
-            found = torch.matmul(probabilities(scores, hidden, some).to(q.dtype).flatten(2, 3), chunk_v)
-            if not all_finite(found):
-                found, some_lse = _attend_widely(q_tiles[rows, tiles], chunk_k, chunk_v, hidden, some, options)
-            out[rows, tiles] = found.view_as(out[rows, tiles])
+            product = torch.matmul(probabilities(scores, hidden, some).to(q.dtype).flatten(2, 3), chunk_v)
+            if not all_finite(product):
+                product, some_lse = _attend_widely(q_tiles[rows, tiles], chunk_k, chunk_v, hidden, some, options)
+            out[rows, tiles] = product.view_as(out[rows, tiles])
             if need_lse and some_lse is not None:
                 lse[rows, tiles] = some_lse
         ctx.save_for_backward(q, k, v, sinks, indices)
@@ -210,16 +210,16 @@ class GatheredAttention(torch.autograd.Function):
             dlse = None if dlse_tiles is None else dlse_tiles[rows, tiles].flatten(2, 3)
             scores = chunk_scores(q_tiles[rows, tiles], chunk_k, hidden, options, accum, scratch)
             p, ds, dsink = softmax_backward(scores, hidden, some, (do @ chunk_v.transpose(-1, -2)).to(accum), dlse, options)
-            found = ds.to(q.dtype) @ chunk_k
-            if not all_finite(found):
+            product = ds.to(q.dtype) @ chunk_k
+            if not all_finite(product):
                 some_q, chunk_k = wide(q_tiles[rows, tiles]), wide(chunk_k)
                 scores = chunk_scores(some_q, chunk_k, hidden, options, some_q.dtype, Scratch())
                 p, ds, dsink = softmax_backward(scores, hidden, some, wide(do) @ wide(chunk_v).transpose(-1, -2), dlse, options)
-                found, p, ds = (ds @ chunk_k).to(q.dtype), p.to(accum), ds.to(accum)
+                product, p, ds = (ds @ chunk_k).to(q.dtype), p.to(accum), ds.to(accum)
             if dsink is not None:
                 dsinks.append(dsink.new_zeros(b * groups, dsink.shape[1]))
                 dsinks[-1][rows] = dsink
-            dq[rows, tiles] = found.view_as(dq[rows, tiles])
+            dq[rows, tiles] = product.view_as(dq[rows, tiles])
             # a key's gradient is the sum of many tiles' products: in low precision each would be rounded
             scatter_blocks(dk[rows], part, ds.transpose(-1, -2) @ q_tiles[rows, tiles].flatten(2, 3).to(accum), grid.block_size)
             scatter_blocks(dv[rows], part, p.transpose(-1, -2) @ do.to(accum), grid.block_size)
@@ -244,9 +244,9 @@ def block_sparse_attention_torch(
     grid = selection.grid
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, options.sinks))
     if grid.q_len == grid.query_tile == 1 and grid.causal and not trained:
-        found = _attend_single(q, k, v, selection.indices.flatten(0, 2), grid, options, return_lse)
-        if found is not None:
-            return found
+        result = _attend_single(q, k, v, selection.indices.flatten(0, 2), grid, options, return_lse)
+        if result is not None:
+            return result
     selection.check_blocks()
     out, lse = GatheredAttention.apply(q, k, v, options.sinks, selection.indices, grid, options, return_lse)
     return out, lse if return_lse else None

@@ -67,9 +67,9 @@ def _hide(scores: Tensor, grid: TileGrid, blocks: Tensor, q_pos: Tensor) -> None
 
     Without causality only what lies behind the last key.
     """
-    own = blocks[..., -(grid.own_blocks if grid.causal else 1) :]
+    own_blocks = blocks[..., -(grid.own_blocks if grid.causal else 1) :]
     last = q_pos[:, None] if grid.causal else torch.full_like(q_pos[:, None], grid.kv_len - 1)
-    k_pos = (own[..., None] * grid.block_size + torch.arange(grid.block_size, device=blocks.device, dtype=torch.int64)).flatten(2)
+    k_pos = (own_blocks[..., None] * grid.block_size + torch.arange(grid.block_size, device=blocks.device, dtype=torch.int64)).flatten(2)
     scores[:, :, -k_pos.shape[-1] :].masked_fill_(k_pos[..., None] > last, -torch.inf)
     if blocks.device.type != "cpu" or bool((blocks < 0).any()):
         scores.masked_fill_((blocks < 0).repeat_interleave(grid.block_size, -1)[..., None], -torch.inf)
@@ -142,10 +142,10 @@ def block_mass_torch(q: Tensor, k: Tensor, grid: TileGrid, tiles: Tensor, scale:
     for start in range(0, len(tiles), step):
         chosen = tiles[start : start + step]
         visible = min(n, int(first[chosen].max()) + t) if grid.causal else n
-        found = _mass_of(q_tiles[:, chosen], keys[:, :visible], grid, first[chosen], scale)
-        if not all_finite(found):  # a product may have left the range of its dtype
-            found = _mass_of(wide(q_tiles[:, chosen]), wide(keys[:, :visible]), grid, first[chosen], scale)
-        out[:, start : start + step, :visible] = found
+        mass = _mass_of(q_tiles[:, chosen], keys[:, :visible], grid, first[chosen], scale)
+        if not all_finite(mass):  # a product may have left the range of its dtype
+            mass = _mass_of(wide(q_tiles[:, chosen]), wide(keys[:, :visible]), grid, first[chosen], scale)
+        out[:, start : start + step, :visible] = mass
     return out.view(b, groups, len(tiles), grid.blocks, grid.block_size).sum(-1)
 
 
