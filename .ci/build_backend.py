@@ -33,7 +33,9 @@ def source_date_epoch() -> int:
     return max(EARLIEST, int(metadata.stat().st_mtime)) if metadata.exists() else EARLIEST
 
 
-def build_wheel(wheel_directory: str, config_settings: dict | None = None, metadata_directory: str | None = None) -> str:
+def build_wheel(
+    wheel_directory: str, config_settings: dict | None = None, metadata_directory: str | None = None
+) -> str:
     """As setuptools does, at the time of `source_date_epoch`, packed anew with the modes that every file may have."""
     os.environ["SOURCE_DATE_EPOCH"] = str(source_date_epoch())
     name = build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)

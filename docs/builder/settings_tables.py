@@ -24,9 +24,15 @@ def rows(cls: type) -> list[list[str]]:
         ValueError: a field has no comment that says what it is.
     """
     fields = [match.groupdict() for match in map(FIELD.fullmatch, inspect.getsource(cls).splitlines()) if match]
-    shown = [{**field, "what": field["what"] or UNSAID.get(field["name"])} for field in fields if field["name"] not in INTERNAL]
+    shown = [
+        {**field, "what": field["what"] or UNSAID.get(field["name"])}
+        for field in fields
+        if field["name"] not in INTERNAL
+    ]
     if missing := [field["name"] for field in shown if not field["what"]]:
-        raise ValueError(f"{cls.__name__}: {', '.join(missing)} has no comment that says what it is; write one beside the field")
+        raise ValueError(
+            f"{cls.__name__}: {', '.join(missing)} has no comment that says what it is; write one beside the field"
+        )
     return [
         [
             f"`{field['name']}`",

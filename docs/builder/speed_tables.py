@@ -158,7 +158,10 @@ def run_times(results: dict[str, Any]) -> Iterator[Shown]:
     """How long the steps of a run took."""
     steps = {name: step for name, step in results.items() if isinstance(step, dict) and "seconds" in step}
     if "recipe" in results and "distill" in steps:
-        rows = [[name, f"{step['seconds'] / 60:.1f} min", _megabytes(step.get("peak_process_bytes"))] for name, step in steps.items()]
+        rows = [
+            [name, f"{step['seconds'] / 60:.1f} min", _megabytes(step.get("peak_process_bytes"))]
+            for name, step in steps.items()
+        ]
         yield (
             "Steps of the run, beside other jobs where LOG.md says so.",
             ["step", "time", "peak memory of the process"],

@@ -43,7 +43,9 @@ def record() -> dict[str, Any]:
     from hf_sparse_attn.experiments.longlink.planting import plant
 
     config = LongLinkConfig(length=LENGTH, min_distance=SPARSE["min_keys"] + 16, sequences=BATCHES)
-    model = AutoModelForCausalLM.from_pretrained(ROOT / "tests/experiments/longlink_model", dtype=torch.float32, sparse_attention=SPARSE)
+    model = AutoModelForCausalLM.from_pretrained(
+        ROOT / "tests/experiments/longlink_model", dtype=torch.float32, sparse_attention=SPARSE
+    )
     train = torch.from_numpy(plant(config, SEED).input_ids)
     distill(model, [{"input_ids": row[None]} for row in train], progress=False)
     unseen, kept = plant(config, SEED + 1), {}
@@ -54,7 +56,9 @@ def record() -> dict[str, Any]:
 
     with torch.no_grad():
         model.eval()(torch.from_numpy(unseen.input_ids[:1]), use_cache=False, sparse_call=Keeping())
-    links = sorted({(link.effect // 16, cause // 16) for link in unseen.links if link.sequence == 0 for cause in link.causes})
+    links = sorted(
+        {(link.effect // 16, cause // 16) for link in unseen.links if link.sequence == 0 for cause in link.causes}
+    )
     best = max(kept, key=lambda head: (sum(block in kept[head][tile] for tile, block in links), head))
     tiles = [[block for block in row if block >= 0] for row in kept[best]]
     return {
@@ -107,12 +111,16 @@ def _ring(tile: int, block: int) -> str:
 def _words(size: int) -> list[str]:
     middle, below = TOP + size / 2, TOP + size + 22
     parts = [f'<text x="{LEFT + size / 2}" y="{TOP - 10}" text-anchor="middle">key blocks</text>']
-    parts.append(f'<text text-anchor="middle" transform="translate({LEFT - 14} {middle}) rotate(-90)">query tiles</text>')
+    parts.append(
+        f'<text text-anchor="middle" transform="translate({LEFT - 14} {middle}) rotate(-90)">query tiles</text>'
+    )
     for row, (name, colour) in enumerate(KINDS.items()):
         parts.append(f'<rect x="{LEFT}" y="{below + 18 * row - 9}" width="10" height="10" fill="{colour}"/>')
         parts.append(f'<text x="{LEFT + 18}" y="{below + 18 * row}">{SAID[name]}</text>')
     ring = below + 18 * len(KINDS)
-    parts.append(f'<circle cx="{LEFT + 5}" cy="{ring - 4}" r="{CELL}" fill="none" stroke="#c2410c" stroke-width="1.6"/>')
+    parts.append(
+        f'<circle cx="{LEFT + 5}" cy="{ring - 4}" r="{CELL}" fill="none" stroke="#c2410c" stroke-width="1.6"/>'
+    )
     return [*parts, f'<text x="{LEFT + 18}" y="{ring}">where an answer stands (the router is not told)</text>']
 
 

@@ -17,7 +17,8 @@ class Architecture:
     Attributes:
         interleaved: rotary pairs are dimensions (2i, 2i + 1) instead of (i, i + half).
         rotates: whether an attention module applies the model's rotary embedding.
-        hands_on: whether arguments of the model's forward reach its attention modules; where not, a `SparseCall` takes another way.
+        hands_on: whether arguments of the model's forward reach its attention modules; where not, a `SparseCall` takes
+            another way.
         limits: what does not hold for this model type, for the table of architectures; "" for nothing.
     """
 
@@ -28,16 +29,19 @@ class Architecture:
 
 
 _PLAIN_TYPES = """
-    llama mixtral ministral3 qwen2_moe olmo olmo2 granite granitemoe granitemoeshared gpt_neox gemma phi phi3 phimoe starcoder2 olmoe
-    flex_olmo seed_oss arcee smollm3 apertus bitnet jais2 glm4_moe minimax_m2 solar_open diffllama jetmoe mellum hy_v3 aria_text
+    llama mixtral ministral3 qwen2_moe olmo olmo2 granite granitemoe granitemoeshared gpt_neox gemma phi phi3
+    phimoe starcoder2 olmoe flex_olmo seed_oss arcee smollm3 apertus bitnet jais2 glm4_moe minimax_m2 solar_open
+    diffllama
+    jetmoe mellum hy_v3 aria_text
     gpt2 gpt_bigcode opt biogpt ctrl hyperclovax dots1 dbrx
 """
-_SLIDING_TYPES = """mistral ministral qwen2 qwen3 qwen3_moe gemma2 gemma3_text gpt_oss olmo3 cwm granite_swa granitemoe_swa vaultgemma
-    modernbert-decoder laguna"""
+_SLIDING_TYPES = """mistral ministral qwen2 qwen3 qwen3_moe gemma2 gemma3_text gpt_oss olmo3 cwm granite_swa
+    granitemoe_swa vaultgemma modernbert-decoder laguna"""
 _UNROTATED_TYPES = "afmoe flint"  # only their sliding-window layers rotate
 _INTERLEAVED_TYPES = "cohere glm glm4 helium ernie4_5 ernie4_5_moe"
-_TWO_SIDED_TYPES = """bert electra distilbert eurobert gte nomic_bert albert bert-generation ernie roc_bert jina_embeddings_v3 mobilebert
-    roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl camembert data2vec-text xmod esmc"""
+_TWO_SIDED_TYPES = """bert electra distilbert eurobert gte nomic_bert albert bert-generation ernie roc_bert
+    jina_embeddings_v3 mobilebert roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl camembert
+    data2vec-text xmod esmc"""
 
 SUPPORTED: dict[str, Architecture] = {
     **dict.fromkeys(_PLAIN_TYPES.split(), Architecture()),
@@ -45,14 +49,18 @@ SUPPORTED: dict[str, Architecture] = {
     **dict.fromkeys(_INTERLEAVED_TYPES.split(), Architecture(interleaved=True)),
     **dict.fromkeys(_TWO_SIDED_TYPES.split(), Architecture(limits=TWO_SIDED)),
     **dict.fromkeys(_UNROTATED_TYPES.split(), Architecture(rotates=lambda site: False, limits=SLIDING)),
-    "beam": Architecture(rotates=lambda site: site.config.rope_parameters["full_attention"] is not None, limits=SLIDING),
+    "beam": Architecture(
+        rotates=lambda site: site.config.rope_parameters["full_attention"] is not None, limits=SLIDING
+    ),
     "cohere2": Architecture(interleaved=True, rotates=lambda site: site.sliding_window is not None, limits=SLIDING),
     "cohere2_moe": Architecture(interleaved=True, rotates=lambda site: site.force_rope, limits=SLIDING),
     **dict.fromkeys(
         ("exaone4", "exaone_moe", "kolibri1"),
         Architecture(rotates=lambda site: site.sliding_window is None or site.is_sliding, limits=SLIDING),
     ),
-    "gemma3": Architecture(limits=f"the text part; {SLIDING}; images whose tokens see each other both ways are refused"),
+    "gemma3": Architecture(
+        limits=f"the text part; {SLIDING}; images whose tokens see each other both ways are refused"
+    ),
     "hrm_text": Architecture(limits="without the two-way attention over instructions (prefix_lm), which is refused"),
     **dict.fromkeys(("modernbert", "ultrabert"), Architecture(limits=f"{TWO_SIDED}; {SLIDING}")),
     "patchtst": Architecture(hands_on=False, limits=f"{TWO_SIDED}; time series, sparse over patches"),
@@ -73,4 +81,6 @@ def refuse_unsupported(model_type: str) -> None:
     if model_type not in supported:
         from .refusals import refusal  # imports all of Transformers' Auto classes
 
-        raise ValueError(f"model type {model_type!r} {refusal(model_type)}; sparse attention supports: {', '.join(supported)}")
+        raise ValueError(
+            f"model type {model_type!r} {refusal(model_type)}; sparse attention supports: {', '.join(supported)}"
+        )

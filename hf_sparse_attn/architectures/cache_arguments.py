@@ -1,4 +1,6 @@
-"""Under which name a module of the installed Transformers takes its cache, and how to tell a cache under any other name."""
+"""Under which name a module of the installed Transformers takes its cache, and how to tell a cache under any other
+name.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ MODEL_ARGUMENT = next(name for name in accepted_names(masking_utils.create_causa
 
 
 def is_cache(name: str, value: Any) -> bool:
-    """Whether an argument is a cache: an object of Transformers, one that behaves like it, pairs of tensors by layer, or by its name."""
+    """Whether an argument is a cache: an object of Transformers, one that behaves like it, pairs of tensors by layer,
+    or by its name.
+    """
     if value is None or isinstance(value, (bool, int, float, str)):
         return False
     if isinstance(value, Tensor):  # `cache_position` and the like are integers
@@ -32,7 +36,9 @@ def is_cache(name: str, value: Any) -> bool:
 
 
 def _is_layer(value: Any) -> bool:
-    """Whether an item of a list is what a layer keeps: its object, or a tuple of tensors as caches were before they were objects."""
+    """Whether an item of a list is what a layer keeps:
+    its object, or a tuple of tensors as caches were before they were objects.
+    """
     if isinstance(value, (tuple, list)):
         return any(isinstance(inner, Tensor) and inner.is_floating_point() for inner in value)
     return isinstance(value, (Cache, CacheLayerMixin))

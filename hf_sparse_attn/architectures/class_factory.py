@@ -15,7 +15,9 @@ _MAKERS: dict[type, Callable[[Any], type]] = {}
 
 
 class MadeMixin:
-    """Base of the mixins: an instance pickles as mixin, stock class and state, and so loads in a process that made no class yet."""
+    """Base of the mixins: an instance pickles as mixin, stock class and state, and so loads in a process that made no
+    class yet.
+    """
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(protocol)
@@ -40,7 +42,9 @@ def _blank(mixin: type[MadeMixin], stock: type) -> Any:
 
 
 def make_class(mixin: type, stock: type, **namespace: Any) -> type:
-    """``Sparse<stock>``, made once; an attribute of its module, the mixin's unless given, where pickle looks for the class."""
+    """``Sparse<stock>``, made once; an attribute of its module, the mixin's unless given, where pickle looks for the
+    class.
+    """
     with _LOCK:  # two threads that load models must not make two classes
         if (mixin, stock) not in _MADE:
             name = f"Sparse{stock.__name__}"
@@ -53,11 +57,15 @@ def make_class(mixin: type, stock: type, **namespace: Any) -> type:
 
 
 def accepted_names(function: Callable[..., Any]) -> tuple[str, ...]:
-    """Names that ``function`` takes arguments by: its parameters, and old names of them that a decorator of Transformers replaces."""
+    """Names that ``function`` takes arguments by: its parameters, and old names of them that a decorator of
+    Transformers replaces.
+    """
     names, inner = list(inspect.signature(function).parameters), function
     while inner is not None:
         cells = getattr(inner, "__closure__", None) or ()
-        held = dict(zip(inner.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True)) if cells else {}
+        held = (
+            dict(zip(inner.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True)) if cells else {}
+        )
         if held.get("new_name") in names and isinstance(held.get("old_name"), str):  # `deprecate_kwarg`
             names.append(held["old_name"])
         inner = getattr(inner, "__wrapped__", None)  # type: ignore[assignment]

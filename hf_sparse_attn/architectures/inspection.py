@@ -67,7 +67,8 @@ class ModelSource:
         return {
             name: text
             for name, text in self.reached.items()
-            if text.startswith("class ") and (re.search(r"Attention(?!Mask|Output|Loss)|Attn", name) or "get_interface" in text)
+            if text.startswith("class ")
+            and (re.search(r"Attention(?!Mask|Output|Loss)|Attn", name) or "get_interface" in text)
         }
 
     @cached_property
@@ -88,9 +89,15 @@ class ModelSource:
     @property
     def parts(self) -> dict[str, str]:
         """The models that this one is made of: their model types by field of its config, "" for one of any type."""
-        model_types = {field: getattr(part, "model_type", "") for field, part in (self.config.sub_configs or {}).items()}
+        model_types = {
+            field: getattr(part, "model_type", "") for field, part in (self.config.sub_configs or {}).items()
+        }
         known = _CONFIGS.CONFIG_MAPPING_NAMES
-        return {field: part for field, part in model_types.items() if part in known or self.config.sub_configs[field] is AutoConfig}
+        return {
+            field: part
+            for field, part in model_types.items()
+            if part in known or self.config.sub_configs[field] is AutoConfig
+        }
 
     def wholes(self) -> dict[str, str]:
         """The model types beside this one whose configs hold its config: the field that holds it, by type."""
@@ -108,7 +115,11 @@ def model_source(model_type: str) -> ModelSource | None:
     """What the installed Transformers has under ``model_type``; None if it does not know it."""
     if model_type not in _CONFIGS.CONFIG_MAPPING_NAMES:
         return None
-    heads = {name.removesuffix("_MAPPING_NAMES").removeprefix("MODEL_FOR_") for name, table in _auto_tables() if model_type in table}
+    heads = {
+        name.removesuffix("_MAPPING_NAMES").removeprefix("MODEL_FOR_")
+        for name, table in _auto_tables()
+        if model_type in table
+    }
     return ModelSource(model_type, getattr(transformers, _CONFIGS.CONFIG_MAPPING_NAMES[model_type]), frozenset(heads))
 
 
@@ -137,5 +148,7 @@ def _folder(model_type: str) -> Path | None:
 def _definitions(folder: Path | None) -> dict[str, str]:
     """Source of the classes and functions of a model's folder without their documentation, by name."""
     files = [] if folder is None else sorted(folder.glob("modeling_*.py"))
-    statements = [part for file in files for part in _STATEMENTS.split(_STRINGS.sub("", file.read_text(encoding="utf-8")))]
+    statements = [
+        part for file in files for part in _STATEMENTS.split(_STRINGS.sub("", file.read_text(encoding="utf-8")))
+    ]
     return {match[1]: part for part in statements if (match := _DEFINITION.match(part))}

@@ -10,20 +10,22 @@ from transformers import __version__
 
 from .inspection import ModelSource, model_source
 
-_VISION = """IMAGE IMAGE_CLASSIFICATION BACKBONE OBJECT_DETECTION ZERO_SHOT_IMAGE_CLASSIFICATION ZERO_SHOT_OBJECT_DETECTION MASK_GENERATION
-    SEMANTIC_SEGMENTATION INSTANCE_SEGMENTATION UNIVERSAL_SEGMENTATION IMAGE_SEGMENTATION DEPTH_ESTIMATION VIDEO_CLASSIFICATION
-    KEYPOINT_MATCHING KEYPOINT_DETECTION POSE_ESTIMATION IMAGE_MATTING IMAGE_TO_IMAGE TABLE_RECOGNITION TEXT_RECOGNITION POINTMAP_ESTIMATION
-    NORMAL_ESTIMATION MASKED_IMAGE_MODELING CAUSAL_IMAGE_MODELING"""
-_AUDIO = (
-    """CTC RNNT TDT AUDIO_CLASSIFICATION AUDIO_FRAME_CLASSIFICATION AUDIO_XVECTOR TEXT_TO_WAVEFORM TEXT_TO_SPECTROGRAM SPEECH_SEQ_2_SEQ"""
-)
+_VISION = """IMAGE IMAGE_CLASSIFICATION BACKBONE OBJECT_DETECTION ZERO_SHOT_IMAGE_CLASSIFICATION
+    ZERO_SHOT_OBJECT_DETECTION MASK_GENERATION SEMANTIC_SEGMENTATION INSTANCE_SEGMENTATION
+    UNIVERSAL_SEGMENTATION IMAGE_SEGMENTATION DEPTH_ESTIMATION VIDEO_CLASSIFICATION KEYPOINT_MATCHING
+    KEYPOINT_DETECTION POSE_ESTIMATION IMAGE_MATTING IMAGE_TO_IMAGE TABLE_RECOGNITION TEXT_RECOGNITION
+    POINTMAP_ESTIMATION NORMAL_ESTIMATION MASKED_IMAGE_MODELING CAUSAL_IMAGE_MODELING"""
+_AUDIO = """CTC RNNT TDT AUDIO_CLASSIFICATION AUDIO_FRAME_CLASSIFICATION AUDIO_XVECTOR TEXT_TO_WAVEFORM
+    TEXT_TO_SPECTROGRAM SPEECH_SEQ_2_SEQ"""
 VISION_HEADS, AUDIO_HEADS = frozenset(_VISION.split()), frozenset(_AUDIO.split())
 LANGUAGE_HEADS = frozenset(("CAUSAL_LM", "MASKED_LM"))
 IMAGE_INPUTS = re.compile(r'main_input_name = "(?:pixel_\w+|flattened_patches|patch_embeds)"')
 SOUND_INPUTS = re.compile(r'main_input_name = "(?:input_features|input_values|audio_\w+|spectrogram|latents)"')
 IMAGE_FIELDS = re.compile(r"vision|image|video|vq_|mask_decoder|detr|geometry|sam_")
 SOUND_FIELDS = re.compile(r"audio|acoustic|speech|_asr|code_predictor|dit_")
-RECURRENT = re.compile(r"conv_states?\b|recurrent_states?\b|ssm_states?\b|\bA_log\b|LightningAttention|[xsm]LSTM|RwkvLinearAttention")
+RECURRENT = re.compile(
+    r"conv_states?\b|recurrent_states?\b|ssm_states?\b|\bA_log\b|LightningAttention|[xsm]LSTM|RwkvLinearAttention"
+)
 OWN_SPARSE = re.compile(r"update_indexer|block_indices|Indexer\(|BlockSparseAttention")
 
 # found by trying: what the rules below cannot see
@@ -55,13 +57,22 @@ def _no_models(source: ModelSource) -> str:
     if source.models:
         return ""
     if source.borrowed:
-        return f"has no model classes of its own, it runs {source.borrowed[0]} on another config: a sparse class needs both to agree"
+        return (
+            f"has no model classes of its own, it runs {source.borrowed[0]} on another config: a sparse class "
+            "needs both to agree"
+        )
     return f"has a config but no model class{_inside(source)}"
 
 
 def _encoder_decoder(source: ModelSource) -> str:
-    decodes = getattr(source.config, "is_encoder_decoder", False) or re.search(r"decoder$", " ".join(source.wholes().values()))
-    return "is an encoder-decoder or its decoder: sparse attention serves self-attention over one sequence" if decodes else ""
+    decodes = getattr(source.config, "is_encoder_decoder", False) or re.search(
+        r"decoder$", " ".join(source.wholes().values())
+    )
+    return (
+        "is an encoder-decoder or its decoder: sparse attention serves self-attention over one sequence"
+        if decodes
+        else ""
+    )
 
 
 def _composite_with_text(source: ModelSource) -> str:
@@ -86,24 +97,38 @@ def _vision(source: ModelSource) -> str:
     seen = (
         bool(source.heads & VISION_HEADS)
         or any(IMAGE_INPUTS.search(text) for text in source.models.values())
-        or (not source.heads & LANGUAGE_HEADS and _has(source, "image_size", "num_channels", "in_channels", "patch_size"))
+        or (
+            not source.heads & LANGUAGE_HEADS
+            and _has(source, "image_size", "num_channels", "in_channels", "patch_size")
+        )
         or any(IMAGE_FIELDS.search(field) for field in source.wholes().values())
     )
-    return f"works on images or video{_inside(source)}: patches lie in two dimensions, blocks of keys in one" if seen else ""
+    return (
+        f"works on images or video{_inside(source)}: patches lie in two dimensions, blocks of keys in one"
+        if seen
+        else ""
+    )
 
 
 def _audio(source: ModelSource) -> str:
     heard = (
         bool(source.heads & AUDIO_HEADS)
         or any(SOUND_INPUTS.search(text) for text in source.models.values())
-        or (not source.heads & LANGUAGE_HEADS and _has(source, "num_mel_bins", "sampling_rate", "sample_rate", "audio_channels"))
+        or (
+            not source.heads & LANGUAGE_HEADS
+            and _has(source, "num_mel_bins", "sampling_rate", "sample_rate", "audio_channels")
+        )
         or any(SOUND_FIELDS.search(field) for field in (source.model_type, *source.wholes().values()))
     )
     return f"works on audio{_inside(source)}: no test covers sparse attention over sound" if heard else ""
 
 
 def _composite(source: ModelSource) -> str:
-    return f"is a composite ({_parts(source)}): sparse attention inside one is tested for gemma3 only" if source.parts else ""
+    return (
+        f"is a composite ({_parts(source)}): sparse attention inside one is tested for gemma3 only"
+        if source.parts
+        else ""
+    )
 
 
 def _own_attention(source: ModelSource) -> str:
@@ -140,7 +165,11 @@ def _rotation(source: ModelSource) -> str:
 
 
 def _untold(source: ModelSource) -> str:
-    calls = [call for text in source.reached.values() for call in re.findall(r"self\.(?:self_)?att\w*\(((?:[^()]|\([^()]*\))*)\)", text)]
+    calls = [
+        call
+        for text in source.reached.values()
+        for call in re.findall(r"self\.(?:self_)?att\w*\(((?:[^()]|\([^()]*\))*)\)", text)
+    ]
     texts = [text.partition("get_interface") for text in source.routed.values() if "apply_rotary" in text]
     if any(re.search(r"\n +position_ids\b", before) and "position_ids=" not in after for before, _, after in texts):
         return "does not tell its attention function the positions, by which keys are un-rotated"
@@ -158,7 +187,16 @@ def _untested(source: ModelSource) -> str:
 
 
 RULES: tuple[Callable[[ModelSource], str], ...] = (
-    *(_another_name, _encoder_decoder, _composite_with_text, _no_models, _without_attention, _audio, _vision, _composite),
+    *(
+        _another_name,
+        _encoder_decoder,
+        _composite_with_text,
+        _no_models,
+        _without_attention,
+        _audio,
+        _vision,
+        _composite,
+    ),
     *(_own_attention, _scores, _rotation, _untold, _untested),
 )
 
@@ -179,4 +217,6 @@ def _normed_after_rotation(source: ModelSource, attention: str) -> bool:
     """Whether a norm with weights, which do not turn along, is applied to the keys after their rotation."""
     after = re.split(r"apply_\w*rot\w*\(", attention.split("get_interface")[0])[-1]
     norms = dict(re.findall(r"self\.(k\w*norm|qk_norm) = (\w+)\(", attention)) if "apply_" in attention else {}
-    return any(f"self.{name}(" in after and "weight" in source.reached.get(kind, "weight") for name, kind in norms.items())
+    return any(
+        f"self.{name}(" in after and "weight" in source.reached.get(kind, "weight") for name, kind in norms.items()
+    )

@@ -46,7 +46,11 @@ def count_states(rows: list[Row]) -> dict[str, int]:
 
 def as_json(rows: list[Row]) -> dict[str, Any]:
     """The table as plain values."""
-    return {"transformers": transformers.__version__, "counts": count_states(rows), "model_types": [asdict(row) for row in rows]}
+    return {
+        "transformers": transformers.__version__,
+        "counts": count_states(rows),
+        "model_types": [asdict(row) for row in rows],
+    }
 
 
 def as_markdown(rows: list[Row]) -> str:
@@ -59,8 +63,10 @@ def as_markdown(rows: list[Row]) -> str:
         "",
         "Supported: a tiny random model of the type passes every test in `tests/architectures/test_supported_types.py`",
         "(`python -m pytest -m compat`).",
-        "Refused: `sparsify`, `sparse_config` and `sparse_class` raise a `ValueError` with this reason before anything is changed.",
-        f"The reasons are read from the config and the source of the models. Written by `{COMMAND}`; not edited by hand.",
+        "Refused: `sparsify`, `sparse_config` and `sparse_class` raise a `ValueError` with this reason before "
+        "anything is changed.",
+        f"The reasons are read from the config and the source of the models. Written by `{COMMAND}`; not edited by "
+        "hand.",
         "",
         "| model type | state | limits, or why it is refused |",
         "|---|---|---|",

@@ -10,7 +10,8 @@ import transformers
 from packaging.version import InvalidVersion, Version
 
 VERSION = "0.2.0"  # of this package; pyproject.toml reads it from here
-SUPPORTED_TRANSFORMERS = (Version("5.17"), Version("5.24"))  # the oldest and the newest release that the tests run under, both included
+# the oldest and the newest release that the tests run under, both included
+SUPPORTED_TRANSFORMERS = (Version("5.17"), Version("5.24"))
 
 
 def tested_range() -> str:
@@ -18,7 +19,9 @@ def tested_range() -> str:
 
 
 def is_tested(version: str | None = None) -> bool:
-    """Whether Transformers ``version`` (that installed) is a release of the tested range; before its release none is."""
+    """Whether Transformers ``version`` (that installed) is a release of the tested range;
+    before its release none is.
+    """
     installed = _parsed(version or transformers.__version__)
     low, high = SUPPORTED_TRANSFORMERS
     return (
@@ -37,7 +40,8 @@ def check_transformers(version: str | None = None) -> None:
         raise ImportError(f"hf_sparse_attn supports transformers >= {low}, found {version}: {advice()}")
     if not is_tested(version):
         warnings.warn(
-            f"hf_sparse_attn was tested with transformers {tested_range()}, found {version}: before the first sparse model is made a "
+            f"hf_sparse_attn was tested with transformers {tested_range()}, found {version}: before the first sparse "
+            "model is made a "
             "self-test of about a second tells whether it works there",
             stacklevel=3,
         )
@@ -45,7 +49,8 @@ def check_transformers(version: str | None = None) -> None:
 
 @contextmanager
 def checked_transformers() -> Iterator[None]:
-    """Round the imports of this package: `check_transformers` before, and where an untested version lacks something, which one to install.
+    """Round the imports of this package: `check_transformers` before, and where an untested version lacks something,
+    which one to install.
 
     Raises:
         ImportError: Transformers is too old, or has not what is imported from it.
@@ -57,7 +62,8 @@ def checked_transformers() -> Iterator[None]:
         if is_tested():
             raise
         raise ImportError(
-            f"hf_sparse_attn was tested with transformers {tested_range()}; {transformers.__version__} lacks what it needs "
+            f"hf_sparse_attn was tested with transformers {tested_range()}; {transformers.__version__} lacks what it "
+            "needs "
             f"({error}): {advice()}"
         ) from error
 

@@ -20,7 +20,8 @@ from ..architectures.class_factory import MadeMixin
 from ..router.module import SparseRouter, active_router
 from .object_registry import number
 
-GROWTH_TOKENS = 4096  # keys, values and summaries are stored with room for this many more tokens, so that decoding rarely copies them
+# keys, values and summaries are stored with room for this many more tokens, so that decoding rarely copies them
+GROWTH_TOKENS = 4096
 
 
 class SparseCacheLayerMixin(MadeMixin):
@@ -43,7 +44,8 @@ class SparseCacheLayerMixin(MadeMixin):
     steps_config: Any
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "summarised_by": None, "steps": None, "steps_by": None}  # a weak reference cannot be copied
+        # a weak reference cannot be copied
+        return {**self.__dict__, "summarised_by": None, "steps": None, "steps_by": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -82,11 +84,13 @@ class SparseCacheLayerMixin(MadeMixin):
         self.slot_positions = torch.cat([p.expand(rows, -1) for p in (*parts, positions)], 1)
         return self.slot_positions
 
-    def summaries(self, router: SparseRouter, batch: int, rows: slice, slots: Tensor | None, keys: Tensor, positions: Tensor) -> Tensor:
+    def summaries(
+        self, router: SparseRouter, batch: int, rows: slice, slots: Tensor | None, keys: Tensor, positions: Tensor
+    ) -> Tensor:
         """Router keys of the whole blocks of ``keys`` [b, G, N, D], the real keys of rows ``rows`` of the ``batch``.
 
-        ``slots`` [N], on the CPU, are their cache slots (None: 0 … N − 1), ``positions`` [1 or b, N] their rotary positions. Only
-        blocks that are not summarised yet are computed.
+        ``slots`` [N], on the CPU, are their cache slots (None: 0 … N − 1), ``positions`` [1 or b, N] their rotary
+        positions. Only blocks that are not summarised yet are computed.
         """
         size = router.config.block_size
         need = keys.shape[2] // size
@@ -115,7 +119,9 @@ class SparseCacheLayerMixin(MadeMixin):
         return self.router_keys[rows, :, :need]
 
     def prepare_steps(self, router: SparseRouter, keys: Tensor, positions: Tensor, slots: int, steps: Any) -> None:
-        """Make room for the summaries of all ``slots``, make those of ``keys`` [B, G, N, D], and note ``steps``: see `static_decode`."""
+        """Make room for the summaries of all ``slots``, make those of ``keys`` [B, G, N, D], and note ``steps``:
+        see `static_decode`.
+        """
         self.summaries(router, keys.shape[0], slice(0, keys.shape[0]), None, keys, positions)
         assert self.router_keys is not None
         blocks = -(-slots // router.config.block_size)
@@ -124,7 +130,9 @@ class SparseCacheLayerMixin(MadeMixin):
         self.steps_config = self.steps_by.config
 
     def _laid_out(self, rows: slice, slots: Tensor | None, tokens: int) -> bool:
-        """Whether the first ``tokens`` of ``slots``, which end alike, are those that were summarised: the past can be masked anew."""
+        """Whether the first ``tokens`` of ``slots``, which end alike, are those that were summarised:
+        the past can be masked anew.
+        """
         known = self.layouts[rows.start]
         return slots is None or known is None or torch.equal(slots[:tokens], known[:tokens])
 
@@ -189,7 +197,9 @@ class GrowingLayerMixin(SparseCacheLayerMixin):
 
 
 class QuantizedLayerMixin(GrowingLayerMixin):
-    """In front of a layer that returns keys which it quantised: other ones than before, so all summaries are made anew."""
+    """In front of a layer that returns keys which it quantised:
+    other ones than before, so all summaries are made anew.
+    """
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.forget_summaries()
@@ -197,7 +207,9 @@ class QuantizedLayerMixin(GrowingLayerMixin):
 
 
 class AppendingLayerMixin(GrowingLayerMixin):
-    """In front of `DynamicLayer`: appends in place, where concatenation would copy the whole cache for every new token."""
+    """In front of `DynamicLayer`: appends in place, where concatenation would copy the whole cache for
+    every new token.
+    """
 
     buffers: dict[str, Tensor]  # storage of which `keys` and `values` are the filled part
 
@@ -225,7 +237,9 @@ class AppendingLayerMixin(GrowingLayerMixin):
 
 
 def _appended(buffer: Tensor | None, old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-    """``new`` behind ``old`` [B, G, N, D], in place if ``old`` is what fills ``buffer``: (the buffer, what fills it now)."""
+    """``new`` behind ``old`` [B, G, N, D], in place if ``old`` is what fills ``buffer``:
+    (the buffer, what fills it now).
+    """
     length, total = old.shape[2], old.shape[2] + new.shape[2]
     usable = buffer is not None and buffer.data_ptr() == old.data_ptr() and buffer.shape[0] == old.shape[0]
     if buffer is not None and buffer.is_inference() and not torch.is_inference_mode_enabled():

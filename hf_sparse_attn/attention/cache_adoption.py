@@ -50,7 +50,8 @@ def adopt_layers(cache: Any, indices: Sequence[int]) -> None:
     twice = sorted({index for index in indices if indices.count(index) > 1})
     if twice:
         raise ValueError(
-            f"several layers have layer_idx {', '.join(map(str, twice))}, and a cache keeps one entry for each: number copied layers anew "
+            f"several layers have layer_idx {', '.join(map(str, twice))}, and a cache keeps one entry for each: "
+            "number copied layers anew "
             "(for i, layer in enumerate(layers): layer.self_attn.layer_idx = i), or pass use_cache=False"
         )
     for index in indices:
@@ -58,7 +59,8 @@ def adopt_layers(cache: Any, indices: Sequence[int]) -> None:
 
 
 def found(cache: Any, index: int) -> CacheLayerMixin | None:
-    """The cache layer ``index``, None if it is yet to be made: a graph that is being compiled cannot replace it, so it may not be adopted.
+    """The cache layer ``index``, None if it is yet to be made: a graph that is being compiled cannot replace it, so it
+    may not be adopted.
 
     Raises:
         ValueError: as `adopt`.
@@ -70,7 +72,9 @@ def found(cache: Any, index: int) -> CacheLayerMixin | None:
 
 
 def filled(layer: CacheLayerMixin | None) -> Tensor | None:
-    """How many of the slots that the last update of a layer, adopted or not, returned hold keys: int64 [], None for all."""
+    """How many of the slots that the last update of a layer, adopted or not, returned hold keys:
+    int64 [], None for all.
+    """
     return layer.cumulative_length if isinstance(layer, StaticLayer) else None
 
 
@@ -79,9 +83,11 @@ def _mixin(layer: CacheLayerMixin) -> type[SparseCacheLayerMixin]:
         return AppendingLayerMixin
     if type(layer) is StaticLayer:
         return SparseCacheLayerMixin
-    if any("Quantized" in cls.__name__ for cls in type(layer).__mro__):  # their common base has other names in older versions
+    # their common base has other names in older versions
+    if any("Quantized" in cls.__name__ for cls in type(layer).__mro__):
         return QuantizedLayerMixin
     raise ValueError(
-        f"sparse attention supports the layers of {CACHES}, got {type(layer).__name__}; pass one of these, or run dense "
+        f"sparse attention supports the layers of {CACHES}, got {type(layer).__name__}; pass one of these, or run "
+        "dense "
         'with model.set_attn_implementation("sdpa")'
     )

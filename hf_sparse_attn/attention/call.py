@@ -84,7 +84,9 @@ class SparseCall:
         self.dense, self.selector, self.decode_from = dense, selector, decode_from
 
     def on_layer(self, router: SparseRouter) -> Tensor | None:
-        """First thing in a layer, also where it attends densely. A tensor it returns is attached to the layer's output, see `attach`."""
+        """First thing in a layer, also where it attends densely.
+        A tensor it returns is attached to the layer's output, see `attach`.
+        """
         return None
 
     def on_document(self, router: SparseRouter, inputs: RoutingInputs) -> None:

@@ -19,22 +19,33 @@ def refuse_without_router(module: nn.Module, kwargs: dict[str, Any]) -> None:
         name = getattr(config, "_name_or_path", "")
         loaded = f" of the model loaded from {name!r}" if name else ""
         raise ValueError(
-            f'attn_implementation="{ATTN_IMPLEMENTATION}" needs a model with routers, and {type(module).__name__}{loaded} has none: '
-            "load it with from_pretrained(..., sparse_attention={...}) or convert it with hf_sparse_attn.sparsify(model, {...}). "
-            "If it is the reference model of a TRL trainer, which loads the folder that the trained model once came from: put "
-            "SparseTrainerMixin in front of the trainer, pass ref_model=copy.deepcopy(model), or save the sparse model and train the "
+            f'attn_implementation="{ATTN_IMPLEMENTATION}" needs a model with routers, and '
+            f"{type(module).__name__}{loaded} has none: "
+            "load it with from_pretrained(..., sparse_attention={...}) or convert it with "
+            "hf_sparse_attn.sparsify(model, {...}). "
+            "If it is the reference model of a TRL trainer, which loads the folder that the trained model once came "
+            "from: put "
+            "SparseTrainerMixin in front of the trainer, pass ref_model=copy.deepcopy(model), or save the sparse "
+            "model and train the "
             "one loaded from there"
         )
 
 
 def check_call(
-    router: SparseRouter, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, dropout: float, kwargs: dict[str, Any]
+    router: SparseRouter,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout: float,
+    kwargs: dict[str, Any],
 ) -> None:
     """Raise ValueError that says what sparse attention cannot give of what a call asks for."""
     name = type(module).__name__
     if dropout:
         raise ValueError(
-            f"sparse attention has no attention dropout, got {dropout} from {name}: load the model with attention_dropout=0.0 "
+            f"sparse attention has no attention dropout, got {dropout} from {name}: load the model with "
+            "attention_dropout=0.0 "
             "(Bert: attention_probs_dropout_prob=0.0), or set it on the config and the attention modules"
         )
     if kwargs.get("output_attentions"):
@@ -45,30 +56,39 @@ def check_call(
     for argument in ("position_bias", "sliding_window", "cache"):
         if kwargs.get(argument) is not None:
             raise ValueError(
-                f"sparse attention does not support {argument} (asked for by {name}); supported: attention over the whole past or "
+                f"sparse attention does not support {argument} (asked for by {name}); supported: attention over the "
+                "whole past or "
                 'document, with soft cap and sinks. Run dense with model.set_attn_implementation("sdpa")'
             )
     position_ids = kwargs.get("position_ids")
     if position_ids is not None and position_ids.ndim != 2:
-        raise ValueError(f"sparse attention supports position_ids [batch, queries], got {tuple(position_ids.shape)} ({name})")
+        raise ValueError(
+            f"sparse attention supports position_ids [batch, queries], got {tuple(position_ids.shape)} ({name})"
+        )
     want = (router.heads, router.groups, router.head_dim, router.head_dim)
     got = (query.shape[1], key.shape[1], key.shape[3], value.shape[3])
     if got != want:
         raise ValueError(
-            f"the router of {name} was made for (query heads, KV heads, key dim, value dim) = {want}, but the call has {got}: "
+            f"the router of {name} was made for (query heads, KV heads, key dim, value dim) = {want}, but the call "
+            f"has {got}: "
             "tensor parallelism and other head layouts are not supported"
         )
 
 
 EXPORT = (
-    "sparse attention cannot be exported (torch.export, torch.onnx.export, torch.jit, ExecuTorch, AOTInductor): which keys a layer reads "
-    "is decided by code and state that live in this process, and the program would run with another model's routers, or none. Export the "
-    'dense model: hf_sparse_attn.to_dense(model) or model.set_attn_implementation("sdpa") before it. To run this one faster, torch.compile'
+    "sparse attention cannot be exported (torch.export, torch.onnx.export, torch.jit, ExecuTorch, AOTInductor): which "
+    "keys a layer reads "
+    "is decided by code and state that live in this process, and the program would run with another model's routers, "
+    "or none. Export the "
+    'dense model: hf_sparse_attn.to_dense(model) or model.set_attn_implementation("sdpa") before it. To run this one '
+    "faster, torch.compile"
 )
 
 
 def refuse_export() -> None:
-    """Raise ValueError where the call is being written down as a program for elsewhere: `torch.compile` runs here, and may."""
+    """Raise ValueError where the call is being written down as a program for elsewhere:
+    `torch.compile` runs here, and may.
+    """
     if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         raise ValueError(EXPORT)
 
@@ -81,8 +101,10 @@ def refuse_split_sequences() -> None:
         size = getattr(config, field, None) or 1
         if size > 1:
             raise ValueError(
-                f"{kind} ({field}={size}) is not supported: each process would route by its own part of the keys only. Leave {field} at 1 "
-                "and shard the model instead (FSDP2, ZeRO-3), with activation checkpointing and chunk_loss for long sequences; "
+                f"{kind} ({field}={size}) is not supported: each process would route by its own part of the keys "
+                f"only. Leave {field} at 1 "
+                "and shard the model instead (FSDP2, ZeRO-3), with activation checkpointing and chunk_loss for long "
+                "sequences; "
                 "recipes/accelerate/README.md has the design"
             )
 
@@ -91,6 +113,7 @@ def check_mask(mask: Tensor | None) -> None:
     """Raise ValueError unless ``mask`` is of a kind that sparse attention can read."""
     if mask is not None and mask.ndim not in (2, 4):
         raise ValueError(
-            f"sparse attention got an attention mask {tuple(mask.shape)}; supported: None, a padding mask [batch, keys] or a 4D mask "
+            f"sparse attention got an attention mask {tuple(mask.shape)}; supported: None, a padding mask [batch, "
+            "keys] or a 4D mask "
             '[batch, 1, queries, keys]. Pass one of these, or run dense with model.set_attn_implementation("sdpa")'
         )

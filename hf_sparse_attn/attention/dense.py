@@ -39,7 +39,9 @@ def stock_attention(
     ``attention_mask`` is None, boolean or additive, 4-dimensional.
     """
     if kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
     if attention_mask is None and is_causal(module, kwargs):
         q_len, kv_len = query.shape[2], key.shape[2]
         attention_mask = torch.ones(1, 1, q_len, kv_len, dtype=torch.bool, device=query.device).tril(kv_len - q_len)
@@ -61,7 +63,9 @@ def stock_attention_of_documents(
     segments: list[Segment] | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """`stock_attention` of every packed document by itself: stock SDPA has no other way to tell them apart than a mask."""
+    """`stock_attention` of every packed document by itself:
+    stock SDPA has no other way to tell them apart than a mask.
+    """
     if segments is None:
         return stock_attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     out = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
@@ -83,7 +87,9 @@ def attend_without_router(
     dropout: float,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The local attention of a layer that has no router, as the stock model computes it; packed documents do not see each other."""
+    """The local attention of a layer that has no router, as the stock model computes it;
+    packed documents do not see each other.
+    """
     layout = Layout(
         query.shape[0],
         query.shape[2],
@@ -100,8 +106,11 @@ def attend_without_router(
     return stock_attention_of_documents(module, query, key, value, attention_mask, scaling, dropout, segments, **kwargs)
 
 
-def stock_mask(mask: Tensor | None, q_len: int, kv_len: int, slots: int, causal: bool, device: torch.device) -> Tensor | None:
-    """The boolean mask [B or 1, 1, Q, slots] of a call whose last Q of N filled slots are queries, by its padding ``mask`` [B, at least N].
+def stock_mask(
+    mask: Tensor | None, q_len: int, kv_len: int, slots: int, causal: bool, device: torch.device
+) -> Tensor | None:
+    """The boolean mask [B or 1, 1, Q, slots] of a call whose last Q of N filled slots are queries, by its padding
+    ``mask`` [B, at least N].
 
     None where there is nothing to hide.
     """
@@ -114,27 +123,43 @@ def stock_mask(mask: Tensor | None, q_len: int, kv_len: int, slots: int, causal:
         else torch.full((q_len,), kv_len - 1, device=device, dtype=torch.int64)
     )
     visible = (slot <= last[:, None])[None, None]
-    return visible if mask is None else visible & F.pad(mask[:, :slots].bool(), (0, max(slots - mask.shape[1], 0)))[:, None, None]
+    return (
+        visible
+        if mask is None
+        else visible & F.pad(mask[:, :slots].bool(), (0, max(slots - mask.shape[1], 0)))[:, None, None]
+    )
 
 
-def attend_as_stock(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, request: Attention, layout: Layout) -> Tensor:
+def attend_as_stock(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, request: Attention, layout: Layout
+) -> Tensor:
     """Attention [B, Q, H, D] of a layer as the stock model computes it; packed documents do not see each other."""
     mask = request.attention_mask
     if mask is None or mask.ndim == 2:
         mask = stock_mask(mask, layout.q_len, layout.kv_len, key.shape[2], request.causal, key.device)
     options = {"softcap": request.softcap, "s_aux": request.sinks, "is_causal": request.causal}
-    return stock_attention_of_documents(module, query, key, value, mask, request.scale, 0.0, layout.packed(), **options)[0]
+    return stock_attention_of_documents(
+        module, query, key, value, mask, request.scale, 0.0, layout.packed(), **options
+    )[0]
 
 
 def _eager(module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
     """The eager attention function beside the stock class of an attention module."""
     beside = (sys.modules[cls.__module__] for cls in type(module).__mro__)
-    eager: Callable[..., tuple[Tensor, Any]] = next(m.eager_attention_forward for m in beside if hasattr(m, "eager_attention_forward"))
+    eager: Callable[..., tuple[Tensor, Any]] = next(
+        m.eager_attention_forward for m in beside if hasattr(m, "eager_attention_forward")
+    )
     return eager
 
 
 def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True, softcap: float | None = None, sinks: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    causal: bool = True,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Dense attention of ``q`` [B, H, Q, D], the last Q of the N tokens of ``k`` and ``v`` [B, G, N, D]."""
     q_len, kv_len = q.shape[2], k.shape[2]
@@ -147,8 +172,12 @@ def dense_attention(
         return out.reshape(q.shape)
     if not causal:
         return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=hg > 1)
-    mask = None if q_len == kv_len else torch.ones(q_len, kv_len, dtype=torch.bool, device=q.device).tril(kv_len - q_len)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=hg > 1)
+    mask = (
+        None if q_len == kv_len else torch.ones(q_len, kv_len, dtype=torch.bool, device=q.device).tril(kv_len - q_len)
+    )
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=hg > 1
+    )
 
 
 def _every_block(grid: TileGrid, k: Tensor) -> BlockSelection:

@@ -18,8 +18,8 @@ class Segment:
     """Real tokens of one document: batch rows ``rows`` (all with the same layout) and their key slots.
 
     ``slots`` int64 [N'] in order, or None for all slots. ``queries`` of them, the last ones, have queries in this call.
-    ``slots_on_host`` are the same on the CPU, ``place`` int64 [3] is (batch row, first slot, end slot), on the device: both None where
-    ``slots`` is. ``consecutive``: whether the positions of the queries grow by one, None for unknown.
+    ``slots_on_host`` are the same on the CPU, ``place`` int64 [3] is (batch row, first slot, end slot), on the device:
+    both None where ``slots`` is. ``consecutive``: whether the positions of the queries grow by one, None for unknown.
     """
 
     rows: slice
@@ -45,7 +45,9 @@ class Segment:
         """The segment's slots of dimension ``dim``, as a view where they are consecutive."""
         if self.slots is None:
             return x
-        return x.index_select(dim, self.slots) if self.extent is None else x.narrow(dim, self.extent[0], len(self.slots))
+        return (
+            x.index_select(dim, self.slots) if self.extent is None else x.narrow(dim, self.extent[0], len(self.slots))
+        )
 
     def positions(self, positions: Tensor) -> Tensor:
         """The segment's part of ``positions`` [1 or B, N]."""
@@ -79,8 +81,8 @@ class Layout:
         batch: rows, B.
         q_len: queries, Q.
         kv_len: keys, N.
-        mask: None; [B, at least N], zero for padding and, if it holds integers, another number for each packed document; or
-            4D, see `read_mask`.
+        mask: None; [B, at least N], zero for padding and, if it holds integers, another number for each packed
+            document; or 4D, see `read_mask`.
         causal: whether the attention is.
         position_ids: [1 or B, Q]; in a causal call without a past, a document starts where they do not grow.
         cu_seq_lens: in a call without a past, ends of the packed documents, counted over all tokens of the batch.
@@ -110,7 +112,8 @@ class Layout:
         else:
             contents = [None if noted is None else noted[1] for noted in kept]
         noted = (
-            None if x is None or content is None else (_version(x), content) for x, content in zip(self._told(), contents, strict=True)
+            None if x is None or content is None else (_version(x), content)
+            for x, content in zip(self._told(), contents, strict=True)
         )
         _last_answer = (self, tuple(noted), segments)
         return segments
@@ -121,8 +124,8 @@ class Layout:
     def _tells_the_same_as(self, other: Layout, kept: _Kept) -> bool:
         """Whether ``other``, whose tensors had the versions and contents ``kept``, was told the same.
 
-        The layers of a forward pass share tensors, which tell so without being read: on a GPU reading would wait for it. On a CPU
-        they are read, as memory that is shared with others may change without torch's knowing.
+        The layers of a forward pass share tensors, which tell so without being read: on a GPU reading would wait for
+        it. On a CPU they are read, as memory that is shared with others may change without torch's knowing.
         """
         if (self.batch, self.q_len, self.kv_len, self.causal) != (other.batch, other.q_len, other.kv_len, other.causal):
             return False
@@ -142,7 +145,8 @@ class Layout:
         real, starts = self._told_by_mask()
         segments = cut_documents(self.batch, self.q_len, self.kv_len, real, _join(starts, self._starts(real)))
         return [
-            replace(segment, consecutive=consecutive) for segment, consecutive in zip(segments, self._consecutive(segments), strict=True)
+            replace(segment, consecutive=consecutive)
+            for segment, consecutive in zip(segments, self._consecutive(segments), strict=True)
         ]
 
     def _consecutive(self, segments: list[Segment]) -> list[bool | None]:
@@ -158,7 +162,11 @@ class Layout:
         return [
             bool(
                 (
-                    positions[min(segment.rows.start, len(positions) - 1), segment.query_slots_on_host(self.q_len, self.kv_len)].diff() == 1
+                    positions[
+                        min(segment.rows.start, len(positions) - 1),
+                        segment.query_slots_on_host(self.q_len, self.kv_len),
+                    ].diff()
+                    == 1
                 ).all()
             )
             for segment in segments
@@ -169,7 +177,11 @@ class Layout:
         four = self.mask is not None and self.mask.ndim == 4
         real, starts = (self._sees_itself(), None) if four else self._told_by_mask()
         starts = _join(starts, self._starts(real))
-        return None if starts is None or not bool(starts.any()) else cut_documents(self.batch, self.q_len, self.kv_len, real, starts)
+        return (
+            None
+            if starts is None or not bool(starts.any())
+            else cut_documents(self.batch, self.q_len, self.kv_len, real, starts)
+        )
 
     def mask_of_documents(self) -> Tensor | None:
         """The mask (None or 4D) without links between documents; no value of a tensor is read."""
@@ -180,10 +192,16 @@ class Layout:
         links = (number[:, :, None] == number[:, None])[:, None]
         if self.mask is None:
             return links.tril() if self.causal else links
-        return self.mask & links if self.mask.dtype == torch.bool else self.mask.masked_fill(~links, torch.finfo(self.mask.dtype).min)
+        return (
+            self.mask & links
+            if self.mask.dtype == torch.bool
+            else self.mask.masked_fill(~links, torch.finfo(self.mask.dtype).min)
+        )
 
     def _sees_itself(self) -> Tensor | None:
-        """Which tokens of a call without a past are real [B, N], by a 4D mask: one that does not see itself is padding."""
+        """Which tokens of a call without a past are real [B, N], by a 4D mask:
+        one that does not see itself is padding.
+        """
         if self.mask is None or self.q_len != self.kv_len:
             return None
         links = self.mask[:, 0, :, : self.kv_len].diagonal(dim1=1, dim2=2)
@@ -200,7 +218,8 @@ class Layout:
             return real.expand(self.batch, -1), starts
         if mask.ndim != 2 or shape[0] not in (1, self.batch) or shape[1] < kv_len:
             raise ValueError(
-                f"sparse attention got an attention mask {shape} for {self.batch} rows, {self.q_len} queries and {kv_len} keys; supported: "
+                f"sparse attention got an attention mask {shape} for {self.batch} rows, {self.q_len} queries and "
+                f"{kv_len} keys; supported: "
                 "None, a padding mask [batch, keys] or a 4D mask [batch, 1, queries, keys]. "
                 'Or run dense with model.set_attn_implementation("sdpa")'
             )
@@ -208,7 +227,8 @@ class Layout:
         return numbers.bool(), None if numbers.dtype == torch.bool else _starts_where(torch.ne, numbers, numbers.bool())
 
     def _starts(self, real: Tensor | None) -> Tensor | None:
-        """Boolean [1 or B, N]: the slot starts a packed document that is not the row's first. None if nothing tells of documents.
+        """Boolean [1 or B, N]: the slot starts a packed document that is not the row's first. None if nothing tells of
+        documents.
 
         A call that continues a cache continues one document a row.
         """
@@ -226,13 +246,15 @@ class Layout:
         if self.q_len != self.kv_len:
             if len(ends) > 1:
                 raise ValueError(
-                    f"cu_seq_lens tells of {len(ends)} documents in a call with {self.q_len} queries and {self.kv_len} keys: packed "
+                    f"cu_seq_lens tells of {len(ends)} documents in a call with {self.q_len} queries and "
+                    f"{self.kv_len} keys: packed "
                     "documents are supported in a call without a past only"
                 )
             return None
         if not torch.compiler.is_compiling() and ((last := int(ends[-1])) > total or (self.batch > 1 and last < total)):
             raise ValueError(
-                f"cu_seq_lens ends at {last}: must count the {total} tokens of the call, those of all {self.batch} rows together"
+                f"cu_seq_lens ends at {last}: must count the {total} tokens of the call, those of all {self.batch} "
+                "rows together"
             )
         starts = torch.zeros(total + 1, dtype=torch.long, device=ends.device)
         starts[ends] = 1
@@ -240,7 +262,8 @@ class Layout:
 
 
 _Kept = tuple[tuple[int | None, Tensor] | None, ...]  # version and copy of each tensor of a layout
-_last_answer: tuple[Layout | None, _Kept, list[Segment]] = (None, (), [])  # exchanged as a whole, so that threads see one or the other
+# exchanged as a whole, so that threads see one or the other
+_last_answer: tuple[Layout | None, _Kept, list[Segment]] = (None, (), [])
 
 
 def _version(x: Tensor) -> int | None:
@@ -253,7 +276,9 @@ def _join(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 
 def cut_documents(batch: int, q_len: int, kv_len: int, mask: Tensor | None, starts: Tensor | None) -> list[Segment]:
-    """The documents of a call whose padding ``mask`` [B, N] and first slots ``starts`` [1 or B, N] (both boolean) are known."""
+    """The documents of a call whose padding ``mask`` [B, N] and first slots ``starts`` [1 or B, N] (both boolean) are
+    known.
+    """
     starts = None if starts is None or not bool(starts.any()) else starts
     if starts is None and (mask is None or bool(mask.all())):
         return [Segment(slice(0, batch), None, q_len)]
@@ -262,7 +287,9 @@ def cut_documents(batch: int, q_len: int, kv_len: int, mask: Tensor | None, star
     assert marks is not None
     device = marks.device
     for row in range(batch):
-        slots = torch.arange(kv_len, dtype=torch.int64, device="cpu") if mask is None else mask[row].nonzero()[:, 0].cpu()
+        slots = (
+            torch.arange(kv_len, dtype=torch.int64, device="cpu") if mask is None else mask[row].nonzero()[:, 0].cpu()
+        )
         if starts is None:
             cuts: list[int] = []
         else:
@@ -272,12 +299,14 @@ def cut_documents(batch: int, q_len: int, kv_len: int, mask: Tensor | None, star
             if queries:
                 segments.append(Segment(slice(row, row + 1), part.to(device), queries, part))
                 places.append((row, int(part[0]), int(part[-1]) + 1))
-    on_device = torch.tensor(places, dtype=torch.int64, device="cpu").to(device)  # one copy for all layers and documents
+    # one copy for all layers and documents
+    on_device = torch.tensor(places, dtype=torch.int64, device="cpu").to(device)
     return [replace(segment, place=place) for segment, place in zip(segments, on_device, strict=True)]
 
 
 def _starts_where(new: Callable[[Tensor, Tensor], Tensor], values: Tensor, real: Tensor | None) -> Tensor:
-    """Boolean [1 or B, N]: ``new(before, here)`` holds for what is ``values`` [1 or B, N] of a real token and the real one before it.
+    """Boolean [1 or B, N]: ``new(before, here)`` holds for what is ``values`` [1 or B, N] of a real token and the real
+    one before it.
 
     What is told of padding is arbitrary.
     """

@@ -1,4 +1,5 @@
-"""Gradients that are set, not derived: zeros, those known before the backward pass, and those of routers that nothing teaches.
+"""Gradients that are set, not derived: zeros, those known before the backward pass, and those of routers that nothing
+teaches.
 
 Distributed training waits for the gradient of every weight, and looks for weights behind the output.
 """
@@ -67,7 +68,8 @@ class _Carry(torch.autograd.Function):
 
 
 def carry(value: Tensor, carried: Carried, tensors: Sequence[Tensor]) -> Tensor:
-    """``value`` (a scalar without a graph), whose gradient with respect to ``tensors`` is what ``carried`` holds by then.
+    """``value`` (a scalar without a graph), whose gradient with respect to ``tensors`` is what ``carried`` holds by
+    then.
 
     Nothing is saved for the backward pass in autograd's sense, so gradient checkpointing recomputes nothing for it, and
     every tensor receives a gradient even if nothing was added: distributed training waits for each of them.
@@ -87,7 +89,8 @@ def say_once() -> None:
 def leave_routers(router: SparseRouter, output: Tensor) -> Tensor:
     """``output`` of a layer in a training step without a KL.
 
-    PEFT makes the routers of its adapters trainable, and DistributedDataParallel waits for the gradient of every trainable
+    PEFT makes the routers of its adapters trainable, and DistributedDataParallel waits for the gradient of every
+    trainable
     weight: there they get zeros.
     """
     say_once()

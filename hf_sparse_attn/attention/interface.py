@@ -30,7 +30,8 @@ class SparseAttentionMixin(MadeMixin):
     """In front of a stock attention class: hands the layer's cache on to the attention function, nothing else."""
 
     sparse_number: Tensor  # by which an operator of a compiled graph finds this module
-    accepted: tuple[str, ...]  # names of the arguments of the stock `forward`, those of its parameters first, in their order
+    # names of the arguments of the stock `forward`, those of its parameters first, in their order
+    accepted: tuple[str, ...]
     keeps_positions: bool  # whether the stock `forward` takes position_ids as a parameter: it need not hand them on
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -61,19 +62,26 @@ class SparseAttentionMixin(MadeMixin):
         """The cache among the arguments of a call, None if there is none.
 
         Raises:
-            ValueError: there is a cache under a name that the stock `forward` does not take it by: it would run without.
+            ValueError: there is a cache under a name that the stock `forward` does not take it by: it would run
+                without.
         """
         cache = None
         for name, value in (*zip(self.accepted, args, strict=False), *kwargs.items()):
             if name in CACHE_ARGUMENTS and name in self.accepted:
                 if cache is not None and value is not None and value is not cache:
-                    raise ValueError(f"{type(self).__name__} was called with two caches, one of them as {name}: pass one")
+                    raise ValueError(
+                        f"{type(self).__name__} was called with two caches, one of them as {name}: pass one"
+                    )
                 cache = value if cache is None else cache
             elif is_cache(name, value):
-                names = " or ".join(known for known in CACHE_ARGUMENTS if known in self.accepted) or "nothing, it has none"
+                names = (
+                    " or ".join(known for known in CACHE_ARGUMENTS if known in self.accepted) or "nothing, it has none"
+                )
                 raise ValueError(
-                    f"{type(self).__name__} was called with a cache ({type(value).__name__}) under the name {name!r}, by which sparse "
-                    f"attention does not know it, and would run without it. In Transformers {transformers.__version__} its cache is called "
+                    f"{type(self).__name__} was called with a cache ({type(value).__name__}) under the name {name!r}, "
+                    "by which sparse "
+                    "attention does not know it, and would run without it. In Transformers "
+                    f"{transformers.__version__} its cache is called "
                     f"{names}: pass it by that name, or none with use_cache=False"
                 )
         return cache
@@ -91,7 +99,9 @@ def _onloaded(router: nn.Module) -> AbstractContextManager[None]:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _outside_graphs(*arguments: Any) -> Tensor:
-    """`attend` where a model is compiled: what a `SparseCall` observes or selects is Python, for which it leaves its graph."""
+    """`attend` where a model is compiled: what a `SparseCall` observes or selects is Python, for which it leaves its
+    graph.
+    """
     return attend(*arguments)
 
 
@@ -110,7 +120,8 @@ def sparse_attention_forward(
 ) -> tuple[Tensor, None]:
     """Attention function registered as ``attn_implementation="hf_sparse"``.
 
-    ``query`` [B, H, Q, D], ``key`` and ``value`` [B, G, N, D] after RoPE and cache update; returns ([B, Q, H, D], None).
+    ``query`` [B, H, Q, D], ``key`` and ``value`` [B, G, N, D] after RoPE and cache update; returns ([B, Q, H, D],
+    None).
 
     Raises:
         ValueError: the layer has no router, or something is asked for that sparse attention cannot give.
@@ -127,7 +138,8 @@ def sparse_attention_forward(
     check_mask(attention_mask)
     if sparse_cache_layer is None and key.shape[2] > query.shape[2]:
         raise ValueError(
-            f"{type(module).__name__} attends to {key.shape[2]} keys with {query.shape[2]} queries, but handed no cache on: it keeps keys "
+            f"{type(module).__name__} attends to {key.shape[2]} keys with {query.shape[2]} queries, but handed no "
+            "cache on: it keeps keys "
             'in a way that sparse attention does not know. Run dense with model.set_attn_implementation("sdpa")'
         )
     request = Attention(

@@ -20,7 +20,8 @@ from .dense import attend_as_stock, dense_attention
 from .documents import Layout, Segment
 from .gradients import attach
 
-PADDED_TILES = 1 << 14  # so many tiles of documents of all lengths may always be joined: their lists take some megabytes
+# so many tiles of documents of all lengths may always be joined: their lists take some megabytes
+PADDED_TILES = 1 << 14
 
 
 class Way(Enum):
@@ -47,7 +48,9 @@ class _Layer:
         config, budgets = self.router.config, self.router.budgets
         if self.kv_len < config.dense_below:
             return Way.STOCK
-        dense = self.call.dense or self.router.layer in config.dense_layers or (budgets is not None and budgets.is_dense)
+        dense = (
+            self.call.dense or self.router.layer in config.dense_layers or (budgets is not None and budgets.is_dense)
+        )
         return Way.DENSE if dense else Way.SPARSE
 
 
@@ -62,7 +65,8 @@ def attend(
 ) -> Tensor:
     """Attention of the layer ``module``: sparse, or as the stock model computes it below ``dense_below`` keys.
 
-    ``query`` [B, H, Q, D], ``key`` and ``value`` [B, G, N, D], of which ``asked.filled`` slots hold tokens: [B, Q, H, D].
+    ``query`` [B, H, Q, D], ``key`` and ``value`` [B, G, N, D], of which ``request.filled`` slots hold tokens: [B, Q, H,
+    D].
     """
     device = query.device.type
     if torch.is_autocast_enabled(device):  # its products would round what the router keeps in float32
@@ -71,7 +75,8 @@ def attend(
     refuse_split_sequences()
     attached = None if call is None else call.on_layer(active_router(module.router))
     out = _attend_layer(module, query, key, value, request, cache, call)
-    return attach(out, [attached]) if attached is not None and out.requires_grad else out  # a frozen backbone needs no graph
+    # a frozen backbone needs no graph
+    return attach(out, [attached]) if attached is not None and out.requires_grad else out
 
 
 def _attend_layer(
@@ -87,7 +92,9 @@ def _attend_layer(
     q_len = query.shape[2]
     kv_len = key.shape[2] if request.filled is None else int(request.filled)
     positions = _positions(request, q_len, kv_len, cache, key.device)
-    layout = Layout(query.shape[0], q_len, kv_len, request.attention_mask, request.causal, request.position_ids, request.cu_seq_lens)
+    layout = Layout(
+        query.shape[0], q_len, kv_len, request.attention_mask, request.causal, request.position_ids, request.cu_seq_lens
+    )
     if q_len > 1 and cache is not None and request.filled is not None and static_decode.wanted(query.device):
         _prepare_steps(cache, router, key, positions, request, layout)
     layer = _Layer(router, cache, call or SparseCall(), request, kv_len)
@@ -99,9 +106,16 @@ def _attend_layer(
 
 
 def _prepare_steps(
-    cache: SparseCacheLayerMixin, router: SparseRouter, key: Tensor, positions: Tensor, request: Attention, layout: Layout
+    cache: SparseCacheLayerMixin,
+    router: SparseRouter,
+    key: Tensor,
+    positions: Tensor,
+    request: Attention,
+    layout: Layout,
 ) -> None:
-    """Let the steps that follow be those of `static_decode`, if it can make them: no row is padded, and positions run through."""
+    """Let the steps that follow be those of `static_decode`, if it can make them:
+    no row is padded, and positions run through.
+    """
     running, past = active_router(router), layout.kv_len - layout.q_len
     plain = [(part.slots, part.consecutive) for part in layout.segments()] == [(None, True)]
     goes_on = not past or (cache.steps is not None and bool((positions[:, past - 1 : past + 1].diff() == 1).all()))
@@ -113,18 +127,31 @@ def _prepare_steps(
 
 
 def made_on_the_device(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, request: Attention, cache: SparseCacheLayerMixin | None
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    request: Attention,
+    cache: SparseCacheLayerMixin | None,
 ) -> Tensor | None:
-    """Attention [B, 1, H, D] of a step after a static cache that waits for nothing, None where it has to be made by `attend`."""
+    """Attention [B, 1, H, D] of a step after a static cache that waits for nothing, None where it has to be made by
+    `attend`.
+    """
     if cache is None or cache.steps is None or cache.router_keys is None or query.shape[2] != 1:
         return None
     router = active_router(module.router)
-    if cache.steps_by is not router or cache.steps_config is not router.config or not static_decode.supports(router, request):
+    if (
+        cache.steps_by is not router
+        or cache.steps_config is not router.config
+        or not static_decode.supports(router, request)
+    ):
         return None
     return static_decode.decode(router, cache.router_keys, cache.steps, query, key, value, request).transpose(1, 2)
 
 
-def _positions(request: Attention, q_len: int, kv_len: int, cache: SparseCacheLayerMixin | None, device: torch.device) -> Tensor:
+def _positions(
+    request: Attention, q_len: int, kv_len: int, cache: SparseCacheLayerMixin | None, device: torch.device
+) -> Tensor:
     """Rotary positions [1 or B, N] of all keys."""
     position_ids = request.position_ids
     if position_ids is None:
@@ -136,7 +163,9 @@ def _positions(request: Attention, q_len: int, kv_len: int, cache: SparseCacheLa
     return torch.cat([before, position_ids], 1) if past else position_ids
 
 
-def _attend_segments(layer: _Layer, segments: list[Segment], query: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> Tensor:
+def _attend_segments(
+    layer: _Layer, segments: list[Segment], query: Tensor, key: Tensor, value: Tensor, positions: Tensor
+) -> Tensor:
     """Attention of every document: [B, Q, H, D]; queries that are padding get zeros.
 
     Each document is routed by itself. All whose slots are a run without holes are then attended in one call.
@@ -155,7 +184,9 @@ def _attend_segments(layer: _Layer, segments: list[Segment], query: Tensor, key:
             continue
         apart = query.new_zeros(query.shape) if apart is None else apart
         apart[segment.rows, :, at] = _attend(layer, inputs, selections)
-    outputs = [_attend_selection(layer, query, key, value, selection) for selection in joint_selections(routed, q_len, kv_len)]
+    outputs = [
+        _attend_selection(layer, query, key, value, selection) for selection in joint_selections(routed, q_len, kv_len)
+    ]
     if apart is not None:
         outputs.append(apart)
     if not outputs:  # only padding
@@ -168,7 +199,9 @@ def _inputs(layer: _Layer, segment: Segment, q: Tensor, key: Tensor, value: Tens
     k, pos = segment.keys(key), segment.positions(positions)
     summaries = None
     if layer.cache is not None:
-        summaries = layer.cache.summaries(layer.router, key.shape[0], segment.rows, segment.slots_on_host, k.detach(), pos)
+        summaries = layer.cache.summaries(
+            layer.router, key.shape[0], segment.rows, segment.slots_on_host, k.detach(), pos
+        )
     request = layer.request
     return RoutingInputs(q, k, pos, request.scale, summaries, request.causal, segment.keys(value), segment.consecutive)
 
@@ -188,14 +221,17 @@ def _route(layer: _Layer, inputs: RoutingInputs) -> list[BlockSelection]:
 
 
 def joint_selections(routed: list[tuple[Tensor, BlockSelection]], q_len: int, kv_len: int) -> Iterator[BlockSelection]:
-    """The ``routed`` documents, (place of a `Segment`, selection), of a call, the last Q of N slots, in as few selections as may be.
+    """The ``routed`` documents, (place of a `Segment`, selection), of a call, the last Q of N slots, in as few
+    selections as may be.
 
-    One selection has one query tile, and its lists are padded to the number of tiles of its longest document: where that
-    would be many, the shorter documents are joined apart.
+    One selection has one query tile, and its lists are padded to the number of tiles of its longest document: where
+    that would be many, the shorter documents are joined apart.
     """
     group: list[tuple[Tensor, BlockSelection]] = []
     tiles = 0
-    for place, selection in sorted(routed, key=lambda part: (part[1].grid.query_tile, part[1].grid.tiles), reverse=True):
+    for place, selection in sorted(
+        routed, key=lambda part: (part[1].grid.query_tile, part[1].grid.tiles), reverse=True
+    ):
         grid = selection.grid
         if group:
             longest = group[0][1].grid
@@ -219,7 +255,9 @@ def _attend(layer: _Layer, inputs: RoutingInputs, selections: list[BlockSelectio
     assert inputs.v is not None
     if not selections:
         request = layer.request
-        return dense_attention(inputs.q, inputs.k, inputs.v, request.scale, request.causal, request.softcap, request.sinks)
+        return dense_attention(
+            inputs.q, inputs.k, inputs.v, request.scale, request.causal, request.softcap, request.sinks
+        )
     outputs, start = [], 0
     for selection in selections:
         span = inputs.span(start, start + selection.grid.q_len)
@@ -231,7 +269,9 @@ def _attend(layer: _Layer, inputs: RoutingInputs, selections: list[BlockSelectio
 
 def _attend_selection(layer: _Layer, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> Tensor:
     request = layer.request
-    return block_sparse_attention(q, k, v, selection, scale=request.scale, softcap=request.softcap, sinks=request.sinks)[0]
+    return block_sparse_attention(
+        q, k, v, selection, scale=request.scale, softcap=request.softcap, sinks=request.sinks
+    )[0]
 
 
 def query_spans(router: SparseRouter, inputs: RoutingInputs, decode_from: int | None) -> list[tuple[int, int, int]]:

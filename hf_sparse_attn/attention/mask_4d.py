@@ -14,7 +14,8 @@ def read_mask(mask: Tensor, q_len: int, causal: bool) -> tuple[Tensor, Tensor | 
     ``mask`` [B or 1, 1, Q, N], boolean or additive, holds for the last Q of N tokens.
 
     Raises:
-        ValueError: it allows or hides other links than causal (or bidirectional) attention with padding and packed documents does.
+        ValueError: it allows or hides other links than causal (or bidirectional) attention with padding and packed
+            documents does.
     """
     visible = _visible(mask)
     kv_len, offset = visible.shape[2], visible.shape[2] - q_len
@@ -34,8 +35,10 @@ def read_mask(mask: Tensor, q_len: int, causal: bool) -> tuple[Tensor, Tensor | 
     if bool((sees_itself[..., None] & (want != visible)).any()):
         kind = "causal" if causal else "bidirectional"
         raise ValueError(
-            f"the 4-dimensional attention mask {tuple(mask.shape)} is not {kind} attention with padding and packed documents, which is all "
-            'that sparse attention can honour. Pass a 2D padding mask, or run dense with model.set_attn_implementation("sdpa")'
+            f"the 4-dimensional attention mask {tuple(mask.shape)} is not {kind} attention with padding and packed "
+            "documents, which is all "
+            "that sparse attention can honour. Pass a 2D padding mask, or run dense with "
+            'model.set_attn_implementation("sdpa")'
         )
     starts = torch.zeros_like(real)
     if not offset:
@@ -49,7 +52,8 @@ def _visible(mask: Tensor) -> Tensor:
     shape = mask.shape
     if mask.shape[1] != 1 and not bool((mask == mask[:, :1]).all()):
         raise ValueError(
-            f"the attention mask {tuple(shape)} differs between heads; sparse attention supports one mask for all of them. "
+            f"the attention mask {tuple(shape)} differs between heads; sparse attention supports one mask for all of "
+            "them. "
             'Run dense with model.set_attn_implementation("sdpa")'
         )
     mask = mask[:, 0]
@@ -58,7 +62,8 @@ def _visible(mask: Tensor) -> Tensor:
     visible = mask == 0
     if not bool((visible | (mask <= HIDES)).all()):
         raise ValueError(
-            f"the additive attention mask {tuple(shape)} holds other values than 0 and those below {HIDES:g}: sparse attention supports "
+            f"the additive attention mask {tuple(shape)} holds other values than 0 and those below {HIDES:g}: sparse "
+            "attention supports "
             'masks that hide or show, no biases. Run dense with model.set_attn_implementation("sdpa")'
         )
     return visible

@@ -73,24 +73,31 @@ def sparse_attention_mask(
 
 def _overlays(mask_function: Callable[..., Any]) -> bool:
     """Whether other links are allowed than causal or bidirectional ones within packed documents."""
-    return not (mask_function is causal_mask_function or mask_function is bidirectional_mask_function or _packs(mask_function))
+    return not (
+        mask_function is causal_mask_function or mask_function is bidirectional_mask_function or _packs(mask_function)
+    )
 
 
 def _packs(mask_function: Callable[..., Any]) -> bool:
-    """Whether a mask function without overlays keeps packed documents apart: Transformers joins the two conditions by `and_masks`.
+    """Whether a mask function without overlays keeps packed documents apart: Transformers joins the two conditions by
+    `and_masks`.
 
-    From Transformers 5.24 on it joins what is laid over a packed mask, such as images whose tokens see each other, by it, too.
+    From Transformers 5.24 on it joins what is laid over a packed mask, such as images whose tokens see each other, by
+    it, too.
     """
     if getattr(mask_function, "__name__", "") != "and_mask":
         return False
-    if torch.compiler.is_compiling():  # a graph's functions do not tell what they hold: `_document_numbers` asks what they do
+    # a graph's functions do not tell what they hold: `_document_numbers` asks what they do
+    if torch.compiler.is_compiling():
         return True
     (joined,) = _held(mask_function)
     return all(_is_of_documents(part) for part in joined)
 
 
 def _is_of_documents(part: Callable[..., Any]) -> bool:
-    """Whether ``part`` is the causal condition, at the positions within documents or not, or that of the same document."""
+    """Whether ``part`` is the causal condition, at the positions within documents or not, or that of the
+    same document.
+    """
     if part.__qualname__.startswith("remap_positions_for_packed_sequence."):  # not before Transformers 5.18
         return any(inner is causal_mask_function for inner in _held(part))
     return part is causal_mask_function or part.__qualname__.startswith("packed_sequence_mask_function.")
@@ -102,8 +109,13 @@ def _held(function: Callable[..., Any]) -> list[Any]:
 
 
 def _document_numbers(mask_function: Callable[..., Any], batch: int, length: int, device: Any) -> Tensor:
-    """The number of every token's document, from 1: int64 [B, N]. A token sees the one before it unless it is the first of its document."""
-    row, slot = torch.arange(batch, device=device, dtype=torch.int64)[:, None], torch.arange(length, device=device, dtype=torch.int64)[None]
+    """The number of every token's document, from 1: int64 [B, N].
+    A token sees the one before it unless it is the first of its document.
+    """
+    row, slot = (
+        torch.arange(batch, device=device, dtype=torch.int64)[:, None],
+        torch.arange(length, device=device, dtype=torch.int64)[None],
+    )
     head = row.new_zeros(())
     first = F.pad(~mask_function(row, head, slot[:, 1:], slot[:, :-1]), (1, 0), value=True)
     if torch.compiler.is_compiling():
@@ -117,8 +129,9 @@ def _document_numbers(mask_function: Callable[..., Any], batch: int, length: int
 def mask_if_it_hides(mask: Any, cache: Any, first: bool | None) -> Any:
     """A padding ``mask`` [B, N] of `generate`, None if it hides nothing.
 
-    That is read at the ``first`` call with a prompt and noted at the ``cache``: what `generate` appends to a mask are ones, and
-    reading a value at every token would wait for an accelerator. Without being told which call is the first it is not asked here.
+    That is read at the ``first`` call with a prompt and noted at the ``cache``: what `generate` appends to a mask are
+    ones, and reading a value at every token would wait for an accelerator. Without being told which call is the first
+    it is not asked here.
     """
     if first is None or not isinstance(mask, Tensor) or mask.ndim != 2 or mask.device.type == "cpu":
         return mask
@@ -128,9 +141,11 @@ def mask_if_it_hides(mask: Any, cache: Any, first: bool | None) -> Any:
 
 
 def of_the_caches_length(mask: Any, cache: Any) -> Any:
-    """A padding ``mask`` [B, N] as long as a static ``cache``, so that one compiled graph serves all steps; any other as it is.
+    """A padding ``mask`` [B, N] as long as a static ``cache``, so that one compiled graph serves all steps; any other
+    as it is.
 
-    What is added covers slots that hold no keys yet. A model with several kinds of layers has a mask for each, in a dict.
+    What is added covers slots that hold no keys yet. A model with several kinds of layers has a mask for each, in a
+    dict.
     """
     if isinstance(mask, dict):
         return {kind: of_the_caches_length(one, cache) for kind, one in mask.items()}

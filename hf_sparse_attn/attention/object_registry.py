@@ -14,10 +14,11 @@ _OBJECTS: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
 
 def number(thing: Any) -> Tensor:
-    """A new number for ``thing``, valid in this process as long as ``thing`` lives: int64 []. A copy needs one of its own.
+    """A new number for ``thing``, valid in this process as long as ``thing`` lives: int64 []. A copy needs one of its
+    own.
 
-    It is a tensor because a graph takes tensors from the object that it runs with: one graph serves all layers of a kind, and one
-    that was kept on disk holds no number of the process that compiled it.
+    It is a tensor because a graph takes tensors from the object that it runs with: one graph serves all layers of a
+    kind, and one that was kept on disk holds no number of the process that compiled it.
     """
     given = next(_COUNT)
     _OBJECTS[given] = thing

@@ -1,8 +1,9 @@
 """One token after a static cache, with shapes that do not depend on how much of the cache is filled.
 
-Everywhere else budgets and lists follow the number of keys, which the host has to know. Here it stays on the device: a step waits
-for nothing, can be captured in a CUDA graph and is traced by torch.compile into the graph around it. It keeps what `select_blocks`
-keeps. The cost is that stage 1 scores all blocks of the cache, filled or not, and that lists are as long as the longest budget's.
+Everywhere else budgets and lists follow the number of keys, which the host has to know. Here it stays on the device: a
+step waits for nothing, can be captured in a CUDA graph and is traced by torch.compile into the graph around it. It
+keeps what `select_blocks` keeps. The cost is that stage 1 scores all blocks of the cache, filled or not, and that lists
+are as long as the longest budget's.
 
 Shape legend: B batch, G KV heads, Hg query heads of one, N slots, S block size, nb blocks, D head dim, L listed blocks.
 """
@@ -26,8 +27,8 @@ from .call import Attention
 class BudgetTable(NamedTuple):
     """Budgets of a single query by the number of keys.
 
-    ``rows`` int64 [N + 1, 4] holds sink, near, free and candidates (see `TileBudget`) of a query that sees as many keys as the row's
-    number; the other fields are the largest of a row: what lists must have room for.
+    ``rows`` int64 [N + 1, 4] holds sink, near, free and candidates (see `TileBudget`) of a query that sees as many keys
+    as the row's number; the other fields are the largest of a row: what lists must have room for.
     """
 
     rows: Tensor
@@ -52,22 +53,33 @@ def budget_table(config: SparseAttentionConfig, slots: int, device: torch.device
 
 
 def wanted(device: torch.device) -> bool:
-    """Whether the host should not have to know how much of a cache is filled: on an accelerator it would wait for it."""
+    """Whether the host should not have to know how much of a cache is filled:
+    on an accelerator it would wait for it.
+    """
     return device.type != "cpu"
 
 
 def supports(router: SparseRouter, request: Attention) -> bool:
-    """Whether steps can be made this way: causal, without padding, by budgets of the config, in a layer that is not dense."""
+    """Whether steps can be made this way: causal, without padding, by budgets of the config, in a layer that is not
+    dense.
+    """
     unmasked = request.attention_mask is None and request.cu_seq_lens is None
     return unmasked and request.causal and router.budgets is None and router.layer not in router.config.dense_layers
 
 
 def decode(
-    router: SparseRouter, router_keys: Tensor, table: BudgetTable, query: Tensor, key: Tensor, value: Tensor, request: Attention
+    router: SparseRouter,
+    router_keys: Tensor,
+    table: BudgetTable,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    request: Attention,
 ) -> Tensor:
-    """Attention of ``query`` [B, H, 1, D] to the kept ones of the first ``asked.filled`` keys: [B, H, 1, D].
+    """Attention of ``query`` [B, H, 1, D] to the kept ones of the first ``request.filled`` keys: [B, H, 1, D].
 
-    ``key`` and ``value`` [B, G, N, D] are all slots of the cache; ``router_keys`` [B, G, nb, R] are written where the query's block is.
+    ``key`` and ``value`` [B, G, N, D] are all slots of the cache; ``router_keys`` [B, G, nb, R] are written where the
+    query's block is.
     """
     size, filled = router.config.block_size, request.filled
     assert filled is not None
@@ -90,7 +102,9 @@ def decode(
 
         fine = (mapped_queries(router, inputs) * request.scale).to(key.dtype).flatten(0, 1)
         mass = _mass(fine, key, blocks, torch.cat([exists, stays], -1), size, filled)[:, : passed.shape[-1]]
-        chosen, keeps = _chosen(mass.masked_fill(~exists, -torch.inf), table, free, router.config.mass_threshold, near - sink <= free)
+        chosen, keeps = _chosen(
+            mass.masked_fill(~exists, -torch.inf), table, free, router.config.mass_threshold, near - sink <= free
+        )
         listed = torch.cat([blocks.gather(-1, chosen), forced], -1)
         kept = torch.cat([keeps & exists.gather(-1, chosen), stays], -1)
     return _attend(query, key, value, listed, kept, size, request)
@@ -101,11 +115,17 @@ def _first(index: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     return index, (torch.arange(index.shape[-1], device=index.device, dtype=torch.int64) < count).expand_as(index)
 
 
-def _summarise(router: SparseRouter, router_keys: Tensor, key: Tensor, at: Tensor, filled: Tensor, last: Tensor) -> None:
-    """Write the stage-1 key of the block that the query is in, which holds once the block is full; until then nobody reads it."""
+def _summarise(
+    router: SparseRouter, router_keys: Tensor, key: Tensor, at: Tensor, filled: Tensor, last: Tensor
+) -> None:
+    """Write the stage-1 key of the block that the query is in, which holds once the block is full;
+    until then nobody reads it.
+    """
     size = router.config.block_size
     slots = last * size + torch.arange(size, device=key.device, dtype=torch.int64)
-    summary = router.router_keys(key.index_select(2, slots.clamp(max=key.shape[2] - 1)), at + slots - (filled - 1), "torch")
+    summary = router.router_keys(
+        key.index_select(2, slots.clamp(max=key.shape[2] - 1)), at + slots - (filled - 1), "torch"
+    )
     router_keys.index_copy_(2, last.view(1), summary.to(router_keys.dtype))
 
 
@@ -142,14 +162,22 @@ def _mass(queries: Tensor, key: Tensor, blocks: Tensor, real: Tensor, size: int,
     return mass.view(*blocks.shape, size).sum(-1)
 
 
-def _chosen(mass: Tensor, table: BudgetTable, free: Tensor, threshold: float | None, all_kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns of ``mass`` [B·G, C] that stage 2 decides for, and which of them count; ``all_kept``: there is nothing to decide."""
+def _chosen(
+    mass: Tensor, table: BudgetTable, free: Tensor, threshold: float | None, all_kept: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Columns of ``mass`` [B·G, C] that stage 2 decides for, and which of them count; ``all_kept``:
+    there is nothing to decide.
+    """
     if threshold is None:
         return _first(ordered_topk(mass, min(table.free, mass.shape[-1])), free)
-    return torch.arange(mass.shape[-1], device=mass.device, dtype=torch.int64).expand_as(mass), (mass >= threshold) | all_kept
+    return torch.arange(mass.shape[-1], device=mass.device, dtype=torch.int64).expand_as(mass), (
+        mass >= threshold
+    ) | all_kept
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, real: Tensor, size: int, request: Attention) -> Tensor:
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, real: Tensor, size: int, request: Attention
+) -> Tensor:
     """Softmax attention to the keys of the ``blocks`` [B·G, L] that are ``real``."""
     assert request.filled is not None
     slots = _slots(blocks, size, key.shape[2])

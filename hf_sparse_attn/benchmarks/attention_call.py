@@ -1,4 +1,6 @@
-"""Benchmarks of one attention layer: prefill, training step, decode step, router. Every output is verified before it is timed."""
+"""Benchmarks of one attention layer: prefill, training step, decode step, router.
+Every output is verified before it is timed.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ COLD_BYTES = 256 << 20  # caches of the layers of a decode benchmark together: m
 
 
 def _row(shape: LayerShape, ideal: float, times: dict[str, list[float]], dense: str) -> dict[str, Any]:
-    """Sizes, times and the ratios that every benchmark reports, from alternating ``times``; ``dense`` names the baseline."""
+    """Sizes, times and the ratios that every benchmark reports, from alternating ``times``;
+    ``dense`` names the baseline.
+    """
     row: dict[str, Any] = {**asdict(shape), "ideal_speedup": ideal, "baseline": dense}
     for name, key in (("attention", "speedup"), ("with router", "speedup_with_router")):
         if name in times:
@@ -53,7 +57,8 @@ def bench_attention(
         BenchmarkError: the sparse output differs from a float64 computation over the selected keys.
     """
     layer = Layer(shape)
-    with PeakMemory(shape.device) as memory:  # the first call at this size: no memory kept from an earlier one hides its need
+    # the first call at this size: no memory kept from an earlier one hides its need
+    with PeakMemory(shape.device) as memory:
         out = layer.sparse()
     selection = layer.select()
     layer.verify(out, selection)
@@ -97,7 +102,9 @@ def _checked_peers(layer: Layer, selection: BlockSelection) -> tuple[dict[str, C
 
 
 def crossover(rows: list[dict[str, Any]]) -> dict[str, float | str]:
-    """By dtype, the length from which on the sparse layer, router included, is the faster one, interpolated between ``rows``."""
+    """By dtype, the length from which on the sparse layer, router included, is the faster one, interpolated between
+    ``rows``.
+    """
     lengths: dict[str, float | str] = {}
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         points = sorted((row["length"], row["speedup_with_router"]["median"]) for row in rows if row["dtype"] == dtype)
@@ -122,7 +129,8 @@ def _verified_flex(layer: Layer, selection: BlockSelection) -> Callable[[], Tens
 
 
 def bench_backward(shape: LayerShape, *, repeats: int = 5) -> dict[str, Any]:
-    """Forward and backward pass of one layer, router included, against the best dense kernel; memory is the peak of a step.
+    """Forward and backward pass of one layer, router included, against the best dense kernel; memory is the peak of a
+    step.
 
     Raises:
         BenchmarkError: the output or a gradient differs from a float64 computation over the selected keys.
@@ -179,12 +187,16 @@ def _verify_gradients(layer: Layer, selection: BlockSelection, out: Tensor, grad
         want, got = (a.double() * b.double() for a, b in (left, right))
         error, allowed = float((got.sum() - want.sum()).abs()), 64 * torch.finfo(out.dtype).eps * float(want.norm())
         if not error <= allowed:
-            raise BenchmarkError(f"the gradient of {name} is wrong: its product with {name} is off by {error:.3g} (allowed {allowed:.3g})")
+            raise BenchmarkError(
+                f"the gradient of {name} is wrong: its product with {name} is off by {error:.3g} (allowed "
+                f"{allowed:.3g})"
+            )
 
 
 @torch.no_grad()
 def bench_decode(shape: LayerShape, *, repeats: int = 20) -> dict[str, Any]:
-    """One query over a cache of ``length`` tokens, selection included, against stock attention and the best dense decode.
+    """One query over a cache of ``length`` tokens, selection included, against stock attention and the best dense
+    decode.
 
     The best dense decode packs the query heads of a KV group into one matmul. A step passes through layers whose caches
     together are more than a processor's cache holds, as in a model; times are a layer's share of a step.
@@ -199,7 +211,10 @@ def bench_decode(shape: LayerShape, *, repeats: int = 20) -> dict[str, Any]:
         layer.verify(layer.attend(selection), selection)
     steps = alternate({name: _decode_step(layers, name) for name in DECODE}, repeats + 1, shape.device)
     times = {name: [t / count for t in seconds[1:]] for name, seconds in steps.items()}  # the first step warms up
-    kept = statistics.fmean(float((layer.select().indices >= 0).sum(-1).float().mean()) for layer in layers) * shape.block_size
+    kept = (
+        statistics.fmean(float((layer.select().indices >= 0).sum(-1).float().mean()) for layer in layers)
+        * shape.block_size
+    )
     row = _row(shape, shape.length / kept, times, "best dense")
     return {"benchmark": "decode", **row, "speedup_over_stock": ratio(times["stock"], times["with router"])}
 
@@ -245,5 +260,7 @@ def _stage_times(layer: Layer, plan: TilePlan) -> dict[str, float]:
     runs = makers[0].runs(torch.arange(plan.grid.tiles, device=plan.device, dtype=torch.int64))
     features: list[TileFeatures] = []
     times["queries"] = timed(lambda: features.extend(map(makers[0].features, runs)), device)
-    times["select"] = timed(lambda: [select_blocks(f, plan, run) for f, run in zip(features, runs, strict=True)], device)
+    times["select"] = timed(
+        lambda: [select_blocks(f, plan, run) for f, run in zip(features, runs, strict=True)], device
+    )
     return times

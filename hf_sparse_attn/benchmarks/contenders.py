@@ -1,4 +1,6 @@
-"""What a training benchmark compares: the same model with the same LoRA start, attending sparsely, densely or as stock."""
+"""What a training benchmark compares: the same model with the same LoRA start, attending sparsely, densely
+or as stock.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from .timing import BenchmarkError
 SPARSE, WITHOUT_KL, DENSE, STOCK, EAGER = "sparse", "sparse without KL", "dense step", "stock sdpa", "stock eager"
 VERIFY_TOKENS = 512  # of the step that is verified
 PROBE_STD = 0.02  # of the LoRA weights while gradients are verified: PEFT starts one of the two factors at zero
-LOSS_EPSILONS, GRADIENT_EPSILONS = 1.0, 16.0  # allowed relative deviations from stock, in the epsilon of the model's dtype
+# allowed relative deviations from stock, in the epsilon of the model's dtype
+LOSS_EPSILONS, GRADIENT_EPSILONS = 1.0, 16.0
 
 
 class Contender:
@@ -66,7 +69,9 @@ class Contender:
         self.losses.append(task.detach())
 
     def allocate_states(self) -> None:
-        """Make the optimiser's states as a first step of zero gradients would, so that no measured step pays for them."""
+        """Make the optimiser's states as a first step of zero gradients would, so that no measured step
+        pays for them.
+        """
         for p in self.trainable:
             p.grad = torch.zeros_like(p)
         self.optimizer.step()
@@ -76,19 +81,25 @@ class Contender:
 
     @property
     def static_bytes(self) -> int:
-        """Bytes that exist between steps: weights, shared ones included, and the optimiser's states (without its step counters)."""
+        """Bytes that exist between steps: weights, shared ones included, and the optimiser's states (without its step
+        counters).
+        """
         states = [t for state in self.optimizer.state.values() for t in state.values() if t.ndim]
-        return sum(t.nbytes for t in {id(t): t for t in (*self.model.parameters(), *self.model.buffers(), *states)}.values())
+        return sum(
+            t.nbytes for t in {id(t): t for t in (*self.model.parameters(), *self.model.buffers(), *states)}.values()
+        )
 
 
 def checkpoint_activations(model: Any) -> None:
     """Turn gradient checkpointing on, as Trainer does."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # the latter before 5.23
+    # the latter before 5.23
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 
 def make_contenders(model: PreTrainedModel, config: AdaptationConfig, names: tuple[str, ...]) -> dict[str, Contender]:
-    """Contenders of these names for a sparse ``model``, whose frozen weights they share; their LoRA weights start equal.
+    """Contenders of these names for a sparse ``model``, whose frozen weights they share; their LoRA weights start
+    equal.
 
     The stock ones are the stock class with plain PEFT LoRA on the same modules.
     """
@@ -114,7 +125,11 @@ def plain_lora(model: PreTrainedModel, config: AdaptationConfig) -> Any:
     """A PeftModel of a stock ``model``, with the LoRA of ``config``."""
     from peft import LoraConfig, get_peft_model  # heavy
 
-    options: dict[str, Any] = {"r": config.rank, "lora_alpha": config.alpha, "target_modules": list(config.target_modules)}
+    options: dict[str, Any] = {
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "target_modules": list(config.target_modules),
+    }
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
 
 
@@ -136,7 +151,9 @@ def verify_training(sparse: Contender, stock: Contender, batch: Mapping[str, Ten
     short = {name: x[:, :VERIFY_TOKENS] for name, x in batch.items()}
     base = sparse.model.get_base_model()
     results = []
-    with sparse_attention_as(base, min_keys=max(VERIFY_TOKENS, 1 << 14), max_keys=None, mass_threshold=None, dense_below=0):
+    with sparse_attention_as(
+        base, min_keys=max(VERIFY_TOKENS, 1 << 14), max_keys=None, mass_threshold=None, dense_below=0
+    ):
         results.append(_probe(sparse, short))
     results.append(_probe(stock, short))
     (loss, gradient), (want, exact) = results
@@ -146,7 +163,8 @@ def verify_training(sparse: Contender, stock: Contender, batch: Mapping[str, Ten
         if not errors[name] <= allowed:
             what = "the loss differs" if name == "loss" else "the LoRA gradients differ"
             raise BenchmarkError(
-                f"with every block kept {what} from the stock model's by {errors[name]:.3g} relative (allowed {allowed:.3g})"
+                f"with every block kept {what} from the stock model's by {errors[name]:.3g} relative (allowed "
+                f"{allowed:.3g})"
             )
     return errors
 
@@ -166,7 +184,9 @@ def _random_lora(contender: Contender) -> Iterator[None]:
     try:
         with torch.no_grad():
             for p in contender.lora.values():
-                p.add_(torch.randn(p.shape, generator=generator, dtype=torch.float32, device="cpu").to(p), alpha=PROBE_STD)
+                p.add_(
+                    torch.randn(p.shape, generator=generator, dtype=torch.float32, device="cpu").to(p), alpha=PROBE_STD
+                )
         yield
     finally:
         with torch.no_grad():

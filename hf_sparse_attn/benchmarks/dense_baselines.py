@@ -67,7 +67,8 @@ def sparse_peers(layer: Layer, selection: BlockSelection) -> dict[str, Callable[
     peers: dict[str, Callable[[], Tensor]] = {}
     if layer.shape.device == "cpu":
         return peers
-    if find_spec("fla") is not None and heads >= 16 and heads & (heads - 1) == 0:  # the ratios that its kernel is made for
+    # the ratios that its kernel is made for
+    if find_spec("fla") is not None and heads >= 16 and heads & (heads - 1) == 0:
         peers["NSA"] = _native_sparse_attention(layer, selection)
     if find_spec("adasplash") is not None:
         entmax: Callable[..., Tensor] = import_module("adasplash").adasplash
@@ -121,7 +122,12 @@ def flex_peer(layer: Layer, selection: BlockSelection) -> Callable[[], Tensor]:
     listed = F.pad(indices.gather(-1, order.long()).clamp(min=0).int(), (0, grid.blocks - indices.shape[-1]))
     lengths = (grid.q_len, grid.kv_len)
     mask = BlockMask.from_kv_blocks(
-        count, listed, BLOCK_SIZE=(grid.query_tile, grid.block_size), mask_mod=causal, seq_lengths=lengths, compute_q_blocks=False
+        count,
+        listed,
+        BLOCK_SIZE=(grid.query_tile, grid.block_size),
+        mask_mod=causal,
+        seq_lengths=lengths,
+        compute_q_blocks=False,
     )
     compiled = torch.compile(flex_attention, dynamic=False)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from ..config import ATTN_IMPLEMENTATION, fixed_budget
 from ..models.convert import sparse_attention_as
 from .timing import BenchmarkError, PeakMemory, spread, timed
 
-ROUNDINGS, EPSILONS = 2, 8  # allowed: so many times what stock SDPA and eager attention differ by, or epsilons of the model's dtype
+# allowed: so many times what stock SDPA and eager attention differ by, or epsilons of the model's dtype
+ROUNDINGS, EPSILONS = 2, 8
 
 
 @contextmanager
@@ -32,7 +34,8 @@ def _implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 @torch.no_grad()
 def verify_model(model: PreTrainedModel, ids: Tensor) -> None:
-    """Raise BenchmarkError unless, with every block kept, the sparse path gives the stock logits of ``ids`` to rounding.
+    """Raise BenchmarkError unless, with every block kept, the sparse path gives the stock logits of ``ids`` to
+    rounding.
 
     How much rounding there is depends on the model, the text and the processor: two stock implementations show it.
     """
@@ -46,24 +49,30 @@ def verify_model(model: PreTrainedModel, ids: Tensor) -> None:
     allowed = max(ROUNDINGS * rounding, EPSILONS * torch.finfo(model.dtype).eps)
     if not error <= allowed:
         raise BenchmarkError(
-            f"with every block kept the logits differ from the stock model's by {error:.3g} relative (allowed {allowed:.3g}; "
+            f"with every block kept the logits differ from the stock model's by {error:.3g} relative (allowed "
+            f"{allowed:.3g}; "
             f"its own two implementations differ by {rounding:.3g})"
         )
 
 
 def cache_sizes(cache: Any) -> dict[str, float]:
-    """Bytes of keys and values and of the summaries beside them in a sparse model's ``cache``, and the share of the latter."""
+    """Bytes of keys and values and of the summaries beside them in a sparse model's ``cache``, and the share of the
+    latter.
+    """
     kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     summaries = sum(layer.summary_bytes() for layer in cache.layers)
     return {"keys_values_bytes": kept, "summaries_bytes": summaries, "summaries_share": summaries / kept}
 
 
 @torch.no_grad()
-def bench_model(model: PreTrainedModel, ids: Tensor, keys: int, *, decode_tokens: int = 8, repeats: int = 1) -> dict[str, Any]:
+def bench_model(
+    model: PreTrainedModel, ids: Tensor, keys: int, *, decode_tokens: int = 8, repeats: int = 1
+) -> dict[str, Any]:
     """Prefill and decode of ``ids`` [1, N] by the sparse ``model`` against stock SDPA and the best dense decode.
 
     The best dense decode is the sparse model's cache with the query heads of a KV group packed into one matmul. Decode
-    steps of the three alternate; sparse and best dense ones take turns on one cache, so their contexts differ by a token.
+    steps of the three alternate; sparse and best dense ones take turns on one cache, so their contexts differ by a
+    token.
 
     Raises:
         BenchmarkError: with every block kept the logits are not the stock ones.
@@ -86,16 +95,21 @@ def bench_model(model: PreTrainedModel, ids: Tensor, keys: int, *, decode_tokens
             one, two = ids[:, at : at + 1], ids[:, at + 1 : at + 2]
             with _implementation(model, "sdpa"):
                 decode["stock"].append(timed(lambda: model(one, **{MODEL_ARGUMENT: caches["stock"]}), device))  # noqa: B023
-            dense = SparseCall(dense=True)
-            decode["best_dense"].append(timed(lambda: model(one, **{MODEL_ARGUMENT: caches["sparse"]}, sparse_call=dense), device))  # noqa: B023
+            best = partial(model, one, **{MODEL_ARGUMENT: caches["sparse"]}, sparse_call=SparseCall(dense=True))
+            decode["best_dense"].append(timed(best, device))
             decode["sparse"].append(timed(lambda: model(two, **{MODEL_ARGUMENT: caches["sparse"]}), device))  # noqa: B023
-    decode = {name: times[1:] or times for name, times in decode.items()}  # the first step warms up and grows the caches
+    # the first step warms up and grows the caches
+    decode = {name: times[1:] or times for name, times in decode.items()}
     return {
         "length": n,
         "keys": keys,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "prefill": {name: {**spread(times), "tokens_per_s": n / statistics.median(times)} for name, times in prefill.items()},
-        "decode": {name: {**spread(times), "tokens_per_s": 1 / statistics.median(times)} for name, times in decode.items()},
+        "prefill": {
+            name: {**spread(times), "tokens_per_s": n / statistics.median(times)} for name, times in prefill.items()
+        },
+        "decode": {
+            name: {**spread(times), "tokens_per_s": 1 / statistics.median(times)} for name, times in decode.items()
+        },
         "peak_bytes": memory,
         "cache": cache_sizes(caches["sparse"]),
         "prefill_speedup": statistics.median(prefill["stock"]) / statistics.median(prefill["sparse"]),

@@ -23,7 +23,9 @@ VERIFY_TILES = 3  # tiles of a benchmarked output that are computed again in flo
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Sizes of a benchmarked layer. ``keys`` fixes the budget; if it is None, ``density`` of the visible keys is kept."""
+    """Sizes of a benchmarked layer. ``keys`` fixes the budget;
+    if it is None, ``density`` of the visible keys is kept.
+    """
 
     length: int
     keys: int | None = 1024
@@ -65,20 +67,29 @@ class LayerShape:
 
 
 class Layer:
-    """Random q, k, v after RoPE and an untrained router: ``q`` are the last ``queries`` of the tokens; a single one decodes."""
+    """Random q, k, v after RoPE and an untrained router: ``q`` are the last ``queries`` of the tokens;
+    a single one decodes.
+    """
 
-    def __init__(self, shape: LayerShape, queries: int | None = None, seed: int = 0, config: SparseAttentionConfig | None = None) -> None:
+    def __init__(
+        self, shape: LayerShape, queries: int | None = None, seed: int = 0, config: SparseAttentionConfig | None = None
+    ) -> None:
         self.shape = shape
         queries = shape.length if queries is None else queries
         generator = torch.Generator(device=shape.device).manual_seed(seed)
         dtype = getattr(torch, shape.dtype)
         sizes = ((shape.heads, queries), (shape.groups, shape.length), (shape.groups, shape.length))
         drawn = (
-            torch.randn(shape.batch, h, n, shape.head_dim, generator=generator, device=shape.device, dtype=torch.float32) for h, n in sizes
+            torch.randn(
+                shape.batch, h, n, shape.head_dim, generator=generator, device=shape.device, dtype=torch.float32
+            )
+            for h, n in sizes
         )
         self.q, self.k, self.v = (x.to(dtype) for x in drawn)
         rope = LlamaRotaryEmbedding(
-            LlamaConfig(hidden_size=shape.heads * shape.head_dim, num_attention_heads=shape.heads, head_dim=shape.head_dim)
+            LlamaConfig(
+                hidden_size=shape.heads * shape.head_dim, num_attention_heads=shape.heads, head_dim=shape.head_dim
+            )
         )
         self.router = SparseRouter(config or shape.config, shape.heads, shape.groups, shape.head_dim, Rotary(rope), 0)
         self.router.init_weights()
@@ -93,7 +104,9 @@ class Layer:
     def random_gradient(self) -> Tensor:
         """A gradient of the output, [B, H, Q, D]."""
         generator = torch.Generator(device=self.shape.device).manual_seed(1)
-        return torch.randn(self.q.shape, generator=generator, device=self.shape.device, dtype=torch.float32).to(self.q.dtype)
+        return torch.randn(self.q.shape, generator=generator, device=self.shape.device, dtype=torch.float32).to(
+            self.q.dtype
+        )
 
     def select(self) -> BlockSelection:
         return select_blocks(self.router, self.inputs, self.query_tile)
@@ -105,23 +118,39 @@ class Layer:
         """Selection and attention."""
         return self.attend(self.select())
 
-    def verify(self, out: Tensor, selection: BlockSelection, grad_out: Tensor | None = None, dq: Tensor | None = None) -> None:
-        """Raise BenchmarkError unless some tiles of ``out``, and of ``dq`` if given, agree with float64 over the selected keys."""
+    def verify(
+        self, out: Tensor, selection: BlockSelection, grad_out: Tensor | None = None, dq: Tensor | None = None
+    ) -> None:
+        """Raise BenchmarkError unless some tiles of ``out``, and of ``dq`` if given, agree with float64 over the
+        selected keys.
+        """
         hg = self.router.heads // self.router.groups
         for row, group in itertools.product(range(out.shape[0]), range(self.router.groups)):
-            for t in torch.linspace(0, selection.grid.tiles - 1, VERIFY_TILES, dtype=torch.float32, device="cpu").long().tolist():
+            for t in (
+                torch.linspace(0, selection.grid.tiles - 1, VERIFY_TILES, dtype=torch.float32, device="cpu")
+                .long()
+                .tolist()
+            ):
                 queries = _queries(selection.grid, t)
                 at = (row, slice(group * hg, (group + 1) * hg), queries - selection.grid.q_offset)
-                want, want_dq = self._exact(at, selection.indices[row, group, t], queries, None if grad_out is None else grad_out[at])
+                want, want_dq = self._exact(
+                    at, selection.indices[row, group, t], queries, None if grad_out is None else grad_out[at]
+                )
                 self._compare("output", out[at], want, t)
                 if dq is not None and want_dq is not None:
                     self._compare("gradient of q", dq[at], want_dq, t)
 
-    def _exact(self, at: tuple[int, slice, Tensor], blocks: Tensor, queries: Tensor, do: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Output [Hg, t, D] of the queries at content positions ``queries`` [t], and dq for its gradient ``do``, in float64."""
+    def _exact(
+        self, at: tuple[int, slice, Tensor], blocks: Tensor, queries: Tensor, do: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output [Hg, t, D] of the queries at content positions ``queries`` [t], and dq for its gradient ``do``, in
+        float64.
+        """
         row, heads, _ = at
         size = self.router.config.block_size
-        keys = (blocks[blocks >= 0].long()[:, None] * size + torch.arange(size, device=blocks.device, dtype=torch.int64)).flatten()
+        keys = (
+            blocks[blocks >= 0].long()[:, None] * size + torch.arange(size, device=blocks.device, dtype=torch.int64)
+        ).flatten()
         keys = keys[keys < self.k.shape[2]]
         group = heads.start // (heads.stop - heads.start)
         k, v = (x[row, group, keys].double() for x in (self.k, self.v))
@@ -136,10 +165,14 @@ class Layer:
         error = float((got.double() - want).abs().max())
         allowed = 32 * torch.finfo(got.dtype).eps * float(self.v.abs().max())
         if not error <= allowed:
-            raise BenchmarkError(f"the sparse {name} differs from the float64 one by {error:.3g} (allowed {allowed:.3g}) in tile {tile}")
+            raise BenchmarkError(
+                f"the sparse {name} differs from the float64 one by {error:.3g} (allowed {allowed:.3g}) in tile {tile}"
+            )
 
 
 def _queries(grid: TileGrid, tile: int) -> Tensor:
     """Content positions of the queries of a tile."""
     first = int(grid.first_positions()[tile])
-    return torch.arange(max(first, grid.q_offset), min(first + grid.query_tile, grid.kv_len), dtype=torch.int64, device="cpu")
+    return torch.arange(
+        max(first, grid.q_offset), min(first + grid.query_tile, grid.kv_len), dtype=torch.int64, device="cpu"
+    )

@@ -42,7 +42,9 @@ def measure_peaks(contenders: Mapping[str, Contender], steps: Sequence[Step]) ->
 
 @contextmanager
 def trial(contenders: Iterable[Contender]) -> Iterator[None]:
-    """Take back afterwards what steps within a ``with`` block changed: weights and the optimiser's states, to their start."""
+    """Take back afterwards what steps within a ``with`` block changed:
+    weights and the optimiser's states, to their start.
+    """
     contenders = list(contenders)
     before = [[p.detach().clone() for p in contender.trainable] for contender in contenders]
     try:
@@ -59,7 +61,11 @@ def trial(contenders: Iterable[Contender]) -> Iterator[None]:
 
 
 def peaks_in_a_fresh_process(
-    model: PreTrainedModel, names: tuple[str, ...], steps: Sequence[Step], budget: Mapping[str, Any], config: AdaptationConfig
+    model: PreTrainedModel,
+    names: tuple[str, ...],
+    steps: Sequence[Step],
+    budget: Mapping[str, Any],
+    config: AdaptationConfig,
 ) -> dict[str, int]:
     """`measure_peaks` of a sparse ``model`` in a Python process of its own.
 

@@ -26,7 +26,14 @@ def plot_speedups(path: Path, rows: list[dict[str, Any]]) -> None:
                 middle = [row[key]["median"] for row in some]
                 below, above = ([abs(row[key][end] - row[key]["median"]) for row in some] for end in ("min", "max"))
                 axis.errorbar(
-                    lengths, middle, (below, above), ls=style, marker="o", capsize=3, color=COLOURS[dtype], label=f"{dtype}, {name}"
+                    lengths,
+                    middle,
+                    (below, above),
+                    ls=style,
+                    marker="o",
+                    capsize=3,
+                    color=COLOURS[dtype],
+                    label=f"{dtype}, {name}",
                 )
     ideal = sorted({(row["length"], row["ideal_speedup"]) for row in rows})
     axis.plot(*zip(*ideal, strict=True), color="#999999", lw=1, label="ratio of pairs")
@@ -51,7 +58,9 @@ KINDS = {  # of a training benchmark: colour, line
 
 
 def plot_training(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write an SVG of two panels: tokens per second with their spread, and the memory of a step, both against length."""
+    """Write an SVG of two panels: tokens per second with their spread, and the memory of a step, both
+    against length.
+    """
     with needs_extra("report", "drawing figures"):
         from matplotlib.figure import Figure
 
@@ -59,7 +68,9 @@ def plot_training(path: Path, rows: list[dict[str, Any]]) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     rate, memory = figure.subplots(1, 2)
     for kind, (colour, style) in KINDS.items():
-        some = [(row["length"], row["batch"] * row["length"], row["kinds"][kind]) for row in rows if kind in row["kinds"]]
+        some = [
+            (row["length"], row["batch"] * row["length"], row["kinds"][kind]) for row in rows if kind in row["kinds"]
+        ]
         if not some:
             continue
         lengths, options = [length for length, *_ in some], {"color": colour, "ls": style, "marker": "o"}
@@ -68,7 +79,10 @@ def plot_training(path: Path, rows: list[dict[str, Any]]) -> None:
         above = [tokens / figures["min_s"] - m for m, (_, tokens, figures) in zip(middle, some, strict=True)]
         rate.errorbar(lengths, middle, (below, above), capsize=3, label=kind, **options)
         memory.plot(
-            lengths, [(figures["static_bytes"] + figures["peak_memory_bytes"]) / 2**30 for *_, figures in some], label=kind, **options
+            lengths,
+            [(figures["static_bytes"] + figures["peak_memory_bytes"]) / 2**30 for *_, figures in some],
+            label=kind,
+            **options,
         )
     lengths = [row["length"] for row in rows]
     for axis, label in ((rate, "tokens per second"), (memory, "weights, states and peak of a step, GiB")):

@@ -73,7 +73,9 @@ def _resident() -> int:
 
 
 def _release_freed_memory() -> None:
-    """Give memory that the C library holds on to back to the system (glibc only), so that a peak is not hidden by it."""
+    """Give memory that the C library holds on to back to the system (glibc only), so that a peak is not
+    hidden by it.
+    """
     libc = ctypes.util.find_library("c")
     trim = getattr(ctypes.CDLL(libc), "malloc_trim", None) if libc else None
     if trim is not None:
@@ -94,7 +96,9 @@ def timed(function: Callable[[], object], device: str = "cpu") -> float:
     return time.perf_counter() - begin
 
 
-def alternate(functions: Mapping[str, Callable[[], object]], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
+def alternate(
+    functions: Mapping[str, Callable[[], object]], repeats: int, device: str = "cpu"
+) -> dict[str, list[float]]:
     """Times of ``repeats`` rounds in which every function runs once: what disturbs the machine meets them all alike."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):

@@ -1,4 +1,6 @@
-"""Training steps of a whole model: sparse against stock, in time, memory and loss at equal tokens; verified before timed."""
+"""Training steps of a whole model: sparse against stock, in time, memory and loss at equal tokens;
+verified before timed.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ class TrainingShape:
         config: LoRA, optimiser, checkpointing, chunked loss and the KL, the same for sparse and stock.
         eager: also measure stock eager attention, up to 4096 tokens.
         padded: also compare a padded batch of two documents with the same documents packed.
-        fresh_process: on a CPU, measure memory in a process of its own (see `memory`); else in this one, on a used heap.
+        fresh_process: on a CPU, measure memory in a process of its own (see `memory`); else in this one, on a used
+            heap.
     """
 
     budget: Mapping[str, Any] = field(default_factory=dict)
@@ -40,12 +43,16 @@ class TrainingShape:
     fresh_process: bool = True
 
 
-def bench_training(model: PreTrainedModel, windows: Sequence[Tensor], shape: TrainingShape | None = None) -> dict[str, Any]:
+def bench_training(
+    model: PreTrainedModel, windows: Sequence[Tensor], shape: TrainingShape | None = None
+) -> dict[str, Any]:
     """Training steps on ``windows`` (token ids [B, N] each) of a sparse ``model``, which is left as it was.
 
     All contenders see the same windows in the same order and start from the same LoRA weights. The first window warms
-    up, and is what memory is measured on; every other one is a round in which each contender makes a step. Times are seconds,
-    memory bytes: ``static_bytes`` between steps (weights, LoRA, optimiser), ``peak_memory_bytes`` above that within a step.
+    up, and is what memory is measured on; every other one is a round in which each contender makes a step. Times are
+    seconds,
+    memory bytes: ``static_bytes`` between steps (weights, LoRA, optimiser), ``peak_memory_bytes`` above that within a
+    step.
 
     Raises:
         BenchmarkError: with every block kept, loss or gradients are not the stock ones; or the losses of a padded batch
@@ -97,11 +104,17 @@ def _measure(model: PreTrainedModel, windows: Sequence[Tensor], shape: TrainingS
 
 
 def _peaks(
-    model: PreTrainedModel, contenders: Mapping[str, Contender], batch: Batch, layouts: Mapping[str, Batch], shape: TrainingShape
+    model: PreTrainedModel,
+    contenders: Mapping[str, Contender],
+    batch: Batch,
+    layouts: Mapping[str, Batch],
+    shape: TrainingShape,
 ) -> dict[str, int]:
     """Peak memory of a step above that at its start, in bytes, by contender and by "contender, layout"."""
     steps: list[Step] = [(name, name, batch) for name in contenders]
-    steps += [(f"{name}, {layout}", name, documents) for layout, documents in layouts.items() for name in (SPARSE, STOCK)]
+    steps += [
+        (f"{name}, {layout}", name, documents) for layout, documents in layouts.items() for name in (SPARSE, STOCK)
+    ]
     if shape.fresh_process and model.device.type == "cpu":
         return peaks_in_a_fresh_process(model, tuple(contenders), steps, shape.budget, shape.config)
     with trial(contenders.values()):

@@ -39,7 +39,9 @@ class _LayerTimes(SparseCall):
             "threshold": partial(select_above, router, inputs, tile, self.threshold),
         }
         selections = {kind: function() for kind, function in select.items()}
-        calls: dict[tuple[str, str], Callable[[], object]] = {(kind, "select"): function for kind, function in select.items()}
+        calls: dict[tuple[str, str], Callable[[], object]] = {
+            (kind, "select"): function for kind, function in select.items()
+        }
         for kind, selection in selections.items():
             calls[kind, "attend"] = partial(_attend, inputs, selection, None)
             calls[kind, "attend in torch"] = partial(_attend, inputs, selection, "torch")
@@ -58,14 +60,19 @@ def _attend(inputs: RoutingInputs, selection: BlockSelection, impl: str | None) 
 
 @torch.no_grad()
 def bench_budgets(model: PreTrainedModel, ids: Tensor, threshold: float, *, repeats: int = 3) -> dict[str, Any]:
-    """Seconds of selecting and of attending in all sparse layers, on their own queries and keys of ``ids`` [1, N] in a dense pass.
+    """Seconds of selecting and of attending in all sparse layers, on their own queries and keys of ``ids`` [1, N] in a
+    dense pass.
 
-    The model's uniform budget and ``threshold`` take turns in every layer. ``over_uniform`` is the time of the threshold over that
-    of the uniform budget, for each part and for both stages of a layer together; ``keys`` are the mean keys of all tiles.
+    The model's uniform budget and ``threshold`` take turns in every layer. ``over_uniform`` is the time of the
+    threshold over that of the uniform budget, for each part and for both stages of a layer together; ``keys`` are the
+    mean keys of all tiles.
     """
     times = _LayerTimes(threshold, repeats)
     model.base_model(ids, use_cache=False, sparse_call=times)
-    total = {kind: [sum(pair) for pair in zip(times.times[kind, "select"], times.times[kind, "attend"], strict=True)] for kind in KINDS}
+    total = {
+        kind: [sum(pair) for pair in zip(times.times[kind, "select"], times.times[kind, "attend"], strict=True)]
+        for kind in KINDS
+    }
     over = {part: ratio(times.times["threshold", part], times.times["uniform", part]) for part in PARTS}
     return {
         "length": ids.shape[1],

@@ -15,7 +15,8 @@ with needs_extra("cli", "the command line"):
     from rich.table import Table
 
 bench = typer.Typer(
-    help="Speed and memory against dense attention in one run, output verified before it is timed. For a whole GPU see recipes/gpu."
+    help="Speed and memory against dense attention in one run, output verified before it is timed. For a whole GPU "
+    "see recipes/gpu."
 )
 
 LengthOption = Annotated[str, typer.Option(help="Comma-separated numbers of tokens.")]
@@ -23,9 +24,14 @@ KeysOption = Annotated[int, typer.Option(help="Keys kept.")]
 DtypesOption = Annotated[str, typer.Option("--dtype", help="Comma-separated: auto, bfloat16, float32, float16.")]
 HeadsOption = Annotated[str, typer.Option(help="Query heads / KV heads.")]
 HeadDimOption = Annotated[int, typer.Option(help="Dimensions of a head.")]
-RepeatsOption = Annotated[int | None, typer.Option(help="Alternating rounds; by default 5, and 3 from 32768 tokens on.")]
+RepeatsOption = Annotated[
+    int | None, typer.Option(help="Alternating rounds; by default 5, and 3 from 32768 tokens on.")
+]
 PlotOption = Annotated[
-    Path | None, typer.Option(callback=checked_plot, help="Where to draw speed-up against length; by default beside --json, as .svg.")
+    Path | None,
+    typer.Option(
+        callback=checked_plot, help="Where to draw speed-up against length; by default beside --json, as .svg."
+    ),
 ]
 
 LONG = 32768  # tokens from which on three rounds are enough
@@ -39,14 +45,19 @@ def attention(
     heads: HeadsOption = "9/3",
     head_dim: HeadDimOption = 64,
     repeats: RepeatsOption = None,
-    flex: Annotated[bool, typer.Option(help="Also time compiled flex_attention over the same links (compiling takes minutes).")] = False,
+    flex: Annotated[
+        bool, typer.Option(help="Also time compiled flex_attention over the same links (compiling takes minutes).")
+    ] = False,
     plot: PlotOption = None,
     json_path: JsonOption = None,
 ) -> None:
     """Prefill of one layer: the attention alone and with its router, against the best dense kernel."""
     from ..benchmarks import bench_attention
 
-    rows = [bench_attention(shape, repeats=count, flex=flex) for shape, count in _shapes(length, keys, dtype, heads, head_dim, repeats)]
+    rows = [
+        bench_attention(shape, repeats=count, flex=flex)
+        for shape, count in _shapes(length, keys, dtype, heads, head_dim, repeats)
+    ]
     _finish(rows, json_path, plot)
 
 
@@ -64,7 +75,11 @@ def backward(
     """Forward and backward pass of one layer against the best dense kernel."""
     from ..benchmarks import bench_backward
 
-    _finish([bench_backward(s, repeats=count) for s, count in _shapes(length, keys, dtype, heads, head_dim, repeats)], json_path, plot)
+    _finish(
+        [bench_backward(s, repeats=count) for s, count in _shapes(length, keys, dtype, heads, head_dim, repeats)],
+        json_path,
+        plot,
+    )
 
 
 @bench.command()
@@ -81,7 +96,11 @@ def decode(
     """One query over a cache, selection included, against stock attention and the best dense decode."""
     from ..benchmarks import bench_decode
 
-    _finish([bench_decode(s, repeats=count) for s, count in _shapes(length, keys, dtype, heads, head_dim, repeats)], json_path, plot)
+    _finish(
+        [bench_decode(s, repeats=count) for s, count in _shapes(length, keys, dtype, heads, head_dim, repeats)],
+        json_path,
+        plot,
+    )
 
 
 @bench.command()
@@ -91,8 +110,12 @@ def router(
     dtype: DtypesOption = "auto",
     heads: HeadsOption = "9/3",
     head_dim: HeadDimOption = 64,
-    index_dim: Annotated[str | None, typer.Option(help="Comma-separated ranks of stage 2; by default the head dim.")] = None,
-    query_samples: Annotated[str, typer.Option(help="Comma-separated numbers of queries that stage 2 scores per tile.")] = "32",
+    index_dim: Annotated[
+        str | None, typer.Option(help="Comma-separated ranks of stage 2; by default the head dim.")
+    ] = None,
+    query_samples: Annotated[
+        str, typer.Option(help="Comma-separated numbers of queries that stage 2 scores per tile.")
+    ] = "32",
     candidate_factor: Annotated[str, typer.Option(help="Comma-separated: candidates over budget.")] = "3",
     repeats: RepeatsOption = None,
     json_path: JsonOption = None,
@@ -109,7 +132,14 @@ def router(
                     rows.append(bench_router(shape, repeats=count, **fields))
     stages = ("keys", "queries", "select", "router")
     table = bench_table(
-        "tokens", "dtype", "rank", "queries", "factor", *stages, "share", title="times in ms; share of selection and attention"
+        "tokens",
+        "dtype",
+        "rank",
+        "queries",
+        "factor",
+        *stages,
+        "share",
+        title="times in ms; share of selection and attention",
     )
     for row in rows:
         ms = (f"{row['times'][name]['median_s'] * 1e3:.1f}" for name in stages)
@@ -142,13 +172,17 @@ def model(
         rows.append(bench_model(loaded, ids, keys, decode_tokens=decode_tokens))
     table = bench_table("tokens", "dtype", "prefill", "decode", "decode over best dense")
     for row in rows:
-        speedups = (f"{row[name]:.2f}×" for name in ("prefill_speedup", "decode_speedup", "decode_speedup_over_best_dense"))
+        speedups = (
+            f"{row[name]:.2f}×" for name in ("prefill_speedup", "decode_speedup", "decode_speedup_over_best_dense")
+        )
         table.add_row(str(row["length"]), row["dtype"], *speedups)
     console.print(table)
     emit_rows(rows, json_path)
 
 
-def _shapes(length: str, keys: int, dtype: str, heads: str, head_dim: int, repeats: int | None) -> Iterator[tuple[Any, int]]:
+def _shapes(
+    length: str, keys: int, dtype: str, heads: str, head_dim: int, repeats: int | None
+) -> Iterator[tuple[Any, int]]:
     """Every layer that the options ask for, with its number of rounds; checked before the first is run."""
     import torch
 
@@ -172,8 +206,14 @@ def _shapes(length: str, keys: int, dtype: str, heads: str, head_dim: int, repea
 
 def _heads(text: str) -> tuple[int, int]:
     parts = text.split("/")
-    if len(parts) != 2 or not all(part.strip().isdigit() and int(part) for part in parts) or int(parts[0]) % int(parts[1]):
-        raise ValueError(f"--heads is {text!r}: must be query heads / KV heads, the first a multiple of the second, e.g. 9/3")
+    if (
+        len(parts) != 2
+        or not all(part.strip().isdigit() and int(part) for part in parts)
+        or int(parts[0]) % int(parts[1])
+    ):
+        raise ValueError(
+            f"--heads is {text!r}: must be query heads / KV heads, the first a multiple of the second, e.g. 9/3"
+        )
     return int(parts[0]), int(parts[1])
 
 
@@ -195,20 +235,35 @@ def _finish(rows: list[dict[str, Any]], json_path: str | None, plot: Path | None
             f"{alone['median']:.3g}× ({row['share_of_ideal']:.2f})" if alone else "",
             f"{whole['median']:.3g}× ({row['share_of_ideal_with_router']:.2f})",
             f"{whole['min']:.3g}–{whole['max']:.3g}",
-            *(f"{row['router_share']:.2f}" if "router_share" in row else "", "" if memory is None else f"{memory / 2**20:.0f}"),
+            *(
+                f"{row['router_share']:.2f}" if "router_share" in row else "",
+                "" if memory is None else f"{memory / 2**20:.0f}",
+            ),
         )
     console.print(table)
     for row in rows:
-        for key, name in (("flex_speedup", "compiled flex_attention"), ("speedup_over_stock", "sparse over stock attention")):
+        for key, name in (
+            ("flex_speedup", "compiled flex_attention"),
+            ("speedup_over_stock", "sparse over stock attention"),
+        ):
             if key in row:
-                console.print(f"{row['length']} tokens, {row['dtype']}: {name} {row[key]['median']:.2f}×", highlight=False)
+                console.print(
+                    f"{row['length']} tokens, {row['dtype']}: {name} {row[key]['median']:.2f}×", highlight=False
+                )
         for name, times in row.get("speedup_over_peers", {}).items():
-            console.print(f"{row['length']} tokens, {row['dtype']}: attention alone over {name} {times['median']:.2f}×", highlight=False)
+            console.print(
+                f"{row['length']} tokens, {row['dtype']}: attention alone over {name} {times['median']:.2f}×",
+                highlight=False,
+            )
         for name, error in row.get("peers_failed", {}).items():
-            console.print(f"{row['length']} tokens, {row['dtype']}: {name} failed: {error}", highlight=False, markup=False)
+            console.print(
+                f"{row['length']} tokens, {row['dtype']}: {name} failed: {error}", highlight=False, markup=False
+            )
     baselines = ", ".join(sorted({row["baseline"] for row in rows}))
     console.print(
-        f"speed-up over {baselines}, medians; share of the ratio of pairs; router: its share of the time; n in the JSON", highlight=False
+        f"speed-up over {baselines}, medians; share of the ratio of pairs; router: its share of the time; n in the "
+        "JSON",
+        highlight=False,
     )
     crossed = crossover(rows)
     for dtype, length in crossed.items():
@@ -233,10 +288,16 @@ def beside(json_path: str | None) -> Path | None:
 
 
 def plot_path(plot: Path | None, json_path: str | None) -> Path | None:
-    """The file of --plot, or else one beside that of --json; a line says so where nothing is installed that draws this one."""
+    """The file of --plot, or else one beside that of --json;
+    a line says so where nothing is installed that draws this one.
+    """
     path = plot or beside(json_path)
     if plot is None and path is not None and (missing := missing_packages("report")):
-        console.print(f"{path} is not drawn without {', '.join(missing)}: {install_command('report')}", markup=False, highlight=False)
+        console.print(
+            f"{path} is not drawn without {', '.join(missing)}: {install_command('report')}",
+            markup=False,
+            highlight=False,
+        )
         return None
     return path
 

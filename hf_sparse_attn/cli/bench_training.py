@@ -1,4 +1,6 @@
-"""``hf-sparse-attn bench training``: training steps against stock, and with ``--plan`` their memory and time before anyone pays."""
+"""``hf-sparse-attn bench training``: training steps against stock, and with ``--plan`` their memory and time before
+anyone pays.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +18,31 @@ with needs_extra("cli", "the command line"):
 
 def training(
     folder: Annotated[str, typer.Argument(help="Hub id or local folder of a sparse model; of --plan any model's.")],
-    text: Annotated[str | None, typer.Option("--text", help="Comma-separated sources, see README; not needed for --plan.")] = None,
+    text: Annotated[
+        str | None, typer.Option("--text", help="Comma-separated sources, see README; not needed for --plan.")
+    ] = None,
     length: LengthOption = "2048,4096,8192",
     keys: Annotated[int | None, typer.Option(help="Keys kept; by default as the model's settings say.")] = None,
-    density: Annotated[float | None, typer.Option(help="Share of the visible keys that is kept, instead of --keys.")] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Share of the visible keys that is kept, instead of --keys.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Timed steps of each kind; one more measures memory.")] = 3,
     batch: Annotated[int, typer.Option(help="Rows of a step.")] = 1,
     lora_rank: Annotated[int, typer.Option(help="Rank of LoRA.")] = 8,
-    target_modules: Annotated[str, typer.Option(help="Comma-separated modules that LoRA goes on.")] = "q_proj,k_proj,v_proj,o_proj",
+    target_modules: Annotated[
+        str, typer.Option(help="Comma-separated modules that LoRA goes on.")
+    ] = "q_proj,k_proj,v_proj,o_proj",
     gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute each layer in the backward pass.")] = True,
     chunked_loss: Annotated[bool, typer.Option(help="Never hold the logits of all tokens.")] = True,
     dense_every: Annotated[int, typer.Option(help="Every this-many-th step of the recipe runs dense; 0 = none.")] = 4,
     eager: Annotated[bool, typer.Option(help="Also measure stock eager attention, up to 4096 tokens.")] = False,
     padded: Annotated[bool, typer.Option(help="Also compare a padded batch with the same documents packed.")] = False,
-    plan: Annotated[bool, typer.Option("--plan", help="Only predict memory and time, from the model's config alone.")] = False,
-    gpu: Annotated[str, typer.Option(help="Device of --plan, e.g. H100-80GB or RTX4090-24GB; cpu is measured here.")] = "cpu",
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only predict memory and time, from the model's config alone.")
+    ] = False,
+    gpu: Annotated[
+        str, typer.Option(help="Device of --plan, e.g. H100-80GB or RTX4090-24GB; cpu is measured here.")
+    ] = "cpu",
     dtype: SavedDtypeOption = "auto",
     plot: PlotOption = None,
     json_path: JsonOption = None,
@@ -39,7 +51,11 @@ def training(
     from ..training.config import AdaptationConfig
 
     names = tuple(name.strip() for name in target_modules.split(","))
-    options: dict[str, Any] = {"gradient_checkpointing": gradient_checkpointing, "chunked_loss": chunked_loss, "dense_every": dense_every}
+    options: dict[str, Any] = {
+        "gradient_checkpointing": gradient_checkpointing,
+        "chunked_loss": chunked_loss,
+        "dense_every": dense_every,
+    }
     config = AdaptationConfig(rank=lora_rank, target_modules=names, batch_size=batch, **options)
     lengths, budget = integers(length, "--length"), _budget(keys, density)
     for option, value in (*(("--length", n) for n in lengths), ("--steps", steps)):
@@ -48,7 +64,10 @@ def training(
     if plan:
         ignored = {"--text": text is not None, "--eager": eager, "--plot": plot is not None}
         if any(ignored.values()):
-            raise ValueError(f"{', '.join(name for name, given in ignored.items() if given)}: --plan measures nothing; leave these out")
+            raise ValueError(
+                f"{', '.join(name for name, given in ignored.items() if given)}: --plan measures nothing; leave these "
+                "out"
+            )
         _plan(folder, lengths, budget, config, gpu, dtype, padded, json_path)
         return
     if gpu != "cpu":
@@ -121,7 +140,14 @@ def _measure(
 
 def _show(row: dict[str, Any]) -> None:
     table = bench_table(
-        "kind", "s a step", "min–max", "tokens/s", "over stock", "MB", "loss", title=f"{row['length']} tokens, {row['dtype']}"
+        "kind",
+        "s a step",
+        "min–max",
+        "tokens/s",
+        "over stock",
+        "MB",
+        "loss",
+        title=f"{row['length']} tokens, {row['dtype']}",
     )
     kinds = row["kinds"] | ({"recipe": row["recipe"]} if row["recipe"]["dense_every"] else {})
     for name, figures in kinds.items():
@@ -143,14 +169,24 @@ def _show(row: dict[str, Any]) -> None:
             "",
         )
     console.print(table)
-    console.print(f"KL: {row['kl_share']:.1%} of a sparse step; MB: peak of a step above weights and states; recipe: its average step")
+    console.print(
+        f"KL: {row['kl_share']:.1%} of a sparse step; MB: peak of a step above weights and states; recipe: its "
+        "average step"
+    )
     for name, figures in (row["plan"] or {}).items():
         memory, time = figures["memory_error"], figures["time_error"]
         console.print(f"plan, {name}: memory {memory:+.1%}, time {time:+.1%} of the measured", highlight=False)
 
 
 def _plan(
-    folder: str, lengths: list[int], budget: dict[str, Any], config: Any, gpu: str, dtype: str, padded: bool, json_path: str | None
+    folder: str,
+    lengths: list[int],
+    budget: dict[str, Any],
+    config: Any,
+    gpu: str,
+    dtype: str,
+    padded: bool,
+    json_path: str | None,
 ) -> None:
     from transformers import AutoConfig
 
@@ -163,9 +199,25 @@ def _plan(
     kind = saved_dtype(model, dtype, where) or resolve("auto", where)
     sparse = SparseAttentionConfig.coerce(getattr(model, "sparse_attention", None) or {}).changed(**budget)
     device = named_device(gpu, model, kind, config)
-    options = {"config": model, "batch": config.batch_size, "dtype": kind, "sparse_attention": sparse, "training": config, "padded": padded}
+    options = {
+        "config": model,
+        "batch": config.batch_size,
+        "dtype": kind,
+        "sparse_attention": sparse,
+        "training": config,
+        "padded": padded,
+    }
     table = bench_table(
-        "tokens", "kind", "weights", "LoRA, routers, states", "step", "GB", "fits", "s a step", "tokens/s", title=device.name
+        "tokens",
+        "kind",
+        "weights",
+        "LoRA, routers, states",
+        "step",
+        "GB",
+        "fits",
+        "s a step",
+        "tokens/s",
+        title=device.name,
     )
     rows = []
     for n in lengths:
@@ -179,5 +231,8 @@ def _plan(
             rows.append({"benchmark": "plan", **plan.to_dict(), "fits": fit, "room_bytes": room(device)})
     console.print(table)
     longest = {attention: longest_length(device, attention=attention, **options) for attention in ("sparse", "stock")}
-    console.print(f"longest rows that fit: {longest['sparse']} tokens sparse, {longest['stock']} stock; {device.note}", highlight=False)
+    console.print(
+        f"longest rows that fit: {longest['sparse']} tokens sparse, {longest['stock']} stock; {device.note}",
+        highlight=False,
+    )
     emit_rows(rows, json_path, longest=longest, device=device.name, assumptions=device.note)

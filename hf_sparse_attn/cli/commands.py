@@ -1,4 +1,6 @@
-"""Command line ``hf-sparse-attn``: run, ablate, distill, eval, lm-eval, calibrate, synth, card, bench, architectures, doctor."""
+"""Command line ``hf-sparse-attn``: run, ablate, distill, eval, lm-eval, calibrate, synth, card, bench, architectures,
+doctor.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +22,27 @@ with needs_extra("cli", "the command line"):
     import typer
     from rich.markup import escape
 
-OutOption = Annotated[Path | None, typer.Option(help="Folder of the run; default runs/<recipe name>, with -smoke for --smoke.")]
-SmokeOption = Annotated[bool, typer.Option("--smoke", help="At reduced size, on two cores in minutes, as the recipe says.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="Change a key: 'data.train=[my.log]'. Can be repeated.")]
+OutOption = Annotated[
+    Path | None, typer.Option(help="Folder of the run; default runs/<recipe name>, with -smoke for --smoke.")
+]
+SmokeOption = Annotated[
+    bool, typer.Option("--smoke", help="At reduced size, on two cores in minutes, as the recipe says.")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Change a key: 'data.train=[my.log]'. Can be repeated.")
+]
 
 NetworkOption = Annotated[
-    bool, typer.Option("--allow-network", help="Let the recipe push or report what is trained (push_to_hub, report_to and the like).")
+    bool,
+    typer.Option(
+        "--allow-network", help="Let the recipe push or report what is trained (push_to_hub, report_to and the like)."
+    ),
 ]
 RECIPE = "A recipe: a YAML file, or the name of one of this package, such as demo."
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Learnable two-stage sparse attention for pretrained models.")
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="Learnable two-stage sparse attention for pretrained models."
+)
 bench.command()(training)
 app.add_typer(bench, name="bench")
 app.command(name="eval")(evaluate)
@@ -57,7 +70,10 @@ def run(
 @app.command()
 def ablate(
     recipe: Annotated[
-        Path, typer.Argument(help="A recipe of task ablation: a YAML file, or the name of one of this package, e.g. ablation.")
+        Path,
+        typer.Argument(
+            help="A recipe of task ablation: a YAML file, or the name of one of this package, e.g. ablation."
+        ),
     ],
     out: OutOption = None,
     smoke: SmokeOption = False,
@@ -86,7 +102,9 @@ def _run(
 
     loaded = load_recipe(recipe, smoke=smoke, changes=changes or (), network=network)
     if task not in (None, loaded.task):
-        raise RecipeError(f"{recipe} is of task {loaded.task}, this verb runs those of task {task}: use hf-sparse-attn run {recipe}")
+        raise RecipeError(
+            f"{recipe} is of task {loaded.task}, this verb runs those of task {task}: use hf-sparse-attn run {recipe}"
+        )
     emit(run_recipe(loaded, out or Path("runs") / (loaded.name + "-smoke" * smoke)), json_path)
 
 
@@ -96,7 +114,9 @@ def distill(
     model: Annotated[str, typer.Argument(help="Hub id or local folder of a stock or sparse model.")],
     out: Annotated[Path, typer.Argument(help="Folder to save the sparse model in.")],
     text: TextOption,
-    sparse: Annotated[str, typer.Option(help="Fields of SparseAttentionConfig, e.g. 'min_keys: 1024, max_keys: 1024'.")] = "",
+    sparse: Annotated[
+        str, typer.Option(help="Fields of SparseAttentionConfig, e.g. 'min_keys: 1024, max_keys: 1024'.")
+    ] = "",
     context: Annotated[int, typer.Option(help="Tokens of a training window.")] = 4096,
     batches: Annotated[int, typer.Option(help="Training windows.")] = 16,
     dtype: DtypeOption = "auto",
@@ -111,7 +131,10 @@ def distill(
     loaded, tokenizer = load(model, resolve(dtype, "cpu"), sparse)
     size = sum(weight.numel() * weight.element_size() for weight in loaded.parameters())
     if free_bytes(out) < size:
-        raise ValueError(f"{out} has {free_bytes(out) >> 20} MB free, the model needs {size >> 20} MB: make room, or name another folder")
+        raise ValueError(
+            f"{out} has {free_bytes(out) >> 20} MB free, the model needs {size >> 20} MB: make room, or name another "
+            "folder"
+        )
     rows = windows_of(text, tokenizer, context, batches, loaded)
     report = train(loaded, to_batches(rows), checkpoint=out / "distill.pt")
     loaded.save_pretrained(out)
@@ -124,7 +147,9 @@ def distill(
 def card(
     folder: Annotated[Path, typer.Argument(help="Folder of a saved sparse model; the card becomes its README.md.")],
     results: Annotated[Path, typer.Option(help="JSON that the verb run, eval or lm-eval wrote.")],
-    base: Annotated[str | None, typer.Option(help="Hub id or folder of the base model, if the results do not name it.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Hub id or folder of the base model, if the results do not name it.")
+    ] = None,
     json_path: JsonOption = None,
 ) -> None:
     """Write the model card of a saved model, rendered from its results."""
@@ -144,8 +169,12 @@ def card(
 
 @app.command()
 def architectures(
-    model_type: Annotated[str | None, typer.Argument(help="One model type, e.g. falcon; without it, all that are installed.")] = None,
-    markdown: Annotated[Path | None, typer.Option(callback=checked_output, help="Write the table as a page to this path.")] = None,
+    model_type: Annotated[
+        str | None, typer.Argument(help="One model type, e.g. falcon; without it, all that are installed.")
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(callback=checked_output, help="Write the table as a page to this path.")
+    ] = None,
     json_path: JsonOption = None,
 ) -> None:
     """Which model types of the installed Transformers are supported, and why others are refused."""
@@ -156,7 +185,9 @@ def architectures(
     if markdown is not None:
         write_text(markdown, as_markdown(rows))
     if len(rows) == 1:
-        console.print(f"{rows[0].model_type}: {rows[0].state}. {rows[0].note}", highlight=False, markup=False, soft_wrap=True)
+        console.print(
+            f"{rows[0].model_type}: {rows[0].state}. {rows[0].note}", highlight=False, markup=False, soft_wrap=True
+        )
     else:
         console.print(", ".join(f"{count_states(rows)[state]} {state}" for state in STATES), highlight=False)
     emit(as_json(rows), json_path)
@@ -200,7 +231,9 @@ def doctor(json_path: JsonOption = None) -> None:
 
 
 def guarded(command: Callable[[], Any]) -> int:
-    """Run ``command``; a user's mistake becomes one paragraph on standard error and exit code 1, a missing extra the same and 2."""
+    """Run ``command``; a user's mistake becomes one paragraph on standard error and exit code 1, a missing extra the
+    same and 2.
+    """
     try:
         command()
     except (ValueError, ImportError, OSError, RuntimeError) as error:

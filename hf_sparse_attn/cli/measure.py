@@ -36,7 +36,8 @@ with needs_extra("cli", "the command line"):
 SMALL_SPARSE = "block_size: 16, query_tile: 16, sink: 16, local: 16, dense_below: 0, min_keys: 160, max_keys: 160"
 SparseOption = Annotated[str, typer.Option(help="Fields of SparseAttentionConfig to change, e.g. 'query_samples: 32'.")]
 SelectionsOption = Annotated[
-    str | None, typer.Option(help="Comma-separated selections, with oracle and window + sink; default all that need no fit.")
+    str | None,
+    typer.Option(help="Comma-separated selections, with oracle and window + sink; default all that need no fit."),
 ]
 HARNESS_SELECTIONS = "oracle, two stages, window + sink"
 QUESTIONS = 4  # with a planted link, of each window that a calibration is checked on
@@ -82,24 +83,37 @@ def evaluate(
         results = evaluate_windows(loaded, rows, checked.budgets, chosen, decode_tokens=decode_tokens, on_result=_show)
     table = quality_table(results)
     _print_quality(table)
-    document = {"model": Path(model).name, "command": command_line(), "environment": environment(), "sparse_attention": config.to_dict()}
+    document = {
+        "model": Path(model).name,
+        "command": command_line(),
+        "environment": environment(),
+        "sparse_attention": config.to_dict(),
+    }
     measured = {**document, **cost.figures, "table": table, "windows": [r.to_dict() for r in results]}
     emit(measured, json_path, None if report is None else partial(write_evaluation_report, report, measured))
 
 
 def harness(
     model: Annotated[str, typer.Argument(help="Hub id or local folder of a sparse model.")],
-    tasks: Annotated[str, typer.Option(help="Comma-separated tasks, groups or tags of lm-eval, e.g. niah_single_1,ruler_vt.")],
+    tasks: Annotated[
+        str, typer.Option(help="Comma-separated tasks, groups or tags of lm-eval, e.g. niah_single_1,ruler_vt.")
+    ],
     limit: Annotated[int, typer.Option(help="Documents of a task.")] = 8,
-    length: Annotated[int | None, typer.Option(help="Tokens of a question, for tasks that make their own (RULER).")] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of a question, for tasks that make their own (RULER).")
+    ] = None,
     budgets: Annotated[str, typer.Option(help="Comma-separated budgets in keys.")] = "512",
-    selections: Annotated[str, typer.Option(help="Comma-separated selections beside dense attention.")] = HARNESS_SELECTIONS,
+    selections: Annotated[
+        str, typer.Option(help="Comma-separated selections beside dense attention.")
+    ] = HARNESS_SELECTIONS,
     selector_file: ImportOption = None,
     sparse: SparseOption = "",
     dtype: SavedDtypeOption = "auto",
     seed: Annotated[int, typer.Option(help="Of the questions that tasks make.")] = 0,
     include: Annotated[Path | None, typer.Option(help="Folder of tasks of one's own, YAML as lm-eval has it.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="Folder of answers that are not made again when a run is continued.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder of answers that are not made again when a run is continued.")
+    ] = None,
     report: ReportOption = None,
     json_path: JsonOption = None,
 ) -> None:
@@ -140,16 +154,23 @@ def calibrate(
     preset: Annotated[
         str, typer.Option(help="fast, balanced or safe: 95 % of the tiles keep 0.95, 0.98 or 0.99 of their mass.")
     ] = "balanced",
-    mass: Annotated[float | None, typer.Option(help="That share itself, in (0, 1], in place of a preset; 1 = dense.")] = None,
-    keys: Annotated[int | None, typer.Option(help="In place of both: an average budget, shared out over layers and KV heads.")] = None,
-    length: Annotated[int, typer.Option(help="Tokens of a window: the longest input that the budgets are found for.")] = 8192,
+    mass: Annotated[
+        float | None, typer.Option(help="That share itself, in (0, 1], in place of a preset; 1 = dense.")
+    ] = None,
+    keys: Annotated[
+        int | None, typer.Option(help="In place of both: an average budget, shared out over layers and KV heads.")
+    ] = None,
+    length: Annotated[
+        int, typer.Option(help="Tokens of a window: the longest input that the budgets are found for.")
+    ] = 8192,
     windows: Annotated[int, typer.Option(help="Windows on which the budgets are found.")] = 10,
     checked: Annotated[int, typer.Option(help="Windows on which they are checked.")] = 4,
     dtype: SavedDtypeOption = "auto",
     report: ReportOption = None,
     json_path: JsonOption = None,
 ) -> None:
-    """Find the smallest safe budget of every layer, KV head and length, check it, and store it beside the model's config.
+    """Find the smallest safe budget of every layer, KV head and length, check it, and store it beside the model's
+    config.
 
     Nothing is written into the folder if a check fails; what was found is stored there before it is reported.
     """
@@ -164,7 +185,9 @@ def calibrate(
     if preset not in PRESETS:
         raise ValueError(f"--preset is {preset!r}: must be {', '.join(PRESETS)}")
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no folder of a saved model: save the sparse model first, e.g. with hf-sparse-attn distill")
+        raise ValueError(
+            f"{folder} is no folder of a saved model: save the sparse model first, e.g. with hf-sparse-attn distill"
+        )
     for file in (FILE, "config.json"):
         check_output(folder / file)
     with Cost() as cost:
@@ -175,7 +198,12 @@ def calibrate(
         questions = [question for seed in range(QUESTIONS) for question in ask(others, tokenizer, seed)]
         calibration = find(loaded, rows, others, questions, mass=share, keys=keys, preset=name, on_step=console.print)
     missed = failures(calibration)
-    result: dict[str, Any] = {"model": folder.absolute().name, "command": command_line(), "environment": environment(), **cost.figures}
+    result: dict[str, Any] = {
+        "model": folder.absolute().name,
+        "command": command_line(),
+        "environment": environment(),
+        **cost.figures,
+    }
     result |= {"calibration": calibration.to_dict(), "failures": missed}
     try:
         if not missed:
@@ -190,9 +218,13 @@ def calibrate(
 @reserving("out")
 def synth(
     out: Annotated[Path, typer.Argument(help="Folder to write the set into.")],
-    settings: Annotated[str, typer.Option("--set", help="Fields of LongLinkConfig, e.g. 'family: two_hops, keys: 20'.")] = "",
+    settings: Annotated[
+        str, typer.Option("--set", help="Fields of LongLinkConfig, e.g. 'family: two_hops, keys: 20'.")
+    ] = "",
     seed: Annotated[int, typer.Option(help="The same seed and settings give the same set.")] = 0,
-    learn: Annotated[bool, typer.Option("--learn", help="Train a small model on such sets, distil its routers, and measure them.")] = False,
+    learn: Annotated[
+        bool, typer.Option("--learn", help="Train a small model on such sets, distil its routers, and measure them.")
+    ] = False,
     sparse: Annotated[str, typer.Option(help="Fields of SparseAttentionConfig for --learn.")] = SMALL_SPARSE,
     report: Annotated[
         Path | None, typer.Option(callback=checked_plot, help="Write what --learn found as one HTML page to this path.")
@@ -220,7 +252,9 @@ def synth(
     except TypeError as error:
         raise ValueError(f"--set {settings!r}: {error}") from error
     save(plant(config, seed), out)
-    console.print(f"{config.sequences} sequences of {config.length} tokens, {config.links} links each: {out}", markup=False)
+    console.print(
+        f"{config.sequences} sequences of {config.length} tokens, {config.links} links each: {out}", markup=False
+    )
     if not learn:
         emit({"config": asdict(config), "seed": seed, "folder": str(out)}, json_path)
         return
@@ -229,7 +263,12 @@ def synth(
         model = train(config, learning)
         with_routers(model, SparseAttentionConfig.from_dict(sparse_options(sparse)), config, learning)
         results = study(model, config, EVALUATED * (seed + 7))
-    document = {"command": command_line(), "environment": environment(), "sparse_attention": model.config.sparse_attention, **cost.figures}
+    document = {
+        "command": command_line(),
+        "environment": environment(),
+        "sparse_attention": model.config.sparse_attention,
+        **cost.figures,
+    }
     _print_links(results)
     document |= results
     emit(document, json_path, None if report is None else partial(write_longlink_report, report, document))
@@ -237,7 +276,11 @@ def synth(
 
 def _summary(calibration: Any) -> str:
     verified = calibration.verified
-    within = "" if calibration.mass is None else f"{verified['heads_within']:.1%} of the heads within {calibration.mass} − 0.01, "
+    within = (
+        ""
+        if calibration.mass is None
+        else f"{verified['heads_within']:.1%} of the heads within {calibration.mass} − 0.01, "
+    )
     return f"{verified['density']:.1%} of the keys are kept, {within}log-loss {verified['added_loss']:+.2%}"
 
 
@@ -251,7 +294,13 @@ def _print_quality(rows: list[dict[str, Any]]) -> None:
         share = f"{row['prefill_share']['share']:.2f}" if "prefill_share" in row else ""
         recovered = f"{row['recovered_share']['share']:.2f}" if "recovered_share" in row else ""
         table.add_row(
-            str(row["length"]), str(row["keys"] or "all"), row["selection"], str(row["n"]), f"{row['prefill']:.4f}", share, recovered
+            str(row["length"]),
+            str(row["keys"] or "all"),
+            row["selection"],
+            str(row["n"]),
+            f"{row['prefill']:.4f}",
+            share,
+            recovered,
         )
     console.print(table)
 
@@ -268,6 +317,11 @@ def _print_links(results: dict[str, Any]) -> None:
     table = Table("selection", "accuracy", "normalised", "D50", "D90", "recall above chance")
     for row in results["answers"]:
         recall = results["routing"]["recall"].get(row["selection"], {}).get("chance_adjusted_recall")
-        figures = (f"{row['accuracy']:.3f} ± {row['error']:.3f}", "" if row["normalised"] is None else f"{row['normalised']:.3f}")
-        table.add_row(row["selection"], *figures, str(row["d50"]), str(row["d90"]), "" if recall is None else f"{recall:.3f}")
+        figures = (
+            f"{row['accuracy']:.3f} ± {row['error']:.3f}",
+            "" if row["normalised"] is None else f"{row['normalised']:.3f}",
+        )
+        table.add_row(
+            row["selection"], *figures, str(row["d50"]), str(row["d90"]), "" if recall is None else f"{recall:.3f}"
+        )
     console.print(table)

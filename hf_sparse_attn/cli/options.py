@@ -45,21 +45,36 @@ def checked_plot(context: typer.Context, option: typer.CallbackParam, value: Any
 
 
 JsonOption = Annotated[
-    str | None, typer.Option("--json", callback=checked_output, help="Write the result as JSON to this path ('-' = standard output).")
+    str | None,
+    typer.Option(
+        "--json", callback=checked_output, help="Write the result as JSON to this path ('-' = standard output)."
+    ),
 ]
-ReportOption = Annotated[Path | None, typer.Option(callback=checked_plot, help="Write the result as one HTML page to this path.")]
+ReportOption = Annotated[
+    Path | None, typer.Option(callback=checked_plot, help="Write the result as one HTML page to this path.")
+]
 DtypeOption = Annotated[
     str,
-    typer.Option("--dtype", help="auto (bfloat16 where the processor or GPU multiplies it, else float32), bfloat16, float32 or float16."),
+    typer.Option(
+        "--dtype",
+        help="auto (bfloat16 where the processor or GPU multiplies it, else float32), bfloat16, float32 or float16.",
+    ),
 ]
 SavedDtypeOption = Annotated[
-    str, typer.Option("--dtype", help="auto (as saved, but float32 where that is not multiplied here), bfloat16, float32 or float16.")
+    str,
+    typer.Option(
+        "--dtype", help="auto (as saved, but float32 where that is not multiplied here), bfloat16, float32 or float16."
+    ),
 ]
 ImportOption = Annotated[
     Path | None,
-    typer.Option("--import", help="A Python file that registers selectors of yours; it is run first, with your rights."),
+    typer.Option(
+        "--import", help="A Python file that registers selectors of yours; it is run first, with your rights."
+    ),
 ]
-TextOption = Annotated[str, typer.Option("--text", help="Comma-separated sources: files, globs, pypi:…, deb:… or hub:….")]
+TextOption = Annotated[
+    str, typer.Option("--text", help="Comma-separated sources: files, globs, pypi:…, deb:… or hub:….")
+]
 
 
 def emit(result: Mapping[str, Any], target: str | None, write_report: Callable[[], None] | None = None) -> None:
@@ -96,7 +111,8 @@ def _write(result: Mapping[str, Any], target: str) -> Exception | None:
 
 
 def reserving(option: str, creates: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorates a verb: nobody else gets the folder of that option while it runs, and it is known from the start to be writable.
+    """Decorates a verb: nobody else gets the folder of that option while it runs, and it is known from the start to be
+    writable.
 
     One that is missing is made, or else the verb says what it thinks of that.
     """
@@ -165,12 +181,15 @@ def yaml_fields(text: str, option: str) -> dict[str, Any]:
     try:
         loaded: dict[str, Any] = read_yaml("{" + text + "}")
     except PlainYamlError as error:
-        raise ValueError(f"{option} is {text!r}: must be fields like 'min_keys: 1024, max_keys: 1024' ({error})") from error
+        raise ValueError(
+            f"{option} is {text!r}: must be fields like 'min_keys: 1024, max_keys: 1024' ({error})"
+        ) from error
     return loaded
 
 
 def saved_dtype(config: Any, name: str, device: str | None = "cpu") -> Any:
-    """The dtype that ``name`` is for a model of this config: auto is the model's own, float32 where ``device`` does not multiply that.
+    """The dtype that ``name`` is for a model of this config: auto is the model's own, float32 where ``device`` does not
+    multiply that.
 
     None if auto is asked for and the config names no dtype.
     """
@@ -211,7 +230,9 @@ def load_uncalibrated(folder: Path, dtype: str) -> tuple[Any, Any]:
         raise ValueError(f"{folder} holds no sparse model: its config.json has no sparse_attention")
     config = SparseAttentionConfig.coerce(values)
     config = replace(config, bookkeeping=replace(config.bookkeeping, calibration=None))
-    loaded = AutoModelForCausalLM.from_pretrained(folder, sparse_attention=config, dtype=saved_dtype(known, dtype) or "auto")
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder, sparse_attention=config, dtype=saved_dtype(known, dtype) or "auto"
+    )
     return loaded.eval(), AutoTokenizer.from_pretrained(folder)
 
 
@@ -222,4 +243,6 @@ def windows_of(text: str, tokenizer: Any, length: int, count: int, model: Any) -
     from ..data.windows import token_windows
 
     block_size = SparseAttentionConfig.coerce(model.config.sparse_attention).block_size
-    return token_windows(read_documents([part.strip() for part in text.split(",")]), tokenizer, length, count, block_size)
+    return token_windows(
+        read_documents([part.strip() for part in text.split(",")]), tokenizer, length, count, block_size
+    )

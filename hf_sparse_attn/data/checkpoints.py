@@ -15,9 +15,11 @@ ORIGIN = "origin.json"  # in a checkpoint: what it was made of
 
 
 def ordinary_checkpoint(source: str, folder: str | Path, dtype: torch.dtype = torch.float32) -> str:
-    """What ``from_pretrained`` loads without further ado: ``source`` itself, or a GGUF file de-quantised to ``dtype`` into ``folder``.
+    """What ``from_pretrained`` loads without further ado: ``source`` itself, or a GGUF file de-quantised to ``dtype``
+    into ``folder``.
 
-    A folder that holds a checkpoint (config.json is what a save puts there last) is used as it is, unless it was made of something
+    A folder that holds a checkpoint (config.json is what a save puts there last) is used as it is, unless it was made
+    of something
     else. One process at a time may make it: ``with state.local_main_process_first(): ...``
 
     Raises:
@@ -32,14 +34,17 @@ def ordinary_checkpoint(source: str, folder: str | Path, dtype: torch.dtype = to
         write_json(known, origin)
     elif known.exists() and (recorded := read_json(known)) != origin:
         raise SourceError(
-            f"{folder} holds a checkpoint made of {recorded['source']} in {recorded['dtype']}, not of {source} in {dtype}: remove that folder, or "
+            f"{folder} holds a checkpoint made of {recorded['source']} in {recorded['dtype']}, not of {source} in "
+            f"{dtype}: remove that folder, or "
             "give another"
         )
     return str(folder)
 
 
 def write_checkpoint(path: str, gguf: str | None, folder: str | Path, dtype: torch.dtype) -> int:
-    """Write the causal model at ``path`` (its file ``gguf`` if given) and its tokenizer to ``folder``; returns the number of parameters."""
+    """Write the causal model at ``path`` (its file ``gguf`` if given) and its tokenizer to ``folder``;
+    returns the number of parameters.
+    """
     extra = {"gguf_file": gguf} if gguf else {}
     tokenizer = AutoTokenizer.from_pretrained(path, **extra)
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **extra)

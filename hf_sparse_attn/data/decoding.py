@@ -11,8 +11,10 @@ from .sources import SourceError
 LINE_END = b"\n"
 ASCII = bytes(range(128))
 REPLACEMENT = "\ufffd"
-CONTROL = re.compile(rb"[\x80-\x9f]")  # control characters in Latin-1, which no text holds; letters and quotes elsewhere
-WORDS = re.compile(rb"[\x80-\xff]{4,}")  # no word of Latin-1 has four such letters in a row, those of other scripts have little else
+# control characters in Latin-1, which no text holds; letters and quotes elsewhere
+CONTROL = re.compile(rb"[\x80-\x9f]")
+# no word of Latin-1 has four such letters in a row, those of other scripts have little else
+WORDS = re.compile(rb"[\x80-\xff]{4,}")
 SAMPLE = 64  # bytes of such words that tell another script
 MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
@@ -61,15 +63,23 @@ class EncodingCheck:
         self.size += len(part)
 
     def _check_wide(self, part: bytes, final: bool) -> None:
-        marked = [name for mark, name in MARKS.items() if self._start.startswith(mark)] if len(self._start) == 4 or final else []
+        marked = (
+            [name for mark, name in MARKS.items() if self._start.startswith(mark)]
+            if len(self._start) == 4 or final
+            else []
+        )
         at = part.find(b"\0")
         if name := marked[0] if marked else _utf_16(part[at & ~1 : (at & ~1) + 200]) if at >= 0 else "":
-            raise SourceError(f"{self.path} looks like {name[:6].upper()}: convert it to UTF-8, `{_convert(name, self.path)}`")
+            raise SourceError(
+                f"{self.path} looks like {name[:6].upper()}: convert it to UTF-8, `{_convert(name, self.path)}`"
+            )
         if at >= 0:
             place = f"byte {self.size + at}, line {self.lines + part.count(LINE_END, 0, at) + 1}"
             raise SourceError(
-                f"{self.path} holds zero bytes (NUL), the first at {place}. In a log they are left by copytruncate or a power loss: drop "
-                f"them, `{_dropped(self.path)}`. Otherwise {self.path} is not text, and its name tells no format that is read: {FORMATS}"
+                f"{self.path} holds zero bytes (NUL), the first at {place}. In a log they are left by copytruncate or "
+                "a power loss: drop "
+                f"them, `{_dropped(self.path)}`. Otherwise {self.path} is not text, and its name tells no format that "
+                f"is read: {FORMATS}"
             )
         self.lines += part.count(LINE_END)
 
@@ -77,20 +87,23 @@ class EncodingCheck:
         """ "utf-8", or "latin-1" where the bytes beyond ASCII are no UTF-8.
 
         Raises:
-            SourceError: most of them are UTF-8, and some are not: read as Latin-1, all the others would be lost; or they are no letters
-                of Latin-1, so the text is in another encoding.
+            SourceError: most of them are UTF-8, and some are not: read as Latin-1, all the others would be lost; or
+                they are no letters of Latin-1, so the text is in another encoding.
         """
         self.add(b"", final=True)
         if not self.bad:
             return "utf-8"
         if 2 * self.bad < self.beyond_ascii:
             raise SourceError(
-                f"{self.path} is UTF-8 but for {self.bad} damaged characters, the first at byte {self.first_bad}: repair it, or drop them "
+                f"{self.path} is UTF-8 but for {self.bad} damaged characters, the first at byte {self.first_bad}: "
+                "repair it, or drop them "
                 "with `iconv -c -f utf-8 -t utf-8`; if it is in another encoding, convert it"
             )
         if self.first_control is not None or self.in_words > max(SAMPLE, self.beyond_ascii / 2):
             place, byte = self.first_control or (self.first_bad, None)
-            what = f"byte {place} is 0x{byte:02x}" if byte else f"words at byte {place} and behind are of another script"
+            what = (
+                f"byte {place} is 0x{byte:02x}" if byte else f"words at byte {place} and behind are of another script"
+            )
             raise SourceError(
                 f"{self.path} is neither UTF-8 nor Latin-1 ({what}): convert it from its own encoding, such as "
                 f"`{_convert('windows-1252', self.path)}`"

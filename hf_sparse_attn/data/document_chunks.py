@@ -1,8 +1,8 @@
 """Documents in pieces: a document may be a log of tens of GB, so it is read a bounded stretch at a time.
 
-Pieces are cut where tokenising them one by one gives what tokenising the whole would, wherever the text has such a place:
-behind a single line end between two characters that are no white space. Where a cut falls depends on the bytes behind the last
-one only, so reading can be taken up at any piece.
+Pieces are cut where tokenising them one by one gives what tokenising the whole would, wherever the text has such a
+place: behind a single line end between two characters that are no white space. Where a cut falls depends on the bytes
+behind the last one only, so reading can be taken up at any piece.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Piece:
 def cut(raw: bytes, limit: int) -> int:
     """Where to cut ``raw`` so that at most ``limit`` (>= 4) bytes come first; ``raw`` must be longer than that.
 
-    In order of preference: behind a line end between two characters that are no white space, behind the last of several line ends,
-    behind any line end, before a space, between two characters of UTF-8.
+    In order of preference: behind a line end between two characters that are no white space, behind the last of several
+    line ends, behind any line end, before a space, between two characters of UTF-8.
     """
     at, second = limit, 0
     for _ in range(TRIES):
@@ -60,7 +60,9 @@ def cut(raw: bytes, limit: int) -> int:
 
 
 def stretches(parts: Iterator[bytes], offset: int = 0, line: int = 1) -> Iterator[tuple[bytes, int, int, bool]]:
-    """(bytes, offset, line, whether they are the last) of ``parts``, at least one and each of at most ``PIECE`` bytes."""
+    """(bytes, offset, line, whether they are the last) of ``parts``, at least one and each of at most
+    ``PIECE`` bytes.
+    """
     buffer = bytearray()
     for part in parts:
         buffer += part
@@ -93,7 +95,9 @@ class PieceReader:
         self._position: Callable[[], dict[str, Any] | None] = lambda: self._start
 
     def position(self) -> dict[str, Any] | None:
-        """Where the next piece starts, as plain data that fits into JSON; None between two pieces of one row of a table."""
+        """Where the next piece starts, as plain data that fits into JSON;
+        None between two pieces of one row of a table.
+        """
         return self._position()
 
     def __iter__(self) -> Generator[Piece]:
@@ -112,7 +116,9 @@ class PieceReader:
         survey_result, within = survey(file), within or {"offset": 0, "line": 1}
         with contextlib.closing(chunks(file, within["offset"])) as parts:
             for raw, offset, line, last in stretches(parts, **within):
-                self._at(index + 1) if last else self._at(index, {"offset": offset + len(raw), "line": line + raw.count(b"\n")})
+                self._at(index + 1) if last else self._at(
+                    index, {"offset": offset + len(raw), "line": line + raw.count(b"\n")}
+                )
                 yield Piece(file.path, _decode(raw, survey_result, file, offset), offset == 0, last, offset, line)
 
     def _html(self, file: SourceFile, index: int, within: None) -> Generator[Piece]:
@@ -144,6 +150,7 @@ def _decode(raw: bytes, survey_result: Survey, file: SourceFile, offset: int) ->
         text = raw.decode(survey_result.encoding)
     except UnicodeDecodeError as error:
         raise SourceError(
-            f"{file.path} changed while it was read: byte {offset + error.start} is no {survey_result.encoding} any more"
+            f"{file.path} changed while it was read: byte {offset + error.start} is no {survey_result.encoding} any "
+            "more"
         ) from error
     return text.removeprefix("\ufeff") if offset == 0 else text

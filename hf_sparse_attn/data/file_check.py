@@ -1,7 +1,9 @@
-"""One pass over a file before it is used: can it be read to its end, in which encoding, and what is the hash of its bytes?
+"""One pass over a file before it is used: can it be read to its end, in which encoding, and what is the hash of its
+bytes?
 
 Whether 50 GB are UTF-8, or a compressed file is whole, is known only at their end. The pass costs about a second per GB
-(zstd two, gzip three), far less than tokenising; what it found is kept in ``cache_folder()/surveys`` until the file changes.
+(zstd two, gzip three), far less than tokenising; what it found is kept in ``cache_folder()/surveys`` until the file
+changes.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ def chunks(file: SourceFile, offset: int = 0) -> Generator[bytes]:
     """The file's bytes, uncompressed, from ``offset`` on, a bounded number at a time.
 
     Raises:
-        SourceError: the file cannot be read, is damaged, ends in the middle of compressed data, or changes while it is read.
+        SourceError: the file cannot be read, is damaged, ends in the middle of compressed data, or changes while it is
+            read.
     """
     try:
         with Path(file.path).open("rb") as raw:
@@ -56,11 +59,15 @@ def chunks(file: SourceFile, offset: int = 0) -> Generator[bytes]:
             if stamp(os.fstat(raw.fileno())) != before:
                 raise changed(file.path)
     except EOFError as error:
-        raise SourceError(f"{file.path} is truncated: it ends in the middle of compressed data; fetch it again; {_test(file)}") from error
+        raise SourceError(
+            f"{file.path} is truncated: it ends in the middle of compressed data; fetch it again; {_test(file)}"
+        ) from error
     except (gzip.BadGzipFile, zlib.error, _DamagedError) as error:
         raise SourceError(f"{file.path} is damaged ({error}): fetch it again; {_test(file)}") from error
     except OSError as error:
-        raise SourceError(f"cannot read {file.path}: {error.strerror or error}; check the path and its permissions") from error
+        raise SourceError(
+            f"cannot read {file.path}: {error.strerror or error}; check the path and its permissions"
+        ) from error
 
 
 def _parts(file: SourceFile, raw: BinaryIO, offset: int) -> Iterator[bytes]:
@@ -89,7 +96,9 @@ def _gzip_members(raw: BinaryIO) -> Iterator[bytes]:
 
 
 def _zstd_frames(raw: BinaryIO) -> Iterator[bytes]:
-    """Frames one after the other. A reader of the zstandard package would take a truncated frame for a whole one: raises EOFError."""
+    """Frames one after the other. A reader of the zstandard package would take a truncated frame for a whole one:
+    raises EOFError.
+    """
     with needs_extra("data", "reading a .zst file"):
         import zstandard
 
@@ -117,13 +126,14 @@ def survey(file: SourceFile) -> Survey:
     """Read the file to its end, unless that was done before and it is unchanged.
 
     Raises:
-        SourceError: the file is unreadable, damaged, truncated, not text, UTF-8 with bad bytes, changes meanwhile, or is too large for a
-            format that must be read as a whole.
+        SourceError: the file is unreadable, damaged, truncated, not text, UTF-8 with bad bytes, changes meanwhile, or
+            is too large for a format that must be read as a whole.
     """
     before = identity(file)
     key = hashlib.sha256(json.dumps([RULES, *before]).encode()).hexdigest()[:32]
     kept = cache_folder() / "surveys" / f"{key}.json"
-    with contextlib.suppress(OSError, ValueError, TypeError):  # none yet, or no whole one: a second look is all that it costs
+    # none yet, or no whole one: a second look is all that it costs
+    with contextlib.suppress(OSError, ValueError, TypeError):
         return Survey(**read_json(kept))
     result = _survey(file)
     if identity(file) != before:
@@ -134,8 +144,14 @@ def survey(file: SourceFile) -> Survey:
 
 
 def content(file: SourceFile) -> list[str | int]:
-    """Names what is read of a file: its format, column and the hash of its bytes; for a dataset what `identity` says."""
-    return identity(file) if file.format == "hub" else [file.format, file.column if file.is_table else "", survey(file).digest]
+    """Names what is read of a file: its format, column and the hash of its bytes;
+    for a dataset what `identity` says.
+    """
+    return (
+        identity(file)
+        if file.format == "hub"
+        else [file.format, file.column if file.is_table else "", survey(file).digest]
+    )
 
 
 def _survey(file: SourceFile) -> Survey:
@@ -171,6 +187,8 @@ def _check_json(file: SourceFile, start: bytes, end: bytes, size: int) -> None:
     try:
         json.loads(last[-1].decode("utf-8", "replace"))
     except json.JSONDecodeError as error:
-        raise SourceError(f"{file.path} is truncated: its last line is no JSON ({error}); fetch it again, or remove that line") from error
+        raise SourceError(
+            f"{file.path} is truncated: its last line is no JSON ({error}); fetch it again, or remove that line"
+        ) from error
     except (ValueError, RecursionError):
         return  # whole, but of numbers or depths that Python does not take at once: what reads the line knows

@@ -1,7 +1,7 @@
 """Sources -> files to read: format, compression and text column are told by the name.
 
-``logs/*.log.zst`` is compressed text, ``rows.jsonl#message`` a table whose column ``message`` holds the texts (``text`` unless
-told), ``notes`` (no known extension) text. One text file is one document, and so is each row of a table.
+``logs/*.log.zst`` is compressed text, ``rows.jsonl#message`` a table whose column ``message`` holds the texts (``text``
+unless told), ``notes`` (no known extension) text. One text file is one document, and so is each row of a table.
 """
 
 from __future__ import annotations
@@ -47,12 +47,15 @@ def source_files(sources: Sequence[str]) -> list[SourceFile]:
     """The files of all sources in order, a file that a glob reaches by several links once; nothing is read yet.
 
     Raises:
-        SourceError: a source is incomplete, matches nothing, names a column of a text file, or two sources have a file in common.
+        SourceError: a source is incomplete, matches nothing, names a column of a text file, or two sources have a file
+            in common.
     """
     if not sources:
         raise SourceError(f"no source of texts is given; forms: {FORMS}, or a table such as rows.jsonl#COLUMN")
     files = [file for source in sources for file in _files(source)]
-    counts = Counter(file if file.format == "hub" else replace(file, path=str(Path(file.path).resolve())) for file in files)
+    counts = Counter(
+        file if file.format == "hub" else replace(file, path=str(Path(file.path).resolve())) for file in files
+    )
     if twice := [file.path for file, count in counts.items() if count > 1]:
         raise SourceError(f"{', '.join(twice[:3])} would be read twice; narrow the globs")
     return files
@@ -93,7 +96,9 @@ def _file(path: Path, column: str | None, source: str) -> SourceFile:
 
 
 def stamp(status: os.stat_result) -> list[int]:
-    """What tells a changed file; unlike the time of change of its content, that of its entry (ctime) cannot be set back."""
+    """What tells a changed file; unlike the time of change of its content, that of its entry (ctime) cannot be set
+    back.
+    """
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
@@ -103,7 +108,8 @@ def changed(path: str | Path) -> SourceError:
 
 
 def identity(file: SourceFile) -> list[str | int]:
-    """What tells a changed content without reading it: path, size, times of change and inode; of a PyPI package its version instead.
+    """What tells a changed content without reading it: path, size, times of change and inode; of a PyPI package its
+    version instead.
 
     For a dataset: the hash that ``datasets`` gives it, which follows the revision on the Hub or the local files.
 
@@ -123,7 +129,9 @@ def identity(file: SourceFile) -> list[str | int]:
     try:
         status = path.stat()
     except OSError as error:
-        raise SourceError(f"cannot read {file.path}: {error.strerror or error}; check the path and its permissions") from error
+        raise SourceError(
+            f"cannot read {file.path}: {error.strerror or error}; check the path and its permissions"
+        ) from error
     if path.is_relative_to(packages):
         return [*common, str(path.relative_to(packages)), status.st_size]
     return [*common, str(path), *stamp(status)]

@@ -26,7 +26,8 @@ def matching_files(pattern: str) -> list[Path]:
     ``**`` enters every folder once, by whatever links it is reached. Folders among the matches of a glob are left out.
 
     Raises:
-        SourceError: what is named is a folder; a match is a pipe, a device, or a link to nothing; a folder cannot be read.
+        SourceError: what is named is a folder; a match is a pipe, a device, or a link to nothing; a folder cannot be
+            read.
     """
     if not os.path.lexists(pattern):
         pattern = os.path.expanduser(pattern)
@@ -40,7 +41,11 @@ def _file(path: Path) -> Path:
     try:
         mode = path.stat().st_mode
     except OSError as error:
-        what = "is a link to nothing, or one of a circle of links" if path.is_symlink() else f"cannot be read: {error.strerror}"
+        what = (
+            "is a link to nothing, or one of a circle of links"
+            if path.is_symlink()
+            else f"cannot be read: {error.strerror}"
+        )
         raise SourceError(f"{path} {what}; repair it, or narrow the glob") from error
     if not stat.S_ISREG(mode):
         raise SourceError(f"{path} is {KINDS.get(stat.S_IFMT(mode), 'no file')}")

@@ -57,7 +57,9 @@ def _split(file: SourceFile, offset: int) -> Generator[bytes]:
     for part in chunks(file, offset):
         held += part
         if len(held) > LARGEST_WHOLE:
-            raise SourceError(f"{file.path} has a line of more than {LARGEST_WHOLE >> 20} MB: a row is read as a whole; split it")
+            raise SourceError(
+                f"{file.path} has a line of more than {LARGEST_WHOLE >> 20} MB: a row is read as a whole; split it"
+            )
         if b"\n" in part or b"\r" in part:
             lines = bytes(held).splitlines(keepends=True)
             held = bytearray(lines.pop())  # it may go on, and CR may be half of a line end
@@ -89,7 +91,9 @@ class JsonLines(LineRows):
 
 
 class WholeJson(LineRows):
-    """An array of objects, or objects one behind the other, over any number of lines: read as a whole. A state counts rows."""
+    """An array of objects, or objects one behind the other, over any number of lines: read as a whole.
+    A state counts rows.
+    """
 
     def __init__(self, file: SourceFile) -> None:
         super().__init__(file)
@@ -129,7 +133,9 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the field {next(name for name in names if names.count(name) > 1)!r} stands twice in one object")
+        raise ValueError(
+            f"the field {next(name for name in names if names.count(name) > 1)!r} stands twice in one object"
+        )
     return values
 
 
@@ -150,7 +156,9 @@ def _object(file: SourceFile, where: str, text: str) -> dict[str, Any]:
 
 def _check_object(file: SourceFile, where: str, values: Any) -> None:
     if not isinstance(values, dict):
-        raise SourceError(f'{file.path}, {where}: a {type(values).__name__} in place of an object {{"{file.column}": …}}')
+        raise SourceError(
+            f'{file.path}, {where}: a {type(values).__name__} in place of an object {{"{file.column}": …}}'
+        )
 
 
 def _values(file: SourceFile, text: str) -> Iterator[Any]:
@@ -161,7 +169,9 @@ def _values(file: SourceFile, text: str) -> Iterator[Any]:
             value, at = DECODER.raw_decode(text, len(text) - len(text[at:].lstrip()) if text[at].isspace() else at)
         except json.JSONDecodeError as error:
             why = f"no JSON ({error.msg} at column {error.colno})"
-            raise SourceError(f"cannot read {file.path}, line {error.lineno}: {why}; check that it is whole, repair it") from error
+            raise SourceError(
+                f"cannot read {file.path}, line {error.lineno}: {why}; check that it is whole, repair it"
+            ) from error
         except (ValueError, RecursionError) as error:
             raise SourceError(f"cannot read {file.path}: {error}; repair it") from error
         yield from value if isinstance(value, list) else [value]
@@ -170,7 +180,10 @@ def _values(file: SourceFile, text: str) -> Iterator[Any]:
 def _check_whole(file: SourceFile, survey_result: Survey) -> None:
     if survey_result.size > LARGEST_WHOLE:
         what = f"JSON of {survey_result.size >> 20} MB over several lines, or its first line is no object"
-        raise SourceError(f"{file.path} is {what}: so much is read line by line only; convert it, e.g. `jq -c .`, or repair the first line")
+        raise SourceError(
+            f"{file.path} is {what}: so much is read line by line only; convert it, e.g. `jq -c .`, or repair the "
+            "first line"
+        )
 
 
 def _check_fields(file: SourceFile, rows: Iterator[dict[str, Any]]) -> None:
@@ -189,9 +202,11 @@ def _check_fields(file: SourceFile, rows: Iterator[dict[str, Any]]) -> None:
 
 
 class CsvRows(LineRows):
-    """Every text as it stands (``NA`` is two letters, ``007`` three); a row with more or fewer fields than the header is refused.
+    """Every text as it stands (``NA`` is two letters, ``007`` three); a row with more or fewer fields than the header
+    is refused.
 
-    Fields are separated as the name says, or by what else among comma, semicolon, tab and bar gives a header with the column.
+    Fields are separated as the name says, or by what else among comma, semicolon, tab and bar gives a header with the
+    column.
     """
 
     def __init__(self, file: SourceFile) -> None:
@@ -235,7 +250,8 @@ class CsvRows(LineRows):
 
     def _refused(self, line: int, why: str) -> SourceError:
         return SourceError(
-            f"{self.file.path}, line {line}: {why}: quote the texts that hold a separator or a line end, and double quotes in them"
+            f"{self.file.path}, line {line}: {why}: quote the texts that hold a separator or a line end, and double "
+            "quotes in them"
         )
 
     def _rows(self, separator: str, offset: int, line: int) -> Generator[tuple[dict[str, int], list[str]]]:

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-TOKEN_FIELDS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")  # [B, N]; a row of its own may come as [N]
+# [B, N]; a row of its own may come as [N]
+TOKEN_FIELDS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 
 
 class NonFiniteError(RuntimeError):
@@ -19,15 +20,17 @@ class NonFiniteError(RuntimeError):
 def model_inputs(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> list[dict[str, Tensor]]:
     """The ``batches`` as tensors that ``model`` takes, without ``labels`` and fields that are None.
 
-    Fields may be tensors, arrays or lists; ``input_ids``, ``attention_mask``, ``position_ids`` and ``token_type_ids`` may be one
-    row [N] in place of [B, N].
+    Fields may be tensors, arrays or lists; ``input_ids``, ``attention_mask``, ``position_ids`` and ``token_type_ids``
+    may be one row [N] in place of [B, N].
 
     Raises:
-        ValueError: a batch is no mapping, a field holds something else (texts, rows of several lengths), or token ids are not
-            integers in the model's vocabulary. The message names batch and field.
+        ValueError: a batch is no mapping, a field holds something else (texts, rows of several lengths), or token ids
+            are not integers in the model's vocabulary. The message names batch and field.
     """
     if isinstance(batches, Mapping | str | Tensor):
-        raise ValueError(f"the batches are one {type(batches).__name__}: give a list of batches, [{{'input_ids': …}}, …]")
+        raise ValueError(
+            f"the batches are one {type(batches).__name__}: give a list of batches, [{{'input_ids': …}}, …]"
+        )
     vocabulary = _vocabulary(model)
     return [_inputs(batch, f"batch {at}", vocabulary) for at, batch in enumerate(batches)]
 
@@ -43,7 +46,9 @@ def _vocabulary(model: nn.Module) -> int | None:
 
 def _inputs(batch: Any, where: str, vocabulary: int | None) -> dict[str, Tensor]:
     if not isinstance(batch, Mapping):
-        raise ValueError(f"{where} is {type(batch).__name__}: must be a mapping of the model's inputs, {{'input_ids': …}}")
+        raise ValueError(
+            f"{where} is {type(batch).__name__}: must be a mapping of the model's inputs, {{'input_ids': …}}"
+        )
     fields = {name: value for name, value in batch.items() if name != "labels" and value is not None}
     if not fields:
         raise ValueError(f"{where} has no inputs (its fields: {', '.join(map(str, batch)) or 'none'}): give input_ids")
@@ -80,7 +85,9 @@ def _check_ids(ids: Tensor, where: str, vocabulary: int | None) -> None:
         return
     least, most = int(ids.min()), int(ids.max())
     if least < 0 or most >= vocabulary:
-        raise ValueError(f"{where} holds token {least if least < 0 else most}: the model's vocabulary is 0 to {vocabulary - 1}")
+        raise ValueError(
+            f"{where} holds token {least if least < 0 else most}: the model's vocabulary is 0 to {vocabulary - 1}"
+        )
 
 
 def check_finite(layer: int, **tensors: Tensor) -> None:
@@ -88,4 +95,6 @@ def check_finite(layer: int, **tensors: Tensor) -> None:
     for name, x in tensors.items():
         if not bool(torch.isfinite(x).all()):
             position = int((~torch.isfinite(x)).any(-1).flatten(0, -2).any(0).nonzero()[0])
-            raise NonFiniteError(f"layer {layer} has {name} that are NaN or infinite, first at token {position} of the document")
+            raise NonFiniteError(
+                f"layer {layer} has {name} that are NaN or infinite, first at token {position} of the document"
+            )

@@ -1,4 +1,6 @@
-"""Packages that were fetched: their names, and the folder of each, which is whole, unchanged and this user's, or is made again."""
+"""Packages that were fetched: their names, and the folder of each, which is whole, unchanged and this user's, or is
+made again.
+"""
 
 from __future__ import annotations
 
@@ -45,9 +47,11 @@ class Package:
 
 
 def parse_package(kind: str, text: str) -> Package:
-    """``NAME==VERSION`` of PyPI or ``NAME`` of Debian, with ``@sha256=HEX`` if pinned. Raises SourceError for anything else.
+    """``NAME==VERSION`` of PyPI or ``NAME`` of Debian, with ``@sha256=HEX`` if pinned. Raises SourceError for anything
+    else.
 
-    What stands here becomes part of a path, of an address and of a command: it must be a name, not an option, a path or a pattern.
+    What stands here becomes part of a path, of an address and of a command: it must be a name, not an option, a path or
+    a pattern.
     """
     match = PINNED.fullmatch(text)
     if match is None:
@@ -67,7 +71,8 @@ def parse_package(kind: str, text: str) -> Package:
 
 
 def fetched(cache: Path, package: Package, fetch: Callable[[Path, Path], None]) -> Path:
-    """The folder of a package in ``cache``; ``fetch(temporary, into)`` fills it first unless it is there, whole and unchanged.
+    """The folder of a package in ``cache``; ``fetch(temporary, into)`` fills it first unless it is there, whole and
+    unchanged.
 
     Several processes may ask at once: one fetches, the others wait. What a killed one has left is cleared away.
 
@@ -125,7 +130,9 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _seal(folder: Path) -> None:
-    """Make the files readable by all and writable by their owner only, write them to the disk, and list their hashes."""
+    """Make the files readable by all and writable by their owner only, write them to the disk, and list
+    their hashes.
+    """
     known = {}
     for path in folder.rglob("*"):
         if path.is_dir() and not path.is_symlink():
@@ -134,7 +141,10 @@ def _seal(folder: Path) -> None:
         path.chmod(0o644)
         with path.open("rb+") as file:
             os.fsync(file.fileno())
-            known[path.relative_to(folder).as_posix()] = [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+            known[path.relative_to(folder).as_posix()] = [
+                path.stat().st_size,
+                hashlib.file_digest(file, "sha256").hexdigest(),
+            ]
     manifest = folder / MANIFEST
     with manifest.open("w", encoding="utf-8") as out:
         json.dump(known, out)
@@ -165,7 +175,8 @@ def _is_own(path: Path) -> bool:
     return status.st_uid == os.getuid() and not status.st_mode & OTHERS_MAY_WRITE
 
 
-_checked: dict[tuple[str, int, int, int], str] = {}  # (path, bytes, times of change) -> sha256, so that a process reads a file once
+# (path, bytes, times of change) -> sha256, so that a process reads a file once
+_checked: dict[tuple[str, int, int, int], str] = {}
 
 
 def _describes(path: Path, size: int, sha256: str) -> bool:

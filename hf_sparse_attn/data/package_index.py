@@ -1,8 +1,9 @@
-"""What a package index offers of one version of a package, and the bytes of a file of it. Nothing is built or installed.
+"""What a package index offers of one version of a package, and the bytes of a file of it. Nothing is built or
+installed.
 
 pip's own settings say where to look (``pip config list``, which knows its files and variables): ``index-url``,
-``extra-index-url``, ``no-index``, ``find-links``, ``cert``, ``client-cert``, ``proxy``, ``trusted-host`` and ``timeout``.
-https://packaging.python.org/en/latest/specifications/simple-repository-api/
+``extra-index-url``, ``no-index``, ``find-links``, ``cert``, ``client-cert``, ``proxy``, ``trusted-host`` and
+``timeout``. https://packaging.python.org/en/latest/specifications/simple-repository-api/
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ from urllib.parse import parse_qs, unquote, urldefrag, urljoin, urlsplit
 from urllib.request import url2pathname
 
 from packaging.tags import sys_tags
-from packaging.utils import InvalidSdistFilename, InvalidWheelFilename, canonicalize_name, parse_sdist_filename, parse_wheel_filename
+from packaging.utils import (
+    InvalidSdistFilename,
+    InvalidWheelFilename,
+    canonicalize_name,
+    parse_sdist_filename,
+    parse_wheel_filename,
+)
 from packaging.version import InvalidVersion, Version
 
 PYPI = "https://pypi.org/simple"
@@ -43,14 +50,20 @@ class Offered:
 
 
 def pip_settings(listing: str) -> dict[str, str]:
-    """pip's settings for downloads, from what ``pip config list`` prints: variables come before those of the verb, then the global ones."""
+    """pip's settings for downloads, from what ``pip config list`` prints:
+    variables come before those of the verb, then the global ones.
+    """
     settings: dict[str, dict[str, str]] = {}
     for line in listing.splitlines():
         key, mark, value = line.partition("=")
         section, _, name = key.rpartition(".")
         if mark and section:
             settings.setdefault(section, {})[name.replace("_", "-")] = str(ast.literal_eval(value))
-    return {name: value for section in ("global", "install", "download", ":env:") for name, value in settings.get(section, {}).items()}
+    return {
+        name: value
+        for section in ("global", "install", "download", ":env:")
+        for name, value in settings.get(section, {}).items()
+    }
 
 
 class Index:
@@ -64,12 +77,16 @@ class Index:
         self.links = settings.get("find-links", "").split()
 
     def offered(self, name: str, version: str) -> list[Offered]:
-        """All wheels and sdists of a version, in pip's order of preference. Raises IndexFailure if an index fails or none has one."""
+        """All wheels and sdists of a version, in pip's order of preference.
+        Raises IndexFailure if an index fails or none has one.
+        """
         wanted = (canonicalize_name(name), Version(version))
         listed = [file for place in self.links for file in self._linked(place)]
         listed += [file for index in self.indexes for file in self._page(f"{index.rstrip('/')}/{wanted[0]}/")]
         ranked = sorted(
-            ((rank, file.filename, at), file) for at, file in enumerate(listed) if (rank := _rank(file.filename, *wanted)) is not None
+            ((rank, file.filename, at), file)
+            for at, file in enumerate(listed)
+            if (rank := _rank(file.filename, *wanted)) is not None
         )
         if not ranked:
             places = ", ".join(map(_shown, (*self.indexes, *self.links))) or "no index at all (no-index is set)"
@@ -159,7 +176,9 @@ class Index:
 
 
 def _rank(filename: str, name: str, version: Version) -> int | None:
-    """0 for a wheel that can be installed here, 1 for an sdist, 2 for a wheel of another system; None for anything else."""
+    """0 for a wheel that can be installed here, 1 for an sdist, 2 for a wheel of another system;
+    None for anything else.
+    """
     try:
         if filename.endswith(".whl"):
             wheel_name, known, _, tags = parse_wheel_filename(filename)
@@ -198,7 +217,10 @@ def _json_files(body: bytes, page: str) -> list[Offered]:
     import json
 
     try:
-        files = [_listed(f["url"], page, str(f["filename"]), f.get("hashes", {}).get("sha256")) for f in json.loads(body)["files"]]
+        files = [
+            _listed(f["url"], page, str(f["filename"]), f.get("hashes", {}).get("sha256"))
+            for f in json.loads(body)["files"]
+        ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise IndexFailure(f"{_shown(page)} is no list of files: {error!r}") from error
     return [file for file in files if file is not None]

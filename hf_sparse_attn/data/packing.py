@@ -1,13 +1,15 @@
 """Tokens of documents -> rows of one length, in whole blocks.
 
-Rows are filled in reading order. Every document in a row is told by ``position_ids``, which start again at 0: it attends to itself
-only, and no document predicts the first token of the next one. The part of a document that continues from the row before is a
-document of its own.
+Rows are filled in reading order. Every document in a row is told by ``position_ids``, which start again at 0: it
+attends to itself only, and no document predicts the first token of the next one. The part of a document that continues
+from the row before is a document of its own.
 
-Nothing but an unfinished last row is dropped. A document is cut at the end of a row, and never into parts shorter than one block
-where that can be helped: the selection works on blocks, and a part of a few tokens has no context to learn from. The row is padded
-instead, by less than two blocks; a padding is a document of its own without labels, so rows need no attention mask. Dropping short
-tails would lose text that was paid for with reading and tokenising; padding costs a percent or so of the row. Both are counted.
+Nothing but an unfinished last row is dropped. A document is cut at the end of a row, and never into parts shorter than
+one block
+where that can be helped: the selection works on blocks, and a part of a few tokens has no context to learn from. The
+row is padded instead, by less than two blocks; a padding is a document of its own without labels, so rows need no
+attention mask. Dropping short tails would lose text that was paid for with reading and tokenising; padding costs a
+percent or so of the row. Both are counted.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ class PackingOptions:
 
     def __post_init__(self) -> None:
         if self.block_size < 1 or self.length < 1 or self.length % self.block_size:
-            raise SourceError(f"a row must hold whole blocks: length {self.length} is no multiple of block_size {self.block_size}")
+            raise SourceError(
+                f"a row must hold whole blocks: length {self.length} is no multiple of block_size {self.block_size}"
+            )
 
 
 @dataclass
@@ -65,9 +69,9 @@ class PackingReport:
 class Packer:
     """Makes rows of the tokens of documents, which may come in parts.
 
-    A row is ``{"input_ids", "position_ids", "labels"}`` (padded: ``{"input_ids", "attention_mask", "labels"}``), each an int64 array
-    [length]. ``labels`` are the input ids, but -100 for the first token of each document and for padding: Transformers' models shift
-    them.
+    A row is ``{"input_ids", "position_ids", "labels"}`` (padded: ``{"input_ids", "attention_mask", "labels"}``), each
+    an int64 array [length]. ``labels`` are the input ids, but -100 for the first token of each document and for
+    padding: Transformers' models shift them.
 
     Args:
         options: length and kind of the rows.
@@ -129,13 +133,23 @@ class Packer:
         labels[starts[:-1]] = IGNORE_INDEX
         labels[starts[-1] :] = IGNORE_INDEX
         if self.options.pad:
-            return {"input_ids": ids, "attention_mask": (np.arange(len(ids)) < starts[-1]).astype(np.int64), "labels": labels}
+            return {
+                "input_ids": ids,
+                "attention_mask": (np.arange(len(ids)) < starts[-1]).astype(np.int64),
+                "labels": labels,
+            }
         positions = np.concatenate([np.arange(n, dtype=np.int64) for n in (*lengths, padding)])
         return {"input_ids": ids, "position_ids": positions, "labels": labels}
 
     def state(self) -> dict[str, Any]:
-        """What has been taken in but not given out, as plain data: at most a row and a block of tokens, and the report."""
-        return {"parts": [part.tolist() for part in self._parts], "waiting": self._waiting.tolist(), "report": asdict(self.report)}
+        """What has been taken in but not given out, as plain data:
+        at most a row and a block of tokens, and the report.
+        """
+        return {
+            "parts": [part.tolist() for part in self._parts],
+            "waiting": self._waiting.tolist(),
+            "report": asdict(self.report),
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on where ``state()`` was called."""

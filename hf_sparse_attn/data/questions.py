@@ -1,7 +1,7 @@
 """Questions whose answer stands far back in a long text: which words follow a passage that is quoted?
 
-Made from any text, without a generator or labels: a passage of the window is quoted by its first words at the end, and the
-model must go on as the text did. The quoted words stand in the window once, so the answer can only come from there.
+Made from any text, without a generator or labels: a passage of the window is quoted by its first words at the end, and
+the model must go on as the text did. The quoted words stand in the window once, so the answer can only come from there.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ BEFORE, BETWEEN = "\n\nThe text above has a passage that begins with these words
 
 @dataclass(frozen=True)
 class Question:
-    """A window with its question: ``input_ids`` and ``labels`` [N] (−100 but for the answer), and how far back the answer stands."""
+    """A window with its question: ``input_ids`` and ``labels`` [N] (−100 but for the answer), and how far back the
+    answer stands.
+    """
 
     document: str
     input_ids: Tensor
@@ -43,7 +45,8 @@ def ask(windows: Sequence[Window], tokenizer: PreTrainedTokenizerBase, seed: int
     """
     generator = torch.Generator(device="cpu").manual_seed(seed)
     before, between = (
-        torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64, device="cpu") for text in (BEFORE, BETWEEN)
+        torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64, device="cpu")
+        for text in (BEFORE, BETWEEN)
     )
     return [_question(window, before, between, generator) for window in windows]
 
@@ -52,7 +55,9 @@ def _question(window: Window, before: Tensor, between: Tensor, generator: torch.
     ids = window.ids[0]
     kept = len(ids) - len(before) - len(between) - QUOTED - ANSWERED
     if kept < 4 * (QUOTED + ANSWERED):
-        raise SourceError(f"window {window.document!r} of {len(ids)} tokens is too short for a question: give at least 256")
+        raise SourceError(
+            f"window {window.document!r} of {len(ids)} tokens is too short for a question: give at least 256"
+        )
     text = ids[:kept]
     grams = text.unfold(0, QUOTED, 1)
     last = int(FARTHEST * kept) - QUOTED - ANSWERED

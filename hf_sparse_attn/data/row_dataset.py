@@ -1,4 +1,5 @@
-"""Rows as a stream of ``datasets``: shared out between ranks and workers, shuffled, and continued exactly where they were.
+"""Rows as a stream of ``datasets``: shared out between ranks and workers, shuffled, and continued exactly where they
+were.
 
 Import this module inside functions only: it needs ``datasets``, which is heavy.
 """
@@ -33,11 +34,13 @@ def row_features(options: PackingOptions) -> Features:
 class RowExamples(_BaseExamplesIterable):  # type: ignore[misc]
     """The rows of files, each file a shard: what ``IterableDataset`` iterates over.
 
-    The state is that of ``RowStream``, so going on takes as long anywhere in the data. ``datasets`` on its own would read and tokenise
-    everything up to there again.
+    The state is that of ``RowStream``, so going on takes as long anywhere in the data. ``datasets`` on its own would
+    read and tokenise everything up to there again.
     """
 
-    def __init__(self, files: Sequence[SourceFile], encoder: Encoder, options: PackingOptions, seed: int | None = None) -> None:
+    def __init__(
+        self, files: Sequence[SourceFile], encoder: Encoder, options: PackingOptions, seed: int | None = None
+    ) -> None:
         super().__init__()
         self.files, self.encoder, self.options, self.seed = files, encoder, options, seed
 
@@ -57,7 +60,11 @@ class RowExamples(_BaseExamplesIterable):  # type: ignore[misc]
         return self._state_dict
 
     def __iter__(self) -> Examples:
-        files = self.files if self.seed is None else [self.files[i] for i in np.random.default_rng(self.seed).permutation(len(self.files))]
+        files = (
+            self.files
+            if self.seed is None
+            else [self.files[i] for i in np.random.default_rng(self.seed).permutation(len(self.files))]
+        )
         fingerprints = fingerprint(files, self.encoder, self.options)
         state: dict[str, Any] = self._state_dict or self._init_state_dict()
         if state["fingerprint"] not in (None, fingerprints):
@@ -77,7 +84,9 @@ class RowExamples(_BaseExamplesIterable):  # type: ignore[misc]
         return self if self.seed is None else RowExamples(self.files, self.encoder, self.options, self.seed + value)
 
     def shuffle_data_sources(self, generator: np.random.Generator) -> RowExamples:
-        """Itself: `datasets` asks for this at every epoch, shuffled or not; ``seed`` decides about the order of the files."""
+        """Itself: `datasets` asks for this at every epoch, shuffled or not;
+        ``seed`` decides about the order of the files.
+        """
         return self
 
     def shard_data_sources(self, num_shards: int, index: int, contiguous: bool = True) -> RowExamples:
@@ -106,7 +115,8 @@ class _Wrapper(_BaseExamplesIterable):  # type: ignore[misc]
 class ShuffledRows(_Wrapper):
     """Rows shuffled within consecutive windows of ``window`` rows.
 
-    ``IterableDataset.shuffle`` loses the rows of its buffer when a run is continued. Here the state is where the window starts and how
+    ``IterableDataset.shuffle`` loses the rows of its buffer when a run is continued. Here the state is where the window
+    starts and how
     many of its rows were given out: they are made again. A row moves by less than ``window`` places.
     """
 
@@ -116,7 +126,14 @@ class ShuffledRows(_Wrapper):
 
     def _init_state_dict(self) -> dict[str, Any]:
         order = {"window": self.window, "seed": self.seed}
-        self._state_dict = {"start": None, "number": 0, "given": 0, "report": None, "order": order, "type": type(self).__name__}
+        self._state_dict = {
+            "start": None,
+            "number": 0,
+            "given": 0,
+            "report": None,
+            "order": order,
+            "type": type(self).__name__,
+        }
         return self._state_dict
 
     def __iter__(self) -> Examples:
@@ -124,7 +141,8 @@ class ShuffledRows(_Wrapper):
         state: dict[str, Any] = self._state_dict or self._init_state_dict()
         if state.get("order") != {"window": self.window, "seed": self.seed}:
             raise SourceError(
-                f"the saved state of the data is of rows in another order ({state.get('order')}) than that of window {self.window} and "
+                f"the saved state of the data is of rows in another order ({state.get('order')}) than that of window "
+                f"{self.window} and "
                 f"seed {self.seed}: restore those, or start from the first row without the state"
             )
         inner._init_state_dict()
@@ -150,14 +168,18 @@ class ShuffledRows(_Wrapper):
         return self
 
     def shard_data_sources(self, num_shards: int, index: int, contiguous: bool = True) -> ShuffledRows:
-        return ShuffledRows(self.ex_iterable.shard_data_sources(num_shards, index, contiguous=contiguous), self.window, self.seed)
+        return ShuffledRows(
+            self.ex_iterable.shard_data_sources(num_shards, index, contiguous=contiguous), self.window, self.seed
+        )
 
     def reshard_data_sources(self) -> ShuffledRows:
         return self
 
 
 class EqualShare(StepExamplesIterable):  # type: ignore[misc]
-    """Every ``step``-th row from ``offset`` on; rows at the end that do not make a full round are left out for every rank."""
+    """Every ``step``-th row from ``offset`` on; rows at the end that do not make a full round are left out for every
+    rank.
+    """
 
     is_typed = True
 
@@ -170,7 +192,9 @@ class EqualShare(StepExamplesIterable):  # type: ignore[misc]
         return EqualShare(self.ex_iterable.shuffle_data_sources(generator), self.step, self.offset)
 
     def shard_data_sources(self, num_shards: int, index: int, contiguous: bool = True) -> EqualShare:
-        return EqualShare(self.ex_iterable.shard_data_sources(num_shards, index, contiguous=contiguous), self.step, self.offset)
+        return EqualShare(
+            self.ex_iterable.shard_data_sources(num_shards, index, contiguous=contiguous), self.step, self.offset
+        )
 
 
 def as_dataset(examples: _BaseExamplesIterable) -> IterableDataset:
@@ -181,7 +205,8 @@ def as_dataset(examples: _BaseExamplesIterable) -> IterableDataset:
 def stream_rows(
     files: Sequence[SourceFile], encoder: Encoder, options: PackingOptions, seed: int | None, shuffle_window: int
 ) -> IterableDataset:
-    """The rows as a stream; with a seed, files come in an order of their own and rows are shuffled in windows, both anew in each epoch.
+    """The rows as a stream; with a seed, files come in an order of their own and rows are shuffled in windows, both
+    anew in each epoch.
 
     Raises:
         SourceError: there is not one row.

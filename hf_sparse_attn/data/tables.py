@@ -65,13 +65,17 @@ class TableRows:
         try:
             text = value.decode() if isinstance(value, bytes) else value
             if isinstance(text, str):
-                text.encode()  # half of a pair of surrogates, as a cut "\\ud83d\\ude00" of JSON leaves it, is no character
+                # half of a pair of surrogates, as a cut "\\ud83d\\ude00" of JSON leaves it, is no character
+                text.encode()
         except UnicodeError as error:
             raise SourceError(
-                f"{self.file.path}, row {row}: column {self.file.column!r} holds what is no UTF-8 ({error}); repair or remove it"
+                f"{self.file.path}, row {row}: column {self.file.column!r} holds what is no UTF-8 ({error}); repair "
+                "or remove it"
             ) from error
         if text is not None and not isinstance(text, str):
-            raise SourceError(f"{self.file.path}, row {row}: column {self.file.column!r} holds {type(text).__name__}, not text")
+            raise SourceError(
+                f"{self.file.path}, row {row}: column {self.file.column!r} holds {type(text).__name__}, not text"
+            )
         return text or ""
 
 
@@ -84,7 +88,9 @@ def _named(file: SourceFile) -> Iterator[None]:
         raise
     except Exception as error:
         causes = [str(e) for e in (error, error.__cause__) if e is not None]
-        hint = "check the name and the network" if file.format == "hub" else f"check that it is a whole {file.format} file"
+        hint = (
+            "check the name and the network" if file.format == "hub" else f"check that it is a whole {file.format} file"
+        )
         raise SourceError(f"cannot read {file.path}: {': '.join(causes)}; {hint}") from error
 
 
@@ -120,7 +126,8 @@ def _parquet(file: SourceFile) -> Rows:
         if (count := columns.count(file.column)) > 1:
             raise SourceError(f"{file.path} has {count} columns {file.column!r}: name them apart")
         groups: list[int | None] = [*range(opened.num_row_groups)] or [None]  # a stream has a shard at least
-    return IterableDataset.from_generator(_parquet_rows, gen_kwargs={"path": path, "column": file.column, "groups": groups})  # type: ignore[no-any-return]
+    arguments = {"path": path, "column": file.column, "groups": groups}
+    return IterableDataset.from_generator(_parquet_rows, gen_kwargs=arguments)  # type: ignore[no-any-return]
 
 
 def _parquet_rows(path: str, column: str, groups: list[int | None]) -> Iterator[dict[str, Any]]:
@@ -128,7 +135,9 @@ def _parquet_rows(path: str, column: str, groups: list[int | None]) -> Iterator[
 
     before = stamp(os.stat(path))
     with ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as opened:
-        for batch in opened.iter_batches(ROWS, [group for group in groups if group is not None], [column], use_threads=False):
+        for batch in opened.iter_batches(
+            ROWS, [group for group in groups if group is not None], [column], use_threads=False
+        ):
             if stamp(os.stat(path)) != before:
                 raise changed(path)
             for text in batch.column(0).to_pylist():

@@ -41,12 +41,15 @@ ROWS, REPORT = "rows.arrow", "report.json"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def cached_rows(files: Sequence[SourceFile], encoder: Encoder, options: PackingOptions, progress: bool = True) -> Dataset:
+def cached_rows(
+    files: Sequence[SourceFile], encoder: Encoder, options: PackingOptions, progress: bool = True
+) -> Dataset:
     """All rows, from ``cache_folder()/tokens/<fingerprint>``; made first unless they are there.
 
-    12 bytes of disk a token. A process that makes them keeps others, such as the other ranks of a node, waiting; an interrupted one
-    leaves nothing that would be taken for rows. Rows that are not this user's, that others can change, or that are not what was
-    written are made again; where nothing can be kept they are made for this process alone, which is said once.
+    12 bytes of disk a token. A process that makes them keeps others, such as the other ranks of a node, waiting; an
+    interrupted one leaves nothing that would be taken for rows. Rows that are not this user's, that others can change,
+    or that are not what was written are made again; where nothing can be kept they are made for this process alone,
+    which is said once.
 
     Raises:
         SourceError: a file cannot be read or changes meanwhile, there is not one row, or the disk is full.
@@ -79,7 +82,10 @@ def _place(name: str) -> Path:
     except OSError as error:
         if error.errno in FULL:
             raise _full(folder) from error
-        say_once(f"{folder} cannot be used ({error.strerror}): rows of tokens are not kept. Set {VARIABLE} to a folder of your own")
+        say_once(
+            f"{folder} cannot be used ({error.strerror}): rows of tokens are not kept. Set {VARIABLE} to a folder of "
+            "your own"
+        )
         return _of_this_process(name)
     return folder
 
@@ -92,7 +98,9 @@ def _of_this_process(name: str) -> Path:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether the rows are there, this user's, and as they were written; their hash is taken only if they were touched since."""
+    """Whether the rows are there, this user's, and as they were written;
+    their hash is taken only if they were touched since.
+    """
     try:
         known, status = read_json(folder / REPORT)["rows"], (folder / ROWS).stat()
         if not (is_own(folder / ROWS) and is_own(folder / REPORT)) or status.st_size != known["size"]:
@@ -108,7 +116,10 @@ def _digest(path: Path) -> str:
 
 
 def _full(folder: Path) -> SourceError:
-    return SourceError(f"the disk of {folder} is full: rows need 12 bytes a token; free some, set {VARIABLE} to another disk, or stream")
+    return SourceError(
+        f"the disk of {folder} is full: rows need 12 bytes a token; free some, set {VARIABLE} to another disk, or "
+        "stream"
+    )
 
 
 def _make(folder: Path, stream: RowStream, before: Sequence[object], progress: bool) -> None:
@@ -155,7 +166,9 @@ def _record_batch(rows: list[Row], schema: pyarrow.Schema) -> pyarrow.RecordBatc
 
 
 def _shown(stream: RowStream, progress: bool) -> Iterator[Row]:
-    """The rows, with a bar of the megabytes that were read; a table counts when it is finished, a dataset not at all."""
+    """The rows, with a bar of the megabytes that were read;
+    a table counts when it is finished, a dataset not at all.
+    """
     sizes = [survey(file).size if file.format == "text" else file.size for file in stream.files]
     with bar(progress) as shown:
         task = shown.add_task("tokenising, MB", total=max(1, sum(sizes) >> 20), info="")

@@ -39,10 +39,13 @@ class Encoder:
         eos, padding, bos = tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id
         if end_of_text and eos is None:
             raise SourceError(
-                "the tokenizer has no end-of-text token to put between documents: set tokenizer.eos_token, or ask for end_of_text=False"
+                "the tokenizer has no end-of-text token to put between documents: set tokenizer.eos_token, or ask for "
+                "end_of_text=False"
             )
         if pad and padding is None and eos is None:
-            raise SourceError("the tokenizer has neither a padding nor an end-of-text token to pad rows with: set tokenizer.pad_token")
+            raise SourceError(
+                "the tokenizer has neither a padding nor an end-of-text token to pad rows with: set tokenizer.pad_token"
+            )
         # without either, any token will do: no document sees the padding of a packed row
         self.pad_id = int(next(token for token in (padding, eos, 0) if token is not None))
         self.after = np.array([eos] if end_of_text else [], np.int32)
@@ -73,7 +76,13 @@ class Encoder:
     def digest(self) -> str:
         """Names all that decides about the tokens of a text."""
         tokenizer = self.tokenizer
-        parts = [type(tokenizer).__name__, self.before.tolist(), self.after.tolist(), self.pad_id, tokenizer.split_special_tokens]
+        parts = [
+            type(tokenizer).__name__,
+            self.before.tolist(),
+            self.after.tolist(),
+            self.pad_id,
+            tokenizer.split_special_tokens,
+        ]
         if tokenizer.is_fast:
             backend = json.loads(tokenizer.backend_tokenizer.to_str())
             # truncation and padding are what the last call of the tokenizer asked for; ours ask for none
@@ -96,7 +105,9 @@ def _spans(texts: list[str]) -> Iterator[tuple[int, int]]:
 
 
 def piece_batches(reader: PieceReader) -> Generator[tuple[Any, list[Piece]]]:
-    """(where the batch starts, its pieces), about ``BATCH`` characters a batch; a batch ends where reading can be taken up."""
+    """(where the batch starts, its pieces), about ``BATCH`` characters a batch;
+    a batch ends where reading can be taken up.
+    """
     start, batch, size = reader.position(), list[Piece](), 0
     with contextlib.closing(iter(reader)) as pieces:
         for piece in pieces:

@@ -33,30 +33,32 @@ def training_rows(
 ) -> Dataset | IterableDataset:
     """Rows of exactly ``length`` tokens: ``{"input_ids", "position_ids", "labels"}``, int64 tensors [length] each.
 
-    Documents are packed: ``position_ids`` start again at 0 with each document, which attends to itself only, and the first token of a
-    document has no label. How documents are cut is told in ``packing.py``, and counted by ``packing_report``. Collate rows with
-    ``default_data_collator``, or leave that to a ``DataLoader``.
+    Documents are packed: ``position_ids`` start again at 0 with each document, which attends to itself only, and the
+    first token of a document has no label. How documents are cut is told in ``packing.py``, and counted by
+    ``packing_report``. Collate rows with ``default_data_collator``, or leave that to a ``DataLoader``.
 
     Args:
-        sources: files, globs, packages and datasets; see ``sources.py`` and ``formats.py``. ``rows.jsonl#message`` names a column.
+        sources: files, globs, packages and datasets; see ``sources.py`` and ``formats.py``. ``rows.jsonl#message``
+            names a column.
         tokenizer: a begin-of-text token that it puts before texts is put before documents.
         length: tokens of a row, a multiple of ``block_size``.
         block_size: of the sparse attention, tokens (``config.sparse_attention``).
-        streaming: tokenise while training, each epoch again: a stream whose ``state_dict()`` continues in the middle of a document, and
-            whose files are shared out between the workers of a ``DataLoader``. Otherwise tokenise once, into
-            ``cache_folder()/tokens``, and read from there; memory stays flat in both cases.
-        seed: shuffle with this seed; None keeps the order of reading. A stream is shuffled by files and, within windows of
-            ``shuffle_window`` rows, by rows, in another order each epoch (``set_epoch``).
-        pad: one document, or part of a long one, a row: padded on the right, with ``attention_mask`` in place of ``position_ids``.
+        streaming: tokenise while training, each epoch again: a stream whose ``state_dict()`` continues in the middle of
+            a document, and whose files are shared out between the workers of a ``DataLoader``. Otherwise tokenise once,
+            into ``cache_folder()/tokens``, and read from there; memory stays flat in both cases.
+        seed: shuffle with this seed; None keeps the order of reading. A stream is shuffled by files and, within windows
+            of ``shuffle_window`` rows, by rows, in another order each epoch (``set_epoch``).
+        pad: one document, or part of a long one, a row: padded on the right, with ``attention_mask`` in place of
+            ``position_ids``.
         end_of_text: put the tokenizer's end-of-text token behind each document.
         shuffle_window: rows of a stream that are shuffled with each other and kept in memory (24 bytes a token).
         progress: show a bar while rows are made for the cache.
 
     Raises:
-        SourceError: before any row is returned: ``length`` does not hold whole blocks; a token that is needed is missing; a source is
-            incomplete or matches nothing; a file is unreadable, damaged, truncated or not text; a column is missing or holds no
-            text; the sources yield no row. A bad row in the middle of a table is found when it is read: by the cache before any
-            row is returned, by a stream when it comes there.
+        SourceError: before any row is returned: ``length`` does not hold whole blocks; a token that is needed is
+            missing; a source is incomplete or matches nothing; a file is unreadable, damaged, truncated or not text; a
+            column is missing or holds no text; the sources yield no row. A bad row in the middle of a table is found
+            when it is read: by the cache before any row is returned, by a stream when it comes there.
     """
     options = PackingOptions(length, block_size, pad, end_of_text)
     encoder = Encoder(tokenizer, end_of_text, pad)
@@ -94,9 +96,9 @@ def packing_report(rows: Dataset | IterableDataset) -> PackingReport:
 def share_of_rank(rows: Dataset | IterableDataset, rank: int, world_size: int) -> Dataset | IterableDataset:
     """The rows of one rank of ``world_size``: every ``world_size``-th, and as many for every rank.
 
-    ``datasets.distributed.split_dataset_by_node`` keeps the last rows too, so ranks may differ in their number, and ranks that wait for
-    each other hang at the end. A rank of a stream reads and tokenises what it leaves to the others, too, unless each rank is given
-    files of its own.
+    ``datasets.distributed.split_dataset_by_node`` keeps the last rows too, so ranks may differ in their number, and
+    ranks that wait for each other hang at the end. A rank of a stream reads and tokenises what it leaves to the others,
+    too, unless each rank is given files of its own.
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is not one of {world_size}")

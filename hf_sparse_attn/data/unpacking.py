@@ -30,7 +30,8 @@ class ArchiveError(ValueError):
 
 
 def unpack(archive: Path, into: Path) -> None:
-    """Write the files of a wheel, ``.zip`` or ``.tar.gz`` below ``into``; links and devices are left out, which is logged.
+    """Write the files of a wheel, ``.zip`` or ``.tar.gz`` below ``into``; links and devices are left out, which is
+    logged.
 
     Raises:
         ArchiveError: it cannot be read, a name leads out of ``into``, or it holds more than 200,000 files or 16 GB.
@@ -41,7 +42,9 @@ def unpack(archive: Path, into: Path) -> None:
         for name, length, opened in members(archive):
             size, count = size + length, count + 1
             if size > MOST_BYTES or count > MOST_FILES:
-                raise ArchiveError(f"{archive.name} holds more than {MOST_FILES} files or {MOST_BYTES >> 30} GB: it is not unpacked")
+                raise ArchiveError(
+                    f"{archive.name} holds more than {MOST_FILES} files or {MOST_BYTES >> 30} GB: it is not unpacked"
+                )
             target = into.joinpath(*_parts(archive.name, name))
             target.parent.mkdir(parents=True, exist_ok=True)
             source = opened()
@@ -80,7 +83,9 @@ def _of_tar(archive: Path) -> Iterator[tuple[str, int, Open]]:
     with gzip.open(archive) as plain, tarfile.open(fileobj=_Pieces(plain), mode="r:") as packed:  # type: ignore[call-overload]
         for seen, member in enumerate(packed):
             if seen > MOST_FILES:
-                raise ArchiveError(f"{archive.name} holds more than {MOST_FILES} files, folders and links: it is not unpacked")
+                raise ArchiveError(
+                    f"{archive.name} holds more than {MOST_FILES} files, folders and links: it is not unpacked"
+                )
             if member.isreg():
                 yield member.name, member.size, lambda member=member: packed.extractfile(member)  # type: ignore[misc]
             elif not member.isdir():

@@ -33,14 +33,20 @@ def token_windows(
     for document in documents:
         ids = tokenizer(document.text, return_tensors="pt", verbose=False)["input_ids"]
         if ids.shape[1] < block_size:
-            raise SourceError(f"document {document.name!r} has {ids.shape[1]} tokens, less than one block ({block_size}): leave it out")
+            raise SourceError(
+                f"document {document.name!r} has {ids.shape[1]} tokens, less than one block ({block_size}): leave it "
+                "out"
+            )
         whole = ids.shape[1] // length
-        per_document.append([Window(f"{document.name}[{i}]", ids[:, i * length : (i + 1) * length]) for i in range(whole)])
+        per_document.append(
+            [Window(f"{document.name}[{i}]", ids[:, i * length : (i + 1) * length]) for i in range(whole)]
+        )
     rounds = max((len(pieces) for pieces in per_document), default=0)
     windows = [pieces[i] for i in range(rounds) for pieces in per_document if i < len(pieces)]
     if len(windows) < count:
         raise SourceError(
-            f"the documents hold {len(windows)} windows of {length} tokens, {count} are asked for: add documents or ask for fewer"
+            f"the documents hold {len(windows)} windows of {length} tokens, {count} are asked for: add documents or "
+            "ask for fewer"
         )
     return windows[:count]
 

@@ -1,11 +1,13 @@
-"""Calibrating a model: the smallest budgets at which its heads keep a share of their softmax mass, checked on other windows.
+"""Calibrating a model: the smallest budgets at which its heads keep a share of their softmax mass, checked on other
+windows.
 
-A tile's kept mass grows with its budget, so its 5th percentile over tiles reaches a share τ where the budget is the 95th percentile
-of what the tiles need for τ: one pass finds the smallest budgets, without trying any. Few windows say little of that percentile:
-its upper bound over resampled windows is taken.
+A tile's kept mass grows with its budget, so its 5th percentile over tiles reaches a share τ where the budget is the
+95th percentile
+of what the tiles need for τ: one pass finds the smallest budgets, without trying any. Few windows say little of that
+percentile: its upper bound over resampled windows is taken.
 
-With an average number of keys in place of τ the heads get what one threshold on the estimated mass keeps of each, see `sharing`: no
-guarantee, but more of the dense predictions than a uniform budget at the same cost.
+With an average number of keys in place of τ the heads get what one threshold on the estimated mass keeps of each, see
+`sharing`: no guarantee, but more of the dense predictions than a uniform budget at the same cost.
 """
 
 from __future__ import annotations
@@ -31,7 +33,16 @@ from ..router.budget import make_plan
 from ..router.head_budgets import MOST_SHARE
 from ..system.progress import counted
 from ..training.mass_threshold import run_sparse
-from .calibration_observers import FIRST_END, KeptObserver, Key, NeedObserver, PlantedObserver, TileFigures, length_buckets, visible_keys
+from .calibration_observers import (
+    FIRST_END,
+    KeptObserver,
+    Key,
+    NeedObserver,
+    PlantedObserver,
+    TileFigures,
+    length_buckets,
+    visible_keys,
+)
 from .divergence import last_hidden, predictions
 from .shared_threshold import shared_out
 from .statistics import loss_above
@@ -76,12 +87,14 @@ def calibrate(
         The calibration, which the model then uses. `failures` says which checks it did not pass.
 
     Raises:
-        CalibrationError: both or none of ``mass`` and ``keys`` is given, τ is impossible, there are too few windows for it, or they are
-            too short to have something to select.
+        CalibrationError: both or none of ``mass`` and ``keys`` is given, τ is impossible, there are too few windows for
+            it, or they are too short to have something to select.
         ValueError: ``keys`` is no possible budget.
     """
     if (mass is None) == (keys is None):
-        raise CalibrationError(f"mass is {mass} and keys is {keys}: give the share of the mass to keep, or the average number of keys")
+        raise CalibrationError(
+            f"mass is {mass} and keys is {keys}: give the share of the mass to keep, or the average number of keys"
+        )
     _check(model, windows, held_out, mass)
     remove_calibration(model)
     length = windows[0].ids.shape[1]
@@ -113,17 +126,20 @@ def failures(calibration: Calibration) -> list[str]:
     reasons, verified = [], calibration.verified
     if verified["heads_within"] is not None and verified["heads_within"] < LEAST_WITHIN:
         reasons.append(
-            f"only {verified['heads_within']:.1%} of the heads keep {calibration.mass} − {TOLERANCE} of their mass on other windows "
+            f"only {verified['heads_within']:.1%} of the heads keep {calibration.mass} − {TOLERANCE} of their mass on "
+            "other windows "
             f"({LEAST_WITHIN:.0%} must): calibrate on more windows, of the kind of text that the model is meant for"
         )
     if verified["added_loss"] > MOST_LOSS:
         reasons.append(
-            f"the log-loss is {verified['added_loss']:.2%} above dense (at most {MOST_LOSS:.0%}): take a larger mass or more keys"
+            f"the log-loss is {verified['added_loss']:.2%} above dense (at most {MOST_LOSS:.0%}): take a larger mass "
+            "or more keys"
         )
     recall = verified["planted"]["recall"]
     if recall is not None and recall < LEAST_RECALL:
         reasons.append(
-            f"only {recall:.1%} of the planted links are kept by the heads that use them ({LEAST_RECALL:.0%} must be): take a larger mass "
+            f"only {recall:.1%} of the planted links are kept by the heads that use them ({LEAST_RECALL:.0%} must "
+            "be): take a larger mass "
             "or more keys"
         )
     return reasons
@@ -135,15 +151,20 @@ def _config(model: PreTrainedModel) -> SparseAttentionConfig:
 
 def _check(model: PreTrainedModel, windows: Sequence[Window], held_out: Sequence[Window], mass: float | None) -> None:
     if mass is not None and not 0 < mass <= 1:
-        raise CalibrationError(f"the mass to keep is {mass!r}: must be in (0, 1], or one of the presets {', '.join(PRESETS)}")
+        raise CalibrationError(
+            f"the mass to keep is {mass!r}: must be in (0, 1], or one of the presets {', '.join(PRESETS)}"
+        )
     lengths = {w.ids.shape[1] for w in (*windows, *held_out)}
     if len(lengths) != 1:
-        raise CalibrationError(f"the windows have lengths {sorted(lengths)}: all must have the same, and there must be some of both kinds")
+        raise CalibrationError(
+            f"the windows have lengths {sorted(lengths)}: all must have the same, and there must be some of both kinds"
+        )
     length, config = lengths.pop(), _config(model)
     least = max(config.dense_below, config.forced_keys + config.block_size, FIRST_END)
     if length < least:
         raise CalibrationError(
-            f"the windows have {length} tokens, but nothing is cut of fewer than {least} (dense_below, forced keys, the first length "
+            f"the windows have {length} tokens, but nothing is cut of fewer than {least} (dense_below, forced keys, "
+            "the first length "
             "bucket): give longer ones"
         )
     needed = math.ceil(round(LEAST_WINDOWS / (1 - mass), 6)) if mass is not None and mass < 1 else 1
@@ -155,20 +176,29 @@ def _check(model: PreTrainedModel, windows: Sequence[Window], held_out: Sequence
 
 def _needs(model: PreTrainedModel, windows: Sequence[Window], mass: float, ends: tuple[int, ...]) -> TileFigures:
     observer, forced = NeedObserver(mass, ends), _config(model).forced_keys
-    every = {"density": MOST_SHARE, "min_keys": forced, "max_keys": None, "mass_threshold": None, "candidate_factor": 1 / MOST_SHARE}
+    every = {
+        "density": MOST_SHARE,
+        "min_keys": forced,
+        "max_keys": None,
+        "mass_threshold": None,
+        "candidate_factor": 1 / MOST_SHARE,
+    }
     with sparse_attention_as(model, **every):
         run_sparse(model, counted(batches(windows), "reading windows"), observer)
     few = {bucket: count for (_, bucket), count in observer.needs.counts().items() if count < LEAST_TILES}
     if few and mass < 1:
         bucket, count = next(iter(sorted(few.items())))
         raise CalibrationError(
-            f"only {count} tiles up to {ends[bucket]} keys were read, at least {LEAST_TILES} are needed for a 5th percentile: "
+            f"only {count} tiles up to {ends[bucket]} keys were read, at least {LEAST_TILES} are needed for a 5th "
+            "percentile: "
             "give more windows"
         )
     return observer.needs
 
 
-def _shares(bounds: Mapping[Key, Tensor], config: SparseAttentionConfig, all_dense: bool) -> dict[int, tuple[tuple[float, ...], ...]]:
+def _shares(
+    bounds: Mapping[Key, Tensor], config: SparseAttentionConfig, all_dense: bool
+) -> dict[int, tuple[tuple[float, ...], ...]]:
     """Shares by layer: a row for each bucket, in it one share for every KV head; 1 where a head is dense."""
     rows: dict[int, list[tuple[float, ...]]] = {}
     for layer, bucket in sorted(bounds):
@@ -179,11 +209,17 @@ def _shares(bounds: Mapping[Key, Tensor], config: SparseAttentionConfig, all_den
     return {layer: tuple(row) for layer, row in rows.items()}
 
 
-def _in_blocks(model: PreTrainedModel, keys: Mapping[int, Tensor], length: int) -> dict[int, tuple[tuple[float, ...], ...]]:
-    """Budgets in whole blocks by layer, one row each; a layer that runs dense selects nothing and may keep all ``length`` keys."""
+def _in_blocks(
+    model: PreTrainedModel, keys: Mapping[int, Tensor], length: int
+) -> dict[int, tuple[tuple[float, ...], ...]]:
+    """Budgets in whole blocks by layer, one row each;
+    a layer that runs dense selects nothing and may keep all ``length`` keys.
+    """
     size = _config(model).block_size
     rows = {layer: [float(size * round(count / size)) for count in heads.tolist()] for layer, heads in keys.items()}
-    return {router.layer: (tuple(rows.get(router.layer, [float(length)] * router.groups)),) for router in routers(model)}
+    return {
+        router.layer: (tuple(rows.get(router.layer, [float(length)] * router.groups)),) for router in routers(model)
+    }
 
 
 def _rounded_up(share: float) -> float:
@@ -192,7 +228,9 @@ def _rounded_up(share: float) -> float:
 
 def _by_bucket(figures: TileFigures) -> list[int]:
     """Tiles of one head in each bucket."""
-    return [count for (layer, _), count in sorted(figures.counts().items()) if layer == min(key[0] for key in figures.found)]
+    return [
+        count for (layer, _), count in sorted(figures.counts().items()) if layer == min(key[0] for key in figures.found)
+    ]
 
 
 def _kept(model: PreTrainedModel, windows: Sequence[Window], ends: tuple[int, ...]) -> KeptObserver:
@@ -201,7 +239,9 @@ def _kept(model: PreTrainedModel, windows: Sequence[Window], ends: tuple[int, ..
     return observer
 
 
-def _verify(model: PreTrainedModel, calibration: Calibration, held_out: Sequence[Window], questions: Sequence[Question]) -> dict[str, Any]:
+def _verify(
+    model: PreTrainedModel, calibration: Calibration, held_out: Sequence[Window], questions: Sequence[Question]
+) -> dict[str, Any]:
     kept = _kept(model, held_out, calibration.ends)
     low = kept.mass.quantile(LOW, "lower")
     values = torch.cat(list(low.values()))
@@ -214,7 +254,12 @@ def _verify(model: PreTrainedModel, calibration: Calibration, held_out: Sequence
     return {
         "windows": [w.document for w in held_out],
         "heads_within": within,
-        "worst": {"layer": layer, "head": int(low[layer, bucket].argmin()), "keys": calibration.ends[bucket], "mass": float(values.min())},
+        "worst": {
+            "layer": layer,
+            "head": int(low[layer, bucket].argmin()),
+            "keys": calibration.ends[bucket],
+            "mass": float(values.min()),
+        },
         "density": kept.density,
         "dense_heads": sum(share == 1 for share in every) / len(every),  # budgets in keys have none
         "planted": _planted(model, questions),
@@ -226,7 +271,9 @@ Uniform = Callable[[SparseAttentionConfig, float, int], dict[str, Any]]  # (conf
 
 
 def uniform_budget(config: SparseAttentionConfig, grid: TileGrid, density: float, uniform: Uniform) -> dict[str, Any]:
-    """Settings of a uniform budget under which a call keeps the share ``density`` of all visible keys, forced ones included."""
+    """Settings of a uniform budget under which a call keeps the share ``density`` of all visible keys, forced ones
+    included.
+    """
     low, high = 0.0, 1.0
     for _ in range(STEPS):
         middle = (low + high) / 2
@@ -249,7 +296,9 @@ def uniform_keys(config: SparseAttentionConfig, share: float, keys: int) -> dict
 
 
 def _losses(model: PreTrainedModel, windows: Sequence[Window], uniform: Mapping[str, Any]) -> dict[str, Any]:
-    """Log-loss and KL against dense of the calibrated budgets and of a uniform one, over windows, and how the two differ."""
+    """Log-loss and KL against dense of the calibrated budgets and of a uniform one, over windows, and how the two
+    differ.
+    """
     pairs: dict[str, list[tuple[float, float]]] = {"dense": [], "calibrated": [], "uniform": []}
     for window in counted(windows, "checking on other windows"):
         reader = _Passes(model, window)
@@ -260,10 +309,16 @@ def _losses(model: PreTrainedModel, windows: Sequence[Window], uniform: Mapping[
     losses = {name: np.array([loss for loss, _ in rows]) for name, rows in pairs.items()}
     kl = {name: np.array([kl for _, kl in rows]) for name, rows in pairs.items()}
     return {
-        "losses": {name: {"loss": float(losses[name].mean()), "kl": float(kl[name].mean()), "n": len(windows)} for name in pairs},
+        "losses": {
+            name: {"loss": float(losses[name].mean()), "kl": float(kl[name].mean()), "n": len(windows)}
+            for name in pairs
+        },
         "added_loss": float(losses["calibrated"].mean() / losses["dense"].mean() - 1),
         "uniform": dict(uniform),
-        "below_uniform": {"loss": loss_above(losses["uniform"], losses["calibrated"]), "kl": loss_above(kl["uniform"], kl["calibrated"])},
+        "below_uniform": {
+            "loss": loss_above(losses["uniform"], losses["calibrated"]),
+            "kl": loss_above(kl["uniform"], kl["calibrated"]),
+        },
     }
 
 

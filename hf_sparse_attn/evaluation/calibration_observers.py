@@ -39,9 +39,13 @@ class TileFigures:
 
     def add(self, layer: int, visible: Tensor, values: Tensor) -> None:
         """Add ``values`` [B, G, m] of tiles that see ``visible`` [m] keys."""
-        bucket = torch.bucketize(visible.cpu(), torch.tensor(self.ends, dtype=torch.int64, device="cpu")).clamp(max=len(self.ends) - 1)
+        bucket = torch.bucketize(visible.cpu(), torch.tensor(self.ends, dtype=torch.int64, device="cpu")).clamp(
+            max=len(self.ends) - 1
+        )
         for at in bucket.unique().tolist():
-            self.found[layer, at].append(values[:, :, (bucket == at).to(values.device)].transpose(0, 1).flatten(1).float().cpu())
+            self.found[layer, at].append(
+                values[:, :, (bucket == at).to(values.device)].transpose(0, 1).flatten(1).float().cpu()
+            )
 
     def quantile(self, share: float, method: str) -> dict[Key, Tensor]:
         """Quantile over the tiles of every KV head, float32 [G]."""
@@ -51,16 +55,26 @@ class TileFigures:
     def bound(self, share: float, confidence: float) -> dict[Key, Tensor]:
         """What the `quantile` stays below with ``confidence`` if other windows of the same kind are read, float32 [G].
 
-        A bootstrap over calls, each of which is one window: tiles of a window are no independent ones. Never below the quantile itself.
+        A bootstrap over calls, each of which is one window: tiles of a window are no independent ones. Never below the
+        quantile itself.
         """
         value = self.quantile(share, "higher")
         calls = len(next(iter(self.found.values())))
         picks = torch.randint(
-            calls, (RESAMPLES, calls), generator=torch.Generator(device="cpu").manual_seed(0), dtype=torch.int64, device="cpu"
+            calls,
+            (RESAMPLES, calls),
+            generator=torch.Generator(device="cpu").manual_seed(0),
+            dtype=torch.int64,
+            device="cpu",
         ).tolist()
         for key, parts in self.found.items():
-            drawn = [torch.cat([parts[at] for at in pick], 1).quantile(share, dim=1, interpolation="higher") for pick in picks]
-            value[key] = torch.maximum(value[key], torch.stack(drawn).quantile(confidence, dim=0, interpolation="higher"))
+            drawn = [
+                torch.cat([parts[at] for at in pick], 1).quantile(share, dim=1, interpolation="higher")
+                for pick in picks
+            ]
+            value[key] = torch.maximum(
+                value[key], torch.stack(drawn).quantile(confidence, dim=0, interpolation="higher")
+            )
         return value
 
     def counts(self) -> dict[Key, int]:
@@ -78,7 +92,9 @@ def _read_tiles(grid: TileGrid, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 class NeedObserver(SparseCall):
-    """Share of the visible keys that each tile must keep, in the router's order, for a share ``mass`` of its softmax mass."""
+    """Share of the visible keys that each tile must keep, in the router's order, for a share ``mass`` of its softmax
+    mass.
+    """
 
     def __init__(self, mass: float, ends: tuple[int, ...]) -> None:
         super().__init__(dense=True)
@@ -94,7 +110,8 @@ class NeedObserver(SparseCall):
 
 
 def needed_share(scored: Candidates, tiles: Tensor, teacher: Tensor, mass: float, visible: Tensor) -> Tensor:
-    """Least share of the ``visible`` keys [m] at which ``tiles`` [m] keep ``mass`` of the true mass ``teacher`` [B, G, m, nb]: [B, G, m].
+    """Least share of the ``visible`` keys [m] at which ``tiles`` [m] keep ``mass`` of the true mass ``teacher`` [B, G,
+    m, nb]: [B, G, m].
 
     A tile that does not reach it with all candidates needs all keys.
     """
@@ -110,7 +127,9 @@ def needed_share(scored: Candidates, tiles: Tensor, teacher: Tensor, mass: float
 
 
 class KeptObserver(SparseCall):
-    """Kept mass of the selections of a calibrated model on a dense pass, and the keys they keep of those that tiles see."""
+    """Kept mass of the selections of a calibrated model on a dense pass, and the keys they keep of those that tiles
+    see.
+    """
 
     def __init__(self, ends: tuple[int, ...]) -> None:
         super().__init__(dense=True)
@@ -131,7 +150,9 @@ class KeptObserver(SparseCall):
 
     @property
     def density(self) -> float:
-        """Kept over visible keys, of all tiles of all layers and KV heads: what attention reads, of what it would read densely."""
+        """Kept over visible keys, of all tiles of all layers and KV heads:
+        what attention reads, of what it would read densely.
+        """
         return self.kept / self.seen
 
 
@@ -156,7 +177,9 @@ class PlantedObserver(SparseCall):
         selection = select_blocks(router, inputs)
         grid, size = selection.grid, selection.grid.block_size
         tiles = torch.arange(self.tiles_from // grid.query_tile, grid.tiles, device=inputs.q.device, dtype=torch.int64)
-        blocks = torch.arange(self.source.start // size, (self.source.stop - 1) // size + 1, device=tiles.device, dtype=torch.int64)
+        blocks = torch.arange(
+            self.source.start // size, (self.source.stop - 1) // size + 1, device=tiles.device, dtype=torch.int64
+        )
         teacher = block_mass(inputs.q, inputs.k, grid, tiles, inputs.scale)
         member = selection.kept()[:, :, tiles]
         mass = teacher[..., blocks].sum(-1)

@@ -19,9 +19,9 @@ PARTS = 8  # of a window, of which log-loss is told apart
 class Predictions:
     """What one pass over a window predicts.
 
-    ``kl`` (nats a token, KL(dense ‖ selection) of the next token) and ``output_error`` (‖h − h_dense‖ / ‖h_dense‖ of the last
-    hidden states) are means over the last half; so is ``loss``, the log-loss (nats a token), and ``by_position`` those of eight equal
-    parts of the window.
+    ``kl`` (nats a token, KL(dense ‖ selection) of the next token) and ``output_error`` (‖h − h_dense‖ / ‖h_dense‖ of
+    the last hidden states) are means over the last half; so is ``loss``, the log-loss (nats a token), and
+    ``by_position`` those of eight equal parts of the window.
     """
 
     loss: float
@@ -39,15 +39,20 @@ def last_hidden(model: PreTrainedModel, ids: Tensor, call: SparseCall) -> Tensor
 
 @torch.no_grad()
 def token_losses(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood in nats of ``targets`` [1, n] from ``hidden`` [1, n, d], float32 [n]; logits a part at a time."""
+    """Negative log-likelihood in nats of ``targets`` [1, n] from ``hidden`` [1, n, d], float32 [n];
+    logits a part at a time.
+    """
     head = model.get_output_embeddings()
     parts = zip(hidden[0].split(LOGIT_POSITIONS), targets[0].split(LOGIT_POSITIONS), strict=True)
     return torch.cat([F.cross_entropy(head(h).float(), t, reduction="none") for h, t in parts])
 
 
 @torch.no_grad()
-def predictions(model: PreTrainedModel, ids: Tensor, hidden: Tensor, dense: Tensor, *, whole: bool = True) -> Predictions:
-    """Compare the last hidden states ``hidden`` [1, N, d] of the tokens ``ids`` [1, N] with those of dense attention, ``dense``.
+def predictions(
+    model: PreTrainedModel, ids: Tensor, hidden: Tensor, dense: Tensor, *, whole: bool = True
+) -> Predictions:
+    """Compare the last hidden states ``hidden`` [1, N, d] of the tokens ``ids`` [1, N] with those of dense attention,
+    ``dense``.
 
     Without ``whole`` only the last half is looked at, and ``by_position`` is empty.
     """
@@ -64,7 +69,9 @@ def predictions(model: PreTrainedModel, ids: Tensor, hidden: Tensor, dense: Tens
 
 
 def _compare(model: PreTrainedModel, sparse: Tensor, dense: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(log-losses of ``targets`` [n − 1], KL of the next token's distribution from that of ``dense`` [n]) of the states ``sparse`` [n, d]."""
+    """(log-losses of ``targets`` [n − 1], KL of the next token's distribution from that of ``dense`` [n]) of the states
+    ``sparse`` [n, d].
+    """
     head, losses, divergences, at = model.get_output_embeddings(), [], [], 0
     for h, reference in zip(sparse.split(LOGIT_POSITIONS), dense.split(LOGIT_POSITIONS), strict=True):
         log_q, log_p = (head(states).float().log_softmax(-1) for states in (h, reference))

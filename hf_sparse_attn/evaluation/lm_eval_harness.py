@@ -1,7 +1,10 @@
-"""Tasks of the lm-evaluation-harness (LongBench, RULER and all others that it knows), under dense attention and several selections.
+"""Tasks of the lm-evaluation-harness (LongBench, RULER and all others that it knows), under dense attention and several
+selections.
 
-The harness' own command, ``lm_eval --model hf``, gives a sparse model right log-likelihoods at ``batch_size=1`` only: it pads the rows
-of larger batches on the right and passes no mask, so padding counts as tokens: it is in the query tile that selects for a row's end.
+The harness' own command, ``lm_eval --model hf``, gives a sparse model right log-likelihoods at ``batch_size=1`` only:
+it pads the rows
+of larger batches on the right and passes no mask, so padding counts as tokens: it is in the query tile that selects for
+a row's end.
 """
 
 from __future__ import annotations
@@ -35,11 +38,14 @@ class HarnessError(ValueError):
     """The harness or a task of it that cannot be used; the message says which, and what to do."""
 
 
-def load_tasks(names: Sequence[str], tokenizer: str, length: int | None = None, seed: int = 0, include: Path | None = None) -> list[Any]:
-    """The harness' tasks of these names, groups and tags; made once, so that every selection answers the same questions.
+def load_tasks(
+    names: Sequence[str], tokenizer: str, length: int | None = None, seed: int = 0, include: Path | None = None
+) -> list[Any]:
+    """The harness' tasks of these names, groups and tags; made once, so that every selection answers the same
+    questions.
 
-    ``tokenizer`` is a Hub id or folder, ``length`` the tokens of a question for tasks that make their own (RULER; None = theirs),
-    ``include`` a folder of tasks of one's own (YAML, as the harness has them).
+    ``tokenizer`` is a Hub id or folder, ``length`` the tokens of a question for tasks that make their own (RULER; None
+    = theirs), ``include`` a folder of tasks of one's own (YAML, as the harness has them).
 
     Raises:
         MissingExtraError: lm-eval is not installed.
@@ -75,7 +81,8 @@ def harness_rows(
     *,
     cache: Path | None = None,
 ) -> list[Row]:
-    """The first ``limit`` documents of every task, densely and under every selection at every budget (keys): one row a score.
+    """The first ``limit`` documents of every task, densely and under every selection at every budget (keys): one row a
+    score.
 
     Answers are kept in ``cache``, apart for every model, setting and selection, and not made again.
 
@@ -83,7 +90,10 @@ def harness_rows(
         HarnessError: a task writes answers, but the tokenizer has nothing to end one with.
     """
     if tokenizer.eos_token_id is None and any(task.OUTPUT_TYPE == "generate_until" for task in tasks):
-        raise HarnessError(f"{type(tokenizer).__name__} has no end-of-sequence token, which tasks that write answers need: set eos_token")
+        raise HarnessError(
+            f"{type(tokenizer).__name__} has no end-of-sequence token, which tasks that write answers need: set "
+            "eos_token"
+        )
     with needs_extra("lm-eval", "running tasks of the harness"):
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -96,7 +106,13 @@ def harness_rows(
             answers = None if cache is None else str(cache / _name(model, call, name, keys))
             reader = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
             results = simple_evaluate(
-                reader, tasks=list(tasks), task_manager=loaded, limit=limit, bootstrap_iters=0, use_cache=answers, **SEEDS
+                reader,
+                tasks=list(tasks),
+                task_manager=loaded,
+                limit=limit,
+                bootstrap_iters=0,
+                use_cache=answers,
+                **SEEDS,
             )
         rows += [{"selection": name, "keys": keys, **score} for score in _scores(results["samples"])]
     return rows
@@ -105,7 +121,9 @@ def harness_rows(
 @contextmanager
 def _calling(model: PreTrainedModel, call: SparseCall) -> Iterator[None]:
     """Every forward pass of ``model`` gets ``call``: the harness and `generate` know of no such argument."""
-    hook = model.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, "sparse_call": call}), with_kwargs=True)
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, {**kwargs, "sparse_call": call}), with_kwargs=True
+    )
     try:
         yield
     finally:
@@ -113,7 +131,9 @@ def _calling(model: PreTrainedModel, call: SparseCall) -> Iterator[None]:
 
 
 def _name(model: PreTrainedModel, call: SparseCall, selection: str, keys: int | None) -> str:
-    """A file name for the answers of this model under a selection: another one if weights change, or settings that it depends on."""
+    """A file name for the answers of this model under a selection:
+    another one if weights change, or settings that it depends on.
+    """
     identity = made_with(model)
     if call.dense:
         identity = {name: identity[name] for name in ("version", "backbone")}
@@ -138,7 +158,9 @@ def harness_table(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """
     cells: dict[tuple[str, str, int | None, str], dict[int, float]] = {}
     for row in rows:
-        cells.setdefault((row["task"], row["metric"], row["keys"], row["selection"]), {})[row["document"]] = row["score"]
+        cells.setdefault((row["task"], row["metric"], row["keys"], row["selection"]), {})[row["document"]] = row[
+            "score"
+        ]
     table = []
     for (task, metric, keys, selection), by_selection in cells.items():
         scores = np.array(list(by_selection.values()))
@@ -154,15 +176,19 @@ def harness_tables(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     tables: dict[tuple[str, str], list[list[str]]] = {}
     for row in table:
         below = row["below_dense"]
-        against = "" if row["selection"] == "dense" else f"{below['mean']:+.3f} [{below['low']:+.3f}, {below['high']:+.3f}]"
+        against = (
+            "" if row["selection"] == "dense" else f"{below['mean']:+.3f} [{below['low']:+.3f}, {below['high']:+.3f}]"
+        )
         score = f"{row['score']:.3f}" + ("" if row["error"] is None else f" ± {row['error']:.3f}")
         shown = [row["selection"], str(row["keys"] or "all"), str(row["n"]), score, against]
         tables.setdefault((row["task"], row["metric"]), []).append(shown)
     columns = ["selection", "keys", "n", "score", "below dense"]
     note = (
-        "The same documents under every selection. ±: standard error over documents. Below dense: how much less of the score, with a "
+        "The same documents under every selection. ±: standard error over documents. Below dense: how much less of "
+        "the score, with a "
         "95 % interval over resampled documents, paired."
     )
     return [
-        {"title": f"{task} of lm-eval, {metric}", "note": note, "columns": columns, "rows": rows} for (task, metric), rows in tables.items()
+        {"title": f"{task} of lm-eval, {metric}", "note": note, "columns": columns, "rows": rows}
+        for (task, metric), rows in tables.items()
     ]

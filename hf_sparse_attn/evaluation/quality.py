@@ -37,11 +37,13 @@ class WindowResult:
     selection: str
     prefill: float  # last half of the window, tiles of query_tile
     decode: float | None  # last tokens, fed through the cache in tiles of 1; None if not measured
-    prefill_of_decoded: float | None = None  # the same last tokens at prefill: what the look-ahead inside a tile is worth
+    # the same last tokens at prefill: what the look-ahead inside a tile is worth
+    prefill_of_decoded: float | None = None
     mass: dict[int, float] = field(default_factory=dict)  # by layer
     low_mass: float | None = None  # 5th percentile over tiles, KV heads and layers
     head_mass: dict[int, list[float]] = field(default_factory=dict)  # kept mass of every KV head, by layer
-    recall: dict[int, list[float]] = field(default_factory=dict)  # share of the oracle's chosen blocks that are kept, likewise
+    # share of the oracle's chosen blocks that are kept, likewise
+    recall: dict[int, list[float]] = field(default_factory=dict)
     kl: float | None = None  # see `Predictions`, for these three
     output_error: float | None = None
     by_position: list[float] = field(default_factory=list)
@@ -56,22 +58,32 @@ class WindowResult:
 
     def to_dict(self) -> dict[str, Any]:
         by_layer = ("mass", "head_mass", "recall")
-        return {**self.__dict__, **{name: {str(layer): value for layer, value in getattr(self, name).items()} for name in by_layer}}
+        return {
+            **self.__dict__,
+            **{name: {str(layer): value for layer, value in getattr(self, name).items()} for name in by_layer},
+        }
 
 
 @torch.no_grad()
 def window_losses(
-    model: PreTrainedModel, ids: Tensor, call: SparseCall, decode_tokens: int, on_hidden: Callable[[Tensor], None] | None = None
+    model: PreTrainedModel,
+    ids: Tensor,
+    call: SparseCall,
+    decode_tokens: int,
+    on_hidden: Callable[[Tensor], None] | None = None,
 ) -> tuple[float, float | None, float | None]:
-    """Log-losses of ``ids`` [1, N]: of the last half at prefill, of the last ``decode_tokens`` fed through the cache, of these at prefill.
+    """Log-losses of ``ids`` [1, N]: of the last half at prefill, of the last ``decode_tokens`` fed through the cache,
+    of these at prefill.
 
     The cache of the prefill pass is cropped and continued with fewer tokens than a query tile at a time, so that every
-    query is routed singly, as in generation. Without ``decode_tokens`` the second and third are None. ``on_hidden`` is given the last
-    hidden states [1, N, d] of the prefill.
+    query is routed singly, as in generation. Without ``decode_tokens`` the second and third are None. ``on_hidden`` is
+    given the last hidden states [1, N, d] of the prefill.
     """
     n = ids.shape[1]
     cache = DynamicCache(config=model.config) if decode_tokens else None
-    hidden = model.base_model(ids, **{MODEL_ARGUMENT: cache}, use_cache=cache is not None, sparse_call=call).last_hidden_state
+    hidden = model.base_model(
+        ids, **{MODEL_ARGUMENT: cache}, use_cache=cache is not None, sparse_call=call
+    ).last_hidden_state
     if on_hidden is not None:
         on_hidden(hidden)
     prefill = token_losses(model, hidden[:, n // 2 - 1 : -1], ids[:, n // 2 :])
@@ -88,7 +100,9 @@ def window_losses(
 
 
 class MassObserver(SparseCall):
-    """Kept mass and recall of several selections on a dense pass, per layer and KV head: means over every fourth open tile."""
+    """Kept mass and recall of several selections on a dense pass, per layer and KV head:
+    means over every fourth open tile.
+    """
 
     def __init__(self, selectors: Mapping[str, Selector]) -> None:
         super().__init__(dense=True)
@@ -126,9 +140,13 @@ class MassObserver(SparseCall):
 
 
 def recall(kept: Tensor, wanted: Tensor) -> Tensor:
-    """Share of the blocks ``wanted`` [B, G, m, C] that are among those ``kept`` [B, G, m, K] (−1 = empty in both), float32 [G]."""
+    """Share of the blocks ``wanted`` [B, G, m, C] that are among those ``kept`` [B, G, m, K] (−1 = empty in both),
+    float32 [G].
+    """
     blocks = int(torch.maximum(kept.max(), wanted.max())) + 2  # the first column stands for the empty entries
-    member = torch.zeros(*kept.shape[:-1], blocks, dtype=torch.bool, device=kept.device).scatter_(-1, kept.long() + 1, True)
+    member = torch.zeros(*kept.shape[:-1], blocks, dtype=torch.bool, device=kept.device).scatter_(
+        -1, kept.long() + 1, True
+    )
     named = wanted >= 0
     hits = member.gather(-1, wanted + 1) & named
     return hits.sum((0, 2, 3)).float() / named.sum((0, 2, 3)).clamp(min=1)
@@ -162,8 +180,9 @@ def evaluate_windows(
 ) -> list[WindowResult]:
     """Every window, dense and under every selector at every budget (keys).
 
-    Kept mass is measured at the first budget. A ``mass_threshold`` of the model is set aside: the budgets are those that are given.
-    Results in ``done`` are not computed again; ``on_result`` is called after each new one. ``progress``: show how many windows are done.
+    Kept mass is measured at the first budget. A ``mass_threshold`` of the model is set aside: the budgets are those
+    that are given. Results in ``done`` are not computed again; ``on_result`` is called after each new one.
+    ``progress``: show how many windows are done.
 
     Raises:
         ValueError: a window is so short that the model would run it dense.
@@ -172,8 +191,10 @@ def evaluate_windows(
     for length in (window.ids.shape[1] for window in windows):
         if length < dense_below:
             raise ValueError(
-                f"a window has {length} tokens, but this model runs inputs of fewer than dense_below={dense_below} tokens dense, "
-                "so that every selection would give the dense result. Use longer windows, or set_sparse_attention(model, dense_below=0)"
+                f"a window has {length} tokens, but this model runs inputs of fewer than dense_below={dense_below} "
+                "tokens dense, "
+                "so that every selection would give the dense result. Use longer windows, or "
+                "set_sparse_attention(model, dense_below=0)"
             )
     results = list(done)
     have = {(r.document, r.length, r.keys, r.selection) for r in results}
@@ -217,7 +238,9 @@ class _Reader:
 
     def read(self, name: str, keys: int, selector: Selector, observer: MassObserver) -> WindowResult:
         kept = _KeptOfWindow(selector, self.window.ids.shape[1])
-        result = self._result(keys, name, window_losses(self.model, self.window.ids, kept, self.decode_tokens, self._take))
+        result = self._result(
+            keys, name, window_losses(self.model, self.window.ids, kept, self.decode_tokens, self._take)
+        )
         result.mass, result.low_mass = observer.mass.get(name, {}), observer.low(name)
         result.head_mass, result.recall = observer.by_head.get(name, {}), observer.recall.get(name, {})
         result.kept, result.kept_all, result.kept_decode = kept.means()
@@ -231,5 +254,9 @@ class _Reader:
         assert self.hidden is not None and self.dense is not None
         prediction = predictions(self.model, ids, self.hidden, self.dense)
         result = WindowResult(self.window.document, ids.shape[1], keys, name, *losses)
-        result.kl, result.output_error, result.by_position = prediction.kl, prediction.output_error, prediction.by_position
+        result.kl, result.output_error, result.by_position = (
+            prediction.kl,
+            prediction.output_error,
+            prediction.by_position,
+        )
         return result

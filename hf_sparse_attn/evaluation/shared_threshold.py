@@ -1,4 +1,6 @@
-"""One average number of keys, shared out over layers and KV heads: what one threshold on the estimated mass keeps of each."""
+"""One average number of keys, shared out over layers and KV heads:
+what one threshold on the estimated mass keeps of each.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,11 @@ from ..training.mass_threshold import AtThreshold, KeptKeys, fit_threshold, run_
 
 
 def shared_out(model: PreTrainedModel, windows: Sequence[Window], keys: int) -> dict[int, Tensor]:
-    """What tiles keep on average under the one threshold that keeps ``keys`` of all, by layer: float64 [G], forced keys included.
+    """What tiles keep on average under the one threshold that keeps ``keys`` of all, by layer: float64 [G], forced keys
+    included.
 
-    A block costs every head the same, so a total of kept keys holds most mass where all stop at the same mass of their next block.
-    Tiles count from the middle of the windows on, as in a recipe's fit.
+    A block costs every head the same, so a total of kept keys holds most mass where all stop at the same mass of their
+    next block. Tiles count from the middle of the windows on, as in a recipe's fit.
 
     Raises:
         ValueError: ``keys`` is no possible budget, or the windows have nothing to select.

@@ -25,7 +25,9 @@ def loss_share(window: np.ndarray, loss: np.ndarray, oracle: np.ndarray, seed: i
 
     def share(index: np.ndarray) -> np.ndarray:
         gap = window[index].mean(-1) - oracle[index].mean(-1)
-        ratio: np.ndarray = np.divide(window[index].mean(-1) - loss[index].mean(-1), gap, out=np.zeros_like(gap), where=gap != 0)
+        ratio: np.ndarray = np.divide(
+            window[index].mean(-1) - loss[index].mean(-1), gap, out=np.zeros_like(gap), where=gap != 0
+        )
         return ratio
 
     low, high = np.quantile(share(picks), [0.025, 0.975])
@@ -33,7 +35,9 @@ def loss_share(window: np.ndarray, loss: np.ndarray, oracle: np.ndarray, seed: i
 
 
 def loss_above(loss: np.ndarray, other: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """How much the mean loss lies above the other's (below it if negative), with a 95 % interval over resampled windows, paired."""
+    """How much the mean loss lies above the other's (below it if negative), with a 95 % interval over resampled
+    windows, paired.
+    """
     rng = np.random.default_rng(seed)
     above = loss - other
     low, high = np.quantile(above[rng.integers(0, len(loss), (RESAMPLES, len(loss)))].mean(-1), [0.025, 0.975])
@@ -43,7 +47,9 @@ def loss_above(loss: np.ndarray, other: np.ndarray, seed: int = 0) -> dict[str, 
 def shares_by_layer(kept: dict[int, float], window: dict[int, float], oracle: dict[int, float]) -> dict[str, Any]:
     """Σ(kept − window) / Σ(oracle − window) over layers, per layer, and the worst layer with a gap of at least 0.02."""
     shares = {
-        layer: recovered_share(kept[layer], window[layer], oracle[layer]) for layer in kept if oracle[layer] - window[layer] >= LEAST_GAP
+        layer: recovered_share(kept[layer], window[layer], oracle[layer])
+        for layer in kept
+        if oracle[layer] - window[layer] >= LEAST_GAP
     }
     worst = min(shares, key=lambda layer: shares[layer]) if shares else None
     return {
@@ -84,7 +90,9 @@ def _mean_mass(results: Sequence[WindowResult]) -> dict[int, float]:
 
 
 def quality_table(results: Sequence[WindowResult]) -> list[dict[str, Any]]:
-    """Mean log-losses, shares, kept mass and recovered share, with n: a row per selection, each budget after its dense row."""
+    """Mean log-losses, shares, kept mass and recovered share, with n:
+    a row per selection, each budget after its dense row.
+    """
     rows: list[dict[str, Any]] = []
     dense = {(r.document, r.length): r for r in results if r.keys is None}
     cells: dict[tuple[int, int], dict[str, list[WindowResult]]] = defaultdict(lambda: defaultdict(list))
@@ -94,7 +102,9 @@ def quality_table(results: Sequence[WindowResult]) -> list[dict[str, Any]]:
     for (length, keys), by_selection in sorted(cells.items()):
         bounds = [{r.document: r for r in by_selection[name]} for name in ("window + sink", "oracle")]
         # only windows for which every selection is there: an interrupted run never mixes unpaired ones
-        documents = sorted(set.intersection(*({r.document for r in window_results} for window_results in by_selection.values())))
+        documents = sorted(
+            set.intersection(*({r.document for r in window_results} for window_results in by_selection.values()))
+        )
         if not documents:
             continue
         rows.append(_row(length, None, "dense", [dense[d, length] for d in documents], None))
@@ -118,9 +128,12 @@ def _row(
             window, oracle = (np.array([getattr(r, path) for r in bound]) for bound in bounds)
             row[f"{path}_share"] = loss_share(window, losses, oracle)
             row[f"{path}_above_oracle"] = loss_above(losses, oracle)
-    tails = [r.decode - r.prefill_of_decoded for r in results if r.decode is not None and r.prefill_of_decoded is not None]
+    tails = [
+        r.decode - r.prefill_of_decoded for r in results if r.decode is not None and r.prefill_of_decoded is not None
+    ]
     if len(tails) == len(results):
-        row["decode_over_prefill"] = float(np.exp(np.mean(tails)))  # perplexity of the same tokens, tiles of 1 over tiles of query_tile
+        # perplexity of the same tokens, tiles of 1 over tiles of query_tile
+        row["decode_over_prefill"] = float(np.exp(np.mean(tails)))
     for name in ("kept", "kept_all", "kept_decode", "low_mass", "kl", "output_error"):
         series = [getattr(r, name) for r in results]
         if all(value is not None for value in series):
@@ -132,7 +145,10 @@ def _row(
         row["recall"] = float(np.mean(list(recalls.values())))
     if bounds is not None and results[0].mass and bounds[0][0].mass and bounds[1][0].mass:
         mass = _mean_mass(results)
-        row["kept_mass"] = {"mean": float(np.mean(list(mass.values()))), "by_layer": {str(k): v for k, v in mass.items()}}
+        row["kept_mass"] = {
+            "mean": float(np.mean(list(mass.values()))),
+            "by_layer": {str(k): v for k, v in mass.items()},
+        }
         row["recovered_share"] = shares_by_layer(mass, _mean_mass(bounds[0]), _mean_mass(bounds[1]))
         heads, lower, upper = (_mean_by_head([r.head_mass for r in series]) for series in (results, *bounds))
         if heads and lower and upper:

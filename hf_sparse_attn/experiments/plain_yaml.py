@@ -1,7 +1,7 @@
 """YAML as plain data: the types of YAML 1.2's core schema, texts as keys, nothing twice, nothing endless.
 
-``1e-4`` is a number, ``no``, ``1:30``, ``2026-01-01`` and ``010x`` are texts. PyYAML by itself reads YAML 1.1, where the first is a
-text and the others are not. https://yaml.org/spec/1.2.2/#103-core-schema
+``1e-4`` is a number, ``no``, ``1:30``, ``2026-01-01`` and ``010x`` are texts. PyYAML by itself reads YAML 1.1, where
+the first is a text and the others are not. https://yaml.org/spec/1.2.2/#103-core-schema
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ class PlainYamlError(ValueError):
 
 
 def read_yaml(text: str) -> Any:
-    """The value that ``text`` holds: dicts with text keys, lists, texts, whole numbers below 2⁶³, finite numbers, booleans, None.
+    """The value that ``text`` holds: dicts with text keys, lists, texts, whole numbers below 2⁶³, finite numbers,
+    booleans, None.
 
     Raises:
-        PlainYamlError: it is no YAML, or holds a tag, a key that is no text or stands twice, a number that is none or may be
-            read in two ways, or more than a megabyte, 40 levels or 20,000 values.
+        PlainYamlError: it is no YAML, or holds a tag, a key that is no text or stands twice, a number that is none or
+            may be read in two ways, or more than a megabyte, 40 levels or 20,000 values.
     """
     if len(text) > MOST_CHARACTERS:
         raise PlainYamlError(f"it has {len(text)} characters: at most {MOST_CHARACTERS} are read")
@@ -45,7 +46,11 @@ def read_yaml(text: str) -> Any:
         _check_events(text)
         node = yaml.compose(text, Loader=LOADER)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise error if isinstance(error, PlainYamlError) else PlainYamlError(f"it is not YAML: {' '.join(str(error).split())}") from error
+        raise (
+            error
+            if isinstance(error, PlainYamlError)
+            else PlainYamlError(f"it is not YAML: {' '.join(str(error).split())}")
+        ) from error
     if node is None:
         return None
     _count(node, {})
@@ -53,7 +58,9 @@ def read_yaml(text: str) -> Any:
 
 
 def _check_events(text: str) -> None:
-    """Refuse what is nested too deep, which recursion would not survive, and explicit tags, which make other things than data."""
+    """Refuse what is nested too deep, which recursion would not survive, and explicit tags, which make other things
+    than data.
+    """
     level = 0
     for event in yaml.parse(text, Loader=LOADER):
         where = f"line {event.start_mark.line + 1}"  # type: ignore[union-attr]
@@ -81,7 +88,9 @@ def _count(node: yaml.Node, known: dict[int, int]) -> int:
     known[id(node)] = 0
     total = 1 + sum(_count(part, known) for part in _parts(node))
     if total > MOST_NODES:
-        raise PlainYamlError(f"line {node.start_mark.line + 1}: it holds more than {MOST_NODES} values, aliases written out")
+        raise PlainYamlError(
+            f"line {node.start_mark.line + 1}: it holds more than {MOST_NODES} values, aliases written out"
+        )
     known[id(node)] = total
     return total
 
@@ -100,7 +109,9 @@ def _mapping(node: yaml.MappingNode, where: str) -> dict[str, Any]:
         key = name.value
         if not isinstance(name, yaml.ScalarNode) or (_is_plain(name) and not isinstance(_scalar(name, where), str)):
             shown = key if isinstance(name, yaml.ScalarNode) else "a list or mapping"
-            raise PlainYamlError(f"{_at(name, where)} has the key {shown}: keys are texts; write it in quotes if it is meant as one")
+            raise PlainYamlError(
+                f"{_at(name, where)} has the key {shown}: keys are texts; write it in quotes if it is meant as one"
+            )
         if key in values:
             raise PlainYamlError(f"{_at(name, where)} has the key {key!r} twice: remove one")
         values[key] = _value(value, f"{where}.{key}" if where else key)
@@ -118,7 +129,8 @@ def _scalar(node: yaml.Node, where: str) -> Any:
         return WORDS[text]
     if LEADING_ZERO.fullmatch(text):
         raise PlainYamlError(
-            f"{_at(node, where)} is {text}: write it without the leading 0, in quotes if it is a text, or 0o… if it is octal"
+            f"{_at(node, where)} is {text}: write it without the leading 0, in quotes if it is a text, or 0o… if it "
+            "is octal"
         )
     if WHOLE.fullmatch(text):
         return _whole(text, node, where)
@@ -133,7 +145,9 @@ def _scalar(node: yaml.Node, where: str) -> Any:
 def _whole(text: str, node: yaml.Node, where: str) -> int:
     number = int(text, 0 if text.startswith("0") else 10) if len(text) < 40 else MOST_WHOLE + 1
     if abs(number) > MOST_WHOLE:
-        raise PlainYamlError(f"{_at(node, where)} is {text[:40]}{'…' * (len(text) > 40)}: whole numbers are at most 2^63 - 1")
+        raise PlainYamlError(
+            f"{_at(node, where)} is {text[:40]}{'…' * (len(text) > 40)}: whole numbers are at most 2^63 - 1"
+        )
     return number
 
 

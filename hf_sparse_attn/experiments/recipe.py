@@ -53,16 +53,25 @@ class Quality:
         unknown = sorted(set(self.selections) - set(known))
         if unknown:
             hint = retired(unknown, "quality.selections")
-            raise RecipeError(f"quality.selections names {', '.join(map(repr, unknown))}; known: {', '.join(known)}{hint}")
+            raise RecipeError(
+                f"quality.selections names {', '.join(map(repr, unknown))}; known: {', '.join(known)}{hint}"
+            )
         needed = {"oracle", "window + sink"} - set(self.selections)
         if needed:
-            raise RecipeError(f"quality.selections must hold {', '.join(sorted(needed))}: the shares are measured between them")
+            raise RecipeError(
+                f"quality.selections must hold {', '.join(sorted(needed))}: the shares are measured between them"
+            )
         if self.fit_windows < 1:
             raise RecipeError(f"quality.fit_windows is {self.fit_windows}: must be >= 1")
         if not self.budgets or self.windows < 1 or not 0 <= self.decode_tokens < self.length // 2:
-            raise RecipeError("quality needs at least one budget and one window, and decode_tokens below half the length")
+            raise RecipeError(
+                "quality needs at least one budget and one window, and decode_tokens below half the length"
+            )
         if min(self.budgets) < 1 or self.length > MOST_TOKENS:
-            raise RecipeError(f"quality has length {self.length}, budgets {list(self.budgets)}: must be whole numbers of tokens and keys")
+            raise RecipeError(
+                f"quality has length {self.length}, budgets {list(self.budgets)}: must be whole numbers of tokens and "
+                "keys"
+            )
 
     @property
     def is_fitted(self) -> bool:
@@ -106,14 +115,15 @@ class Recipe:
 
 
 def load_recipe(path: str | Path, *, smoke: bool = False, changes: Sequence[str] = (), network: bool = False) -> Recipe:
-    """Read a recipe of that path, or of that name among those of this package; what it leaves out is as in ``defaults.yaml``.
+    """Read a recipe of that path, or of that name among those of this package; what it leaves out is as in
+    ``defaults.yaml``.
 
-    ``smoke`` lays the recipe's ``smoke`` section over it, ``changes`` are further ``key.path=value`` settings (values as in YAML).
-    ``network`` lets it name training arguments that send something to other machines.
+    ``smoke`` lays the recipe's ``smoke`` section over it, ``changes`` are further ``key.path=value`` settings (values
+    as in YAML). ``network`` lets it name training arguments that send something to other machines.
 
     Raises:
-        RecipeError: no such file, not YAML, a key that is unknown, not allowed or not read by the task, a value of the wrong
-            kind, or a missing model, text, or hash of a package.
+        RecipeError: no such file, not YAML, a key that is unknown, not allowed or not read by the task, a value of the
+            wrong kind, or a missing model, text, or hash of a package.
     """
     file = find_recipe(path)
     try:
@@ -123,7 +133,10 @@ def load_recipe(path: str | Path, *, smoke: bool = False, changes: Sequence[str]
         reduced = values.pop("smoke")
         for delta in (*((reduced,) if smoke else ()), *changed):
             values = merge(values, delta, {name: value for name, value in known.items() if name != "smoke"})
-        for key, value, allowed in (("model.dtype", values["model"]["dtype"], DTYPES), ("task", values["task"], tuple(READS))):
+        for key, value, allowed in (
+            ("model.dtype", values["model"]["dtype"], DTYPES),
+            ("task", values["task"], tuple(READS)),
+        ):
             if value not in allowed:
                 raise RecipeError(f"{key} is {value!r}; supported: {', '.join(allowed)}")
         if values["task"] != "longlink":  # which makes its model and data itself
@@ -141,21 +154,29 @@ def _check_sources(values: dict[str, Any]) -> None:
         raise RecipeError("model.source is missing")
     domains, data = values["robustness"]["domains"], values["data"]
     if values["task"] == "robustness":
-        if not domains or not all(isinstance(texts, list) and texts and re.fullmatch(r"[\w-]+", name) for name, texts in domains.items()):
-            raise RecipeError(f"robustness.domains is {domains!r}: must map names (of letters, digits, _ and -) to lists of sources")
+        if not domains or not all(
+            isinstance(texts, list) and texts and re.fullmatch(r"[\w-]+", name) for name, texts in domains.items()
+        ):
+            raise RecipeError(
+                f"robustness.domains is {domains!r}: must map names (of letters, digits, _ and -) to lists of sources"
+            )
         return
     if not data["train"]:
         raise RecipeError("data.train names no text; give one with --set 'data.train=[FILE]'")
     split = data["split"]
     if bool(data["eval"]) == (split is not None) or (split is not None and not 0 < split < 1):
-        raise RecipeError("data.eval names no text: name some, or set data.split to a share of each training text, but not both")
+        raise RecipeError(
+            "data.eval names no text: name some, or set data.split to a share of each training text, but not both"
+        )
 
 
 def _checked_recipe(values: dict[str, Any], smoke: bool, network: bool) -> Recipe:
     quality = [_fields(entry, Quality, f"quality[{i}]") for i, entry in enumerate(values["quality"])]
     values["distill"]["settings"] = without_target(values["distill"]["settings"], "distill.settings")
     settings = {stage: _fields(values[stage]["settings"], cls, f"{stage}.settings") for stage, cls in STAGES.items()}
-    _check_training_arguments(settings["lora"].get("training_arguments", {}), {}, "lora.settings.training_arguments", network)
+    _check_training_arguments(
+        settings["lora"].get("training_arguments", {}), {}, "lora.settings.training_arguments", network
+    )
     _check_training_arguments(values["series"]["pretrain"], FROM_SCRATCH, "series.pretrain", network)
     _allowed(values["series"]["model"], PATCHTST, "series.model")
     unknown = sorted(set(values["data"]["questions"]) - {QUOTED_TASK, *RULER})
@@ -180,7 +201,9 @@ def _checked_recipe(values: dict[str, Any], smoke: bool, network: bool) -> Recip
     if recipe.minutes is not None and not (isinstance(recipe.minutes, int | float) and recipe.minutes > 0):
         raise RecipeError(f"minutes is {recipe.minutes!r}: must be a number > 0, or null for all of the recipe")
     if recipe.minutes is not None and recipe.task != "causal_lm":
-        raise RecipeError(f"minutes is {recipe.minutes}: only runs of task causal_lm are sized by time, this is of task {recipe.task}")
+        raise RecipeError(
+            f"minutes is {recipe.minutes}: only runs of task causal_lm are sized by time, this is of task {recipe.task}"
+        )
     if recipe.task == "questions" and any(entry.is_fitted for entry in recipe.quality):
         raise RecipeError(f"quality.selections of the task 'questions' must be of {', '.join(selector_names())}")
     return recipe
@@ -203,14 +226,17 @@ def _check_training_arguments(values: dict[str, Any], more: dict[str, Any], wher
     reaching = sorted(set(values) & set(NETWORK))
     if reaching and not network:
         raise RecipeError(
-            f"{where}.{reaching[0]} sends what is trained, or what is known of it, to other machines: a recipe may not by itself. If that "
+            f"{where}.{reaching[0]} sends what is trained, or what is known of it, to other machines: a recipe may "
+            "not by itself. If that "
             "is what you want, give --allow-network"
         )
     _allowed(values, {**ALLOWED, **more, **(NETWORK if network else {})}, where)
 
 
 def _sparse_attention(values: dict[str, Any]) -> dict[str, Any]:
-    """Fields of the settings, whole numbers written as 1e3 among them as such; the rest is checked where they are made."""
+    """Fields of the settings, whole numbers written as 1e3 among them as such;
+    the rest is checked where they are made.
+    """
     if "bookkeeping" in values:
         raise RecipeError("sparse_attention.bookkeeping is written by this package: a recipe may not set it")
     return {name: int(v) if type(v) is float and name in WHOLE and v.is_integer() else v for name, v in values.items()}
@@ -220,7 +246,10 @@ def _pinned_sources(values: dict[str, Any]) -> dict[str, Any]:
     """The sections that name sources, with the hash of every package."""
     packages, model = values["packages"], values["model"]
     data = {key: pinned(values["data"][key], packages, f"data.{key}") for key in ("train", "eval", "fit")}
-    domains = {name: pinned(texts, packages, f"robustness.domains.{name}") for name, texts in values["robustness"]["domains"].items()}
+    domains = {
+        name: pinned(texts, packages, f"robustness.domains.{name}")
+        for name, texts in values["robustness"]["domains"].items()
+    }
     source = None if model["source"] is None else pinned([model["source"]], packages, "model.source")[0]
     return {
         "model": {**model, "source": source},

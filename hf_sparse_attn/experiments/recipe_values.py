@@ -1,4 +1,6 @@
-"""What recipes say, key by key: the file, the package's defaults, the changes, and which kind of value belongs where."""
+"""What recipes say, key by key: the file, the package's defaults, the changes, and which kind of value
+belongs where.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,13 @@ from .value_kinds import fitted, shown
 
 TEXT, TEXTS = str | None, list[str]
 HINTS: dict[str, Any] = {  # of keys whose default does not tell
-    **dict.fromkeys(("model.source", "model.name", "model.hub_id", "model.license", "prompt", "data.label", "series.time"), TEXT),
+    **dict.fromkeys(
+        ("model.source", "model.name", "model.hub_id", "model.license", "prompt", "data.label", "series.time"), TEXT
+    ),
     **dict.fromkeys(("series.machine", "series.time_format"), TEXT),
-    **dict.fromkeys(("data.train", "data.eval", "data.fit", "data.questions", "series.channels", "ablate.factors"), TEXTS),
+    **dict.fromkeys(
+        ("data.train", "data.eval", "data.fit", "data.questions", "series.channels", "ablate.factors"), TEXTS
+    ),
     **{
         "minutes": float | None,
         "data.split": float | None,
@@ -28,7 +34,15 @@ HINTS: dict[str, Any] = {  # of keys whose default does not tell
     **{"robustness.domains": dict[str, list[str]], "quality": list[Any]},
 }
 LEAST_ONE = {  # whole numbers of at least 1; the others are at least 0
-    *("distill.context", "distill.batches", "lora.context", "ablate.seeds", "ablate.repeats", "series.patch", "series.horizon"),
+    *(
+        "distill.context",
+        "distill.batches",
+        "lora.context",
+        "ablate.seeds",
+        "ablate.repeats",
+        "series.patch",
+        "series.horizon",
+    ),
     *("series.period", "speed.keys", "speed.repeats", "speed.attention_repeats", "max_new_tokens"),
 }
 MOST_SEED = 2**32 - 1  # of numpy's generators
@@ -43,7 +57,8 @@ class RecipeError(ValueError):
 def shipped_recipes() -> Traversable:
     """The folder of the recipes that come with this package."""
     packaged = files("hf_sparse_attn").joinpath("recipes")
-    return packaged if packaged.joinpath("defaults.yaml").is_file() else Path(__file__).parents[2] / "recipes"  # the source tree
+    # the source tree
+    return packaged if packaged.joinpath("defaults.yaml").is_file() else Path(__file__).parents[2] / "recipes"
 
 
 def recipe_names() -> list[str]:
@@ -53,7 +68,9 @@ def recipe_names() -> list[str]:
 
 
 def find_recipe(recipe: str | Path) -> Path | Traversable:
-    """The file of a path or, where there is none, of the name of a recipe of this package. Raises RecipeError with all names."""
+    """The file of a path or, where there is none, of the name of a recipe of this package.
+    Raises RecipeError with all names.
+    """
     if Path(recipe).is_file():
         return Path(recipe)
     if str(recipe) in recipe_names():
@@ -74,7 +91,9 @@ def read_recipe(path: Path | Traversable) -> dict[str, Any]:
 
 @cache
 def defaults() -> dict[str, Any]:
-    """Every key with its default, which the package brings: what a stranger puts beside a recipe is not read. Not to be changed."""
+    """Every key with its default, which the package brings: what a stranger puts beside a recipe is not read.
+    Not to be changed.
+    """
     return read_recipe(shipped_recipes().joinpath("defaults.yaml"))
 
 
@@ -97,7 +116,8 @@ def change(text: str) -> dict[str, Any]:
 
 
 def merge(values: dict[str, Any], delta: dict[str, Any], schema: dict[str, Any], where: str = "") -> dict[str, Any]:
-    """``values`` with ``delta`` over it; ``schema``, the defaults, knows keys and kinds: mappings that are empty there take any key.
+    """``values`` with ``delta`` over it; ``schema``, the defaults, knows keys and kinds: mappings that are empty there
+    take any key.
 
     Raises:
         ValueError: an unknown key, or a value of the wrong kind.
@@ -122,7 +142,9 @@ def _leaf(value: Any, default: Any, name: str) -> Any:
     if type(value) is int and value < (least := int(name in LEAST_ONE)):
         raise RecipeError(f"{name} is {value}: must be a whole number >= {least}")
     if name == "name" and not NAME.fullmatch(value):
-        raise RecipeError(f"name is {shown(value)}: must be of letters, digits, _, - and ., as a folder is called by it")
+        raise RecipeError(
+            f"name is {shown(value)}: must be of letters, digits, _, - and ., as a folder is called by it"
+        )
     if name == "seed" and value > MOST_SEED:
         raise RecipeError(f"seed is {value}: must be a whole number from 0 to {MOST_SEED}")
     if name == "robustness.contexts" and not all(context >= 1 for context in value):
@@ -141,7 +163,9 @@ def check_names(values: Any, known: Iterable[str], where: str) -> dict[str, Any]
 
 
 def pinned(sources: Sequence[str], packages: Mapping[str, str | None], where: str) -> list[str]:
-    """``sources`` with the hash that ``packages`` holds of every package. Raises RecipeError for a package without one."""
+    """``sources`` with the hash that ``packages`` holds of every package.
+    Raises RecipeError for a package without one.
+    """
     return [_pinned(source, packages, f"{where}[{at}]") for at, source in enumerate(sources)]
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 RETIRED: dict[str, dict[str, str]] = {
     "quality.selections": {
-        "two stages by corrected threshold": "a threshold that followed what earlier windows kept; use 'two stages by threshold'",
+        "two stages by corrected threshold": "a threshold that followed what earlier windows kept; use 'two stages by "
+        "threshold'",
         "two stages by top-p": "no better than a uniform budget; use 'two stages by threshold' or 'two stages by head'",
     },
     "ablate.factors": {

@@ -1,4 +1,6 @@
-"""A run's size from the rates of its machine: what a recipe's steps will take, and what is left out so that it ends in time."""
+"""A run's size from the rates of its machine: what a recipe's steps will take, and what is left out so that it ends in
+time.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ class Work:
         heads, _, dim = heads_of(self.config)
         work = self._work(length, self.sparse.changed(**fixed_budget(keys)))
         pairs = 4 * heads * dim * work.kept_pairs
-        return self._products(length) + self._layers * (pairs / self.device.sparse_attention[0] + work.routing / self.device.routing)
+        return self._products(length) + self._layers * (
+            pairs / self.device.sparse_attention[0] + work.routing / self.device.routing
+        )
 
     def taught(self, length: int) -> float:
         """Seconds of one optimiser step of the distillation in every layer."""
@@ -68,11 +72,17 @@ class Work:
 
 
 def measured_work(config: PreTrainedConfig, parameters: int, recipe: Recipe, dtype: torch.dtype) -> Work:
-    """The model's work here; its rates take some two seconds to measure. Raises ValueError for a model that cannot be planned."""
+    """The model's work here; its rates take some two seconds to measure.
+    Raises ValueError for a model that cannot be planned.
+    """
     device, adaptation = measure_cpu(config, dtype, recipe.adaptation), recipe.adaptation
     joint = 0.0
     if recipe.lora["steps"]:
-        options: dict[str, Any] = {"batch": adaptation.batch_size, "dtype": dtype, "sparse_attention": recipe.sparse_attention}
+        options: dict[str, Any] = {
+            "batch": adaptation.batch_size,
+            "dtype": dtype,
+            "sparse_attention": recipe.sparse_attention,
+        }
         joint = plan_training(config, device, recipe.lora["context"], training=adaptation, **options).seconds
     return Work(config, parameters, recipe.sparse_attention, device, dtype, joint)
 
@@ -81,7 +91,11 @@ def seconds(recipe: Recipe, work: Work) -> dict[str, float]:
     """Predicted seconds of each step, without margin."""
     distill, speed = recipe.distill, recipe.speed
     window = work.dense(distill["context"]) + recipe.distillation.steps_per_batch * work.taught(distill["context"])
-    steps = {"distill": distill["batches"] * window, "lora": _joint(recipe, work), "quality": sum(_read(e, work) for e in recipe.quality)}
+    steps = {
+        "distill": distill["batches"] * window,
+        "lora": _joint(recipe, work),
+        "quality": sum(_read(e, work) for e in recipe.quality),
+    }
     if speed["length"]:
         layer = (work.dense(speed["length"]) - work.dense(0)) / max(1, work.config.get_text_config().num_hidden_layers)
         passes = speed["repeats"] * (work.dense(speed["length"]) + work.routed(speed["length"], speed["keys"]))
@@ -94,7 +108,8 @@ def _joint(recipe: Recipe, work: Work) -> float:
     if not settings["steps"]:
         return 0.0
     micro_batches = (2 if recipe.compare["dense_lora"] else 1) * settings["steps"] * recipe.adaptation.accumulation
-    return float(micro_batches * work.joint_seconds + 2 * work.routed(settings["context"], work.sparse.min_keys))  # read before and after
+    # read before and after
+    return float(micro_batches * work.joint_seconds + 2 * work.routed(settings["context"], work.sparse.min_keys))
 
 
 def _read(entry: Quality, work: Work) -> float:
@@ -123,8 +138,15 @@ def fitted(recipe: Recipe, work: Work, minutes: float) -> tuple[Recipe, list[str
 
 
 def _smaller(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
-    """What can be left out, least missed first: (kind, a change of the recipe, what of the whole it leaves out in words)."""
-    speed, batches, steps, (first, *others) = recipe.speed["length"], recipe.distill["batches"], recipe.lora["steps"], recipe.quality
+    """What can be left out, least missed first: (kind, a change of the recipe, what of the whole it leaves out in
+    words).
+    """
+    speed, batches, steps, (first, *others) = (
+        recipe.speed["length"],
+        recipe.distill["batches"],
+        recipe.lora["steps"],
+        recipe.quality,
+    )
     if speed > USUAL_SPEED:
         yield "speed", _with("speed", length=USUAL_SPEED), f"speed at {USUAL_SPEED} tokens in place of {speed}"
     if others:
@@ -141,13 +163,25 @@ def _smaller(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
     if speed > LEAST_SPEED:
         yield "speed", _with("speed", length=LEAST_SPEED), f"speed at {LEAST_SPEED} tokens in place of {speed}"
     if first.windows > 1:
-        yield "windows", _with_quality(windows=1), f"{first.windows - 1} of {first.windows} windows of {first.length} tokens of quality"
+        yield (
+            "windows",
+            _with_quality(windows=1),
+            f"{first.windows - 1} of {first.windows} windows of {first.length} tokens of quality",
+        )
     if batches > LEAST_BATCHES:
-        yield "distill", _with("distill", batches=LEAST_BATCHES), f"{batches - LEAST_BATCHES} of {batches} windows of distilling"
+        yield (
+            "distill",
+            _with("distill", batches=LEAST_BATCHES),
+            f"{batches - LEAST_BATCHES} of {batches} windows of distilling",
+        )
     if steps > 1:
         yield "lora", _with("lora", steps=steps // 2), f"{steps - steps // 2} of {steps} LoRA steps"
     if len(first.budgets) > 1:
-        yield "budgets", _with_quality(budgets=first.budgets[-1:]), f"quality at {', '.join(map(str, first.budgets[:-1]))} keys"
+        yield (
+            "budgets",
+            _with_quality(budgets=first.budgets[-1:]),
+            f"quality at {', '.join(map(str, first.budgets[:-1]))} keys",
+        )
     if speed:
         yield "speed", _with("speed", length=0), "speed"
 
@@ -162,13 +196,25 @@ def _with_quality(**values: Any) -> Any:
 
 def size_of(recipe: Recipe) -> dict[str, Any]:
     """What `fitted` may change, as JSON."""
-    quality = [{"length": e.length, "windows": e.windows, "budgets": e.budgets, "selections": e.selections} for e in recipe.quality]
-    return {"distill": recipe.distill["batches"], "lora": recipe.lora["steps"], "speed": recipe.speed["length"], "quality": quality}
+    quality = [
+        {"length": e.length, "windows": e.windows, "budgets": e.budgets, "selections": e.selections}
+        for e in recipe.quality
+    ]
+    return {
+        "distill": recipe.distill["batches"],
+        "lora": recipe.lora["steps"],
+        "speed": recipe.speed["length"],
+        "quality": quality,
+    }
 
 
 def at_size(recipe: Recipe, size: dict[str, Any]) -> Recipe:
     """The recipe at a size that `size_of` gave, so that a continued run goes on with the size it began with."""
     quality = tuple(replace(entry, **changes) for entry, changes in zip(recipe.quality, size["quality"], strict=False))
-    for section, key, value in (("distill", "batches", "distill"), ("lora", "steps", "lora"), ("speed", "length", "speed")):
+    for section, key, value in (
+        ("distill", "batches", "distill"),
+        ("lora", "steps", "lora"),
+        ("speed", "length", "speed"),
+    ):
         recipe = _with(section, **{key: size[value]})(recipe)
     return replace(recipe, quality=quality)

@@ -1,8 +1,8 @@
 """A run of a recipe: named steps, each leaving a file in the run's folder.
 
 A step is skipped when its file is there, so an interrupted run continues where it stopped. A run folder belongs to one
-recipe: with a changed recipe it is refused. Under ``accelerate launch`` training steps run on every process, the others on
-the main one.
+recipe: with a changed recipe it is refused. Under ``accelerate launch`` training steps run on every process, the others
+on the main one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ WAIT = timedelta(hours=24)  # of the other processes for a step of the main one
 
 
 class Step(NamedTuple):
-    """One step of a run. ``everywhere``: on every process, not on the main one alone. ``then`` takes its result, old or new."""
+    """One step of a run. ``everywhere``: on every process, not on the main one alone.
+    ``then`` takes its result, old or new.
+    """
 
     name: str
     run: Callable[[], dict[str, Any]]
@@ -82,7 +84,12 @@ class Run:
             self._step(step)
             if step.then is not None:
                 step.then(self._load(step.name))
-        results = {"recipe": self.recipe.raw, "smoke": self.recipe.smoke_run, "environment": environment(), "seed": self.recipe.seed}
+        results = {
+            "recipe": self.recipe.raw,
+            "smoke": self.recipe.smoke_run,
+            "environment": environment(),
+            "seed": self.recipe.seed,
+        }
         results["dtype"] = str(self.dtype).removeprefix("torch.")
         results |= {step.name: self._load(step.name) for step in steps}
         if main:
@@ -91,18 +98,24 @@ class Run:
             finally:
                 write_json(self.folder / "results.json", finite_results(results))
             minutes = (time.monotonic() - started) / 60
-            self.console.print(f"done in {minutes:.1f} min: {self.folder}/results.json and what lies beside it", style="bold")
+            self.console.print(
+                f"done in {minutes:.1f} min: {self.folder}/results.json and what lies beside it", style="bold"
+            )
         return results
 
     def _check_room(self) -> None:
         if free_bytes(self.folder) < LEAST_FREE_BYTES:
-            raise RecipeError(f"less than {LEAST_FREE_BYTES >> 30} GB are free for {self.folder}: free some space or give another --out")
+            raise RecipeError(
+                f"less than {LEAST_FREE_BYTES >> 30} GB are free for {self.folder}: free some space or give another "
+                "--out"
+            )
 
     def _claim_folder(self) -> None:
         known = self.state / "recipe.json"
         if known.exists() and json.loads(known.read_text()) != self.recipe.raw:
             raise RecipeError(
-                f"{self.folder} holds a run of another recipe (or the recipe was changed): remove the folder or give another --out"
+                f"{self.folder} holds a run of another recipe (or the recipe was changed): remove the folder or give "
+                "another --out"
             )
         for name in ("results.json", "report.html"):
             check_output(self.folder / name)

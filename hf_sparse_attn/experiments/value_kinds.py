@@ -44,7 +44,9 @@ def fitted(value: Any, hint: Any, where: str) -> Any:
 
 
 def checked_fields(values: Mapping[str, Any], cls: type, where: str) -> dict[str, Any]:
-    """Values of fields of the dataclass ``cls``, each as its hint wants it; names are checked elsewhere. Raises KindError."""
+    """Values of fields of the dataclass ``cls``, each as its hint wants it; names are checked elsewhere.
+    Raises KindError.
+    """
     hints = get_type_hints(cls)
     return {name: fitted(value, hints[name], f"{where}.{name}") for name, value in values.items()}
 

@@ -1,7 +1,8 @@
-"""What the config of a PEFT adapter says of routers: that it saves them, and the settings of the model that it was made for.
+"""What the config of a PEFT adapter says of routers: that it saves them, and the settings of the model that it was made
+for.
 
-The settings are a key of the config, ``sparse_attention``, in memory and in ``adapter_config.json``. Version 0.1.0 wrote
-them into a comment of the regular expression ``exclude_modules``, which is still read.
+The settings are a key of the config, ``sparse_attention``, in memory and in ``adapter_config.json``. Version 0.1.0
+wrote them into a comment of the regular expression ``exclude_modules``, which is still read.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def holds_routers(config: PeftConfig) -> bool:
 
 
 def settings_of(config: PeftConfig) -> dict[str, Any] | None:
-    """The settings of the sparse model that ``config`` was made for, without those that have their default; None if it names none."""
+    """The settings of the sparse model that ``config`` was made for, without those that have their default;
+    None if it names none.
+    """
     settings: dict[str, Any] | None = getattr(config, KEY, None)
     if settings is not None:
         return settings
@@ -48,7 +51,8 @@ def put_settings(config: PeftConfig, settings: Any) -> None:
     """Note in ``config`` the ``settings`` that a file holds. Raises ValueError if they are no mapping."""
     if not isinstance(settings, Mapping):
         raise ValueError(
-            f"{KEY} in adapter_config.json is {settings!r:.60}: must be a mapping of the settings of the adapter's base model. "
+            f"{KEY} in adapter_config.json is {settings!r:.60}: must be a mapping of the settings of the adapter's "
+            "base model. "
             "Write it as hf_sparse_attn.lora_config does, or take the key out"
         )
     setattr(config, KEY, dict(settings))

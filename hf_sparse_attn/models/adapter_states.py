@@ -23,20 +23,27 @@ def check_adapters(model: Any, _args: Any) -> None:
     """Forward pre-hook of a sparse model with adapters.
 
     Raises:
-        ValueError: the model runs sparse, and an active adapter has no routers or other ones run, its scale was changed, or rows
-            of the batch have adapters of their own.
+        ValueError: the model runs sparse, and an active adapter has no routers or other ones run, its scale was
+            changed, or rows of the batch have adapters of their own.
     """
     if not runs_sparse(model):
         return
     layers, sites = _layers_and_sites(model)
     if not layers:
         return
-    active = {} if layers[0].disable_adapters else {name: model.peft_config.get(name) for name in layers[0].active_adapters}
+    active = (
+        {} if layers[0].disable_adapters else {name: model.peft_config.get(name) for name in layers[0].active_adapters}
+    )
     refuse_without_routers(model, {name: config for name, config in active.items() if config is not None})
     wrappers = [site.router for site in sites if not isinstance(site.router, SparseRouter)]
-    if any("adapter_names" in getattr(hook, "keywords", ()) for router in wrappers[:1] for hook in router._forward_pre_hooks.values()):
+    if any(
+        "adapter_names" in getattr(hook, "keywords", ())
+        for router in wrappers[:1]
+        for hook in router._forward_pre_hooks.values()
+    ):
         raise ValueError(
-            "adapter_names was passed: sparse attention routes a whole batch by the active adapter's routers. Call the model once for each "
+            "adapter_names was passed: sparse attention routes a whole batch by the active adapter's routers. Call "
+            "the model once for each "
             'adapter, or run dense with model.set_attn_implementation("sdpa")'
         )
     running = _running(layers)
@@ -46,7 +53,9 @@ def check_adapters(model: Any, _args: Any) -> None:
 
 
 def _layers_and_sites(model: nn.Module) -> tuple[list[Any], list[Any]]:
-    """PEFT's layers and the attention layers with a router, in one walk that leaves out what is inside them: it is made at every token."""
+    """PEFT's layers and the attention layers with a router, in one walk that leaves out what is inside them:
+    it is made at every token.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers: list[Any] = []
@@ -61,7 +70,11 @@ def _layers_and_sites(model: nn.Module) -> tuple[list[Any], list[Any]]:
         routed = isinstance(module, SparseAttentionMixin)
         if routed:
             sites.append(module)
-        left += [child for name, child in reversed(module._modules.items()) if child is not None and not (routed and name == ROUTER)]
+        left += [
+            child
+            for name, child in reversed(module._modules.items())
+            if child is not None and not (routed and name == ROUTER)
+        ]
     return layers, sites
 
 
@@ -76,24 +89,31 @@ def _running(layers: list[Any]) -> set[str]:
 
 
 def _refuse_other_routers(running: set[str], wrappers: list[Any]) -> None:
-    """Raise ValueError unless the routers that run are those of the adapter that runs, or the base model's where none does."""
+    """Raise ValueError unless the routers that run are those of the adapter that runs, or the base model's where none
+    does.
+    """
     routed = {name for router in wrappers if not router.disable_adapters for name in router.active_adapters[:1]}
     if wrappers and running != routed:
         of = ", ".join(map(repr, sorted(routed))) or "the base model"
         raise ValueError(
-            f"adapter {', '.join(map(repr, sorted(running))) or 'none'} runs with the routers of {of}: a part of the model was enabled, "
-            "disabled, or given another adapter by itself. Use model.set_adapter(name) and the model's or PeftModel's own methods, which "
+            f"adapter {', '.join(map(repr, sorted(running))) or 'none'} runs with the routers of {of}: a part of the "
+            "model was enabled, "
+            "disabled, or given another adapter by itself. Use model.set_adapter(name) and the model's or PeftModel's "
+            "own methods, which "
             'change both, or run dense with model.set_attn_implementation("sdpa")'
         )
 
 
 def refuse_scaled(layer: Any, names: set[str]) -> None:
-    """Raise ValueError if the scale of one of the adapters ``names`` is not the one that the routers were trained with."""
+    """Raise ValueError if the scale of one of the adapters ``names`` is not the one that the routers were
+    trained with.
+    """
     for name in names.intersection(getattr(layer, "scaling", ())):
         trained, scale = _trained_scale(layer, name), float(layer.scaling[name])
         if trained is not None and not math.isclose(scale, trained, rel_tol=1e-5):
             raise ValueError(
-                f"adapter {name!r} is scaled by {scale / trained:g}, but its routers were trained with the adapter as it is: set its scale "
+                f"adapter {name!r} is scaled by {scale / trained:g}, but its routers were trained with the adapter as "
+                "it is: set its scale "
                 'to 1 again (layer.set_scale, unscale_layer), or run dense with model.set_attn_implementation("sdpa")'
             )
 
@@ -128,11 +148,15 @@ def base_model(model: Any) -> nn.Module:
 
 def router_sites(model: nn.Module) -> dict[str, Any]:
     """Attention layers with a router, by their name in the base model."""
-    return {name: module for name, module in base_model(model).named_modules() if isinstance(module, SparseAttentionMixin)}
+    return {
+        name: module for name, module in base_model(model).named_modules() if isinstance(module, SparseAttentionMixin)
+    }
 
 
 def refuse_misfits(model: Any, adapters: Mapping[str, PeftConfig]) -> None:
-    """Raise ValueError if ``model`` runs sparse and an adapter has no routers, or routers for blocks of another size."""
+    """Raise ValueError if ``model`` runs sparse and an adapter has no routers, or routers for blocks of
+    another size.
+    """
     refuse_without_routers(model, adapters)
     size = active_routers(model)[0].config.block_size
     for name, config in adapters.items():
@@ -140,7 +164,8 @@ def refuse_misfits(model: Any, adapters: Mapping[str, PeftConfig]) -> None:
         trained_for = size if settings is None else settings.get("block_size", SparseAttentionConfig().block_size)
         if trained_for != size:
             raise ValueError(
-                f"the routers of adapter {name!r} were trained for block_size {trained_for}, those of the model are for {size}: load the "
+                f"the routers of adapter {name!r} were trained for block_size {trained_for}, those of the model are "
+                f"for {size}: load the "
                 f"base with sparse_attention={settings}"
             )
 
@@ -149,7 +174,9 @@ def refuse_without_routers(model: Any, adapters: Mapping[str, PeftConfig]) -> No
     without = [name for name, config in adapters.items() if not (holds_routers(config) or config.is_prompt_learning)]
     if without and runs_sparse(model):
         raise ValueError(
-            f"adapter {', '.join(map(repr, without))} has no routers, but {type(model).__name__} runs sparse attention: it belongs to a "
-            "dense model, or was made without modules_to_save=['router']. Make it with hf_sparse_attn.lora_config(model, ...), or run the "
+            f"adapter {', '.join(map(repr, without))} has no routers, but {type(model).__name__} runs sparse "
+            "attention: it belongs to a "
+            "dense model, or was made without modules_to_save=['router']. Make it with "
+            "hf_sparse_attn.lora_config(model, ...), or run the "
             'model dense, with hf_sparse_attn.to_dense(model) or model.set_attn_implementation("sdpa")'
         )

@@ -16,12 +16,15 @@ from .adapter_states import base_model, refuse_misfits, router_sites
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-SCALES = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")  # fields of LoraConfig that its scale follows from
+# fields of LoraConfig that its scale follows from
+SCALES = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
 @cache
 def guard_peft() -> None:
-    """Make PEFT's functions that know LoRA's weights only do what is right for a sparse model. Others they serve as before."""
+    """Make PEFT's functions that know LoRA's weights only do what is right for a sparse model.
+    Others they serve as before.
+    """
     from peft.tuners.ia3 import IA3Model
     from peft.tuners.lora import LoraModel
     from peft.utils import hotswap
@@ -36,7 +39,8 @@ def _refusing(add_weighted_adapter: Callable[..., Any]) -> Callable[..., Any]:
     def refuse(tuner: Any, *args: Any, **kwargs: Any) -> Any:
         if router_sites(tuner.model):
             raise ValueError(
-                "add_weighted_adapter cannot mix the adapters of a sparse model: the new adapter would run with the routers of the base "
+                "add_weighted_adapter cannot mix the adapters of a sparse model: the new adapter would run with the "
+                "routers of the base "
                 "model, which were trained with neither. Mix them on the dense model, merge, and distil routers anew"
             )
         return add_weighted_adapter(tuner, *args, **kwargs)
@@ -49,13 +53,19 @@ def _swapping(hotswap: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(hotswap)
     def swap(
-        model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, config: Any, parameter_prefix: str = "lora_", **kwargs: Any
+        model: nn.Module,
+        state_dict: dict[str, Tensor],
+        adapter_name: str,
+        config: Any,
+        parameter_prefix: str = "lora_",
+        **kwargs: Any,
     ) -> None:
         refuse_swap(model, adapter_name, config)
         wrappers = {
             name.removeprefix("_orig_mod."): module
             for name, module in model.named_modules()
-            if isinstance(getattr(module, "original_module", None), SparseRouter) and adapter_name in module.modules_to_save
+            if isinstance(getattr(module, "original_module", None), SparseRouter)
+            and adapter_name in module.modules_to_save
         }
         if not wrappers:
             return hotswap(model, state_dict, adapter_name, config, parameter_prefix, **kwargs)
@@ -64,14 +74,27 @@ def _swapping(hotswap: Callable[..., None]) -> Callable[..., None]:
             for name, module in wrappers.items()
             for weight, parameter in module.modules_to_save[adapter_name].named_parameters()
         }
-        wrong = [name for name, weight in weights.items() if getattr(state_dict.get(name), "shape", None) != weight.shape]
+        wrong = [
+            name for name, weight in weights.items() if getattr(state_dict.get(name), "shape", None) != weight.shape
+        ]
         if wrong:
-            raise ValueError(f"the adapter that is to be swapped in lacks routers, or has others than the model's: {', '.join(wrong[:3])}")
+            raise ValueError(
+                "the adapter that is to be swapped in lacks routers, or has others than the model's: "
+                f"{', '.join(wrong[:3])}"
+            )
         try:
-            hotswap(model, {k: v for k, v in state_dict.items() if k not in weights}, adapter_name, config, parameter_prefix, **kwargs)
+            hotswap(
+                model,
+                {k: v for k, v in state_dict.items() if k not in weights},
+                adapter_name,
+                config,
+                parameter_prefix,
+                **kwargs,
+            )
         except KeyError as error:  # before anything was changed
             raise ValueError(
-                f"PEFT cannot hot-swap {error}: of what an adapter saves whole only routers can be. Use delete_adapter and load_adapter"
+                f"PEFT cannot hot-swap {error}: of what an adapter saves whole only routers can be. Use "
+                "delete_adapter and load_adapter"
             ) from error
         with torch.no_grad():
             for name, weight in weights.items():
@@ -82,31 +105,39 @@ def _swapping(hotswap: Callable[..., None]) -> Callable[..., None]:
 
 
 def refuse_swap(model: Any, name: str, config: PeftConfig) -> None:
-    """Raise ValueError if an adapter of this ``config`` cannot take the place of adapter ``name`` of ``model``, sparse or not."""
+    """Raise ValueError if an adapter of this ``config`` cannot take the place of adapter ``name`` of ``model``, sparse
+    or not.
+    """
     base: Any = base_model(model)
     if not router_sites(base):
         return
     if holds_routers(config) != holds_routers(base.peft_config[name]):
         raise ValueError(
-            f"adapter {name!r} and the one that is to be swapped in for it do not both have routers: one of them belongs to a dense model. "
+            f"adapter {name!r} and the one that is to be swapped in for it do not both have routers: one of them "
+            "belongs to a dense model. "
             "Use delete_adapter and load_adapter"
         )
     refuse_misfits(base, {name: config})
 
 
 def refuse_other_scale(model: Any, name: str, config: Any) -> None:
-    """Raise ValueError if an adapter of this ``config`` has another scale than adapter ``name``, which keeps its own."""
+    """Raise ValueError if an adapter of this ``config`` has another scale than adapter ``name``, which
+    keeps its own.
+    """
     for field in SCALES:
         ours, theirs = getattr(model.peft_config[name], field, None), getattr(config, field, None)
         if ours != theirs:
             raise ValueError(
-                f"the adapter that is to be swapped in for {name!r} has {field} {theirs}, the old one {ours}: Transformers swaps weights "
+                f"the adapter that is to be swapped in for {name!r} has {field} {theirs}, the old one {ours}: "
+                "Transformers swaps weights "
                 "only. Use peft.utils.hotswap.hotswap_adapter, or delete_adapter and load_adapter"
             )
 
 
 def _note_scales(model: nn.Module, name: str) -> None:
-    """Tell LoRA's layers that their scale is that of the adapter that was swapped in: PEFT leaves the old alpha in them."""
+    """Tell LoRA's layers that their scale is that of the adapter that was swapped in:
+    PEFT leaves the old alpha in them.
+    """
     from peft.tuners.lora import LoraLayer
 
     for layer in model.modules():

@@ -27,9 +27,11 @@ HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token")
 
 
 def lora_config(model: nn.Module, **options: Any) -> LoraConfig:
-    """A `peft.LoraConfig` with these ``options`` for a sparse ``model``: routers are trained whole and saved with the adapter.
+    """A `peft.LoraConfig` with these ``options`` for a sparse ``model``: routers are trained whole and saved with the
+    adapter.
 
-    PEFT's ``unload`` leaves the adapter's routers in the model, as ``merge_and_unload`` does; ``delete_adapter`` first restores all.
+    PEFT's ``unload`` leaves the adapter's routers in the model, as ``merge_and_unload`` does; ``delete_adapter`` first
+    restores all.
 
     Raises:
         ValueError: the model has no routers, or ``target_modules`` or ``target_parameters`` take in a router.
@@ -47,13 +49,19 @@ def lora_config(model: nn.Module, **options: Any) -> LoraConfig:
             target = getattr(config, field)
             hit = next((key for key in keys if matches(target, key)), None)
             if hit is not None:
-                raise ValueError(f"{field} {target!r} takes in {hit}: routers are trained whole and saved with the adapter, leave them out")
+                raise ValueError(
+                    f"{field} {target!r} takes in {hit}: routers are trained whole and saved with the adapter, leave "
+                    "them out"
+                )
     complete(config, active_routers(model)[0].config)
     return config
 
 
-def load_adapter(model: nn.Module, adapter: str | os.PathLike[str], adapter_name: str = "default", **options: Any) -> PeftModel:
-    """As `PeftModel.from_pretrained` (`PeftModel.load_adapter` if ``model`` is one), but refuses an adapter of the other kind.
+def load_adapter(
+    model: nn.Module, adapter: str | os.PathLike[str], adapter_name: str = "default", **options: Any
+) -> PeftModel:
+    """As `PeftModel.from_pretrained` (`PeftModel.load_adapter` if ``model`` is one), but refuses an adapter of the
+    other kind.
 
     Returns:
         The PeftModel.
@@ -63,14 +71,19 @@ def load_adapter(model: nn.Module, adapter: str | os.PathLike[str], adapter_name
     """
     from peft import PeftConfig, PeftModel
 
-    config = PeftConfig.from_pretrained(os.fspath(adapter), **{name: options[name] for name in HUB_OPTIONS if name in options})
+    config = PeftConfig.from_pretrained(
+        os.fspath(adapter), **{name: options[name] for name in HUB_OPTIONS if name in options}
+    )
     base = base_model(model)
     settings = settings_of(config)
     if router_sites(base):
         refuse_misfits(base, {adapter_name: config})
-    elif settings is not None or (holds_routers(config) and not any(name.endswith(ROUTER) for name, _ in base.named_modules())):
+    elif settings is not None or (
+        holds_routers(config) and not any(name.endswith(ROUTER) for name, _ in base.named_modules())
+    ):
         raise ValueError(
-            f"{adapter} cannot go on the dense {type(base).__name__}: {ADVICE.format(settings='{...}' if settings is None else settings)}"
+            f"{adapter} cannot go on the dense {type(base).__name__}: "
+            f"{ADVICE.format(settings='{...}' if settings is None else settings)}"
         )
     if isinstance(model, PeftModel):
         model.load_adapter(adapter, adapter_name, **options)
@@ -83,7 +96,9 @@ class SparseAdapterMixin:
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
-        """The adapters that PEFT put on this model, by name. Setting it raises ValueError if one of them has no routers."""
+        """The adapters that PEFT put on this model, by name.
+        Setting it raises ValueError if one of them has no routers.
+        """
         if "peft_config" not in self.__dict__:
             raise AttributeError("peft_config")
         return self.__dict__["peft_config"]  # type: ignore[no-any-return]
@@ -123,11 +138,14 @@ class SparseAdapterMixin:
             if isinstance(module, ModulesToSaveWrapper):
                 module.enable_adapters(True)
 
-    def load_adapter(self, peft_model_id: Any = None, adapter_name: str | None = None, *args: Any, **kwargs: Any) -> Any:
+    def load_adapter(
+        self, peft_model_id: Any = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """As the stock method.
 
         Raises:
-            ValueError: the adapter is to be swapped in for another that it does not fit, or its weights lack the routers.
+            ValueError: the adapter is to be swapped in for another that it does not fit, or its weights lack the
+                routers.
         """
         from peft import PeftConfig
 
@@ -139,14 +157,19 @@ class SparseAdapterMixin:
         info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
         missing = [key for key in getattr(info, "missing_keys", ()) if is_of_router(key)]
         if missing:
-            raise ValueError(f"{peft_model_id} says that it holds routers, but lacks weights of them: {', '.join(sorted(missing)[:3])}")
+            raise ValueError(
+                f"{peft_model_id} says that it holds routers, but lacks weights of them: "
+                f"{', '.join(sorted(missing)[:3])}"
+            )
         return info
 
 
 def refuse_adapters(model: Any, what: str) -> None:
     """Raise ValueError if ``model`` has adapters, or is a PeftModel."""
     if hasattr(model, "peft_config"):
-        raise ValueError(f"{what} cannot change a model with adapters ({', '.join(model.peft_config)}): merge or unload them first")
+        raise ValueError(
+            f"{what} cannot change a model with adapters ({', '.join(model.peft_config)}): merge or unload them first"
+        )
 
 
 def _take_out_adapters(model: Any) -> None:

@@ -63,7 +63,9 @@ def attention_sites(model: nn.Module) -> dict[str, Any]:
 
 
 def _window(site: Any) -> int | None:
-    """The sliding window of an attention module: its own attribute, else the config's where its forward passes that on."""
+    """The sliding window of an attention module: its own attribute, else the config's where its forward
+    passes that on.
+    """
     if getattr(site, "is_sliding", True) is False:
         return None
     if hasattr(site, "sliding_window"):
@@ -74,10 +76,12 @@ def _window(site: Any) -> int | None:
 
 
 def attach_routers(model: Any, config: SparseAttentionConfig, device: torch.device | None = None) -> None:
-    """Give every attention layer of a stock ``model`` a router (weights uninitialised, on ``device``) and the thin subclass.
+    """Give every attention layer of a stock ``model`` a router (weights uninitialised, on ``device``) and the thin
+    subclass.
 
     Raises:
-        ValueError: no layer can be served, ``config`` does not fit the model, or a layer has a feature that is not supported.
+        ValueError: no layer can be served, ``config`` does not fit the model, or a layer has a feature that is not
+            supported.
     """
     sites = attention_sites(model)
     if not sites:
@@ -89,12 +93,15 @@ def attach_routers(model: Any, config: SparseAttentionConfig, device: torch.devi
     beyond = [layer for layer in config.dense_layers if layer not in layers.values()]
     if beyond:
         raise ValueError(
-            f"sparse_attention.dense_layers is {config.dense_layers!r}: the layers that can be sparse are {sorted(layers.values())}"
+            f"sparse_attention.dense_layers is {config.dense_layers!r}: the layers that can be sparse are "
+            f"{sorted(layers.values())}"
         )
     # an inner model that an Auto class made from a sparse config is sparse already
     stock = {name: site for name, site in sites.items() if not isinstance(site, SparseAttentionMixin)}
     rotaries: dict[Any, Rotary] = {}
-    modules = {name: _make_router(model, name, site, config, layers[name], rotaries, device) for name, site in stock.items()}
+    modules = {
+        name: _make_router(model, name, site, config, layers[name], rotaries, device) for name, site in stock.items()
+    }
     holder = SettingsHolder(config)
     for name, router in modules.items():
         router.holder = holder
@@ -117,7 +124,9 @@ def sparse_attention_class(stock: Any) -> type:
     parameters = inspect.signature(stock.forward).parameters.values()
     passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     keeps_positions = passes_on and any(parameter.name == "position_ids" for parameter in parameters)
-    return make_class(SparseAttentionMixin, stock, accepted=accepted_names(stock.forward)[1:], keeps_positions=keeps_positions)
+    return make_class(
+        SparseAttentionMixin, stock, accepted=accepted_names(stock.forward)[1:], keeps_positions=keeps_positions
+    )
 
 
 def _make_router(
@@ -146,7 +155,8 @@ def refuse_features(site: Any) -> None:
     for field in ("is_encoder_decoder", "add_cross_attention"):
         if getattr(config, field, False):
             raise ValueError(
-                f"{type(site).__name__} with {field}=True is not supported: sparse attention serves self-attention only. "
+                f"{type(site).__name__} with {field}=True is not supported: sparse attention serves self-attention "
+                "only. "
                 f"Set {field}=False, or load the model without sparse_attention"
             )
 

@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 FILE = "sparse_calibration.json"
 FORMAT = 1
 SAMPLES = 256  # weights of a tensor that its fingerprint reads
-UNUSED = ("density", "min_keys", "max_keys", "mass_threshold", "bookkeeping")  # settings that a calibration takes the place of
+# settings that a calibration takes the place of
+UNUSED = ("density", "min_keys", "max_keys", "mass_threshold", "bookkeeping")
 
 
 class CalibrationError(ValueError):
@@ -40,12 +41,14 @@ class CalibrationError(ValueError):
 class Calibration:
     """Budgets of a model, what they were made with, and what was found with them on other windows.
 
-    ``shares`` maps the layer to rows of shares of the visible keys, or of keys where ``mass`` is None, see `HeadBudgets`;
-    ``made_with`` holds the fingerprints of backbone and routers, the settings and the version; ``fit`` and ``verified`` are figures.
+    ``shares`` maps the layer to rows of shares of the visible keys, or of keys where ``mass`` is None, see
+    `HeadBudgets`; ``made_with`` holds the fingerprints of backbone and routers, the settings and the version; ``fit``
+    and ``verified`` are figures.
     """
 
     preset: str | None
-    mass: float | None  # share of the softmax mass that 95 % of the tiles keep; None if an average number of keys was shared out
+    # share of the softmax mass that 95 % of the tiles keep; None if an average number of keys was shared out
+    mass: float | None
     ends: tuple[int, ...]
     shares: Mapping[int, tuple[tuple[float, ...], ...]]
     made_with: Mapping[str, Any]
@@ -72,24 +75,33 @@ def read_calibration(path: str | Path) -> Calibration:
     except ValueError as error:
         raise CalibrationError(str(error)) from error
     except RecursionError as error:
-        raise CalibrationError(f"{path} is nested too deep for a calibration: make it anew with hf-sparse-attn calibrate") from error
+        raise CalibrationError(
+            f"{path} is nested too deep for a calibration: make it anew with hf-sparse-attn calibrate"
+        ) from error
     known = {f.name for f in fields(Calibration)}
     if not isinstance(values, dict) or set(values) != known | {"format", "sha256"} or values["format"] != FORMAT:
-        raise CalibrationError(f"{path} is no calibration of format {FORMAT}: make it anew with hf-sparse-attn calibrate")
+        raise CalibrationError(
+            f"{path} is no calibration of format {FORMAT}: make it anew with hf-sparse-attn calibrate"
+        )
     written = values.pop("sha256")
     if written != _hash(values):
         raise CalibrationError(
-            f"{path} does not have the hash that it was written with: it was changed. Make it anew with hf-sparse-attn calibrate"
+            f"{path} does not have the hash that it was written with: it was changed. Make it anew with "
+            "hf-sparse-attn calibrate"
         )
     del values["format"]
     try:
         return _calibration(values)
     except ValueError as error:
-        raise CalibrationError(f"{path} is no calibration: {error}. Make it anew with hf-sparse-attn calibrate") from error
+        raise CalibrationError(
+            f"{path} is no calibration: {error}. Make it anew with hf-sparse-attn calibrate"
+        ) from error
 
 
 def _calibration(values: dict[str, Any]) -> Calibration:
-    """The calibration that the values of a file make. Raises ValueError, naming the field, for one that no calibration has."""
+    """The calibration that the values of a file make.
+    Raises ValueError, naming the field, for one that no calibration has.
+    """
     for name in ("shares", "made_with", "fit", "verified"):
         if not isinstance(values[name], dict):
             raise ValueError(f"{name} is {values[name]!r:.60}: must be a mapping")
@@ -105,7 +117,9 @@ def _calibration(values: dict[str, Any]) -> Calibration:
         if not layer.isdecimal() or len(layer) > 6:
             raise ValueError(f"shares has the layer {layer!r:.60}: must be a layer's index")
         whole = isinstance(rows, list) and all(isinstance(row, list) for row in rows)
-        if not whole or not all(type(share) in (int, float) and 0 < share <= MOST_KEYS for row in rows for share in row):
+        if not whole or not all(
+            type(share) in (int, float) and 0 < share <= MOST_KEYS for row in rows for share in row
+        ):
             raise ValueError(f"shares.{layer} is {rows!r:.60}: must be rows of a share for every KV head")
         shares[int(layer)] = tuple(map(tuple, rows))
     calibration = Calibration(**{**values, "ends": tuple(ends), "shares": shares})
@@ -117,16 +131,22 @@ def _calibration(values: dict[str, Any]) -> Calibration:
 def made_with(model: Any) -> dict[str, Any]:
     """What a calibration of ``model`` depends on.
 
-    The backbone's fingerprint reads 256 weights of each tensor as bfloat16, so that it is the same in every dtype a checkpoint is
-    loaded in; that of the routers reads all of theirs.
+    The backbone's fingerprint reads 256 weights of each tensor as bfloat16, so that it is the same in every dtype a
+    checkpoint is loaded in; that of the routers reads all of theirs.
 
     Raises:
         CalibrationError: a weight is not in memory.
     """
     layer_routers = routers(model)
     values = layer_routers[0].config.to_dict()
-    backbone = {name: weight for name, weight in getattr(model, "base_model", model).named_parameters() if not is_of_router(name)}
-    weights = {f"{router.layer}.{name}": weight for router in layer_routers for name, weight in router.named_parameters()}
+    backbone = {
+        name: weight
+        for name, weight in getattr(model, "base_model", model).named_parameters()
+        if not is_of_router(name)
+    }
+    weights = {
+        f"{router.layer}.{name}": weight for router in layer_routers for name, weight in router.named_parameters()
+    }
     return {
         "version": VERSION,
         "backbone": _fingerprint(backbone, SAMPLES),
@@ -140,7 +160,8 @@ def _fingerprint(weights: Mapping[str, Tensor], samples: int | None) -> str:
     for name, weight in sorted(weights.items()):
         if weight.device.type == "meta":
             raise CalibrationError(
-                f"the weight {name} is not in memory (offloaded or sharded): load the model whole to use its calibration"
+                f"the weight {name} is not in memory (offloaded or sharded): load the model whole to use its "
+                "calibration"
             )
         flat = weight.detach().flatten()
         read = flat if samples is None else flat[:: max(1, len(flat) // samples)][:samples].bfloat16()
@@ -170,7 +191,8 @@ def use_calibration(model: Any, calibration: Calibration) -> None:
         found_heads = {len(row) for row in calibration.shares.get(router.layer, ())}
         if found_heads != {router.groups}:
             raise CalibrationError(
-                f"the calibration has shares of {sorted(found_heads) or 'no'} heads for layer {router.layer}, which has {router.groups} "
+                f"the calibration has shares of {sorted(found_heads) or 'no'} heads for layer {router.layer}, which "
+                f"has {router.groups} "
                 "KV heads: make it anew with hf-sparse-attn calibrate"
             )
     for router in routers(model):
@@ -194,11 +216,15 @@ def remove_calibration(model: Any) -> None:
 
 
 def load_calibration(model: Any, name: str, checkpoint: str | None, options: Mapping[str, Any]) -> None:
-    """Use the calibration ``name`` that the settings of a loaded model name. Raises CalibrationError as `use_calibration` does."""
+    """Use the calibration ``name`` that the settings of a loaded model name.
+    Raises CalibrationError as `use_calibration` does.
+    """
     if checkpoint is None:
         raise CalibrationError(
-            f"the config refers to the calibration {name}, but the model was loaded from a state_dict, which has no files: take "
-            "bookkeeping.calibration out of config.sparse_attention, and give it to the model with hf_sparse_attn.use_calibration"
+            f"the config refers to the calibration {name}, but the model was loaded from a state_dict, which has no "
+            "files: take "
+            "bookkeeping.calibration out of config.sparse_attention, and give it to the model with "
+            "hf_sparse_attn.use_calibration"
         )
     try:
         path = str(cached_file(checkpoint, name, **options))
@@ -211,7 +237,9 @@ def load_calibration(model: Any, name: str, checkpoint: str | None, options: Map
 
 
 def save_calibration(model: Any, folder: Path) -> None:
-    """Write the calibration of ``model`` into ``folder``; where its weights have changed since it is taken out, which is said."""
+    """Write the calibration of ``model`` into ``folder``;
+    where its weights have changed since it is taken out, which is said.
+    """
     calibration = getattr(model, "calibration", None)
     if calibration is None or made_with(model) == calibration.made_with:
         if calibration is not None:
@@ -219,7 +247,10 @@ def save_calibration(model: Any, folder: Path) -> None:
         elif routers(model)[0].config.bookkeeping.calibration is not None:
             _refer(model, None)
         return
-    logger.warning("the weights have changed since this model was calibrated: it is saved without its calibration. Calibrate it anew")
+    logger.warning(
+        "the weights have changed since this model was calibrated: it is saved without its calibration. Calibrate it "
+        "anew"
+    )
     remove_calibration(model)
 
 
@@ -231,7 +262,9 @@ def write_calibration(folder: str | Path, calibration: Calibration) -> None:
     """
     folder = Path(folder)
     values = read_json(folder / "config.json")
-    parts = [part for part in (values, values.get("text_config")) if isinstance(part, dict) and part.get(KEY) is not None]
+    parts = [
+        part for part in (values, values.get("text_config")) if isinstance(part, dict) and part.get(KEY) is not None
+    ]
     if not parts:
         raise CalibrationError(f"{folder} holds no sparse model: its config.json has no {KEY}")
     for part in parts:

@@ -26,8 +26,8 @@ class SparseSavingMixin:
         """As the stock method.
 
         Raises:
-            ValueError: the config says that the routers were trained but weights are missing, or asks for other routers than
-                the checkpoint holds.
+            ValueError: the config says that the routers were trained but weights are missing, or asks for other routers
+                than the checkpoint holds.
             CalibrationError: the checkpoint refers to a calibration that is missing, or was made with something else.
         """
         named = pretrained_model_name_or_path is not None  # None: the weights are in state_dict
@@ -41,15 +41,20 @@ class SparseSavingMixin:
             raise ValueError(
                 f"{pretrained_model_name_or_path if named else 'the config'} says that its routers were trained, but "
                 f"{'it' if named else 'state_dict'} holds none for layers {fresh}: it was "
-                "probably saved again without hf_sparse_attn. Load the original one, or pass sparse_attention={...} without bookkeeping "
+                "probably saved again without hf_sparse_attn. Load the original one, or pass sparse_attention={...} "
+                "without bookkeeping "
                 "to start with untrained routers"
             )
         if bookkeeping.calibration is not None:
             options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-            load_calibration(model, bookkeeping.calibration, str(pretrained_model_name_or_path) if named else None, options)
+            load_calibration(
+                model, bookkeeping.calibration, str(pretrained_model_name_or_path) if named else None, options
+            )
         return loaded
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
         """As the stock method, but files appear under ``save_directory`` only once all of them are complete."""
         if not kwargs.get("is_main_process", True):
             return
@@ -64,15 +69,21 @@ class SparseSavingMixin:
                 super().save_pretrained(temporary, *args, push_to_hub=True, **kwargs)  # type: ignore[misc]
 
     def _get_files_timestamps(self, working_dir: str | os.PathLike[str]) -> dict[str, float]:
-        """Of the files that were there before a push, which leaves them out: the calibration is written first, but belongs to it."""
+        """Of the files that were there before a push, which leaves them out:
+        the calibration is written first, but belongs to it.
+        """
         stamps: dict[str, float] = super()._get_files_timestamps(working_dir)  # type: ignore[misc]
         return {name: time for name, time in stamps.items() if name != CALIBRATION}
 
 
 def _refuse_other_routers(checkpoint: Any, options: dict[str, Any]) -> None:
-    """Raise ValueError if the settings asked for and those that ``checkpoint`` was saved with call for routers of different kinds."""
+    """Raise ValueError if the settings asked for and those that ``checkpoint`` was saved with call for routers of
+    different kinds.
+    """
     text = options["config"].get_text_config()
-    values, _ = PreTrainedConfig.get_config_dict(checkpoint, **{name: options[name] for name in HUB_OPTIONS if name in options})
+    values, _ = PreTrainedConfig.get_config_dict(
+        checkpoint, **{name: options[name] for name in HUB_OPTIONS if name in options}
+    )
     saved, requested = values.get(KEY), getattr(text, KEY, None)
     if saved is None or requested is None:
         return
@@ -81,7 +92,8 @@ def _refuse_other_routers(checkpoint: Any, options: dict[str, Any]) -> None:
     for name, (theirs, ours) in {name: (kinds[0][name], kinds[1][name]) for name in FIXED_FIELDS}.items():
         if theirs != ours:
             raise ValueError(
-                f"sparse_attention.{name} {ours} was asked for, but {checkpoint} holds routers for {theirs}: leave it out, or make new "
+                f"sparse_attention.{name} {ours} was asked for, but {checkpoint} holds routers for {theirs}: leave it "
+                "out, or make new "
                 "routers with hf_sparse_attn.sparsify(hf_sparse_attn.to_dense(model), {...})"
             )
 

@@ -1,4 +1,5 @@
-"""The configs of sparse models: what stands in Transformers' CONFIG_MAPPING and chooses them, what they hold, and where it is written.
+"""The configs of sparse models: what stands in Transformers' CONFIG_MAPPING and chooses them, what they hold, and where
+it is written.
 
 Of a composite model, which has a text part beside others, only the text part is sparse.
 """
@@ -22,7 +23,9 @@ PREFIX = "Sparse"  # of the names of sparse classes
 
 
 class Dispatcher(type):
-    """The class of dispatchers; a dispatcher is in all else the stock class, which is imported when it is needed first."""
+    """The class of dispatchers; a dispatcher is in all else the stock class, which is imported when it is
+    needed first.
+    """
 
     make_sparse: Callable[[type], type]
     module: str  # of the stock class, below transformers.models
@@ -66,7 +69,9 @@ class Dispatcher(type):
 
 
 def dispatcher(name: str, model_type: str, make_sparse: Callable[[Any], type]) -> type:
-    """The dispatcher for ``model_type``, whose stock config class is ``name``; ``make_sparse`` gives its sparse counterpart."""
+    """The dispatcher for ``model_type``, whose stock config class is ``name``;
+    ``make_sparse`` gives its sparse counterpart.
+    """
     # Transformers finds a class by its __name__, and would prefer a class from outside `transformers` to remote code
     namespace = {
         "__module__": f"transformers.{__name__}",
@@ -88,7 +93,8 @@ class SparseConfigMixin(MadeMixin):
             return
         name_sparse_classes(self)
         if is_composite(type(self)):
-            # an inner model is made from the text config: it stays stock, and the mask function finds the settings there
+            # an inner model is made from the text config: it stays stock, and the mask function finds the settings
+            # there
             setattr(self.text_config, KEY, self.sparse_attention)  # type: ignore[attr-defined]
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -100,7 +106,8 @@ class SparseConfigMixin(MadeMixin):
     def _set_implementation(self, requested: Any) -> None:
         PreTrainedConfig._attn_implementation.fset(self, asked_implementation(self, requested))  # type: ignore[attr-defined]
 
-    _attn_implementation = PreTrainedConfig._attn_implementation.setter(_set_implementation)  # type: ignore[attr-defined]  # the stock getter
+    # the stock getter
+    _attn_implementation = PreTrainedConfig._attn_implementation.setter(_set_implementation)  # type: ignore[attr-defined]
 
     def to_dict(self) -> dict[str, Any]:
         out: dict[str, Any] = super().to_dict()  # type: ignore[misc]
@@ -160,7 +167,9 @@ def asked_implementation(config: Any, requested: Any) -> Any:
 
 
 def name_sparse_classes(config: Any) -> None:
-    """Make the ``architectures`` of a sparse ``config`` name sparse classes: many libraries take the class of that name."""
+    """Make the ``architectures`` of a sparse ``config`` name sparse classes:
+    many libraries take the class of that name.
+    """
     config.architectures = config.architectures and [_sparse_name(name) for name in config.architectures]
 
 

@@ -29,14 +29,19 @@ def sparsify(model: PreTrainedModel, sparse_attention: SparseAttentionConfig | M
     """Give a stock model in memory routers and sparse attention, in place; returns it.
 
     Raises:
-        ValueError: the architecture is not supported, the config is impossible, the model is sparse already or has adapters.
+        ValueError: the architecture is not supported, the config is impossible, the model is sparse already or has
+            adapters.
     """
     if isinstance(model, SparseModelMixin):
-        raise ValueError(f"{type(model).__name__} is sparse already; change its budget with set_sparse_attention, or call to_dense first")
+        raise ValueError(
+            f"{type(model).__name__} is sparse already; change its budget with set_sparse_attention, or call to_dense "
+            "first"
+        )
     refuse_adapters(model, "sparsify")
     config = SparseAttentionConfig.coerce(sparse_attention)
     target = sparse_class(type(model))
-    sparse_config_class(type(model.config))  # refuses a model that runs on another type's config, before anything is changed
+    # refuses a model that runs on another type's config, before anything is changed
+    sparse_config_class(type(model.config))
     attach_routers(model, config, model.device)
     for router in routers(model):  # in float32, as after from_pretrained
         router.train(model.training)
@@ -71,14 +76,18 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def take_routers(model: PreTrainedModel, source: nn.Module) -> PreTrainedModel:
-    """Give ``model``, a reference of ``source`` with or without routers, frozen copies of the routers of ``source``; returns it.
+    """Give ``model``, a reference of ``source`` with or without routers, frozen copies of the routers of ``source``;
+    returns it.
 
     Raises:
         ValueError: ``model`` is wrapped or sharded (FSDP, DeepSpeed), or another architecture than ``source``.
     """
-    if not isinstance(model, PreTrainedModel) or [p.shape for p in _backbone(model)] != [p.shape for p in _backbone(source)]:
+    if not isinstance(model, PreTrainedModel) or [p.shape for p in _backbone(model)] != [
+        p.shape for p in _backbone(source)
+    ]:
         raise ValueError(
-            f"the reference model ({type(model).__name__}) cannot take the routers of {type(source).__name__}: it is sharded, or another "
+            f"the reference model ({type(model).__name__}) cannot take the routers of {type(source).__name__}: it is "
+            "sharded, or another "
             "model. Save the sparse model, load it from there, and train that one"
         )
     if not routers(model):
@@ -103,8 +112,9 @@ def set_sparse_attention(model: nn.Module, **changes: Any) -> SparseAttentionCon
     """Change fields of a sparse model's config, e.g. ``min_keys=1024, max_keys=1024``; returns the new config.
 
     Raises:
-        ValueError: an unknown field, an impossible value, a field that the routers' weights depend on, no routers, another
-            budget than the model's ``mass_threshold`` was fitted for, without a new one, or the model has a calibration.
+        ValueError: an unknown field, an impossible value, a field that the routers' weights depend on, no routers,
+            another budget than the model's ``mass_threshold`` was fitted for, without a new one, or the model has a
+            calibration.
     """
     layer_routers = routers(model)
     if not layer_routers:
@@ -113,18 +123,25 @@ def set_sparse_attention(model: nn.Module, **changes: Any) -> SparseAttentionCon
     for name in FIXED_FIELDS:
         if getattr(config, name) != getattr(layer_routers[0].config, name):
             raise ValueError(
-                f"sparse_attention.{name} cannot change from {getattr(layer_routers[0].config, name)!r} to {getattr(config, name)!r}: "
+                f"sparse_attention.{name} cannot change from {getattr(layer_routers[0].config, name)!r} to "
+                f"{getattr(config, name)!r}: "
                 "the routers' weights depend on it. Convert the dense model anew"
             )
     moved = [name for name in BUDGET_FIELDS if getattr(config, name) != getattr(layer_routers[0].config, name)]
     if moved and layer_routers[0].config.mass_threshold is not None and "mass_threshold" not in changes:
         raise ValueError(
-            f"sparse_attention.{moved[0]} cannot change alone: mass_threshold={config.mass_threshold} was fitted for the budget there is. "
-            "Fit it anew with hf_sparse_attn.fit_mass_threshold(model, batches, keys=…), or pass mass_threshold=None, too"
+            f"sparse_attention.{moved[0]} cannot change alone: mass_threshold={config.mass_threshold} was fitted for "
+            "the budget there is. "
+            "Fit it anew with hf_sparse_attn.fit_mass_threshold(model, batches, keys=…), or pass mass_threshold=None, "
+            "too"
         )
-    if layer_routers[0].budgets is not None and replace(config, bookkeeping=layer_routers[0].config.bookkeeping) != layer_routers[0].config:
+    if (
+        layer_routers[0].budgets is not None
+        and replace(config, bookkeeping=layer_routers[0].config.bookkeeping) != layer_routers[0].config
+    ):
         raise ValueError(
-            f"sparse_attention cannot change ({', '.join(changes)}): the model was calibrated for the settings there are. "
+            f"sparse_attention cannot change ({', '.join(changes)}): the model was calibrated for the settings there "
+            "are. "
             "Call hf_sparse_attn.remove_calibration(model) first, and calibrate it anew afterwards"
         )
     write_settings(model, config)

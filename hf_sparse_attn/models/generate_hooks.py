@@ -1,4 +1,5 @@
-"""What `generate` does otherwise for sparse models: their caches are adopted, and a prompt in chunks is cut where query tiles end.
+"""What `generate` does otherwise for sparse models: their caches are adopted, and a prompt in chunks is cut where query
+tiles end.
 
 So the chunks select what an uncut prompt does.
 """
@@ -26,7 +27,9 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_with_adopted_cache(prepare: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-    """``prepare_inputs_for_generation`` of a stock model, whose cache is adopted first: `generate` calls it outside of what is compiled."""
+    """``prepare_inputs_for_generation`` of a stock model, whose cache is adopted first:
+    `generate` calls it outside of what is compiled.
+    """
     caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
     if not caches or model.config.get_text_config()._attn_implementation != ATTN_IMPLEMENTATION:
         return prepare(model, *args, **kwargs)
@@ -68,9 +71,11 @@ def _continues(prefill: Callable[..., Any]) -> bool:
 
 
 def chunk_lengths(start: int, end: int, size: int, tile: int, offset: int = 0) -> list[int]:
-    """Lengths of chunks of about ``size`` slots from slot ``start`` to ``end``, cut at ``offset`` plus multiples of ``tile`` only.
+    """Lengths of chunks of about ``size`` slots from slot ``start`` to ``end``, cut at ``offset`` plus multiples of
+    ``tile`` only.
 
-    A call that continues a cache with fewer than ``tile`` tokens would route them singly, as decoding does: no such chunk is made.
+    A call that continues a cache with fewer than ``tile`` tokens would route them singly, as decoding does: no such
+    chunk is made.
     """
     cuts = [start]
     while end - cuts[-1] > size:
@@ -104,6 +109,8 @@ def _first_tile(mask: Tensor | None, tile: int) -> int:
 @cache
 def _say_rows_differ() -> None:
     logger.warning(
-        "prefill_chunk_size with a padded batch: query tiles begin at each row's first token, so chunks cannot end with the tiles of all "
-        "rows. A tile that is cut selects with a part of its queries. Pad to a multiple of query_tile, or leave prefill_chunk_size out"
+        "prefill_chunk_size with a padded batch: query tiles begin at each row's first token, so chunks cannot end "
+        "with the tiles of all "
+        "rows. A tile that is cut selects with a part of its queries. Pad to a multiple of query_tile, or leave "
+        "prefill_chunk_size out"
     )

@@ -19,7 +19,8 @@ def without_reentrance(function: Callable[..., Any]) -> Callable[..., Any]:
     takes = "use_reentrant" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if reentrant or not takes:
         raise ValueError(
-            "gradient checkpointing of a sparse model needs use_reentrant=False: the reentrant kind drops the gradient of what "
+            "gradient checkpointing of a sparse model needs use_reentrant=False: the reentrant kind drops the "
+            "gradient of what "
             'the routers learn from. Pass {"use_reentrant": False} as its keyword arguments, or none at all'
         )
     return function if reentrant is False else partial(function, use_reentrant=False)

@@ -22,12 +22,15 @@ def number_layers(model: Any) -> None:
     """Give every sparse layer of ``model`` a number of its own: its ``layer_idx`` where these differ, else its place.
 
     A copy of a layer (PEFT's ``layer_replication``, depth up-scaling) brings the number of its original along.
-    Layers that were dense, and their copies, stay dense: ``dense_layers`` gets their new numbers. All run with the settings of the model.
+    Layers that were dense, and their copies, stay dense: ``dense_layers`` gets their new numbers. All run with the
+    settings of the model.
     """
     sites = sparse_sites(model)
     held = [[part for part in site.router.modules() if isinstance(part, SparseRouter)] for site in sites]
     known: list[int | None] = [routers[0].layer for routers in held]
-    numbers = _distinct([getattr(site, "layer_idx", None) for site in sites]) or _distinct(known) or list(range(len(sites)))
+    numbers = (
+        _distinct([getattr(site, "layer_idx", None) for site in sites]) or _distinct(known) or list(range(len(sites)))
+    )
     if numbers == known and len({router.holder for routers in held for router in routers}) <= 1:
         return
     stored = getattr(getattr(model, "config", None), KEY, None)  # a copy may hold what was set before it was made

@@ -30,12 +30,15 @@ class SparseModelMixin(SparseAdapterMixin, SparseSavingMixin, NumberedLayersMixi
     _keep_in_fp32_modules_strict = ("router",)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        # heads for classification make their body with AutoModel from the sparse config: the whole model gives it routers
+        # heads for classification make their body with AutoModel from the sparse config: the whole model gives it
+        # routers
         return stock_class(cls)(*args, **kwargs) if _BUILDING.get() else super().__new__(cls)
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """What holds for the stock class: Transformers converts the weights of its own models only, found by their model type."""
+        """What holds for the stock class: Transformers converts the weights of its own models only, found by their
+        model type.
+        """
         return stock_class(cls).is_custom_code()
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
@@ -66,14 +69,18 @@ class SparseModelMixin(SparseAdapterMixin, SparseSavingMixin, NumberedLayersMixi
         requested = asked_implementation(self.config, attn_implementation)  # type: ignore[attr-defined]
         super().set_attn_implementation(requested, *args, **kwargs)
 
-    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any) -> None:
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
+    ) -> None:
         function = without_reentrance(gradient_checkpointing_func) if enable else gradient_checkpointing_func
         super()._set_gradient_checkpointing(enable, function, **kwargs)  # type: ignore[misc]
 
 
 def stock_class(cls: type) -> type[PreTrainedModel]:
     """The stock model class that a sparse one, or a user's own class over it, stands on."""
-    return next(base for base in cls.__mro__ if issubclass(base, PreTrainedModel) and not issubclass(base, SparseModelMixin))
+    return next(
+        base for base in cls.__mro__ if issubclass(base, PreTrainedModel) and not issubclass(base, SparseModelMixin)
+    )
 
 
 def make_stock(model: Any) -> None:
@@ -83,7 +90,9 @@ def make_stock(model: Any) -> None:
 
 
 def become(model: Any, cls: type) -> None:
-    """Change the class of a model, by which Transformers finds what to record (hidden states) since its ``__init__``."""
+    """Change the class of a model, by which Transformers finds what to record (hidden states) since its
+    ``__init__``.
+    """
     model.__class__ = cls
     # a plain dict before Transformers 5.18
     registry: Any = _CAN_RECORD_REGISTRY

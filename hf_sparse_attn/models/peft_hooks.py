@@ -1,4 +1,5 @@
-"""What PEFT does otherwise beside this package: adapter configs keep a key, and an adapter of a sparse model goes on no dense one.
+"""What PEFT does otherwise beside this package: adapter configs keep a key, and an adapter of a sparse model goes on no
+dense one.
 
 PEFT's own classes know neither, and PEFT is not imported for it: it is changed when somebody imports it.
 """
@@ -35,7 +36,9 @@ class _OnImport(MetaPathFinder):
     def __init__(self, name: str, change: Callable[[ModuleType], None]) -> None:
         self.name, self.change = name, change
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if fullname != self.name or self not in sys.meta_path:
             return None
         sys.meta_path.remove(self)
@@ -81,7 +84,10 @@ def _refuse_on_dense(module: ModuleType) -> None:
     def refuse_or_inject(self: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         settings = settings_of(self.peft_config[adapter_name])
         if settings is not None and not router_sites(model):
-            raise ValueError(f"adapter {adapter_name!r} cannot go on the dense {type(model).__name__}: {ADVICE.format(settings=settings)}")
+            raise ValueError(
+                f"adapter {adapter_name!r} cannot go on the dense {type(model).__name__}: "
+                f"{ADVICE.format(settings=settings)}"
+            )
         return inject(self, model, adapter_name, *args, **kwargs)
 
     tuner.inject_adapter = refuse_or_inject

@@ -1,4 +1,6 @@
-"""The sparse counterparts of stock classes: made when they are first needed, and found where Transformers looks for classes."""
+"""The sparse counterparts of stock classes: made when they are first needed, and found where Transformers looks for
+classes.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,14 @@ from threading import RLock
 from typing import Any
 
 import transformers
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.configuration_auto import (  # type: ignore[attr-defined]
     CONFIG_MAPPING,
@@ -28,7 +37,8 @@ from .generate_hooks import prefill_whole_tiles, prepare_with_adopted_cache
 from .model_class import SparseModelMixin
 from .peft_hooks import watch_peft
 
-MODULE = __name__.partition(".")[0]  # of the classes made here: the name that pickles and PEFT adapters note, the package's own
+# of the classes made here: the name that pickles and PEFT adapters note, the package's own
+MODULE = __name__.partition(".")[0]
 _CONFIGS: dict[type, type] = {}
 _REGISTERING = RLock()  # a thread must not see a config class whose models are not registered yet
 
@@ -46,7 +56,9 @@ def sparse_config_class(stock: type[PreTrainedConfig]) -> type:
         require_self_test()
     with _REGISTERING:
         if stock not in _CONFIGS:
-            _CONFIGS[stock] = make_class(SparseConfigMixin, stock, __module__=MODULE, __annotations__={KEY: dict | None}, **{KEY: None})
+            _CONFIGS[stock] = make_class(
+                SparseConfigMixin, stock, __module__=MODULE, __annotations__={KEY: dict | None}, **{KEY: None}
+            )
             register_models(stock, _CONFIGS[stock])
         return _CONFIGS[stock]
 
@@ -62,7 +74,9 @@ def sparse_class(stock: type[PreTrainedModel]) -> type:
     config_class: Any = sparse_config_class(stock.config_class)
     methods: dict[str, Any] = {}
     if issubclass(stock, GenerationMixin):
-        methods["prepare_inputs_for_generation"] = _in_front(prepare_with_adopted_cache, stock.prepare_inputs_for_generation)
+        methods["prepare_inputs_for_generation"] = _in_front(
+            prepare_with_adopted_cache, stock.prepare_inputs_for_generation
+        )
         methods["_prefill"] = _in_front(prefill_whole_tiles, stock._prefill)
     if not SUPPORTED[config_class.model_type].hands_on:
         methods["forward"] = taking_call(stock.forward)
@@ -83,7 +97,9 @@ def _in_front(function: Callable[..., Any], stock: Callable[..., Any]) -> Callab
     return method
 
 
-def sparse_config(config: PreTrainedConfig, sparse_attention: SparseAttentionConfig | dict[str, Any]) -> PreTrainedConfig:
+def sparse_config(
+    config: PreTrainedConfig, sparse_attention: SparseAttentionConfig | dict[str, Any]
+) -> PreTrainedConfig:
     """A sparse copy of a stock ``config``."""
     values = config.to_dict()
     values[KEY] = SparseAttentionConfig.coerce(sparse_attention).to_dict()
@@ -97,16 +113,23 @@ def register_models(stock_config: type[PreTrainedConfig], sparse: type) -> None:
     Tokenizers and processors are found by the config's class, too.
     """
     from transformers.models.auto import modeling_auto
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING  # not before a sparse config is made: it imports much
+
+    # not before a sparse config is made: it imports much
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
     for mapping in (TOKENIZER_MAPPING, PROCESSOR_MAPPING):
         if stock_config in mapping:
             mapping.register(sparse, mapping[stock_config], exist_ok=True)
-    autos = [auto for name, auto in vars(modeling_auto).items() if name.startswith("AutoModel") and auto._model_mapping is not None]
+    autos = [
+        auto
+        for name, auto in vars(modeling_auto).items()
+        if name.startswith("AutoModel") and auto._model_mapping is not None
+    ]
     for auto in autos:
         model = auto._model_mapping.get(stock_config, None)
-        if getattr(model, "config_class", None) is stock_config:  # a decision head, say, has a config of its own over this one
+        # a decision head, say, has a config of its own over this one
+        if getattr(model, "config_class", None) is stock_config:
             auto.register(sparse, sparse_class(model), exist_ok=True)
 
 
@@ -116,13 +139,16 @@ def register() -> None:
     AttentionMaskInterface.register(ATTN_IMPLEMENTATION, sparse_attention_mask)
     watch_peft()
     serve_sparse_classes()
-    for model_type, name in CONFIG_MAPPING_NAMES.items():  # all of them: those that are not supported are refused with the reason
+    # all of them: those that are not supported are refused with the reason
+    for model_type, name in CONFIG_MAPPING_NAMES.items():
         if model_type not in CONFIG_MAPPING._extra_content:  # what somebody else registered stays
             AutoConfig.register(model_type, dispatcher(name, model_type, sparse_config_class), exist_ok=True)
 
 
 def serve_sparse_classes() -> None:
-    """Make sparse classes attributes of the transformers module, where libraries look up what ``config.architectures`` names."""
+    """Make sparse classes attributes of the transformers module, where libraries look up what ``config.architectures``
+    names.
+    """
     stock = _LazyModule.__getattr__
     if hasattr(stock, "serves_sparse_classes"):
         return
@@ -137,12 +163,14 @@ def serve_sparse_classes() -> None:
             return named_class(name)
 
     look_up.serves_sparse_classes = True  # type: ignore[attr-defined]
-    # of the class: Transformers runs its __init__ twice, and so has two module objects, to either of which others may hold on
+    # of the class: Transformers runs its __init__ twice, and so has two module objects, to either of which others may
+    # hold on
     _LazyModule.__getattr__ = look_up  # type: ignore[method-assign]
 
 
 def named_class(name: str) -> type:
-    """``SparseLlamaForCausalLM`` and the like, made when asked for: a pickle may name a class that this process has not made.
+    """``SparseLlamaForCausalLM`` and the like, made when asked for: a pickle may name a class that this process has not
+    made.
 
     Raises:
         AttributeError: there is no stock class of that name.

@@ -1,4 +1,6 @@
-"""Whether sparse attention works under a Transformers that it was not tested with: tried on a tiny random model, once for each version."""
+"""Whether sparse attention works under a Transformers that it was not tested with:
+tried on a tiny random model, once for each version.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,15 @@ MODEL: dict[str, Any] = {
     **{"num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.2},
     **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None},
 }
-SPARSE: dict[str, Any] = {"block_size": 16, "query_tile": 16, "sink": 16, "local": 16, "dense_below": 0, "query_samples": 8, "index_dim": 8}
+SPARSE: dict[str, Any] = {
+    "block_size": 16,
+    "query_tile": 16,
+    "sink": 16,
+    "local": 16,
+    "dense_below": 0,
+    "query_samples": 8,
+    "index_dim": 8,
+}
 EVERY_BLOCK = {**SPARSE, "density": 1.0, "min_keys": 80}
 BUDGET = {**SPARSE, "density": 0.05, "min_keys": 80, "candidate_factor": 1.5}
 LENGTH, PROMPT = 150, 141  # whole blocks and a partial one; the prompt ends within a block
@@ -77,7 +87,8 @@ def require_self_test() -> None:
         failed = run_self_test()
     if failed:
         raise SelfTestError(
-            f"no sparse model can be made under transformers {transformers.__version__}, which is not one of the versions that "
+            f"no sparse model can be made under transformers {transformers.__version__}, which is not one of the "
+            "versions that "
             f"hf_sparse_attn was tested with ({tested_range()}), and in which its self-test failed:\n  "
             + "\n  ".join(failed)
             + f"\nInstall the newest version that works: {advice(newest_pass(SUPPORTED_TRANSFORMERS[1]))}. "
@@ -86,7 +97,8 @@ def require_self_test() -> None:
 
 
 def run_self_test() -> list[str]:
-    """Try what a sparse model needs of Transformers, on the CPU: what differed, nothing if all is well. The result is kept.
+    """Try what a sparse model needs of Transformers, on the CPU: what differed, nothing if all is well. The result is
+    kept.
 
     Whatever the caller has set (default dtype and device, random state, inference mode) neither matters nor is changed.
     """
@@ -136,7 +148,9 @@ def _every_block_kept(models: Models) -> str:
     layers = int(MODEL["num_hidden_layers"])
     if len(seen) < layers or any(int(one.kept().sum(-1).max()) != one.grid.blocks for one in seen):
         return f"the sparse path ran {len(seen)} times in {layers} layers, or left blocks out"
-    return _apart(got, models.stock(input_ids=models.ids).logits) or _apart(models.kept(input_ids=models.ids).logits, got)
+    return _apart(got, models.stock(input_ids=models.ids).logits) or _apart(
+        models.kept(input_ids=models.ids).logits, got
+    )
 
 
 def _padded(models: Models) -> str:
@@ -151,10 +165,17 @@ def _padded(models: Models) -> str:
 def _packed(models: Models) -> str:
     """Packed documents have the logits that they have alone."""
     cuts = (0, 60, LENGTH)
-    position_ids = torch.cat([torch.arange(length, dtype=torch.int64, device="cpu") for length in (60, LENGTH - 60)])[None]
+    position_ids = torch.cat([torch.arange(length, dtype=torch.int64, device="cpu") for length in (60, LENGTH - 60)])[
+        None
+    ]
     got = models.cut(input_ids=models.ids[:1], position_ids=position_ids, use_cache=False).logits[0]
     return next(
-        (difference for a, b in itertools.pairwise(cuts) if (difference := _apart(got[a:b], _alone(models, models.ids[:1, a:b])))), ""
+        (
+            difference
+            for a, b in itertools.pairwise(cuts)
+            if (difference := _apart(got[a:b], _alone(models, models.ids[:1, a:b])))
+        ),
+        "",
     )
 
 
@@ -163,9 +184,15 @@ def _cached(models: Models) -> str:
     want = models.cut(input_ids=models.ids, use_cache=False, sparse_call=SparseCall(decode_from=PROMPT)).logits
     if not _apart(want, models.stock(input_ids=models.ids).logits):
         return "a budget that cuts most of the text changes nothing"
-    for cache in (transformers.DynamicCache(config=models.cut.config), transformers.StaticCache(models.cut.config, LENGTH)):
+    for cache in (
+        transformers.DynamicCache(config=models.cut.config),
+        transformers.StaticCache(models.cut.config, LENGTH),
+    ):
         got = [models.cut(input_ids=models.ids[:, :PROMPT], **{MODEL_ARGUMENT: cache}).logits]
-        got += [models.cut(input_ids=models.ids[:, at : at + 1], **{MODEL_ARGUMENT: cache}).logits for at in range(PROMPT, LENGTH)]
+        got += [
+            models.cut(input_ids=models.ids[:, at : at + 1], **{MODEL_ARGUMENT: cache}).logits
+            for at in range(PROMPT, LENGTH)
+        ]
         if difference := _apart(torch.cat(got, 1), want):
             return f"{type(cache).__name__}: {difference}"
         if not all(isinstance(layer, SparseCacheLayerMixin) and all(layer.summarised) for layer in cache.layers):
@@ -180,7 +207,9 @@ def _generated(models: Models) -> str:
     mask = torch.ones_like(prompt)
     want = models.stock.generate(prompt, attention_mask=mask, **options)
     for extra in ({}, {"use_cache": False}, {"num_beams": 2}):
-        stock = want if "num_beams" not in extra else models.stock.generate(prompt, attention_mask=mask, **options, **extra)
+        stock = (
+            want if "num_beams" not in extra else models.stock.generate(prompt, attention_mask=mask, **options, **extra)
+        )
         if not torch.equal(models.kept.generate(prompt, attention_mask=mask, **options, **extra), stock):
             return f"other tokens{f' with {extra}' if extra else ''}"
     return ""
@@ -233,7 +262,12 @@ def _undisturbed() -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        for context in (torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.inference_mode(False), torch.no_grad()):
+        for context in (
+            torch.random.fork_rng(devices=[]),
+            torch.device("cpu"),
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):
             stack.enter_context(context)
         stack.enter_context(torch.autocast("cpu", enabled=False))
         stack.enter_context(warnings.catch_warnings())

@@ -33,13 +33,18 @@ def kept_pass() -> bool:
 
 
 def keep(differences: list[str]) -> None:
-    """Keep a result: what differed, nothing for a pass. Where it cannot be kept that is said once, and the test runs in every process."""
+    """Keep a result: what differed, nothing for a pass.
+    Where it cannot be kept that is said once, and the test runs in every process.
+    """
     result = {**made_with(), "python": sys.version, "differences": differences}
     try:
         _folder().mkdir(parents=True, exist_ok=True)
         write_json(_file(), result)
     except OSError as error:
-        say_once(f"the result of the self-test cannot be kept in {_folder()} ({error}): set {VARIABLE} to a folder that can be written to")
+        say_once(
+            f"the result of the self-test cannot be kept in {_folder()} ({error}): set {VARIABLE} to a folder that "
+            "can be written to"
+        )
 
 
 def newest_pass(tested: Version) -> str | None:
@@ -48,7 +53,8 @@ def newest_pass(tested: Version) -> str | None:
     passed = [
         Version(result["transformers"])
         for result in map(_read, _files())
-        if result.get("differences") == [] and all(result.get(name) == here[name] for name in ("torch", "hf_sparse_attn"))
+        if result.get("differences") == []
+        and all(result.get(name) == here[name] for name in ("torch", "hf_sparse_attn"))
     ]
     return str(max(passed)) if passed and max(passed) > tested else None
 
@@ -60,7 +66,8 @@ def made_with() -> dict[str, str]:
         "transformers": transformers.__version__,
         "transformers_code": _digest(Path(transformers.__file__).parent, SOURCES),
         "torch": torch.__version__,
-        "hf_sparse_attn": f"{VERSION} {_digest(package, ('.',))} {_digest(Path(hf_sparse_attn_kernels.__file__).parent, ('.',))}",
+        "hf_sparse_attn": f"{VERSION} {_digest(package, ('.',))} "
+        f"{_digest(Path(hf_sparse_attn_kernels.__file__).parent, ('.',))}",
     }
 
 
@@ -90,7 +97,9 @@ def _files() -> Iterator[Path]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What was kept in ``path``; nothing if it is not there, not whole, or others than this user could have written it."""
+    """What was kept in ``path``; nothing if it is not there, not whole, or others than this user could have
+    written it.
+    """
     try:
         status = path.lstat()
         is_ours = not hasattr(os, "getuid") or status.st_uid == os.getuid()

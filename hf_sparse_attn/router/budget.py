@@ -14,12 +14,16 @@ from .head_budgets import HeadBudgets
 
 
 def tile_budget(
-    config: SparseAttentionConfig, first_pos: int, last_pos: int, bidirectional: int | None = None, heads: HeadBudgets | None = None
+    config: SparseAttentionConfig,
+    first_pos: int,
+    last_pos: int,
+    bidirectional: int | None = None,
+    heads: HeadBudgets | None = None,
 ) -> TileBudget:
     """Budget of the tile whose queries start at content position ``first_pos`` and end at ``last_pos``.
 
-    ``bidirectional`` is the number of tokens of a call whose tiles see all of them, None for a causal call. With ``heads`` it is
-    the largest budget of a head that is not dense.
+    ``bidirectional`` is the number of tokens of a call whose tiles see all of them, None for a causal call. With
+    ``heads`` it is the largest budget of a head that is not dense.
     """
     size = config.block_size
     near = max(first_pos - config.local, 0) // size
@@ -37,7 +41,9 @@ def _budget_blocks(config: SparseAttentionConfig, visible: int, heads: HeadBudge
     return config.budget_blocks(visible) if heads is None else heads.most_blocks(visible, config.block_size)
 
 
-def _two_sided_budget(config: SparseAttentionConfig, near: int, last_pos: int, tokens: int, heads: HeadBudgets | None) -> TileBudget:
+def _two_sided_budget(
+    config: SparseAttentionConfig, near: int, last_pos: int, tokens: int, heads: HeadBudgets | None
+) -> TileBudget:
     size, whole = config.block_size, tokens // config.block_size
     last = min(last_pos + config.local, tokens - 1) // size
     sink = min(-(-config.sink // size), -(-tokens // size))
@@ -51,7 +57,9 @@ def _two_sided_budget(config: SparseAttentionConfig, near: int, last_pos: int, t
 def make_plan(
     config: SparseAttentionConfig, grid: TileGrid, device: torch.device | str = "cpu", heads: HeadBudgets | None = None
 ) -> TilePlan:
-    """Budgets of all tiles of a call; its tensors are on ``device``. With ``heads`` the largest ones of heads that are not dense."""
+    """Budgets of all tiles of a call; its tensors are on ``device``.
+    With ``heads`` the largest ones of heads that are not dense.
+    """
     bidirectional = None if grid.causal else grid.kv_len
     start = grid.q_offset // grid.query_tile * grid.query_tile
     budgets = tuple(

@@ -15,9 +15,11 @@ MOST_SHARE = 0.6  # of the visible keys: a head that needs more is dense
 
 @dataclass(frozen=True)
 class HeadBudgets:
-    """Shares of the visible keys that the KV heads of a layer may keep, forced keys included; with ``in_keys`` numbers of keys.
+    """Shares of the visible keys that the KV heads of a layer may keep, forced keys included; with ``in_keys`` numbers
+    of keys.
 
-    ``ends`` are the visible keys up to which each length bucket reaches; longer inputs belong to the last one. ``shares`` holds one
+    ``ends`` are the visible keys up to which each length bucket reaches; longer inputs belong to the last one.
+    ``shares`` holds one
     row of G shares for every bucket: up to 0.6, or 1 where the head is dense.
 
     Raises:
@@ -32,13 +34,17 @@ class HeadBudgets:
         if not self.ends or sorted(set(self.ends)) != list(self.ends) or self.ends[0] < 1:
             raise ValueError(f"the ends of length buckets are {self.ends}: must be rising numbers of keys")
         if len(self.shares) != len(self.ends) or len({len(row) for row in self.shares}) != 1:
-            raise ValueError(f"{len(self.ends)} length buckets need as many rows of a share for every KV head, got {self.shares}")
+            raise ValueError(
+                f"{len(self.ends)} length buckets need as many rows of a share for every KV head, got {self.shares}"
+            )
         for share in (share for row in self.shares for share in row):
             if self.in_keys:
                 if share < 1:
                     raise ValueError(f"a head's budget is {share} keys: must be at least 1")
             elif not (0 < share <= MOST_SHARE or share == 1):
-                raise ValueError(f"a head's share of the keys is {share}: must be in (0, {MOST_SHARE}], or 1 where it is dense")
+                raise ValueError(
+                    f"a head's share of the keys is {share}: must be in (0, {MOST_SHARE}], or 1 where it is dense"
+                )
 
     def bucket(self, visible: int) -> int:
         """Index of the bucket of a tile that sees ``visible`` keys."""
@@ -50,7 +56,9 @@ class HeadBudgets:
         return math.ceil(max(keys, default=0) / block_size)
 
     def keys(self, visible: int) -> list[float]:
-        """Keys that every head of a tile may keep which sees ``visible`` keys; all of them or more where it is dense."""
+        """Keys that every head of a tile may keep which sees ``visible`` keys;
+        all of them or more where it is dense.
+        """
         return [share if self.in_keys else share * visible for share in self.shares[self.bucket(visible)]]
 
     @property
@@ -61,14 +69,18 @@ class HeadBudgets:
 
 @dataclass(frozen=True)
 class AllowedBlocks:
-    """What the heads may keep in the n tiles of a call: ``blocks`` int64 [G, n]; ``dense`` boolean [G, n] or None if no head is."""
+    """What the heads may keep in the n tiles of a call: ``blocks`` int64 [G, n];
+    ``dense`` boolean [G, n] or None if no head is.
+    """
 
     blocks: Tensor
     dense: Tensor | None
 
 
 @lru_cache(maxsize=256)  # of every layer's decode step
-def allowed_blocks(budgets: HeadBudgets, visible: tuple[int, ...], block_size: int, device: torch.device | str) -> AllowedBlocks:
+def allowed_blocks(
+    budgets: HeadBudgets, visible: tuple[int, ...], block_size: int, device: torch.device | str
+) -> AllowedBlocks:
     """Budgets of tiles that see ``visible`` keys; a dense head may keep all blocks."""
     rows = [budgets.keys(seen) for seen in visible]
     blocks = [[math.ceil(keys / block_size) for keys in row] for row in rows]

@@ -29,8 +29,9 @@ class RoutingInputs:
 
     ``q`` [B, H, Q, D] holds the queries of the last Q of the N tokens of ``k`` [B, G, N, D], both after RoPE, at the
     rotary ``positions`` [1 or B, N]. ``scale`` multiplies q·k. ``router_keys`` [B, G, >= N // S, R] are cached stage-1
-    keys, or None. Without ``causal`` every query sees every key. ``v`` [B, G, N, D] are the values, where the layer gives them:
-    routers never read them. ``consecutive``: whether the positions of the queries grow by one, None for unknown.
+    keys, or None. Without ``causal`` every query sees every key. ``v`` [B, G, N, D] are the values, where the layer
+    gives them: routers never read them. ``consecutive``: whether the positions of the queries grow by one, None for
+    unknown.
     """
 
     q: Tensor
@@ -53,7 +54,9 @@ class RoutingInputs:
         """The queries ``[start, stop)`` of this call with the keys up to the last of them."""
         kv_len = self.k.shape[2] - self.q.shape[2] + stop
         v = None if self.v is None else self.v[:, :, :kv_len]
-        return replace(self, q=self.q[:, :, start:stop], k=self.k[:, :, :kv_len], positions=self.positions[:, :kv_len], v=v)
+        return replace(
+            self, q=self.q[:, :, start:stop], k=self.k[:, :, :kv_len], positions=self.positions[:, :kv_len], v=v
+        )
 
 
 class SparseRouter(nn.Module):
@@ -67,7 +70,8 @@ class SparseRouter(nn.Module):
         head_dim: int,
         rotary: Rotary | None,
         layer: int,
-        device: torch.device | None = None,  # None: where torch makes a module's weights now, as from_pretrained wants them
+        # None: where torch makes a module's weights now, as from_pretrained wants them
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.holder = SettingsHolder(config)  # of a router in a model: that of all its routers
@@ -76,7 +80,9 @@ class SparseRouter(nn.Module):
         self.fresh = True  # no weights were loaded into it
         self.budgets: HeadBudgets | None = None  # of a calibration, in place of the config's budget
         router_dim, index_dim = config.resolved_router_dim(head_dim), config.resolved_index_dim(head_dim)
-        self.wq = nn.Parameter(torch.empty(groups, router_dim, heads // groups * head_dim, dtype=torch.float32, device=device))
+        self.wq = nn.Parameter(
+            torch.empty(groups, router_dim, heads // groups * head_dim, dtype=torch.float32, device=device)
+        )
         self.wk = nn.Parameter(torch.empty(groups, router_dim, 3 * head_dim, dtype=torch.float32, device=device))
         self.wq_index = nn.Parameter(torch.empty(groups, index_dim, head_dim, dtype=torch.float32, device=device))
         self.wk_index = nn.Parameter(torch.empty(groups, index_dim, head_dim, dtype=torch.float32, device=device))
@@ -97,7 +103,9 @@ class SparseRouter(nn.Module):
 
     @property
     def config(self) -> SparseAttentionConfig:
-        """The settings that this router runs with. Setting them is for a router without a model: of a model they are changed together."""
+        """The settings that this router runs with. Setting them is for a router without a model:
+        of a model they are changed together.
+        """
         return self.holder.settings
 
     @config.setter
@@ -110,12 +118,16 @@ class SparseRouter(nn.Module):
         return [self.wq, self.wk, self.wq_index, self.wk_index]
 
     def extra_repr(self) -> str:
-        router_dim, index_dim = self.config.resolved_router_dim(self.head_dim), self.config.resolved_index_dim(self.head_dim)
+        router_dim, index_dim = (
+            self.config.resolved_router_dim(self.head_dim),
+            self.config.resolved_index_dim(self.head_dim),
+        )
         return f"router_dim={router_dim}, index_dim={index_dim}, layer={self.layer}"  # shapes may be sharded away
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Untrained start: stage 1 is mean-pool q·k averaged over a group's heads, stage 2 reads ``index_dim`` dims of q·k.
+        """Untrained start: stage 1 is mean-pool q·k averaged over a group's heads, stage 2 reads ``index_dim`` dims of
+        q·k.
 
         Router dimensions beyond the head dim start with ``wq`` zero and ``wk`` small, so they add nothing yet but can
         learn. Without data stage 2 takes the slowest rotary pairs; `distill` replaces that by the joint SVD.
@@ -142,7 +154,9 @@ class SparseRouter(nn.Module):
 
     @property
     def index_is_untrained(self) -> bool:
-        """Whether stage 2 still has its untrained start, however its weights came about: no loader or loop has to say so."""
+        """Whether stage 2 still has its untrained start, however its weights came about:
+        no loader or loop has to say so.
+        """
         start = self._index_start().to(self.wq_index)
         return torch.equal(self.wq_index, start) and torch.equal(self.wk_index, start)
 
@@ -154,7 +168,9 @@ class SparseRouter(nn.Module):
         pair = torch.arange(half, dtype=torch.int64, device="cpu").repeat_interleave(2)
         first, second = (2 * pair, 2 * pair + 1) if self.rotary.interleaved else (pair, pair + half)
         order = torch.where(torch.arange(2 * half, dtype=torch.int64, device="cpu") % 2 == 0, first, second)
-        return torch.cat([order, torch.arange(self.rotary.dim, d, dtype=torch.int64, device="cpu")])[-count:].sort().values
+        return (
+            torch.cat([order, torch.arange(self.rotary.dim, d, dtype=torch.int64, device="cpu")])[-count:].sort().values
+        )
 
     # -- stage 1 ---------------------------------------------------------------------------------------------------
 
@@ -171,15 +187,20 @@ class SparseRouter(nn.Module):
         return self._rotate_features(keys, centres[:, None])
 
     def router_keys(self, k: Tensor, positions: Tensor, impl: str | None = None) -> Tensor:
-        """Stage-1 keys of the whole blocks of ``k`` [B, G, N, D] at ``positions`` [1 or B, N]: float32 [B, G, N // S, R].
+        """Stage-1 keys of the whole blocks of ``k`` [B, G, N, D] at ``positions`` [1 or B, N]: float32 [B, G, N // S,
+        R].
 
         ``impl`` names the implementation that pools them, None for the default.
         """
         spans = [slice(at, at + KEY_CHUNK) for at in range(0, max(k.shape[2], 1), KEY_CHUNK)]
-        return torch.cat([self.project_keys(self.pooled(k[:, :, at], positions[:, at], impl), positions[:, at]) for at in spans], 2)
+        return torch.cat(
+            [self.project_keys(self.pooled(k[:, :, at], positions[:, at], impl), positions[:, at]) for at in spans], 2
+        )
 
     def stage_one_keys(self, inputs: RoutingInputs) -> Tensor:
-        """Stage-1 keys [B, G, at least N // S, R] in the dtype of the keys: those of the cache, or made from the keys."""
+        """Stage-1 keys [B, G, at least N // S, R] in the dtype of the keys:
+        those of the cache, or made from the keys.
+        """
         keys = self.router_keys(inputs.k, inputs.positions) if inputs.router_keys is None else inputs.router_keys
         return keys.to(inputs.k.dtype)
 
@@ -189,10 +210,11 @@ class SparseRouter(nn.Module):
     def query_features(
         self, q: Tensor, positions: Tensor, grid: TileGrid, tiles: Tensor, consecutive: bool | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Stage-1 queries of the tiles (int64 [m]): (float32 [B, G, m, runs, R], boolean [m, runs]: the run has tokens).
+        """Stage-1 queries of the tiles (int64 [m]): (float32 [B, G, m, runs, R], boolean [m, runs]: the run has
+        tokens).
 
-        ``q`` [B·G, m, Hg, T, D] are the tiles' queries, zero where a tile has no token of the call, ``positions`` [1 or B, N] the
-        rotary positions of all keys, ``consecutive`` as in `RoutingInputs`.
+        ``q`` [B·G, m, Hg, T, D] are the tiles' queries, zero where a tile has no token of the call, ``positions`` [1 or
+        B, N] the rotary positions of all keys, ``consecutive`` as in `RoutingInputs`.
         """
         runs = min(QUERY_RUNS, grid.query_tile)
         q = q.unflatten(0, (-1, self.groups))
@@ -205,7 +227,8 @@ class SparseRouter(nn.Module):
         content = first[:, None] + torch.arange(grid.query_tile, device=q.device, dtype=torch.int64)
         real = (content >= grid.q_offset) & (content < grid.kv_len)
         token = content.clamp(grid.q_offset, grid.kv_len - 1)
-        positions = (positions[:, token] + (content - token)).float()  # those of no token go on from the call's first and last
+        # those of no token go on from the call's first and last
+        positions = (positions[:, token] + (content - token)).float()
         count = real.unflatten(-1, (runs, -1)).sum(-1)
         share = 1 / count.clamp(min=1).float()
         sums = self._run_sums(q, positions, runs, consecutive).transpose(3, 4).flatten(-2)
@@ -241,9 +264,15 @@ class SparseRouter(nn.Module):
         return torch.arange(count, device=device, dtype=torch.int64) * t // count + offset[:, None]
 
     def index_queries(self, q: Tensor, fold: bool) -> Tensor:
-        """``q`` [B·G, ..., D] in index space [..., I]; with ``fold`` mapped back so that it meets keys themselves, [..., D]."""
+        """``q`` [B·G, ..., D] in index space [..., I];
+        with ``fold`` mapped back so that it meets keys themselves, [..., D].
+        """
         batch = q.shape[0] // self.groups
-        matrix = torch.einsum("gid,gie->ged", self.wq_index.float(), self.wk_index.float()) if fold else self.wq_index.float()
+        matrix = (
+            torch.einsum("gid,gie->ged", self.wq_index.float(), self.wk_index.float())
+            if fold
+            else self.wq_index.float()
+        )
         out = torch.einsum("bgxd,god->bgxo", q.float().reshape(batch, self.groups, -1, self.head_dim), matrix)
         return out.reshape(*q.shape[:-1], -1)
 
@@ -253,7 +282,9 @@ class SparseRouter(nn.Module):
 
 
 def active_router(module: Any) -> SparseRouter:
-    """The router that runs: ``module`` itself, or, where PEFT wrapped it, the copy of the active adapter (the original without one)."""
+    """The router that runs: ``module`` itself, or, where PEFT wrapped it, the copy of the active adapter (the original
+    without one).
+    """
     if isinstance(module, SparseRouter):
         return module
     adapter = None if module.disable_adapters else next(iter(module.active_adapters), None)

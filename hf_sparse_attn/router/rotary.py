@@ -16,8 +16,8 @@ class Rotary:
     """A view of a model's rotary embedding module: its frequencies, its scaling of cos and sin, its layout.
 
     The module is read at every call, so moving the model moves this too. The first ``2 * len(inv_freq)`` dimensions
-    are rotated, in pairs (i, i + half) or, ``interleaved``, (2i, 2i + 1); the others are left as they are. A module that
-    rotates each kind of layer by frequencies of its own is told the ``layer_type``.
+    are rotated, in pairs (i, i + half) or, ``interleaved``, (2i, 2i + 1); the others are left as they are. A module
+    that rotates each kind of layer by frequencies of its own is told the ``layer_type``.
 
     Raises:
         ValueError: the module's frequencies change with the length of the input (dynamic RoPE, longrope).
@@ -28,7 +28,8 @@ class Rotary:
         rope_type = rope_type[layer_type] if isinstance(rope_type, dict) else rope_type
         if rope_type not in STATIC_ROPE_TYPES:
             raise ValueError(
-                f"rope_type={rope_type!r} is not supported by sparse attention: its frequencies change with the length; "
+                f"rope_type={rope_type!r} is not supported by sparse attention: its frequencies change with the "
+                "length; "
                 f"supported: {', '.join(STATIC_ROPE_TYPES)}"
             )
         self.module = module
@@ -72,12 +73,18 @@ class Rotary:
         return self._turn(x, cos, -sin, 1.0 / self._scaling)
 
     def relative(self, offsets: Tensor, dim: int) -> Tensor:
-        """Inverse rotations by ``offsets`` [L] without the embedding's scaling, as matrices: x @ matrix, float32 [L, dim, dim]."""
+        """Inverse rotations by ``offsets`` [L] without the embedding's scaling, as matrices:
+        x @ matrix, float32 [L, dim, dim].
+        """
         cos, sin = self._angles(offsets[:, None], offsets.device)
-        return self._turn(torch.eye(dim, device=offsets.device, dtype=torch.float32).expand(len(offsets), -1, -1), cos, -sin, 1.0)
+        return self._turn(
+            torch.eye(dim, device=offsets.device, dtype=torch.float32).expand(len(offsets), -1, -1), cos, -sin, 1.0
+        )
 
     def rotation(self, positions: Tensor, dim: int) -> Tensor:
-        """``rotate`` of ``dim``-dimensional rows at ``positions`` [b, 1] as a matrix: x @ matrix, float32 [b, dim, dim]."""
+        """``rotate`` of ``dim``-dimensional rows at ``positions`` [b, 1] as a matrix:
+        x @ matrix, float32 [b, dim, dim].
+        """
         return self._as_matrix(self.rotate, positions, dim)
 
     def unrotation(self, positions: Tensor, dim: int) -> Tensor:
@@ -85,13 +92,18 @@ class Rotary:
         return self._as_matrix(self.unrotate, positions, dim)
 
     def _as_matrix(self, turn: Callable[[Tensor, Tensor], Tensor], positions: Tensor, dim: int) -> Tensor:
-        if positions.device.type != "cpu" or torch.compiler.is_compiling():  # reading positions back would wait for the device
-            return turn(torch.eye(dim, device=positions.device, dtype=torch.float32).expand(len(positions), -1, -1), positions)
+        # reading positions back would wait for the device
+        if positions.device.type != "cpu" or torch.compiler.is_compiling():
+            return turn(
+                torch.eye(dim, device=positions.device, dtype=torch.float32).expand(len(positions), -1, -1), positions
+            )
         key = (turn.__name__, dim, *positions[:, 0].tolist())
         if key not in self._matrices:  # every layer of a step asks for the same two
             if len(self._matrices) >= MATRICES:
                 self._matrices.clear()
-            self._matrices[key] = turn(torch.eye(dim, dtype=torch.float32, device="cpu").expand(len(positions), -1, -1), positions)
+            self._matrices[key] = turn(
+                torch.eye(dim, dtype=torch.float32, device="cpu").expand(len(positions), -1, -1), positions
+            )
         return self._matrices[key]
 
     @property
@@ -118,7 +130,10 @@ def find_rotary(model: nn.Module, site: nn.Module, name: str, interleaved: bool)
         modules = list({id(m): m for m in held if _frequencies(m)}.values())
         if len(modules) > 1:
             names = ", ".join(sorted({type(m).__name__ for m in modules}))
-            raise ValueError(f"{type(site).__name__} has {len(modules)} rotary embeddings at hand ({names}); sparse attention supports one")
+            raise ValueError(
+                f"{type(site).__name__} has {len(modules)} rotary embeddings at hand ({names}); sparse attention "
+                "supports one"
+            )
         if modules:
             layer_type = None if "inv_freq" in _frequencies(modules[0]) else _layer_type(site)
             return Rotary(modules[0], interleaved, layer_type)
@@ -126,7 +141,9 @@ def find_rotary(model: nn.Module, site: nn.Module, name: str, interleaved: bool)
 
 
 def _frequencies(module: nn.Module) -> list[str]:
-    return [name for name, _ in module.named_buffers(recurse=False) if name.endswith("inv_freq") and "original" not in name]
+    return [
+        name for name, _ in module.named_buffers(recurse=False) if name.endswith("inv_freq") and "original" not in name
+    ]
 
 
 def _layer_type(site: nn.Module) -> str:

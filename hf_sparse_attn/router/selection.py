@@ -17,7 +17,9 @@ FEATURE_BYTES = 1 << 22  # memory for the features of one run of tiles
 
 
 @torch.no_grad()
-def select_blocks(router: SparseRouter, inputs: RoutingInputs, query_tile: int | None = None, *, impl: str | None = None) -> BlockSelection:
+def select_blocks(
+    router: SparseRouter, inputs: RoutingInputs, query_tile: int | None = None, *, impl: str | None = None
+) -> BlockSelection:
     """Kept blocks for every query tile of the call. Deterministic; no gradient flows through it.
 
     ``impl`` names an implementation of `hf_sparse_attn_kernels.select_blocks`; None for the default.
@@ -45,7 +47,9 @@ def _select(router: SparseRouter, inputs: RoutingInputs, plan: TilePlan, impl: s
 def everything(plan: TilePlan, inputs: RoutingInputs) -> BlockSelection:
     """Every block that a tile sees, where no tile has more of them than its budget."""
     indices = plan.grid.visible_blocks(plan.device).expand(*inputs.k.shape[:2], -1, -1).contiguous()
-    return BlockSelection(indices, plan.grid, torch.full(indices.shape, torch.nan, device=plan.device, dtype=torch.float32))
+    return BlockSelection(
+        indices, plan.grid, torch.full(indices.shape, torch.nan, device=plan.device, dtype=torch.float32)
+    )
 
 
 def ranks(values: Tensor) -> Tensor:
@@ -56,7 +60,9 @@ def ranks(values: Tensor) -> Tensor:
 
 
 def within_budgets(selection: BlockSelection, plan: TilePlan, budgets: HeadBudgets) -> BlockSelection:
-    """Of a selection at the largest budget what each KV head's own budget allows, best estimated mass first; all of it for dense heads."""
+    """Of a selection at the largest budget what each KV head's own budget allows, best estimated mass first;
+    all of it for dense heads.
+    """
     visible = (
         plan.grid.last_positions() + 1
         if plan.grid.causal
@@ -71,7 +77,8 @@ def within_budgets(selection: BlockSelection, plan: TilePlan, budgets: HeadBudge
     free = (indices >= 0) & eligible.gather(-1, indices.clamp(min=0).long())
     forced = ((indices >= 0) & ~free).sum(-1, keepdim=True)
     place = ranks(scores.masked_fill(~free, -torch.inf))
-    kept = ~(free & plan.open[:, None]) | (place < allowed.blocks[..., None] - forced)  # tiles of a block or two are not scored
+    # tiles of a block or two are not scored
+    kept = ~(free & plan.open[:, None]) | (place < allowed.blocks[..., None] - forced)
     indices, order = torch.where(kept, indices, -1).sort(dim=-1, stable=True)
     scores = scores.gather(-1, order).masked_fill(indices < 0, torch.nan)
     if allowed.dense is not None:
@@ -98,7 +105,8 @@ class FeatureMaker:
     def __init__(self, router: SparseRouter, inputs: RoutingInputs, grid: TileGrid, fold: bool | None = None) -> None:
         self.router, self.inputs, self.grid = router, inputs, grid
         self.router_keys = router.stage_one_keys(inputs)
-        # queries mapped back into key space meet the keys as they are; keys are mapped only where that makes them narrower
+        # queries mapped back into key space meet the keys as they are; keys are mapped only where that makes them
+        # narrower
         self.fold = grid.query_tile == 1 or router.wk_index.shape[1] == router.head_dim if fold is None else fold
         self.keys = inputs.k if self.fold else router.index_keys(inputs.k)
         self.q_tiles = to_tiles(inputs.q, grid, router.groups)
@@ -119,4 +127,6 @@ class FeatureMaker:
         coarse, real = router.query_features(self.q_tiles[:, tiles], *tile_arguments)
         sampled = self.q_tiles[:, tiles[:, None, None], heads, self.reps]
         queries = router.index_queries(sampled, self.fold).unflatten(0, batch)
-        return TileFeatures((coarse * scale).to(dtype), real, self.router_keys, (queries * scale).to(dtype), self.reps, self.keys)
+        return TileFeatures(
+            (coarse * scale).to(dtype), real, self.router_keys, (queries * scale).to(dtype), self.reps, self.keys
+        )

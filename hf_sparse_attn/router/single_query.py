@@ -16,12 +16,16 @@ from .module import RoutingInputs, SparseRouter
 
 
 def single_features(router: SparseRouter, inputs: RoutingInputs) -> TileFeatures:
-    """What the stages score for the one query per row of ``inputs``: `FeatureMaker.features` for a call with one tile of 1."""
+    """What the stages score for the one query per row of ``inputs``:
+    `FeatureMaker.features` for a call with one tile of 1.
+    """
     heads, keys = router.heads // router.groups, inputs.k
     real, reps = _constants(heads, keys.device)
     queries = (mapped_queries(router, inputs) * inputs.scale).to(keys.dtype)
     coarse = (coarse_queries(router, inputs) * inputs.scale).to(keys.dtype)
-    return TileFeatures(coarse[:, :, None], real, router.stage_one_keys(inputs), queries[:, :, None, :, None], reps, keys)
+    return TileFeatures(
+        coarse[:, :, None], real, router.stage_one_keys(inputs), queries[:, :, None, :, None], reps, keys
+    )
 
 
 @lru_cache(maxsize=16)
@@ -43,6 +47,8 @@ def coarse_queries(router: SparseRouter, inputs: RoutingInputs) -> Tensor:
 
 
 def mapped_queries(router: SparseRouter, inputs: RoutingInputs) -> Tensor:
-    """The query of every head, mapped into index space and back so that it meets keys themselves: float32 [B, G, Hg, D]."""
+    """The query of every head, mapped into index space and back so that it meets keys themselves:
+    float32 [B, G, Hg, D].
+    """
     q = inputs.q.float().view(*inputs.k.shape[:2], -1, inputs.q.shape[-1])
     return q @ router.wq_index.float().transpose(1, 2) @ router.wk_index.float()

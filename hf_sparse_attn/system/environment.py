@@ -45,7 +45,9 @@ def environment() -> dict[str, Any]:
 
 
 def energy_joules(powercap: Path = Path("/sys/class/powercap")) -> float | None:
-    """What the processor packages (Linux' RAPL counters) have used since some time in the past; None where it cannot be read."""
+    """What the processor packages (Linux' RAPL counters) have used since some time in the past;
+    None where it cannot be read.
+    """
     try:
         counters = [path / "energy_uj" for path in powercap.iterdir() if path.name.count(":") == 1]
         return sum(int(counter.read_text()) for counter in counters) / 1e6 if counters else None
@@ -66,14 +68,18 @@ def peak_process_bytes() -> int:
 
 
 def peak_bytes(device_type: str | None = None) -> int:
-    """Peak memory so far: what torch allocated on the GPU (None = if there is one), else the resident memory of this process."""
+    """Peak memory so far: what torch allocated on the GPU (None = if there is one), else the resident memory of this
+    process.
+    """
     if device_type == "cuda" or (device_type is None and torch.cuda.is_available()):
         return torch.cuda.max_memory_allocated()
     return peak_process_bytes()
 
 
 class Cost:
-    """What a ``with`` block took: ``figures`` are seconds, the process's peak memory so far, and energy where it can be read."""
+    """What a ``with`` block took: ``figures`` are seconds, the process's peak memory so far, and energy where it can be
+    read.
+    """
 
     def __enter__(self) -> Cost:
         self._start, self._before = time.monotonic(), energy_joules()
@@ -82,7 +88,11 @@ class Cost:
     def __exit__(self, *_: object) -> None:
         after, before = energy_joules(), self._before
         energy = None if before is None or after is None or after < before else after - before  # counters wrap around
-        self.figures = {"seconds": time.monotonic() - self._start, "peak_process_bytes": peak_process_bytes(), "cpu_energy_joules": energy}
+        self.figures = {
+            "seconds": time.monotonic() - self._start,
+            "peak_process_bytes": peak_process_bytes(),
+            "cpu_energy_joules": energy,
+        }
 
 
 def _commit() -> str | None:
@@ -95,7 +105,9 @@ def _commit() -> str | None:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=GIT_SECONDS).stdout.strip()
+    return subprocess.run(
+        ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=GIT_SECONDS
+    ).stdout.strip()
 
 
 def _cpu() -> str:
@@ -103,4 +115,6 @@ def _cpu() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )

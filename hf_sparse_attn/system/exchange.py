@@ -1,6 +1,7 @@
 """New files in the place of old ones in a folder that is never taken for whole while it holds some of both.
 
-What makes a folder valid (``config.json``, an index of shards) leaves it first and comes back last. Old files wait in the scratch
+What makes a folder valid (``config.json``, an index of shards) leaves it first and comes back last. Old files wait in
+the scratch
 folder until all new ones are there: an error puts them back, and after a kill the next save completes what was begun.
 """
 
@@ -28,14 +29,17 @@ WEIGHTS = re.compile(
 
 
 def exchange(scratch: Path, target: Path, valid: str | None = None) -> None:
-    """Move the files of ``scratch/new`` into ``target``; what they replace, and weight files of the same variant that the new set
-    does not have, go. ``valid`` is the file that comes last, if it is not one that Transformers or PEFT look for.
+    """Move the files of ``scratch/new`` into ``target``; what they replace, and weight files of the same variant that
+    the new set does not have, go. ``valid`` is the file that comes last, if it is not one that Transformers or PEFT
+    look for.
 
     Raises:
         OSError: a file cannot be moved; ``target`` is as it was, and ``scratch/new`` is whole again.
     """
     new = scratch / NEW
-    files = sorted((path.relative_to(new) for path in new.rglob("*") if not path.is_dir()), key=lambda file: _rank(file, valid))
+    files = sorted(
+        (path.relative_to(new) for path in new.rglob("*") if not path.is_dir()), key=lambda file: _rank(file, valid)
+    )
     for file in files:
         sync(new / file)
     for folder in (new, *(path for path in new.rglob("*") if path.is_dir())):
@@ -53,7 +57,8 @@ def exchange(scratch: Path, target: Path, valid: str | None = None) -> None:
 
 
 def finish(scratch: Path) -> None:
-    """Complete an exchange that a killed process was in the middle of. One that had not begun is left: the old files are whole.
+    """Complete an exchange that a killed process was in the middle of. One that had not begun is left: the old files
+    are whole.
 
     Raises:
         OSError: a file cannot be moved.
@@ -62,11 +67,16 @@ def finish(scratch: Path) -> None:
         plan = json.loads((scratch / PLAN).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # no plan, or not a whole one: nothing was moved
         return
-    target, files, leaving = scratch.parent / plan["target"], [Path(f) for f in plan["files"]], [Path(f) for f in plan["leaving"]]
+    target, files, leaving = (
+        scratch.parent / plan["target"],
+        [Path(f) for f in plan["files"]],
+        [Path(f) for f in plan["leaving"]],
+    )
     if not files or not target.is_dir():
         return
     with _alone(target, 0):
-        # the last file is there before the first one has left, and again where somebody else has written the folder anew
+        # the last file is there before the first one has left, and again where somebody else has written the folder
+        # anew
         if not os.path.lexists(target / files[-1]):
             _move(scratch, target, files, leaving)
 
@@ -124,7 +134,9 @@ def _move_back(scratch: Path, target: Path, files: Sequence[Path], leaving: Sequ
 
 
 def _rank(file: Path, valid: str | None) -> int:
-    """The order in which files come: weights, settings, the index of shards, what makes the folder a model's or an adapter's."""
+    """The order in which files come: weights, settings, the index of shards, what makes the folder a model's or an
+    adapter's.
+    """
     name = str(file)
     last = (valid, "config.json", "adapter_config.json")
     if name in last:
@@ -137,12 +149,17 @@ def _rank(file: Path, valid: str | None) -> int:
 def _refuse_obstacles(target: Path, files: Sequence[Path]) -> None:
     for file in files:
         if (target / file).is_dir() and not (target / file).is_symlink():
-            raise IsADirectoryError(errno.EISDIR, f"{target / file} is a folder, where a file of that name is to be: move it away")
+            raise IsADirectoryError(
+                errno.EISDIR, f"{target / file} is a folder, where a file of that name is to be: move it away"
+            )
         if (target / file).is_file():
-            (target / file).open("r+b").close()  # raises for one that may not be changed, although its folder lets it be replaced
+            # raises for one that may not be changed, although its folder lets it be replaced
+            (target / file).open("r+b").close()
         for folder in list(file.parents)[:-1]:
             if os.path.lexists(target / folder) and not (target / folder).is_dir():
-                raise NotADirectoryError(errno.ENOTDIR, f"{target / folder} is a file, where a folder of that name is to be: move it away")
+                raise NotADirectoryError(
+                    errno.ENOTDIR, f"{target / folder} is a file, where a folder of that name is to be: move it away"
+                )
 
 
 def _stale(target: Path, files: Sequence[Path]) -> list[Path]:

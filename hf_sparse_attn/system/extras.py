@@ -1,4 +1,6 @@
-"""Optional packages: which extra of this package brings each, and one sentence with the command where one is missing."""
+"""Optional packages: which extra of this package brings each, and one sentence with the command where one
+is missing.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,10 @@ def require_extra(extra: str, purpose: str) -> None:
 def extra_states() -> dict[str, str]:
     """Every extra with "installed", or with what is missing and the command that installs it."""
     missing = {extra: ", ".join(missing_packages(extra)) for extra in EXTRAS}
-    return {extra: f"{names} missing: {install_command(extra)}" if names else "installed" for extra, names in missing.items()}
+    return {
+        extra: f"{names} missing: {install_command(extra)}" if names else "installed"
+        for extra, names in missing.items()
+    }
 
 
 def _missing(extra: str, purpose: str, module: str) -> MissingExtraError:

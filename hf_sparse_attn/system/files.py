@@ -14,16 +14,27 @@ from pathlib import Path
 from typing import Any
 
 from .exchange import NEW, PLAN, exchange, keep_mode, sync, sync_folder
-from .outputs import IN_PLACE, OutputError, check_folder, dangling, destination, is_stream, open_stream, refuse_read_only
+from .outputs import (
+    IN_PLACE,
+    OutputError,
+    check_folder,
+    dangling,
+    destination,
+    is_stream,
+    open_stream,
+    refuse_read_only,
+)
 from .scratch import SUFFIX, clear_leftovers, scratch_folder
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Call ``write`` with a temporary path on the same disk, then rename it to ``path``; on failure ``path`` stays as it was.
+    """Call ``write`` with a temporary path on the same disk, then rename it to ``path``; on failure ``path`` stays as
+    it was.
 
-    A file that is replaced passes its mode on, a new one has that of the umask. Where ``path`` is a link the file that it leads to is
-    written. What is no file (a pipe, /dev/stdout) gets the bytes; so does a file that can be written but not replaced (mounted by
-    itself, or in a folder that is not writable), which a kill in that moment leaves half written.
+    A file that is replaced passes its mode on, a new one has that of the umask. Where ``path`` is a link the file that
+    it leads to is written. What is no file (a pipe, /dev/stdout) gets the bytes; so does a file that can be written but
+    not replaced (mounted by itself, or in a folder that is not writable), which a kill in that moment leaves half
+    written.
 
     Raises:
         OutputError: ``path`` is a folder, or a link in a circle.
@@ -77,7 +88,8 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any, *, finite: bool = True) -> None:
-    """Write JSON with a final newline. With ``finite=False``, for files that only Python reads, NaN and infinity are kept.
+    """Write JSON with a final newline. With ``finite=False``, for files that only Python reads, NaN and infinity are
+    kept.
 
     Raises:
         ValueError: a value is NaN or infinite, which JSON cannot hold; the message names its key.
@@ -92,14 +104,18 @@ def not_finite(value: Any, key: str = "") -> list[str]:
     if isinstance(value, float):
         return [] if math.isfinite(value) else [f"{key or 'the value'} is {value}"]
     if isinstance(value, Mapping):
-        return [place for name, part in value.items() for place in not_finite(part, f"{key}.{name}" if key else str(name))]
+        return [
+            place for name, part in value.items() for place in not_finite(part, f"{key}.{name}" if key else str(name))
+        ]
     if isinstance(value, list | tuple):
         return [place for at, part in enumerate(value) for place in not_finite(part, f"{key}[{at}]")]
     return []
 
 
 def finite_results(value: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The same JSON object with null in place of NaN and infinity, and their keys under ``not_finite``; itself if it has none."""
+    """The same JSON object with null in place of NaN and infinity, and their keys under ``not_finite``;
+    itself if it has none.
+    """
     bad = not_finite(value)
     return {**_with_nulls(value), "not_finite": bad} if bad else value
 
@@ -117,20 +133,25 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:  # of JSON or of UTF-8
-        raise ValueError(f"{path} is not a whole JSON file ({error}): it was cut off or changed; write it anew") from error
+        raise ValueError(
+            f"{path} is not a whole JSON file ({error}): it was cut off or changed; write it anew"
+        ) from error
 
 
 @contextmanager
 def replaced_folder(target: str | Path, valid: str | None = None) -> Iterator[Path]:
-    """A temporary folder whose files move into ``target`` when the block ends well; if it fails ``target`` stays as it was.
+    """A temporary folder whose files move into ``target`` when the block ends well; if it fails ``target`` stays as it
+    was.
 
     Every file is complete on disk before the first one is moved. The one that makes a folder valid (``config.json``,
-    ``adapter_config.json``, or ``valid``) leaves first and comes last: after a kill in between nothing loads a mix of old and new, and
-    the next save there completes the move. Weight files of the same variant that the new set does not have (another number of
-    shards) go. The temporary folder is beside ``target``, or in it where that is another disk or not writable.
+    ``adapter_config.json``, or ``valid``) leaves first and comes last: after a kill in between nothing loads a mix of
+    old and new, and the next save there completes the move. Weight files of the same variant that the new set does not
+    have (another number of shards) go. The temporary folder is beside ``target``, or in it where that is another disk
+    or not writable.
 
     Raises:
-        OSError: nothing can be written there; or a file cannot be moved, then the message says where the new files are kept.
+        OSError: nothing can be written there; or a file cannot be moved, then the message says where the new files are
+            kept.
     """
     folder = _folder(Path(target))
     with _scratch_for_folder(folder) as scratch:
@@ -145,7 +166,9 @@ def replaced_folder(target: str | Path, valid: str | None = None) -> Iterator[Pa
                 error.add_note(f"the new files of {target} are in {kept}")
                 raise
             reason = error.strerror or str(error)
-            raise OSError(error.errno, f"{target} stays as it was ({reason}); the new files are complete in {kept}") from error
+            raise OSError(
+                error.errno, f"{target} stays as it was ({reason}); the new files are complete in {kept}"
+            ) from error
 
 
 def check_folder_output(target: str | Path) -> None:
@@ -159,13 +182,17 @@ def check_folder_output(target: str | Path) -> None:
             check_folder(scratch)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise OutputError(f"cannot write into {target}: {reason}; give another folder, or make room or permission for it") from error
+        raise OutputError(
+            f"cannot write into {target}: {reason}; give another folder, or make room or permission for it"
+        ) from error
 
 
 def _folder(target: Path) -> Path:
     """The real path of a folder, made if it is missing."""
     if missing := dangling(target):
-        raise FileNotFoundError(f"{missing} is a link to {os.readlink(missing)}, which is not there: make that folder, or mount its disk")
+        raise FileNotFoundError(
+            f"{missing} is a link to {os.readlink(missing)}, which is not there: make that folder, or mount its disk"
+        )
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target} is a file, not a folder: give another name, or move it away")
     target.mkdir(parents=True, exist_ok=True)
@@ -192,7 +219,8 @@ def _scratch_for_folder(target: Path) -> Iterator[Path]:
 def _keep(scratch: Path, target: Path) -> Path:
     """Where what was not moved is kept for good."""
     kept = scratch.parent / f"{target.name}.unsaved-{secrets.token_hex(4)}"
-    (scratch if (scratch / PLAN).exists() else scratch / NEW).rename(kept)  # the plan is there still: not all could be moved back
+    # the plan is there still: not all could be moved back
+    (scratch if (scratch / PLAN).exists() else scratch / NEW).rename(kept)
     return kept
 
 

@@ -1,4 +1,6 @@
-"""Folders that one process has to itself. The locks are the operating system's: they end with the process, however it ends."""
+"""Folders that one process has to itself. The locks are the operating system's:
+they end with the process, however it ends.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ class FolderInUseError(ValueError):
 
 @contextmanager
 def sole_use(folder: str | Path, instead: str = "give another folder") -> Iterator[None]:
-    """Nobody else gets ``folder`` (made if it is missing) from `sole_use` while the block runs; who only reads it does not ask.
+    """Nobody else gets ``folder`` (made if it is missing) from `sole_use` while the block runs; who only reads it does
+    not ask.
 
     Raises:
         FolderInUseError: another process (or thread) has it.
@@ -36,7 +39,9 @@ def sole_use(folder: str | Path, instead: str = "give another folder") -> Iterat
     try:
         with suppress(OSError):  # where a locked file cannot be written others are not told whose it is
             since = datetime.now(UTC).isoformat(timespec="seconds")
-            path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}), encoding="utf-8")
+            path.write_text(
+                json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}), encoding="utf-8"
+            )
         yield
     finally:
         with suppress(OSError):

@@ -15,72 +15,152 @@ from typing import Any
 
 PACKAGE = __name__.partition(".")[0]
 PICKLES = (
-    f"Whole models that {PACKAGE} 0.1.0 pickled (torch.save(model)) cannot be read by this version: load them with 0.1.0 "
+    f"Whole models that {PACKAGE} 0.1.0 pickled (torch.save(model)) cannot be read by this version: load them with "
+    "0.1.0 "
     f"(pip install '{PACKAGE}==0.1.0') and save them with model.save_pretrained(folder), which every version reads"
 )
 # old name, new name; those that kept theirs are not listed
 _TABLE = """
-precision system.precision             locks system.locks                       exchange system.exchange
-scratch system.scratch                 outputs system.outputs                   files system.files
-progress system.progress               environment system.environment           plain_yaml experiments.plain_yaml
-versions architectures.versions        made architectures.class_factory         cache_arguments architectures.cache_arguments
-rotary router.rotary                   plan router.budget                       head_budgets router.head_budgets
-selecting router.selection             single router.single_query               asking attention.call
-attending attention.layer              masks attention.mask_interface           mask_4d attention.mask_4d
-segments attention.documents           dense attention.dense                    cache attention.cache
-cache_adoption attention.cache_adoption                                         static_decode attention.static_decode
-opaque attention.custom_op             numbered attention.object_registry       ambient attention.call_context
-gradients attention.gradients          untrained attention.gradients            checks attention.checks
-composite models.config_dispatch       dispatch models.config_dispatch          registration models.registration
-sites models.attach                    conversion models.convert                saving models.checkpoint
-calibration models.calibration         adapters models.adapters                 adapter_marks models.adapter_settings
-adapter_states models.adapter_states   adapter_swaps models.adapter_swaps       numbering models.layer_numbers
-checkpointing models.gradient_checkpointing                                     prefill models.generate_hooks
-self_test models.self_test             kept_tests models.self_test_results      model_inputs data.model_inputs
-budgets training.mass_threshold        training.adaptation training.lora        training.bar training.progress_callback
-training.carrying attention.gradients                                   training.collecting training.objective
-training.losses training.router_loss   training.processes training.distributed  training.svd training.index_init
-data.encodings data.decoding             data.labelled experiments.rows.class_labels
-data.pieces data.document_chunks       data.series experiments.rows.time_series             data.split experiments.rows.time_split
-data.streaming data.row_dataset        data.survey data.file_check              data.tokens data.tokenization
-evaluation.allocations experiments.scores.budget_allocation                             evaluation.sharing evaluation.shared_threshold
-evaluation.calibrating evaluation.calibrate                                     evaluation.comparison experiments.scores.perplexity
-evaluation.harness evaluation.lm_eval_harness                                   evaluation.needs evaluation.calibration_observers
-evaluation.predictions evaluation.divergence                                    evaluation.selectors evaluation.baselines
-evaluation.shares evaluation.statistics                                         evaluation.tasks experiments.scores.task_scores
-profiling.attention benchmarks.attention_call                                   profiling.budgets benchmarks.varying_budgets
-profiling.calibration benchmarks.planner.cpu_rates                              profiling.checking benchmarks.planner.check
-profiling.contenders benchmarks.contenders                                      profiling.devices benchmarks.planner.devices
-profiling.gpu.causes benchmarks.gpu.causes                                      profiling.gpu.launch_grid benchmarks.gpu.launch_grid
-profiling.gpu.limits benchmarks.gpu.limits                                      profiling.gpu.models benchmarks.gpu.whole_models
-profiling.gpu.rows benchmarks.gpu.rows                                          profiling.layer benchmarks.layer_shape
-profiling.layouts benchmarks.padding_vs_packing                                 profiling.memory benchmarks.memory
-profiling.meters benchmarks.timing     profiling.model benchmarks.generation    profiling.peers benchmarks.dense_baselines
-profiling.planning benchmarks.planner.plan                                      profiling.plot benchmarks.plot
-profiling.simulation benchmarks.planner.meta_step                               profiling.training benchmarks.training_step
-profiling.work benchmarks.planner.attention_cost                                pipeline.recipe experiments.recipe
-pipeline.recipe_values experiments.recipe_values                                pipeline.kinds experiments.value_kinds
-pipeline.run experiments.run           pipeline.engine experiments.steps        pipeline.sizing experiments.sizing
-pipeline.ablation experiments.tasks.ablation_run                                pipeline.classification experiments.tasks.classification
-pipeline.forecasting experiments.tasks.forecasting                              pipeline.language experiments.tasks.language_model
-pipeline.planted_links experiments.tasks.planted_links                          pipeline.questions experiments.tasks.question_answering
-pipeline.robustness experiments.tasks.robustness_run                            pipeline.task experiments.tasks.selection_scores
-pipeline.training experiments.tasks.distil_and_adapt                            pipeline.card experiments.reports.model_card
-pipeline.figures experiments.reports.figures                                    pipeline.rendering experiments.reports.rendering
-pipeline.report experiments.reports.html_report                                 ablation.costs experiments.ablation.costs
-ablation.factors experiments.ablation.factors                                   ablation.readings experiments.ablation.readings
+precision system.precision
+locks system.locks
+exchange system.exchange
+scratch system.scratch
+outputs system.outputs
+files system.files
+progress system.progress
+environment system.environment
+plain_yaml experiments.plain_yaml
+versions architectures.versions
+made architectures.class_factory
+cache_arguments architectures.cache_arguments
+rotary router.rotary
+plan router.budget
+head_budgets router.head_budgets
+selecting router.selection
+single router.single_query
+asking attention.call
+attending attention.layer
+masks attention.mask_interface
+mask_4d attention.mask_4d
+segments attention.documents
+dense attention.dense
+cache attention.cache
+cache_adoption attention.cache_adoption
+static_decode attention.static_decode
+opaque attention.custom_op
+numbered attention.object_registry
+ambient attention.call_context
+gradients attention.gradients
+untrained attention.gradients
+checks attention.checks
+composite models.config_dispatch
+dispatch models.config_dispatch
+registration models.registration
+sites models.attach
+conversion models.convert
+saving models.checkpoint
+calibration models.calibration
+adapters models.adapters
+adapter_marks models.adapter_settings
+adapter_states models.adapter_states
+adapter_swaps models.adapter_swaps
+numbering models.layer_numbers
+checkpointing models.gradient_checkpointing
+prefill models.generate_hooks
+self_test models.self_test
+kept_tests models.self_test_results
+model_inputs data.model_inputs
+budgets training.mass_threshold
+training.adaptation training.lora
+training.bar training.progress_callback
+training.carrying attention.gradients
+training.collecting training.objective
+training.losses training.router_loss
+training.processes training.distributed
+training.svd training.index_init
+data.encodings data.decoding
+data.labelled experiments.rows.class_labels
+data.pieces data.document_chunks
+data.series experiments.rows.time_series
+data.split experiments.rows.time_split
+data.streaming data.row_dataset
+data.survey data.file_check
+data.tokens data.tokenization
+evaluation.allocations experiments.scores.budget_allocation
+evaluation.sharing evaluation.shared_threshold
+evaluation.calibrating evaluation.calibrate
+evaluation.comparison experiments.scores.perplexity
+evaluation.harness evaluation.lm_eval_harness
+evaluation.needs evaluation.calibration_observers
+evaluation.predictions evaluation.divergence
+evaluation.selectors evaluation.baselines
+evaluation.shares evaluation.statistics
+evaluation.tasks experiments.scores.task_scores
+profiling.attention benchmarks.attention_call
+profiling.budgets benchmarks.varying_budgets
+profiling.calibration benchmarks.planner.cpu_rates
+profiling.checking benchmarks.planner.check
+profiling.contenders benchmarks.contenders
+profiling.devices benchmarks.planner.devices
+profiling.gpu.causes benchmarks.gpu.causes
+profiling.gpu.launch_grid benchmarks.gpu.launch_grid
+profiling.gpu.limits benchmarks.gpu.limits
+profiling.gpu.models benchmarks.gpu.whole_models
+profiling.gpu.rows benchmarks.gpu.rows
+profiling.layer benchmarks.layer_shape
+profiling.layouts benchmarks.padding_vs_packing
+profiling.memory benchmarks.memory
+profiling.meters benchmarks.timing
+profiling.model benchmarks.generation
+profiling.peers benchmarks.dense_baselines
+profiling.planning benchmarks.planner.plan
+profiling.plot benchmarks.plot
+profiling.simulation benchmarks.planner.meta_step
+profiling.training benchmarks.training_step
+profiling.work benchmarks.planner.attention_cost
+pipeline.recipe experiments.recipe
+pipeline.recipe_values experiments.recipe_values
+pipeline.kinds experiments.value_kinds
+pipeline.run experiments.run
+pipeline.engine experiments.steps
+pipeline.sizing experiments.sizing
+pipeline.ablation experiments.tasks.ablation_run
+pipeline.classification experiments.tasks.classification
+pipeline.forecasting experiments.tasks.forecasting
+pipeline.language experiments.tasks.language_model
+pipeline.planted_links experiments.tasks.planted_links
+pipeline.questions experiments.tasks.question_answering
+pipeline.robustness experiments.tasks.robustness_run
+pipeline.task experiments.tasks.selection_scores
+pipeline.training experiments.tasks.distil_and_adapt
+pipeline.card experiments.reports.model_card
+pipeline.figures experiments.reports.figures
+pipeline.rendering experiments.reports.rendering
+pipeline.report experiments.reports.html_report
+ablation.costs experiments.ablation.costs
+ablation.factors experiments.ablation.factors
+ablation.readings experiments.ablation.readings
 ablation.table experiments.ablation.level_table
 longlink.answers experiments.longlink.link_answers
-longlink.ceilings experiments.longlink.ceilings                                 longlink.export experiments.longlink.export
-longlink.families experiments.longlink.families                                 longlink.learning experiments.longlink.learning
-longlink.metrics experiments.longlink.link_metrics                              longlink.planting experiments.longlink.planting
-longlink.routing experiments.longlink.cause_recall                              longlink.study experiments.longlink.study
-cli_options cli.options                cli_bench cli.bench                      cli_training cli.bench_training
+longlink.ceilings experiments.longlink.ceilings
+longlink.export experiments.longlink.export
+longlink.families experiments.longlink.families
+longlink.learning experiments.longlink.learning
+longlink.metrics experiments.longlink.link_metrics
+longlink.planting experiments.longlink.planting
+longlink.routing experiments.longlink.cause_recall
+longlink.study experiments.longlink.study
+cli_options cli.options
+cli_bench cli.bench
+cli_training cli.bench_training
 cli_evaluation cli.measure
-data.ruler experiments.rows.ruler      data.series_files experiments.rows.series_files
-data.stamps experiments.rows.stamps    evaluation.answers experiments.scores.answers
+data.ruler experiments.rows.ruler
+data.series_files experiments.rows.series_files
+data.stamps experiments.rows.stamps
+evaluation.answers experiments.scores.answers
 evaluation.robustness experiments.scores.robustness
-training.arguments training.config     training.schedule training.config
+training.arguments training.config
+training.schedule training.config
 """
 _WORDS = _TABLE.split()
 MOVED = dict(zip(_WORDS[::2], _WORDS[1::2], strict=True))
@@ -94,12 +174,15 @@ RECORDED = "registration"  # the module that adapters of 0.1.0 name
 
 
 def new_name(old: str) -> str | None:
-    """What to say of the module ``old`` of 0.1.0 (without the package's name); None for a module that it did not have."""
+    """What to say of the module ``old`` of 0.1.0 (without the package's name);
+    None for a module that it did not have.
+    """
     if old in MOVED:
         return f"{PACKAGE}.{old} of version 0.1.0 is {PACKAGE}.{MOVED[old]}. {PICKLES}"
     if old in GONE:
         return (
-            f"{PACKAGE}.{old} of version 0.1.0 is no more: what it tried was not better, LOG.md of the source says by how much. {PICKLES}"
+            f"{PACKAGE}.{old} of version 0.1.0 is no more: what it tried was not better, LOG.md of the source "
+            f"says by how much. {PICKLES}"
         )
     within = {name: new for name, new in MOVED.items() if name.startswith(f"{old}.")}
     if not within:
@@ -111,7 +194,9 @@ def new_name(old: str) -> str | None:
 class OldNames(MetaPathFinder):
     """Asked last, where a module is not there."""
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         package, _, old = fullname.partition(".")
         if package != PACKAGE:
             return None
@@ -124,7 +209,9 @@ class OldNames(MetaPathFinder):
 
 
 class _Recorded(Loader):
-    """Makes the module that adapters name: it has the sparse model classes, as the package itself has, and nothing else."""
+    """Makes the module that adapters name: it has the sparse model classes, as the package itself has, and nothing
+    else.
+    """
 
     def exec_module(self, module: ModuleType) -> None:
         def look_up(name: str) -> Any:

@@ -1,4 +1,6 @@
-"""Where a path that a result is written to leads: a file, or something that takes a stream of bytes; asked before the work is done."""
+"""Where a path that a result is written to leads: a file, or something that takes a stream of bytes;
+asked before the work is done.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ DESCRIPTOR = re.compile(r"/(?:dev|proc/(?P<process>\d+)(?:/task/\d+)?)/fd/(?P<nu
 MOST_LINKS = 40  # as Linux has it
 PROBE_BYTES = 1 << 16
 OTHERS = stat.S_IWGRP | stat.S_IWOTH
-IN_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EXDEV, errno.EBUSY)  # a file may be written although its folder may not
+# a file may be written although its folder may not
+IN_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EXDEV, errno.EBUSY)
 
 
 class OutputError(OSError):
@@ -26,7 +29,8 @@ class OutputError(OSError):
 
 
 def destination(path: str | Path) -> Path:
-    """The absolute path that ``path`` stands for, links followed; an open descriptor (/dev/stdout, /dev/fd/3) stays one.
+    """The absolute path that ``path`` stands for, links followed; an open descriptor (/dev/stdout, /dev/fd/3) stays
+    one.
 
     Raises:
         OutputError: links that lead in a circle, a folder, or something that cannot be written to.
@@ -41,22 +45,30 @@ def destination(path: str | Path) -> Path:
     else:
         raise OutputError(f"cannot write {path}: its symbolic links lead in a circle")
     if (missing := dangling(Path(path))) and not target.parent.is_dir():
-        raise OutputError(f"cannot write {path}: {missing} is a link to what is not there; make that folder, or mount its disk")
+        raise OutputError(
+            f"cannot write {path}: {missing} is a link to what is not there; make that folder, or mount its disk"
+        )
     if target.is_dir():
         raise OutputError(f"cannot write {path}: it is a folder; give the name of a file in it")
     if target.is_block_device() or target.is_socket():
-        raise OutputError(f"cannot write {path}: it is a {'disk' if target.is_block_device() else 'socket'}; give the name of a file")
+        raise OutputError(
+            f"cannot write {path}: it is a {'disk' if target.is_block_device() else 'socket'}; give the name of a file"
+        )
     return target
 
 
 def dangling(path: Path) -> Path | None:
-    """The part of a path that is a link to what is not there: nothing is made behind it, since a disk may not be mounted yet."""
+    """The part of a path that is a link to what is not there:
+    nothing is made behind it, since a disk may not be mounted yet.
+    """
     there = next((part for part in (path, *path.parents) if os.path.lexists(part)), None)
     return there if there is not None and there.is_symlink() and not there.exists() else None
 
 
 def is_stream(target: Path) -> bool:
-    """Whether a `destination` takes bytes as they come (a pipe, a terminal, /dev/null): it cannot be replaced by a file."""
+    """Whether a `destination` takes bytes as they come (a pipe, a terminal, /dev/null):
+    it cannot be replaced by a file.
+    """
     return DESCRIPTOR.fullmatch(str(target)) is not None or target.is_fifo() or target.is_char_device()
 
 
@@ -78,7 +90,8 @@ def _own_descriptor(target: Path) -> int | None:
 def check_output(path: str | Path) -> None:
     """Find out now whether a file can be written to ``path`` later. Folders that are missing are made.
 
-    A small file is written beside it, since what modes say does not hold for root, on disks that are full or mounted to be read only.
+    A small file is written beside it, since what modes say does not hold for root, on disks that are full or mounted to
+    be read only.
 
     Raises:
         OutputError: it cannot, and why.
@@ -93,7 +106,9 @@ def check_output(path: str | Path) -> None:
         raise
     except (OSError, ValueError) as error:  # ValueError: a zero byte
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise OutputError(f"cannot write {path}: {reason}; give another path, or make room or permission for it") from error
+        raise OutputError(
+            f"cannot write {path}: {reason}; give another path, or make room or permission for it"
+        ) from error
 
 
 def _check_stream(target: Path) -> None:
@@ -114,7 +129,9 @@ def _check_file(target: Path) -> None:
 
 
 def refuse_read_only(target: Path) -> None:
-    """Raise OSError for a file that is there and may not be changed, although its folder would let it be replaced, or a name too long."""
+    """Raise OSError for a file that is there and may not be changed, although its folder would let it be replaced, or a
+    name too long.
+    """
     with suppress(FileNotFoundError), target.open("r+b"):
         pass
 

@@ -45,7 +45,9 @@ class Choice(NamedTuple):
 
 @cache
 def instruction_set() -> str:
-    """What this processor multiplies with: AMX, AVX512-BF16, AVX-512, AVX2, or the machine's name with what torch knows of it."""
+    """What this processor multiplies with: AMX, AVX512-BF16, AVX-512, AVX2, or the machine's name with what torch knows
+    of it.
+    """
     machine = platform.machine()
     if machine.lower() in ("x86_64", "amd64"):
         return next((name for name, needed in X86 if _has(*needed)), "x86-64 without AVX2")
@@ -86,7 +88,8 @@ def choice(device: str | None = None) -> Choice:
 
 
 def resolve(name: str, device: str | None = None, *, warn: bool = True) -> torch.dtype:
-    """The dtype that ``name`` (one of DTYPES) stands for. A name other than ``auto`` is taken as it is, with one warning if that is slow.
+    """The dtype that ``name`` (one of DTYPES) stands for. A name other than ``auto`` is taken as it is, with one
+    warning if that is slow.
 
     Raises:
         ValueError: another name.
@@ -103,7 +106,9 @@ def resolve(name: str, device: str | None = None, *, warn: bool = True) -> torch
 
 
 def of_saved(dtype: torch.dtype | None, device: str | None = None) -> torch.dtype:
-    """The dtype in which ``auto`` loads a model that was saved in ``dtype``: that one, or float32 where its products are converted."""
+    """The dtype in which ``auto`` loads a model that was saved in ``dtype``:
+    that one, or float32 where its products are converted.
+    """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return torch.float32 if dtype is None or not multiplies(dtype, device) else dtype
 
@@ -112,7 +117,8 @@ def of_saved(dtype: torch.dtype | None, device: str | None = None) -> torch.dtyp
 def _warn(dtype: torch.dtype, device: str) -> None:
     name, factor = str(dtype).removeprefix("torch."), linear_rate(torch.float32, device) / linear_rate(dtype, device)
     logger.warning(
-        "dtype %s was asked for, and %s: its linear layers take %.1f times as long as float32's. dtype auto is float32 here",
+        "dtype %s was asked for, and %s: its linear layers take %.1f times as long as float32's. dtype auto is "
+        "float32 here",
         name,
         choice(device).why if dtype == torch.bfloat16 else f"{device} has no instructions that multiply it",
         factor,

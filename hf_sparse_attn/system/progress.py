@@ -1,4 +1,6 @@
-"""How far long work is: a bar on a terminal; elsewhere (logs, CI, notebooks) a line at the start, at the end and every 30 seconds."""
+"""How far long work is: a bar on a terminal; elsewhere (logs, CI, notebooks) a line at the start, at the end and every
+30 seconds.
+"""
 
 from __future__ import annotations
 
@@ -133,7 +135,11 @@ def counted(items: Sequence[Item], description: str, shown: bool = True) -> Iter
 
 def line(description: str, done: float, total: float | None, before: float, seconds: float, info: str = "") -> str:
     """One line about work of which ``before`` was done ``seconds`` ago."""
-    parts = [f"{description}: {done:.0f} of {total:.0f}, {total - done:.0f} left" if total is not None else f"{description}: {done:.0f}"]
+    parts = [
+        f"{description}: {done:.0f} of {total:.0f}, {total - done:.0f} left"
+        if total is not None
+        else f"{description}: {done:.0f}"
+    ]
     rate = (done - before) / seconds if seconds > 0 else 0.0
     if rate > 0:
         parts.append(f"{rate:.1f} a second" if rate >= 1 else f"{rate * 60:.2g} a minute")
@@ -146,12 +152,20 @@ def line(description: str, done: float, total: float | None, before: float, seco
 
 def duration(seconds: float) -> str:
     """Seconds, minutes or hours in words."""
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.1f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 @contextmanager
 def step(name: str, shown: bool = True) -> Iterator[None]:
-    """Work that has no count of its own: where there is no terminal it is said to go on, unless something within says more."""
+    """Work that has no count of its own: where there is no terminal it is said to go on, unless something within says
+    more.
+    """
     if not shown or is_terminal(sys.stderr):
         yield
         return
@@ -165,7 +179,9 @@ def step(name: str, shown: bool = True) -> Iterator[None]:
 
 
 class _Clock:
-    """Calls ``call`` from a thread of its own whenever ``every`` seconds have passed since its last call and since ``last()``."""
+    """Calls ``call`` from a thread of its own whenever ``every`` seconds have passed since its last call and since
+    ``last()``.
+    """
 
     def __init__(self, call: Callable[[], None], every: float, last: Callable[[], float]) -> None:
         self._call, self._every, self._last, self._over = call, every, last, threading.Event()

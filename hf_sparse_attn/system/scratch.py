@@ -1,4 +1,6 @@
-"""Temporary folders beside what is being written. One that a killed process left is cleared by the next that writes there."""
+"""Temporary folders beside what is being written.
+One that a killed process left is cleared by the next that writes there.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ ATTEMPTS = 100
 
 @contextmanager
 def scratch_folder(place: Path, name: str) -> Iterator[Path]:
-    """A new folder in ``place`` for what is to become ``name``, removed afterwards; what killed processes left in ``place`` goes first."""
+    """A new folder in ``place`` for what is to become ``name``, removed afterwards;
+    what killed processes left in ``place`` goes first.
+    """
     clear_leftovers(place)
     folder, lock = _new_folder(place, name.encode()[:LONGEST].decode(errors="ignore"))
     try:
@@ -50,9 +54,15 @@ def _remove(folder: Path, lock: BaseFileLock) -> None:
 
 
 def clear_leftovers(place: Path) -> None:
-    """Remove the scratch folders in ``place`` that dead processes of this user left; an exchange that one had begun is completed."""
+    """Remove the scratch folders in ``place`` that dead processes of this user left;
+    an exchange that one had begun is completed.
+    """
     try:
-        folders = [Path(entry.path) for entry in os.scandir(place) if entry.name.startswith(".") and entry.name.endswith(SUFFIX)]
+        folders = [
+            Path(entry.path)
+            for entry in os.scandir(place)
+            if entry.name.startswith(".") and entry.name.endswith(SUFFIX)
+        ]
     except OSError:  # not readable
         return
     for path in folders:
@@ -78,4 +88,6 @@ def _clear(path: Path) -> None:
 
 
 def _is_own_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink() and (not hasattr(os, "geteuid") or path.stat().st_uid == os.geteuid())
+    return (
+        path.is_dir() and not path.is_symlink() and (not hasattr(os, "geteuid") or path.stat().st_uid == os.geteuid())
+    )

@@ -1,7 +1,8 @@
 """The next-token loss a part of the tokens at a time, so that the logits of all tokens never exist.
 
 At 16k tokens and 49k words the float32 logits, their softmax and their gradient would take 9.7 GB; a part of 256 MB at
-a time costs no more arithmetic: the gradient of each part is computed with it and kept at the size of the hidden states.
+a time costs no more arithmetic: the gradient of each part is computed with it and kept at the size of the hidden
+states.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ TOLERANCE = 1e-3  # relative; bf16 logits of a few tokens
 
 
 class _Head:
-    """The output layer of a model, which passes hidden states through while the model's forward is to make no logits."""
+    """The output layer of a model, which passes hidden states through while the model's forward is to make
+    no logits.
+    """
 
     def __init__(self, model: Any) -> None:
         self.layer: nn.Module = model.get_output_embeddings()
@@ -39,7 +42,9 @@ class _Head:
         return hidden if self.through else self.own(hidden, *args, **kwargs)
 
     def loss(self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None, ignore_index: int) -> Tensor:
-        """Mean cross-entropy (the sum over ``num_items`` if given) of ``hidden`` [n, d] against shifted ``labels`` [n]."""
+        """Mean cross-entropy (the sum over ``num_items`` if given) of ``hidden`` [n, d] against shifted
+        ``labels`` [n].
+        """
         self.through = False
         weights = [p for p in self.layer.parameters() if p.requires_grad]
         count = (labels != ignore_index).sum() if num_items is None else num_items
@@ -62,15 +67,17 @@ class _Head:
 
 
 def chunk_loss(model: Any) -> Any:
-    """Make the forward pass of a causal ``model`` (stock, sparse, or a PeftModel) compute its loss in chunks; returns it.
+    """Make the forward pass of a causal ``model`` (stock, sparse, or a PeftModel) compute its loss in chunks; returns
+    it.
 
-    With ``labels`` the output of a step with gradients has no logits (``None``, and no entry of that name). Without gradients, as in
-    ``evaluate`` and ``predict``, it has logits that are made once something reads them. Without labels everything is as before. The
-    loss is checked against the model's own on a few tokens, so a model that does more between hidden states and loss is refused; a
-    model on the meta device, which has no numbers, is taken as it is.
+    With ``labels`` the output of a step with gradients has no logits (``None``, and no entry of that name). Without
+    gradients, as in ``evaluate`` and ``predict``, it has logits that are made once something reads them. Without labels
+    everything is as before. The loss is checked against the model's own on a few tokens, so a model that does more
+    between hidden states and loss is refused; a model on the meta device, which has no numbers, is taken as it is.
 
     Raises:
-        ValueError: the model has no output layer, its own loss is another one, or ZeRO-3 sharded its weights, so that this is not known.
+        ValueError: the model has no output layer, its own loss is another one, or ZeRO-3 sharded its weights, so that
+            this is not known.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if base.get_output_embeddings() is None:
@@ -78,7 +85,10 @@ def chunk_loss(model: Any) -> Any:
     if getattr(base, UNDO, None) is not None:
         return model
     if hasattr(base.get_output_embeddings().weight, "ds_id"):
-        raise ValueError("chunk_loss compares losses before training, which needs whole weights: leave it out under ZeRO-3, or use FSDP2")
+        raise ValueError(
+            "chunk_loss compares losses before training, which needs whole weights: leave it out under ZeRO-3, or use "
+            "FSDP2"
+        )
     has_numbers = base.device.type != "meta"
     want = _check_loss(base) if has_numbers else 0.0
     forward, own_loss, head = base.forward, base.loss_function, _Head(base)
@@ -89,7 +99,8 @@ def chunk_loss(model: Any) -> Any:
     if not abs(got - want) <= TOLERANCE * abs(want):
         whole_loss(base)
         raise ValueError(
-            f"the chunked loss of {type(base).__name__} is {got:.6f} where its own is {want:.6f}: the model changes its logits "
+            f"the chunked loss of {type(base).__name__} is {got:.6f} where its own is {want:.6f}: the model changes "
+            "its logits "
             "(a soft cap, say) or has a loss of its own. Train it without the chunked loss"
         )
     return model
@@ -140,12 +151,19 @@ def _deferred_loss(head: _Head, loss_function: Callable[..., Tensor]) -> Callabl
         **kwargs: Any,
     ) -> Tensor:
         if not head.through:
-            options = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index, "shift_labels": shift_labels, **kwargs}
+            options = {
+                "num_items_in_batch": num_items_in_batch,
+                "ignore_index": ignore_index,
+                "shift_labels": shift_labels,
+                **kwargs,
+            }
             return loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **options)
         if shift_labels is None:
             assert labels is not None
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        return head.loss(logits.flatten(0, -2), shift_labels.flatten().to(logits.device), num_items_in_batch, ignore_index)
+        return head.loss(
+            logits.flatten(0, -2), shift_labels.flatten().to(logits.device), num_items_in_batch, ignore_index
+        )
 
     return loss_in_chunks
 
@@ -157,7 +175,9 @@ def _check_loss(model: Any) -> float:
     try:
         vocabulary = int(model.config.get_text_config().vocab_size)
         generator = torch.Generator(device="cpu").manual_seed(0)
-        ids = torch.randint(vocabulary, (1, CHECK_TOKENS), generator=generator, dtype=torch.int64, device="cpu").to(model.device)
+        ids = torch.randint(vocabulary, (1, CHECK_TOKENS), generator=generator, dtype=torch.int64, device="cpu").to(
+            model.device
+        )
         return float(model(input_ids=ids, labels=ids, use_cache=False).loss)
     finally:
         model.train(training)

@@ -1,4 +1,6 @@
-"""Settings of both stages of training: distillation, the joint stage, LoRA; which fields of TrainingArguments they may set."""
+"""Settings of both stages of training: distillation, the joint stage, LoRA;
+which fields of TrainingArguments they may set.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +13,34 @@ from ..config import BUDGET_FIELDS, FIXED_FIELDS, SparseAttentionConfig
 
 ANNEALED = ("kl_weight", "density", "min_keys", "max_keys", "candidate_factor", "query_samples")
 
-# Which fields of ``transformers.TrainingArguments`` settings may set: a list of what is allowed, so that a new field is not.
-# Left out is what belongs to settings of our own, reads or writes other files, loads what Trainer unpickles, or runs elsewhere.
+# Which fields of ``transformers.TrainingArguments`` settings may set: a list of what is allowed, so that a new field is
+# not.
+# Left out is what belongs to settings of our own, reads or writes other files, loads what Trainer unpickles, or runs
+# elsewhere.
 Number = float
 ALLOWED: dict[str, Any] = {
     **dict.fromkeys(("lr_scheduler_type", "optim", "optim_args", "train_sampling_strategy", "torch_compile_mode"), str),
-    **dict.fromkeys(("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps", "warmup_ratio"), Number),
+    **dict.fromkeys(
+        ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps", "warmup_ratio"), Number
+    ),
     **dict.fromkeys(("label_smoothing_factor", "neftune_noise_alpha", "logging_steps", "num_train_epochs"), Number),
-    **dict.fromkeys(("data_seed", "save_total_limit", "torch_empty_cache_steps", "ddp_bucket_cap_mb", "ddp_timeout"), int),
+    **dict.fromkeys(
+        ("data_seed", "save_total_limit", "torch_empty_cache_steps", "ddp_bucket_cap_mb", "ddp_timeout"), int
+    ),
     **dict.fromkeys(("dataloader_num_workers", "dataloader_prefetch_factor"), int),
-    **dict.fromkeys(("dataloader_pin_memory", "dataloader_drop_last", "dataloader_persistent_workers", "dataloader_in_order"), bool),
+    **dict.fromkeys(
+        ("dataloader_pin_memory", "dataloader_drop_last", "dataloader_persistent_workers", "dataloader_in_order"), bool
+    ),
     **dict.fromkeys(("bf16", "fp16", "tf32", "torch_compile", "use_liger_kernel", "use_cpu", "full_determinism"), bool),
-    **dict.fromkeys(("logging_first_step", "logging_nan_inf_filter", "include_num_input_tokens_seen", "skip_memory_metrics"), bool),
+    **dict.fromkeys(
+        ("logging_first_step", "logging_nan_inf_filter", "include_num_input_tokens_seen", "skip_memory_metrics"), bool
+    ),
     **dict.fromkeys(("average_tokens_across_devices", "save_only_model", "ignore_data_skip"), bool),
     **dict.fromkeys(("ddp_find_unused_parameters", "ddp_broadcast_buffers", "ddp_static_graph"), bool),
     "lr_scheduler_kwargs": dict[str, float | int | bool | str],
 }
-NETWORK: dict[str, Any] = {  # sends what is trained, or what is known of it, to other machines; a token is never read from settings
+# sends what is trained, or what is known of it, to other machines; a token is never read from settings
+NETWORK: dict[str, Any] = {
     **dict.fromkeys(("push_to_hub", "hub_private_repo", "hub_always_push"), bool),
     **dict.fromkeys(("hub_model_id", "hub_strategy", "hub_revision", "run_name", "project"), str),
     "report_to": list[str] | str,
@@ -38,7 +51,14 @@ FROM_SCRATCH: dict[str, Any] = {  # where a recipe trains a model with these arg
     "disable_tqdm": bool,
 }
 OWN_ARGUMENTS = {
-    *("output_dir", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "max_grad_norm"),
+    *(
+        "output_dir",
+        "max_steps",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "max_grad_norm",
+    ),
     *("activation_checkpointing", "gradient_checkpointing", "save_steps", "save_strategy", "seed", "disable_tqdm"),
 }
 
@@ -58,7 +78,8 @@ class DistillationConfig:
     tiles_per_step: int = 4  # query tiles of each row in a step on tiles
     queries_per_step: int = 48  # single queries of each row in a step on tiles of 1
     seed: int = 0
-    save_every: int = 4  # batches between checkpoints, if a checkpoint path is given; sooner where these take more than a minute
+    # batches between checkpoints, if a checkpoint path is given; sooner where these take more than a minute
+    save_every: int = 4
     target: InitVar[str] = "mass"  # settings that an older version saved name it, see `without_target`
 
     def __post_init__(self, target: str) -> None:
@@ -82,7 +103,8 @@ class SparseTrainingConfig:
     router_lr: float = 2e-4  # of the routers; a tenth of distillation's order
     kl_weight: float = 0.1  # 0 = the routers stay as they are, and no KL is computed
     kl_tile_share: int = 16  # the KL is computed on one query tile in this many
-    dense_every: int = 4  # every this-many-th step runs dense, so that gradients reach links that would be cut; 0 = none, 1 = all
+    # every this-many-th step runs dense, so that gradients reach links that would be cut; 0 = none, 1 = all
+    dense_every: int = 4
     anneal: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # e.g. {"density": [1.0, 0.125]}: from, to
     anneal_share: float = 0.5  # the share of all steps after which annealing is done
     seed: int = 0
@@ -98,7 +120,11 @@ class SparseTrainingConfig:
         if self.anneal_share > 1:
             self._refuse("anneal_share", "a share in (0, 1]")
         for name, ends in self.anneal.items():
-            if name not in ANNEALED or len(ends) != 2 or not all(isinstance(end, int | float) and math.isfinite(end) for end in ends):
+            if (
+                name not in ANNEALED
+                or len(ends) != 2
+                or not all(isinstance(end, int | float) and math.isfinite(end) for end in ends)
+            ):
                 self._refuse("anneal", f"pairs [from, to] of finite numbers for any of {', '.join(ANNEALED)}")
             if name == "kl_weight" and min(ends) <= 0:
                 self._refuse("anneal", "above 0 for kl_weight: without a KL the routers are frozen from the start")
@@ -120,16 +146,21 @@ class SparseTrainingConfig:
         """Changes of the model's settings at that step; whole keys where a field counts keys.
 
         Raises:
-            ValueError: an annealed value is impossible for this model, or its ``mass_threshold`` was fitted for another budget.
+            ValueError: an annealed value is impossible for this model, or its ``mass_threshold`` was fitted for another
+                budget.
         """
         values = {name: value for name, value in self.annealed(step, steps).items() if name != "kl_weight"}
-        whole = {name: value if name in ("density", "candidate_factor") else round(value) for name, value in values.items()}
+        whole = {
+            name: value if name in ("density", "candidate_factor") else round(value) for name, value in values.items()
+        }
         assert not set(whole) & set(FIXED_FIELDS)
         moved = sorted({*whole} & {*BUDGET_FIELDS})
         if moved and config.mass_threshold is not None:
             raise ValueError(
-                f"lora.anneal moves {', '.join(moved)}, but sparse_attention.mass_threshold={config.mass_threshold} was fitted for one "
-                "budget: set mass_threshold to None for the training, and fit it anew with hf_sparse_attn.fit_mass_threshold afterwards"
+                f"lora.anneal moves {', '.join(moved)}, but sparse_attention.mass_threshold={config.mass_threshold} "
+                "was fitted for one "
+                "budget: set mass_threshold to None for the training, and fit it anew with "
+                "hf_sparse_attn.fit_mass_threshold afterwards"
             )
         config.changed(**whole)
         return whole
@@ -154,7 +185,8 @@ class AdaptationConfig(SparseTrainingConfig):
     offload_activations: bool = False  # what checkpointing keeps waits in the CPU's memory; GPUs only
     chunked_loss: bool = True  # causal models: the logits of all tokens never exist
     save_every: int = 2  # optimiser steps between checkpoints, if a folder is given
-    training_arguments: Mapping[str, Any] = field(default_factory=dict)  # further fields of TrainingArguments, see `ALLOWED`
+    # further fields of TrainingArguments, see `ALLOWED`
+    training_arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -176,7 +208,8 @@ def without_target(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
     if settings.get("target", "mass") != "mass":
         raise ValueError(
-            f"{where}.target is {settings['target']!r}: routers learn the block mass of dense attention ('mass') only, the targets "
+            f"{where}.target is {settings['target']!r}: routers learn the block mass of dense attention ('mass') "
+            "only, the targets "
             "'max' and 'output' were removed (they gained nothing): leave target out"
         )
     return {name: value for name, value in settings.items() if name != "target"}

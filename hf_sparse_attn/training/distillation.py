@@ -2,7 +2,8 @@
 
 One dense forward pass serves several optimiser steps: no gradient crosses layers, so every layer's router is trained
 where its queries and keys appear, on fresh random tiles for every step, half of the steps on single queries. Several
-processes take a batch each at a time, on the same tiles, and step with the mean of their gradients: their routers stay alike.
+processes take a batch each at a time, on the same tiles, and step with the mean of their gradients: their routers stay
+alike.
 """
 
 from __future__ import annotations
@@ -63,11 +64,16 @@ def load_router_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Set all router weights. Raises ValueError if names or shapes do not match."""
     parameters = {name: p for name, p in model.named_parameters() if is_of_router(name)}
     if parameters.keys() != state.keys():
-        raise ValueError(f"router weights do not match the model: {sorted(parameters.keys() ^ state.keys())[:4]} are on one side only")
+        raise ValueError(
+            f"router weights do not match the model: {sorted(parameters.keys() ^ state.keys())[:4]} are on one side "
+            "only"
+        )
     with torch.no_grad():
         for name, p in parameters.items():
             if p.shape != state[name].shape:
-                raise ValueError(f"router weight {name} has shape {tuple(state[name].shape)}, the model needs {tuple(p.shape)}")
+                raise ValueError(
+                    f"router weight {name} has shape {tuple(state[name].shape)}, the model needs {tuple(p.shape)}"
+                )
             p.copy_(state[name])
 
 
@@ -82,18 +88,18 @@ def distill(
 ) -> DistillationReport:
     """Train the routers of a sparse ``model`` on its own dense attention (stage A of the training).
 
-    In several processes (``accelerate launch``, torchrun) every one calls this with the same model and all batches, takes
-    its share of them, and ends with the same routers; only the main process reads and writes the checkpoint.
+    In several processes (``accelerate launch``, torchrun) every one calls this with the same model and all batches,
+    takes its share of them, and ends with the same routers; only the main process reads and writes the checkpoint.
 
     Args:
         model: a sparse model; its backbone is not changed, which is checked by hash. Its routers end up trained and
             marked so in the config. Of a PeftModel, the routers of the active adapter are trained.
         batches: mappings with ``input_ids`` [B, N] (and ``attention_mask``, ``position_ids`` if any), N at least
-            ``dense_below``; of a model of time series ``past_values`` [B, steps, channels]. Tensors, arrays or lists; rows of a
-            dataset [N] serve as they are. On resume the batches already done are skipped.
+            ``dense_below``; of a model of time series ``past_values`` [B, steps, channels]. Tensors, arrays or lists;
+            rows of a dataset [N] serve as they are. On resume the batches already done are skipped.
         config: settings; the defaults suit models up to a few billion parameters.
-        checkpoint: file to save progress in, at least every minute or batch, and to resume from if it exists. It is left in place
-            at the end.
+        checkpoint: file to save progress in, at least every minute or batch, and to resume from if it exists. It is
+            left in place at the end.
         progress: show a progress bar on the terminal.
         on_batch: called with the log row of every batch.
 
@@ -101,10 +107,11 @@ def distill(
         A report with loss, kept mass and recovered share per batch.
 
     Raises:
-        ValueError: no batches, batches too short to have anything to select or of another kind than the model takes, a checkpoint
-            of another run (other texts, model, routers or settings), sharded routers, or padded or packed batches in several processes.
-        NonFiniteError: queries, keys or a router's gradient are NaN or infinite. The routers keep the finite weights they had;
-            they are not marked as trained, and the checkpoint is that of the last save.
+        ValueError: no batches, batches too short to have anything to select or of another kind than the model takes, a
+            checkpoint of another run (other texts, model, routers or settings), sharded routers, or padded or packed
+            batches in several processes.
+        NonFiniteError: queries, keys or a router's gradient are NaN or infinite. The routers keep the finite weights
+            they had; they are not marked as trained, and the checkpoint is that of the last save.
         RuntimeError: the backbone changed.
     """
     config = config or DistillationConfig()
@@ -117,7 +124,10 @@ def distill(
     _check_processes(layer_routers, todo)
     distiller = Distiller(layer_routers, config, -(-len(todo) // rank_and_size()[1]))
     report = DistillationReport(batches=len(todo), backbone_sha256=backbone_hash(model))
-    training, frozen = model.training, [p for router in layer_routers for p in router.parameters() if not p.requires_grad]
+    training, frozen = (
+        model.training,
+        [p for router in layer_routers for p in router.parameters() if not p.requires_grad],
+    )
     model.eval()
     try:
         for weight in frozen:
@@ -145,10 +155,16 @@ def distill(
 def _check_processes(layer_routers: list[SparseRouter], batches: list[dict[str, Tensor]]) -> None:
     """Raise ValueError for what several processes cannot share."""
     if any(type(w) is not nn.Parameter or hasattr(w, "ds_id") for router in layer_routers for w in router.parameters()):
-        raise ValueError("distill needs whole routers, and these are sharded: call it before accelerator.prepare, in every process")
+        raise ValueError(
+            "distill needs whole routers, and these are sharded: call it before accelerator.prepare, in every process"
+        )
     if rank_and_size()[1] == 1:
         return
-    uneven = [batch for batch in batches if "position_ids" in batch or "cu_seq_lens_q" in batch or not bool(_mask(batch).all())]
+    uneven = [
+        batch
+        for batch in batches
+        if "position_ids" in batch or "cu_seq_lens_q" in batch or not bool(_mask(batch).all())
+    ]
     if uneven:
         raise ValueError("distill in several processes takes batches of whole rows: no padding, one document in a row")
 
@@ -157,8 +173,12 @@ def _mask(batch: Mapping[str, Tensor]) -> Tensor:
     return batch["attention_mask"] if "attention_mask" in batch else torch.ones(1, dtype=torch.bool, device="cpu")
 
 
-def _train(model: nn.Module, batches: list[dict[str, Tensor]], distiller: Distiller, *, progress: bool) -> Iterator[dict[str, float]]:
-    """A row for each round that is not done yet; a process without a batch in the last one repeats a batch that does not count."""
+def _train(
+    model: nn.Module, batches: list[dict[str, Tensor]], distiller: Distiller, *, progress: bool
+) -> Iterator[dict[str, float]]:
+    """A row for each round that is not done yet; a process without a batch in the last one repeats a batch that does
+    not count.
+    """
     rank, size = rank_and_size()
     with bar(progress and rank == 0) as shown:
         task = shown.add_task("distilling", total=distiller.rounds, completed=distiller.batch, info="")
@@ -194,7 +214,9 @@ class _Run:
         }
 
     def start_or_resume(self) -> None:
-        """Go on from the checkpoint if there is one; else let data start those low-rank stages 2 that nothing has taught."""
+        """Go on from the checkpoint if there is one; else let data start those low-rank stages 2 that nothing has
+        taught.
+        """
         layer_routers = active_routers(self.model)
         rank, _ = rank_and_size()
         same_everywhere(weight for router in layer_routers for weight in router.weights)
@@ -211,14 +233,18 @@ class _Run:
         known = state.get("identity", {})
         known = {**known, "distillation": without_target(known.get("distillation", {}), "distillation")}
         if different := differences(known, self.identity):
-            raise ValueError(f"{self.path} is a checkpoint of another run, different in {different}: remove it or give another path")
+            raise ValueError(
+                f"{self.path} is a checkpoint of another run, different in {different}: remove it or give another path"
+            )
         load_router_state(self.model, state["routers"])
         self.distiller.load(state["distiller"])
         self.report.log, self.report.resumed_at = state["log"], self.distiller.batch
         logger.info("resuming distillation at batch %d from %s", self.distiller.batch, self.path)
 
     def save_if_due(self) -> None:
-        """Write the checkpoint after every ``save_every``-th batch, after a minute, and at the end; the main process does it."""
+        """Write the checkpoint after every ``save_every``-th batch, after a minute, and at the end;
+        the main process does it.
+        """
         done, now = self.distiller.batch, time.monotonic()
         due = done % self.save_every == 0 or done == self.distiller.rounds or now - self.saved >= CHECKPOINT_SECONDS
         if self.path is None or rank_and_size()[0] != 0 or not due:
@@ -239,7 +265,9 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError:
         raise
     except Exception as error:  # of damaged files torch raises nearly anything
-        raise ValueError(f"{path} is no checkpoint of a distillation, or a damaged one: remove it or give another path") from error
+        raise ValueError(
+            f"{path} is no checkpoint of a distillation, or a damaged one: remove it or give another path"
+        ) from error
     if not isinstance(state, dict) or not {"routers", "distiller", "log"} <= state.keys():
         raise ValueError(f"{path} is no checkpoint of a distillation: remove it or give another path")
     return state
@@ -251,7 +279,8 @@ def _train_batch(model: nn.Module, batches: list[dict[str, Tensor]], at: int, di
     if not distiller.losses:
         config = routers(model)[0].config
         raise ValueError(
-            f"a batch of {tuple(next(iter(batch.values())).shape)} has nothing to select: documents must be longer than dense_below "
+            f"a batch of {tuple(next(iter(batch.values())).shape)} has nothing to select: documents must be longer "
+            "than dense_below "
             f"({config.dense_below}) and than min_keys ({config.min_keys})"
         )
     distiller.batch += 1
@@ -269,5 +298,6 @@ def _forward(model: nn.Module, batches: list[dict[str, Tensor]], at: int, distil
         backbone(**inputs, use_cache=False, sparse_call=distiller)
     except NonFiniteError as error:
         raise NonFiniteError(
-            f"{error}, in batch {at} (from 0) of {len(batches)}. Leave it out, or load the model in float32 if it overflows"
+            f"{error}, in batch {at} (from 0) of {len(batches)}. Leave it out, or load the model in float32 if it "
+            "overflows"
         ) from error

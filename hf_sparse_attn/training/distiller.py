@@ -24,7 +24,8 @@ class Distiller(SparseCall):
         super().__init__(dense=True)
         self.config, self.rounds = config, rounds
         self.generator = torch.Generator(device="cpu").manual_seed(config.seed)
-        self.optimizers = {r: self._optimizer(r) for r in layer_routers}  # layers that are copies of each other share a layer index
+        # layers that are copies of each other share a layer index
+        self.optimizers = {r: self._optimizer(r) for r in layer_routers}
         self.total_steps = max(1, rounds * config.steps_per_batch)
         self.batch = 0
         self.losses: list[TileLoss] = []
@@ -53,7 +54,9 @@ class Distiller(SparseCall):
         optimizer = self.optimizers[router]
         for i in range(self.config.steps_per_batch):
             single = i % 2 == 1
-            tile, count = (1, self.config.queries_per_step) if single else (router.config.query_tile, self.config.tiles_per_step)
+            tile, count = (
+                (1, self.config.queries_per_step) if single else (router.config.query_tile, self.config.tiles_per_step)
+            )
             with torch.enable_grad():
                 loss = tile_loss(router, inputs, tile, count, self.generator)
                 if loss is not None:

@@ -14,14 +14,17 @@ from torch import Tensor, nn
 
 
 def process_state() -> PartialState:
-    """Accelerate's state of this process. Ask for it before ``Accelerator()`` or ``Trainer``, so that a run on CPUs is what it says.
+    """Accelerate's state of this process. Ask for it before ``Accelerator()`` or ``Trainer``, so that a run on CPUs is
+    what it says.
 
     Where there is no accelerator, Accelerate would run the processes that ``accelerate launch`` starts each for itself;
-    with ``ACCELERATE_USE_CPU`` it would run DistributedDataParallel where FSDP or DeepSpeed is asked for. After this call
-    all three work on CPUs, over gloo. Everywhere else it is ``PartialState()``. Trainer takes the state over with
+    with ``ACCELERATE_USE_CPU`` it would run DistributedDataParallel where FSDP or DeepSpeed is asked for. After this
+    call all three work on CPUs, over gloo. Everywhere else it is ``PartialState()``. Trainer takes the state over with
     ``accelerator_config={"use_configured_state": True}``.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or (torch.accelerator.is_available() and not _flag("ACCELERATE_USE_CPU")):
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or (
+        torch.accelerator.is_available() and not _flag("ACCELERATE_USE_CPU")
+    ):
         return PartialState()
     if _flag("ACCELERATE_USE_DEEPSPEED"):
         return PartialState(backend="gloo")
@@ -32,9 +35,11 @@ def process_state() -> PartialState:
 
 
 def materialize_trained(model: nn.Module) -> None:
-    """Give trainable weights memory in the processes that read none (``fsdp_cpu_ram_efficient_loading``); FSDP fills them later.
+    """Give trainable weights memory in the processes that read none (``fsdp_cpu_ram_efficient_loading``); FSDP fills
+    them later.
 
-    Accelerate finds the sharded weights of an optimiser by the addresses of the whole ones, and on the meta device all are
+    Accelerate finds the sharded weights of an optimiser by the addresses of the whole ones, and on the meta device all
+    are
     0: without a word the optimiser of such a process would hold one weight many times, and none of the others.
     """
     if not (_flag("ACCELERATE_USE_FSDP") and _flag("FSDP_CPU_RAM_EFFICIENT_LOADING")):
@@ -80,7 +85,10 @@ def average_gradients(weights: Sequence[Tensor], counts: bool) -> bool:
         return counts
     gradients = [torch.zeros_like(w) if w.grad is None or not counts else w.grad for w in weights]
     flat = torch.cat(
-        [*(grad.flatten() for grad in gradients), torch.full((1,), float(counts), dtype=gradients[0].dtype, device=gradients[0].device)]
+        [
+            *(grad.flatten() for grad in gradients),
+            torch.full((1,), float(counts), dtype=gradients[0].dtype, device=gradients[0].device),
+        ]
     )
     dist.all_reduce(flat)
     total = float(flat[-1])

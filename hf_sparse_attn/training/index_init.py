@@ -13,7 +13,8 @@ SAMPLES = 4096  # tokens that the covariances are estimated from
 
 @torch.no_grad()
 def start_index(router: SparseRouter, inputs: RoutingInputs, counts: bool = True) -> None:
-    """Set ``wq_index`` and ``wk_index`` to the joint SVD of the queries and keys in ``inputs`` of all processes of which this ``counts``.
+    """Set ``wq_index`` and ``wk_index`` to the joint SVD of the queries and keys in ``inputs`` of all processes of
+    which this ``counts``.
 
     With C_q and C_k the second moments of one KV group's queries and keys, the rank-I map that least changes q·k is
     the truncated SVD of C_q^½ C_k^½, whitened on both sides. At full rank the untrained start is exact already.

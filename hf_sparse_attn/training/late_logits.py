@@ -21,7 +21,9 @@ class LateLogits(Tensor):
     made: Tensor | None
 
     @staticmethod
-    def __new__(cls: type[LateLogits], head: Callable[[Tensor], Tensor], hidden: Tensor, dtype: torch.dtype | None = None) -> LateLogits:
+    def __new__(
+        cls: type[LateLogits], head: Callable[[Tensor], Tensor], hidden: Tensor, dtype: torch.dtype | None = None
+    ) -> LateLogits:
         one = head(hidden[:1, :1])  # how wide a row is, and its dtype
         shape = (*hidden.shape[:-1], one.shape[-1])
         logits: LateLogits = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype or one.dtype, device=one.device)
@@ -33,7 +35,9 @@ class LateLogits(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
-        if func is torch.ops.aten._to_copy.default and {name for name, value in kwargs.items() if value is not None} == {"dtype"}:
+        if func is torch.ops.aten._to_copy.default and {
+            name for name, value in kwargs.items() if value is not None
+        } == {"dtype"}:
             return cls(args[0].head, args[0].hidden, kwargs["dtype"])  # Accelerate makes float32 of every output
         args, kwargs = tree_map_only(cls, cls.whole, (args, kwargs))
         return func(*args, **kwargs)

@@ -32,15 +32,28 @@ from .run_identity import differences, model_identity, rows_hash, weights_hash
 logger = logging.getLogger(__name__)
 
 
-LOGGED = ("kl", "kept_mass", "recovered_share", "router_entropy", "density", "grad_norm", "tokens_per_second", "peak_memory_bytes")
+LOGGED = (
+    "kl",
+    "kept_mass",
+    "recovered_share",
+    "router_entropy",
+    "density",
+    "grad_norm",
+    "tokens_per_second",
+    "peak_memory_bytes",
+)
 
 
 def add_lora(model: PreTrainedModel, config: AdaptationConfig, task_type: str | None = "CAUSAL_LM") -> Any:
-    """A PeftModel of the sparse ``model``: LoRA on ``target_modules``, the routers trained and saved with the adapter."""
+    """A PeftModel of the sparse ``model``: LoRA on ``target_modules``, the routers trained and saved with
+    the adapter.
+    """
     from peft import get_peft_model  # heavy, and needed in this stage only
 
     targets = list(config.target_modules)
-    return get_peft_model(model, lora_config(model, r=config.rank, lora_alpha=config.alpha, target_modules=targets, task_type=task_type))
+    return get_peft_model(
+        model, lora_config(model, r=config.rank, lora_alpha=config.alpha, target_modules=targets, task_type=task_type)
+    )
 
 
 def adapt(
@@ -56,17 +69,19 @@ def adapt(
     """Train LoRA and routers of ``model`` on ``rows``, e.g. of `hf_sparse_attn.data.training_rows`.
 
     Args:
-        rows: a dataset (or list) of rows of one length: ``input_ids`` [N], ``labels`` [N] (default: the same) and what else
-            the model's forward takes; a streaming dataset needs ``steps``.
+        rows: a dataset (or list) of rows of one length: ``input_ids`` [N], ``labels`` [N] (default: the same) and what
+            else the model's forward takes; a streaming dataset needs ``steps``.
         steps: optimiser steps; by default one epoch of ``rows``.
-        folder: where checkpoints go, and the adapter in the end; a run that was stopped continues from the last complete one.
+        folder: where checkpoints go, and the adapter in the end; a run that was stopped continues from the last
+            complete one.
         task_type: of PEFT; None for models that are no language models.
 
     Returns:
         (the PeftModel, one log row per step). Call ``merge_and_unload()`` on it for a plain sparse model.
 
     Raises:
-        ValueError: no rows, or ``folder`` holds a run of another model, other rows, other settings or another number of steps.
+        ValueError: no rows, or ``folder`` holds a run of another model, other rows, other settings or another number of
+            steps.
         FolderInUseError: another process trains in ``folder``.
         NonFiniteLossError: a loss that is NaN or infinite.
     """
@@ -87,8 +102,12 @@ def adapt(
     return peft_model, log
 
 
-def _train_or_load(model: Any, rows: Any, config: AdaptationConfig, steps: int, folder: Path, progress: bool) -> list[dict[str, Any]]:
-    """The log of the training that ``folder`` holds, done as far as it is not; Trainer itself would train one step too many at the end."""
+def _train_or_load(
+    model: Any, rows: Any, config: AdaptationConfig, steps: int, folder: Path, progress: bool
+) -> list[dict[str, Any]]:
+    """The log of the training that ``folder`` holds, done as far as it is not;
+    Trainer itself would train one step too many at the end.
+    """
     _claim(folder, model, rows, config, steps)
     finished = folder / "log.json"
     if finished.exists():
@@ -103,7 +122,9 @@ def _train_or_load(model: Any, rows: Any, config: AdaptationConfig, steps: int, 
 def _train(
     model: Any, rows: Any, config: AdaptationConfig, steps: int, folder: Path, *, saved: bool, progress: bool
 ) -> list[dict[str, Any]]:
-    """Train to the end, from the last complete checkpoint in ``folder`` if there is one; the log's rows of all steps."""
+    """Train to the end, from the last complete checkpoint in ``folder`` if there is one;
+    the log's rows of all steps.
+    """
     from .progress_callback import BarCallback  # Trainer is heavy, and needed in this stage only
     from .trainer import last_checkpoint
 
@@ -130,7 +151,9 @@ def _check_rows(rows: Any, config: AdaptationConfig, steps: int | None) -> int:
     return steps or max(1, len(rows) // (config.batch_size * config.accumulation))
 
 
-def make_trainer(model: Any, rows: Any, config: AdaptationConfig, steps: int, folder: str, *, saved: bool, progress: bool) -> Any:
+def make_trainer(
+    model: Any, rows: Any, config: AdaptationConfig, steps: int, folder: str, *, saved: bool, progress: bool
+) -> Any:
     """The `SparseTrainer` of `adapt`."""
     from transformers import PrinterCallback, TrainingArguments
 
@@ -150,7 +173,13 @@ def make_trainer(model: Any, rows: Any, config: AdaptationConfig, steps: int, fo
         disable_tqdm=True,
         **_checkpointing(model, config),
         **{
-            **{"lr_scheduler_type": "constant", "logging_steps": 1, "report_to": [], "save_total_limit": 2, "dataloader_pin_memory": False},
+            **{
+                "lr_scheduler_type": "constant",
+                "logging_steps": 1,
+                "report_to": [],
+                "save_total_limit": 2,
+                "dataloader_pin_memory": False,
+            },
             **config.training_arguments,
         },
     )
@@ -169,7 +198,12 @@ def _checkpointing(model: Any, config: AdaptationConfig) -> dict[str, Any]:
         raise ValueError("lora.offload_activations needs a GPU: on a CPU activations are in its memory already")
     if not (config.gradient_checkpointing and getattr(model, "supports_gradient_checkpointing", False)):
         return {}
-    name = "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"  # before 5.23
+    # before 5.23
+    name = (
+        "activation_checkpointing"
+        if hasattr(TrainingArguments, "activation_checkpointing")
+        else "gradient_checkpointing"
+    )
     options = {"use_reentrant": False, **({"offload": True} if config.offload_activations else {})}
     return {name: True, f"{name}_kwargs": options}
 
@@ -188,15 +222,21 @@ def log_row(row: Mapping[str, Any], config: SparseTrainingConfig) -> dict[str, A
 
 
 def _claim(folder: Path, model: Any, rows: Any, config: AdaptationConfig, steps: int) -> None:
-    """Raise ValueError if ``folder`` holds the checkpoints of another run; the main process looks, whose weights are whole."""
+    """Raise ValueError if ``folder`` holds the checkpoints of another run;
+    the main process looks, whose weights are whole.
+    """
     different = from_main(_claimed_by_another(folder, model, rows, config, steps) if rank_and_size()[0] == 0 else None)
     if different:
-        raise ValueError(f"{folder} holds checkpoints of another run, different in {different}: remove it or give another folder")
+        raise ValueError(
+            f"{folder} holds checkpoints of another run, different in {different}: remove it or give another folder"
+        )
 
 
 def _claimed_by_another(folder: Path, model: Any, rows: Any, config: AdaptationConfig, steps: int) -> str:
     """In what the run that ``folder`` belongs to is another one; it belongs to this one if that is nothing."""
-    frozen = weights_hash((name, p) for name, p in model.named_parameters() if not p.requires_grad and not is_of_router(name))
+    frozen = weights_hash(
+        (name, p) for name, p in model.named_parameters() if not p.requires_grad and not is_of_router(name)
+    )
     learned = [[name, list(p.shape)] for name, p in model.named_parameters() if p.requires_grad]
     claims = {
         "settings": {**asdict(config), "steps": steps},

@@ -1,6 +1,7 @@
 """Budgets that vary by tile, KV head and layer: one threshold for all of them, fitted to an average number of keys.
 
-A block of keys costs every tile the same, so a total of kept keys holds the most softmax mass where every tile stops at the
+A block of keys costs every tile the same, so a total of kept keys holds the most softmax mass where every tile stops at
+the
 same mass of its next block: one threshold, and nothing to learn by layer or head.
 """
 
@@ -33,9 +34,11 @@ PASSES = 2  # the first keeps every candidate, each other one what its predecess
 
 @dataclass(frozen=True)
 class Candidates:
-    """All candidates and forced links of a call's tiles: ``every`` holds them, ``free`` boolean [B, G, n, K] says which may be cut.
+    """All candidates and forced links of a call's tiles: ``every`` holds them, ``free`` boolean [B, G, n, K] says which
+    may be cut.
 
-    ``counted`` boolean [n]: the tiles that have more eligible blocks than their uniform budget; the others keep all they see.
+    ``counted`` boolean [n]: the tiles that have more eligible blocks than their uniform budget; the others keep all
+    they see.
     """
 
     every: BlockSelection
@@ -131,8 +134,8 @@ class Histogram:
 class KeptKeys(SparseCall):
     """A pass that measures the mean keys that tiles keep, forced ones included.
 
-    Counts the tiles from content position ``first`` on that see more keys than their uniform budget. ``sums`` and ``tiles`` hold
-    keys (float64 [G]) and tiles by layer.
+    Counts the tiles from content position ``first`` on that see more keys than their uniform budget. ``sums`` and
+    ``tiles`` hold keys (float64 [G]) and tiles by layer.
     """
 
     def __init__(self, first: int = 0, **options: Any) -> None:
@@ -146,7 +149,9 @@ class KeptKeys(SparseCall):
         counted = plan.open & (selection.grid.first_positions(plan.device) >= self.first)
         keys = selection.kept_keys()[:, :, counted].double()
         layer = router.layer
-        self.sums[layer] = self.sums.get(layer, torch.zeros(keys.shape[1], dtype=torch.float64, device="cpu")) + keys.sum((0, 2)).cpu()
+        self.sums[layer] = (
+            self.sums.get(layer, torch.zeros(keys.shape[1], dtype=torch.float64, device="cpu")) + keys.sum((0, 2)).cpu()
+        )
         self.tiles[layer] = self.tiles.get(layer, 0) + keys.shape[0] * keys.shape[2]
 
     def by_layer(self) -> dict[int, Tensor]:
@@ -161,7 +166,9 @@ class KeptKeys(SparseCall):
 
 @dataclass(frozen=True)
 class MassFit:
-    """A fitted threshold, and the mean keys a tile that were ``asked`` for and ``kept`` on the fitting batches (over ``tiles``)."""
+    """A fitted threshold, and the mean keys a tile that were ``asked`` for and ``kept`` on the fitting batches (over
+    ``tiles``).
+    """
 
     threshold: float
     asked: float
@@ -177,7 +184,8 @@ Source = Callable[[SparseRouter, RoutingInputs, int], Candidates]
 
 @dataclass
 class ByThreshold:
-    """A selector that keeps the candidates whose mass reaches a threshold, and notes all masses in a histogram if it has one.
+    """A selector that keeps the candidates whose mass reaches a threshold, and notes all masses in a histogram if it
+    has one.
 
     A threshold of None keeps every candidate.
     """
@@ -198,7 +206,8 @@ class ByThreshold:
 def fit_threshold(
     model: nn.Module, batches: Iterable[Mapping[str, Tensor]], first: int = 0, source: Source = candidates
 ) -> tuple[float, Histogram]:
-    """The threshold on the mass that keeps the model's present budget on average, and what was counted in the last pass.
+    """The threshold on the mass that keeps the model's present budget on average, and what was counted in the last
+    pass.
 
     Raises:
         ValueError: no batch has a tile to count.
@@ -232,23 +241,28 @@ def run_sparse(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], call: 
         model.train(training)
 
 
-def fit_mass_threshold(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, keys: int | None = None, first: int = 0) -> MassFit:
-    """Let budgets vary: fit ``mass_threshold`` so that tiles keep as many keys on average as now, and store it in the config.
+def fit_mass_threshold(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, keys: int | None = None, first: int = 0
+) -> MassFit:
+    """Let budgets vary: fit ``mass_threshold`` so that tiles keep as many keys on average as now, and store it in the
+    config.
 
     Args:
         model: a sparse model, whose routers should be trained. Its weights are not changed; no labels are needed.
-        batches: mappings with ``input_ids`` [B, N] (and ``attention_mask``, ``position_ids`` if any) of the kind of text and the
-            lengths that the model is meant for: on other text the average is another.
-        keys: the average, forced keys included; None for the average that density, min_keys and max_keys give now. A number replaces these.
-        first: content position from which tiles count. Tiles whose visible keys fit the budget keep all of them and never count.
+        batches: mappings with ``input_ids`` [B, N] (and ``attention_mask``, ``position_ids`` if any) of the kind of
+            text and the lengths that the model is meant for: on other text the average is another.
+        keys: the average, forced keys included; None for the average that density, min_keys and max_keys give now. A
+            number replaces these.
+        first: content position from which tiles count. Tiles whose visible keys fit the budget keep all of them and
+            never count.
 
     Returns:
-        The threshold with the averages that were asked for and kept on ``batches``, which differ by less than 1 %, unless stage 1
-        passes too few candidates (``candidate_factor``).
+        The threshold with the averages that were asked for and kept on ``batches``, which differ by less than 1 %,
+        unless stage 1 passes too few candidates (``candidate_factor``).
 
     Raises:
-        ValueError: no batch is long enough to have something to select, ``keys`` is impossible, the model has no routers, or a
-            batch holds something else than the model's inputs.
+        ValueError: no batch is long enough to have something to select, ``keys`` is impossible, the model has no
+            routers, or a batch holds something else than the model's inputs.
         NonFiniteError: queries or keys are NaN or infinite.
     """
     if not active_routers(model):

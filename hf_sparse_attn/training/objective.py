@@ -73,9 +73,11 @@ class _Routed:
 
 @dataclass
 class TrainingForward(SparseCall):
-    """One forward pass of the joint stage: the model takes it as ``sparse_call``; read `kl_loss` before the backward pass.
+    """One forward pass of the joint stage: the model takes it as ``sparse_call``; read `kl_loss` before the backward
+    pass.
 
-    Router inputs are detached, so the KL's gradient is computed where the queries and keys appear and handed to autograd
+    Router inputs are detached, so the KL's gradient is computed where the queries and keys appear and handed to
+    autograd
     as it is: no graph is kept, and gradient checkpointing neither repeats the KL nor routes again.
     """
 
@@ -85,7 +87,8 @@ class TrainingForward(SparseCall):
     tile_share: int
     dense: bool
     selector: Selector = learned_selector
-    layers: dict[SparseRouter, _Layer] = field(default_factory=dict)  # by the module: copies of a layer can share its number
+    # by the module: copies of a layer can share its number
+    layers: dict[SparseRouter, _Layer] = field(default_factory=dict)
     selections: dict[SparseRouter, list[_Routed]] = field(default_factory=lambda: defaultdict(list))
     closed: bool = False
 
@@ -96,13 +99,17 @@ class TrainingForward(SparseCall):
         self._kept = self._visible = 0.0
 
     def _only_reads(self) -> bool:
-        """Whether this is a repetition for gradient checkpointing, or a pass without gradients, as of a reference model."""
+        """Whether this is a repetition for gradient checkpointing, or a pass without gradients, as of a reference
+        model.
+        """
         return self.closed or not torch.is_grad_enabled()
 
     # -- during the forward pass -----------------------------------------------------------------------------------
 
     def on_layer(self, router: SparseRouter) -> Tensor | None:
-        """What carries the layer's KL, to be attached to its output: find_unused_parameters of DDP searches from there."""
+        """What carries the layer's KL, to be attached to its output:
+        find_unused_parameters of DDP searches from there.
+        """
         if not self._learns or self._only_reads():
             return None
         if router not in self.layers:
@@ -119,15 +126,19 @@ class TrainingForward(SparseCall):
         layer, tokens = self.layers[router], float(inputs.q.shape[0] * inputs.q.shape[2])
         layer.tokens += tokens
         layer.carried.weight = layer.tokens
-        plan = make_plan(router.config, inputs.grid(router.config.query_tile, router.config.block_size), inputs.q.device)
+        plan = make_plan(
+            router.config, inputs.grid(router.config.query_tile, router.config.block_size), inputs.q.device
+        )
         count = -(-int(plan.open.sum()) // self.tile_share)
         if not count:
             return
-        # the same tiles for every document, micro-batch and process: how a batch is split does not change what is learned
+        # the same tiles for every document, micro-batch and process: how a batch is split does not change what is
+        # learned
         seed = ((self.seed * STEP_STRIDE + self.step) * STEP_STRIDE + router.layer) % 2**63
         generator = torch.Generator(device="cpu").manual_seed(seed)
         weights = router.weights
-        with torch.enable_grad(), saved_tensors_hooks(_same, _same):  # not checkpointing's hooks: nothing is recomputed here
+        # not checkpointing's hooks: nothing is recomputed here
+        with torch.enable_grad(), saved_tensors_hooks(_same, _same):
             loss = tile_loss(router, inputs, router.config.query_tile, count, generator)
             if loss is None:
                 return
@@ -145,7 +156,8 @@ class TrainingForward(SparseCall):
         if not self.closed:
             selections.append(_Routed(self.selector(router, inputs, query_tile), inputs.q.float().mean(2)))
             return selections[-1].selection
-        # recomputed: of the calls of this layer (documents, or passes through a layer that runs several times) the one with these queries
+        # recomputed: of the calls of this layer (documents, or passes through a layer that runs several times) the one
+        # with these queries
         same = [one for one in selections if one.selection.grid == inputs.grid(query_tile, router.config.block_size)]
         same = [one for one in same if one.queries.shape[0] == inputs.q.shape[0]]
         if len(same) < 2:
@@ -165,7 +177,8 @@ class TrainingForward(SparseCall):
     # -- after it --------------------------------------------------------------------------------------------------
 
     def kl_loss(self, share: float | Tensor = 1.0) -> Tensor:
-        """``kl_weight`` · ``share`` · KL, the mean over layers and tokens, with gradient to the routers: scalar float32.
+        """``kl_weight`` · ``share`` · KL, the mean over layers and tokens, with gradient to the routers: scalar
+        float32.
 
         ``share`` is the part of the batch that this forward pass is, e.g. its label tokens over those of all
         micro-batches and processes. Ends the collecting: what runs after this is recomputation.
@@ -174,13 +187,16 @@ class TrainingForward(SparseCall):
         if not self.layers:
             return torch.zeros((), dtype=torch.float32, device="cpu")
         scalars = [layer.scalar + layer.mean for layer in self.layers.values()]
-        mean = torch.stack([scalar.to(scalars[0].device) for scalar in scalars]).mean()  # layers may be on several devices
+        # layers may be on several devices
+        mean = torch.stack([scalar.to(scalars[0].device) for scalar in scalars]).mean()
         return mean * share * self.kl_weight
 
     def statistics(self) -> RouterStatistics:
         """Means over the layers and documents that had something to select."""
         rows = self._tile_rows
-        kept, window, oracle, entropy = (sum(column) / len(rows) for column in zip(*rows, strict=True)) if rows else (0.0,) * 4
+        kept, window, oracle, entropy = (
+            (sum(column) / len(rows) for column in zip(*rows, strict=True)) if rows else (0.0,) * 4
+        )
         kl = sum(layer.mean for layer in self.layers.values()) / max(1, len(self.layers))
         share = recovered_share(kept, window, oracle)
         return RouterStatistics(kl, kept, share, entropy, self._kept / self._visible if self._visible else 1.0)
@@ -192,14 +208,20 @@ def _same(tensor: Tensor) -> Tensor:
 
 def mean_statistics(rows: Sequence[RouterStatistics]) -> dict[str, float]:
     """Means of the fields over forward passes."""
-    return {name: sum(getattr(row, name) for row in rows) / len(rows) for name in RouterStatistics.__dataclass_fields__} if rows else {}
+    return (
+        {name: sum(getattr(row, name) for row in rows) / len(rows) for name in RouterStatistics.__dataclass_fields__}
+        if rows
+        else {}
+    )
 
 
 class SparseObjective:
-    """Unfreezes the routers of ``model`` (a sparse model or a PeftModel of one) and makes one `TrainingForward` per forward pass.
+    """Unfreezes the routers of ``model`` (a sparse model or a PeftModel of one) and makes one `TrainingForward` per
+    forward pass.
 
     Raises:
-        ValueError: the model has no routers, its settings and those to be annealed do not fit, or Accelerate splits sequences.
+        ValueError: the model has no routers, its settings and those to be annealed do not fit, or Accelerate splits
+            sequences.
     """
 
     def __init__(self, model: nn.Module, config: SparseTrainingConfig | None = None) -> None:
@@ -217,7 +239,9 @@ class SparseObjective:
             mark_trained(_base(model))
 
     def forward(self, step: int, steps: int) -> TrainingForward:
-        """What one forward pass of optimiser step ``step`` (from 0) of ``steps`` needs; sets the budget of that step."""
+        """What one forward pass of optimiser step ``step`` (from 0) of ``steps`` needs;
+        sets the budget of that step.
+        """
         config = self.config
         if len(config.anneal) > ("kl_weight" in config.anneal):
             set_sparse_attention(_base(self.model), **config.budget(active_routers(self.model)[0].config, step, steps))
@@ -225,7 +249,9 @@ class SparseObjective:
         return TrainingForward(config.seed, step, weight, config.kl_tile_share, config.is_dense(step))
 
     def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-        """Groups for an optimiser: the backbone's trainable weights at ``lr``, the routers' at ``router_lr`` without decay."""
+        """Groups for an optimiser: the backbone's trainable weights at ``lr``, the routers' at ``router_lr`` without
+        decay.
+        """
         routers, others = split_parameters(self.model)
         groups = [{"params": others, "lr": lr, "weight_decay": weight_decay}, {"params": routers, **self.router_group}]
         return [group for group in groups if group["params"]]

@@ -17,7 +17,9 @@ class BarCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress = bar(self.shown and state.is_world_process_zero)
-        self.task = self.progress.add_task("LoRA + routers", total=state.max_steps, completed=state.global_step, info="")
+        self.task = self.progress.add_task(
+            "LoRA + routers", total=state.max_steps, completed=state.global_step, info=""
+        )
         self.progress.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -6,7 +6,15 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from hf_sparse_attn_kernels import TileFeatures, TilePlan, block_mass, by_block, mass_of_blocks, ordered_topk, stage_one_scores
+from hf_sparse_attn_kernels import (
+    TileFeatures,
+    TilePlan,
+    block_mass,
+    by_block,
+    mass_of_blocks,
+    ordered_topk,
+    stage_one_scores,
+)
 from torch import Tensor
 
 from ..attention.gradients import Carried, carry
@@ -40,19 +48,23 @@ def sample_tiles(plan: TilePlan, count: int, generator: torch.Generator) -> Tens
     return open_tiles[picked].sort().values.to(plan.near.device)
 
 
-def tile_loss(router: SparseRouter, inputs: RoutingInputs, query_tile: int, count: int, generator: torch.Generator) -> TileLoss | None:
+def tile_loss(
+    router: SparseRouter, inputs: RoutingInputs, query_tile: int, count: int, generator: torch.Generator
+) -> TileLoss | None:
     """KL(teacher ‖ router) of both stages on ``count`` random tiles; None if no tile has anything to select.
 
     Gradient flows to the router's weights only. The teacher is the dense softmax mass per block over all visible keys,
     averaged over a tile's tokens and the group's heads, without the forced blocks and renormalised.
-    Stage 1 is trained over all eligible blocks, stage 2 over its candidates and the teacher's best; its softmax includes the forced keys.
+    Stage 1 is trained over all eligible blocks, stage 2 over its candidates and the teacher's best; its softmax
+    includes the forced keys.
     """
     plan = make_plan(router.config, inputs.grid(query_tile, router.config.block_size), inputs.q.device)
     tiles = sample_tiles(plan, count, generator)
     if not len(tiles):
         return None
     mass = block_mass(inputs.q, inputs.k, plan.grid, tiles, inputs.scale)
-    # the features of inference, in float32; stage 2 meets the keys themselves, so that its gradient is that of a few queries
+    # the features of inference, in float32; stage 2 meets the keys themselves, so that its gradient is that of a few
+    # queries
     plain = replace(inputs, k=inputs.k.float(), router_keys=None)
     features = FeatureMaker(router, plain, plan.grid, fold=True).features(tiles)
     scores = stage_one_scores(features, plan, tiles)
@@ -66,14 +78,17 @@ def tile_loss(router: SparseRouter, inputs: RoutingInputs, query_tile: int, coun
 
     seen = by_block(estimate, chosen, plan.grid.blocks)
     passed = _members(candidates, plan.grid.blocks)  # inference sees the candidates only
-    kept = _mean_kept(mass, plan.assemble(plan.best(seen.masked_fill(~passed, -torch.inf), tiles, plan.free[tiles]), tiles))
+    kept = _mean_kept(
+        mass, plan.assemble(plan.best(seen.masked_fill(~passed, -torch.inf), tiles, plan.free[tiles]), tiles)
+    )
     oracle = _mean_kept(mass, plan.assemble(plan.best(mass, tiles, plan.free[tiles]), tiles))
     entropy = _entropy(scores.detach().masked_fill(~eligible, -torch.inf))
     return TileLoss(coarse, fine, kept, _mean_kept(mass, window_blocks(plan, tiles, mass)), oracle, entropy)
 
 
 def recovered_share(kept: float, window: float, oracle: float) -> float:
-    """(kept − window) / (oracle − window) of kept masses: how far the router comes from window + sink (0) to the oracle (1).
+    """(kept − window) / (oracle − window) of kept masses: how far the router comes from window + sink (0) to the oracle
+    (1).
 
     0 where the oracle keeps no more than the window.
     """
@@ -131,11 +146,14 @@ def _union(a: Tensor, b: Tensor, blocks: int) -> Tensor:
     return torch.where(member.gather(-1, index) > 0, index, -1)
 
 
-def _fine_loss(features: TileFeatures, plan: TilePlan, tiles: Tensor, chosen: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """(stage 2's KL from ``teacher`` [B, G, m, nb] over the blocks ``chosen`` [B, G, m, L], its estimate of their mass, of the same shape).
+def _fine_loss(
+    features: TileFeatures, plan: TilePlan, tiles: Tensor, chosen: Tensor, teacher: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(stage 2's KL from ``teacher`` [B, G, m, nb] over the blocks ``chosen`` [B, G, m, L], its estimate of their mass,
+    of the same shape).
 
-    A few tiles at a time, each with its gradient: the scores of all tiles would take memory that grows with the square of
-    the length at a fixed density.
+    A few tiles at a time, each with its gradient: the scores of all tiles would take memory that grows with the square
+    of the length at a fixed density.
     """
     width, queries = chosen.shape[-1], features.queries
     blocks = torch.cat([chosen, plan.forced_blocks(tiles).expand(*chosen.shape[:2], -1, -1)], -1)
@@ -147,7 +165,9 @@ def _fine_loss(features: TileFeatures, plan: TilePlan, tiles: Tensor, chosen: Te
     for at in range(0, len(tiles), step):
         part = slice(at, at + step)
         leaf = queries[:, :, part].detach().requires_grad_(learns)
-        estimate = mass_of_blocks(replace(features.part(part), queries=leaf), plan, tiles[part], blocks[:, :, part])[..., :width]
+        estimate = mass_of_blocks(replace(features.part(part), queries=leaf), plan, tiles[part], blocks[:, :, part])[
+            ..., :width
+        ]
         loss = masked_kl(taught[:, :, part], estimate.clamp(min=1e-20).log(), valid[:, :, part]) * rows[part].sum()
         if learns:
             of_queries.append(torch.autograd.grad(loss, leaf)[0])

@@ -1,4 +1,6 @@
-"""What a stopped training is recognised by: it goes on only with the model, settings and texts that it was begun with."""
+"""What a stopped training is recognised by: it goes on only with the model, settings and texts that it was
+begun with.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def batches_hash(batches: Iterable[Mapping[str, Any]]) -> str:
 
 
 def rows_hash(rows: Any) -> str:
-    """SHA-256 over the number of ``rows`` and a few of them; of a stream over the first ones, of an iterator nothing."""
+    """SHA-256 over the number of ``rows`` and a few of them;
+    of a stream over the first ones, of an iterator nothing.
+    """
     if hasattr(rows, "__len__") and hasattr(rows, "__getitem__"):
         picked = sorted({len(rows) * at // SAMPLED_ROWS for at in range(SAMPLED_ROWS)} | {len(rows) - 1})
         return f"{len(rows)} {batches_hash(rows[at] for at in picked)}"
@@ -58,7 +62,10 @@ def model_identity(model: Any) -> dict[str, Any]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = {name: value for name, value in base.config.to_dict().items() if name not in UNCHANGING}
     settings = without_bookkeeping(routers(model)[0].config)
-    return {"the model's config": json.loads(json.dumps(config, default=str, sort_keys=True)), "sparse_attention": settings}
+    return {
+        "the model's config": json.loads(json.dumps(config, default=str, sort_keys=True)),
+        "sparse_attention": settings,
+    }
 
 
 def without_bookkeeping(settings: SparseAttentionConfig) -> dict[str, Any]:

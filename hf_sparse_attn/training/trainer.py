@@ -32,14 +32,16 @@ class NonFiniteLossError(RuntimeError):
 
 
 class SparseTrainerMixin:
-    """In front of a Trainer class: ``class Mine(SparseTrainerMixin, SFTTrainer)``. Takes ``sparse_training``, a SparseTrainingConfig.
+    """In front of a Trainer class: ``class Mine(SparseTrainerMixin, SFTTrainer)``. Takes ``sparse_training``, a
+    SparseTrainingConfig.
 
-    Adds the routers' KL to the loss, exactly: weighted as the task loss is over micro-batches and processes. Gives routers
-    a learning rate of their own, runs every so many steps dense, anneals, logs what the routers do, and stops at the first
-    loss that is not finite, with the state before it saved.
+    Adds the routers' KL to the loss, exactly: weighted as the task loss is over micro-batches and processes. Gives
+    routers a learning rate of their own, runs every so many steps dense, anneals, logs what the routers do, and stops
+    at the first loss that is not finite, with the state before it saved.
 
-    A reference model that the trainer makes itself (TRL's DPO, KTO, GRPO, RLOO) gets the routers of the model that is trained; where
-    such a trainer logs a ``kl`` of its own, that of the routers is ``router_kl``. ``model_init`` is served.
+    A reference model that the trainer makes itself (TRL's DPO, KTO, GRPO, RLOO) gets the routers of the model that is
+    trained; where such a trainer logs a ``kl`` of its own, that of the routers is ``router_kl``. ``model_init`` is
+    served.
 
     Raises:
         ValueError: the model has no routers, or the settings do not fit it.
@@ -54,11 +56,15 @@ class SparseTrainerMixin:
         self._sparse_training = sparse_training
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
-            raise ValueError("nn.DataParallel over several GPUs of one process is not supported: start the script with accelerate launch")
+            raise ValueError(
+                "nn.DataParallel over several GPUs of one process is not supported: start the script with accelerate "
+                "launch"
+            )
         self.objective = SparseObjective(self.model, sparse_training)
         given = {**kwargs, **inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments}
         reference = getattr(self, "ref_model", None)
-        if given.get("ref_model") is None and reference is not None:  # TRL loaded it from the folder that the model once came from
+        # TRL loaded it from the folder that the model once came from
+        if given.get("ref_model") is None and reference is not None:
             take_routers(self.accelerator.unwrap_model(reference), self.model)
         self._begin()
 
@@ -90,7 +96,11 @@ class SparseTrainerMixin:
         return optimizer
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
@@ -99,11 +109,14 @@ class SparseTrainerMixin:
         called = {**inputs, "sparse_call": forward}
         with self._handed_on(forward):
             got = super().compute_loss(model, called, return_outputs, num_items_in_batch)  # type: ignore[misc]
-        loss, outputs = got if return_outputs else (got, None)  # TRL runs the model again for outputs that are asked for
+        # TRL runs the model again for outputs that are asked for
+        loss, outputs = got if return_outputs else (got, None)
         kl = forward.kl_loss(share).to(loss)
         loss = loss + kl
         self._note(
-            forward, inputs, float(kl.detach()) / (1 if self._undivided(num_items_in_batch) else self.args.gradient_accumulation_steps)
+            forward,
+            inputs,
+            float(kl.detach()) / (1 if self._undivided(num_items_in_batch) else self.args.gradient_accumulation_steps),
         )
         self._check_finite(loss, inputs)
         return (loss, outputs) if return_outputs else loss
@@ -121,15 +134,20 @@ class SparseTrainerMixin:
         return processes * labels.ne(IGNORE_INDEX).sum() / num_items
 
     def _undivided(self, num_items: Any) -> bool:
-        """Whether Trainer takes the loss as it is, and does not divide it by the number of micro-batches: its rule in `training_step`."""
-        scales: bool | None = getattr(self, "loss_is_scaled_for_ga", None)  # of trainers with a loss of their own, as TRL's
+        """Whether Trainer takes the loss as it is, and does not divide it by the number of micro-batches:
+        its rule in `training_step`.
+        """
+        # of trainers with a loss of their own, as TRL's
+        scales: bool | None = getattr(self, "loss_is_scaled_for_ga", None)
         if scales is not None:
             return scales
         return (num_items is not None and self.model_accepts_loss_kwargs) or self.compute_loss_func is not None  # type: ignore[attr-defined]
 
     @contextmanager
     def _handed_on(self, call: SparseCall) -> Iterator[None]:
-        """Give the model's passes with gradients ``call``, also where a trainer makes the model's arguments itself, as GRPO does."""
+        """Give the model's passes with gradients ``call``, also where a trainer makes the model's arguments itself, as
+        GRPO does.
+        """
 
         def hand_on(_model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             learns = torch.is_grad_enabled() and "sparse_call" not in kwargs
@@ -191,13 +209,16 @@ class SparseTrainerMixin:
         self._save_checkpoint(self.model, trial=None)  # type: ignore[attr-defined]
         raise NonFiniteLossError(
             f"{what}, in optimiser step {step + 1}, micro-batch {micro + 1}. The state before this step is in "
-            f"{self.args.output_dir}/{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}: look at this batch, or lower the learning rate"
+            f"{self.args.output_dir}/{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}: look at this batch, or lower "
+            "the learning rate"
         )
 
     def _preview(self, inputs: dict[str, Any]) -> str:
         ids = inputs.get("input_ids")
         if ids is None:
-            return ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items() if hasattr(value, "shape"))
+            return ", ".join(
+                f"{name} {tuple(value.shape)}" for name, value in inputs.items() if hasattr(value, "shape")
+            )
         tokens = ids[0, :PREVIEW_TOKENS].tolist()
         decode = getattr(getattr(self, "processing_class", None), "decode", None)
         return f"tokens {tokens}" + ("" if decode is None else f" ({decode(tokens)!r})")

@@ -24,7 +24,9 @@ class BlockSparseAttentionBenchmark(Benchmark):
         last = self.grid.last_positions(self.q.device) // 16
         scores = torch.rand(1, 8, self.grid.tiles, self.grid.blocks, device=self.device, dtype=torch.float32)
         block = torch.arange(self.grid.blocks, device=self.device, dtype=torch.int64)
-        scores = scores.masked_fill(block > last[:, None], -1) + (block > last[:, None] - self.grid.own_blocks) * (block <= last[:, None])
+        scores = scores.masked_fill(block > last[:, None], -1) + (block > last[:, None] - self.grid.own_blocks) * (
+            block <= last[:, None]
+        )
         best = self.kernel.ordered_topk(scores, self.kept)
         indices = torch.where(scores.gather(-1, best) >= 0, best, -1).sort(-1).values.int()
         self.selection = self.kernel.BlockSelection(indices, self.grid)

@@ -1,7 +1,8 @@
-"""Read what ``recipes/gpu/run.sh OUT`` left: a table, the result file with its plot, and what misses the targets by which limit.
+"""Read what ``recipes/gpu/run.sh OUT`` left: a table, the result file with its plot, and what misses the targets by
+which limit.
 
-``python recipes/gpu/read.py OUT`` writes recipes/results/gpu-CARD.json and .svg (those of a dry run go to OUT) and prints the
-rows for the README; ``--table`` prints the short table only.
+``python recipes/gpu/read.py OUT`` writes recipes/results/gpu-CARD.json and .svg (those of a dry run go to OUT) and
+prints the rows for the README; ``--table`` prints the short table only.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels" / "torch-ext")]
 RESULTS = ROOT / "recipes" / "results"
 STAGES = ("limits", "models", "causes", "launches")
 
-# (what, benchmark, tokens, share kept or None, figure, at least): the aims for an H100 or H200 in bfloat16 with head dim 128
+# (what, benchmark, tokens, share kept or None, figure, at least): the aims for an H100 or H200 in bfloat16 with head
+# dim 128
 TARGETS = (
     ("dense share at 32k", "dense share", 32768, None, "share", 0.8),
     ("prefill at 32k, 10 % kept, router included", "attention", 32768, 0.1, "speedup_with_router", 4.0),
@@ -51,7 +53,9 @@ def read(folder: Path) -> dict[str, Any]:
 
 def read_log(text: str) -> dict[str, Any]:
     """Counts and failed tests of a pytest log, also of one that was cut off."""
-    outcomes = re.findall(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b.* (tests/\S+)|(tests/\S+::\S+.*?) (PASSED|FAILED|ERROR|SKIPPED)", text)
+    outcomes = re.findall(
+        r"\b(PASSED|FAILED|ERROR|SKIPPED)\b.* (tests/\S+)|(tests/\S+::\S+.*?) (PASSED|FAILED|ERROR|SKIPPED)", text
+    )
     counts: dict[str, int] = {}
     failed = []
     for first, name, other, last in outcomes:
@@ -98,7 +102,10 @@ def figure(row: dict[str, Any]) -> str:
     if kind == "router":
         return f"router {row['times']['router']['median_s'] * 1e3:.2f} ms, {row['router_share']:.2f} of the whole"
     if kind in ("attention", "backward", "decode"):
-        parts = [f"{row['speedup_with_router']['median']:.2f}x of {row['ideal_speedup']:.2f}x possible, over {row['baseline']}"]
+        parts = [
+            f"{row['speedup_with_router']['median']:.2f}x of {row['ideal_speedup']:.2f}x possible, over "
+            f"{row['baseline']}"
+        ]
         parts += [f"attention alone {row['speedup']['median']:.2f}x"] if "speedup" in row else []
         parts += [f"{row['peak_memory_bytes'] / 2**20:.0f} MB"] if row.get("peak_memory_bytes") is not None else []
         if "graphed" in row:
@@ -106,9 +113,14 @@ def figure(row: dict[str, Any]) -> str:
             parts.append(f"as a graph {times['with router']:.0f} us, best dense {times['best dense']:.0f} us")
         return ", ".join(parts)
     if kind == "model":
-        return f"prefill {row['prefill_speedup']:.2f}x, decode {row['decode_speedup']:.2f}x ({row['decode_speedup_over_best_dense']:.2f}x)"
+        return (
+            f"prefill {row['prefill_speedup']:.2f}x, decode {row['decode_speedup']:.2f}x "
+            f"({row['decode_speedup_over_best_dense']:.2f}x)"
+        )
     if kind == "training":
-        return f"{row['speedup']['sparse']['median']:.2f}x, peak memory {row['memory_over_stock']['sparse']:.2f} of stock"
+        return (
+            f"{row['speedup']['sparse']['median']:.2f}x, peak memory {row['memory_over_stock']['sparse']:.2f} of stock"
+        )
     if kind == "generate":
         return f"first token {row['first_token_speedup']:.2f}x, a token {row['token_speedup']:.2f}x"
     if kind == "distilling":
@@ -121,7 +133,11 @@ def figure(row: dict[str, Any]) -> str:
 def chosen(results: dict[str, Any], benchmark: str, length: int, density: float | None) -> dict[str, Any] | None:
     """The row of a target."""
     for row in rows(results, "limits"):
-        if row["benchmark"] == benchmark and row["length"] == length and (density is None or row.get("density") == density):
+        if (
+            row["benchmark"] == benchmark
+            and row["length"] == length
+            and (density is None or row.get("density") == density)
+        ):
             return row
     return None
 
@@ -140,7 +156,9 @@ def misses(results: dict[str, Any]) -> list[str]:
 
 
 def _limit(row: dict[str, Any], ceilings: dict[str, Any] | None) -> str:
-    """Which of the two, moving bytes or arithmetic, holds a row's sparse attention, and how much of that limit it reaches."""
+    """Which of the two, moving bytes or arithmetic, holds a row's sparse attention, and how much of that limit it
+    reaches.
+    """
     if ceilings is None or "attention" not in row.get("times", {}):
         return ""
     seconds = row["times"]["attention"]["median_s"]
@@ -174,15 +192,21 @@ def write(results: dict[str, Any], folder: Path) -> Path:
 
 
 def readme_rows(results: dict[str, Any]) -> list[str]:
-    """Rows of a Markdown table: tokens, share kept, speed-up of attention alone and with its router, share of what is possible, memory."""
-    lines = ["| | tokens | kept | attention alone | with router | of the possible | memory |", "|---|---|---|---|---|---|---|"]
+    """Rows of a Markdown table: tokens, share kept, speed-up of attention alone and with its router, share of what is
+    possible, memory.
+    """
+    lines = [
+        "| | tokens | kept | attention alone | with router | of the possible | memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in rows(results, "limits"):
         if row["benchmark"] in ("attention", "backward", "decode"):
             alone = f"{row['speedup']['median']:.2f}x" if "speedup" in row else ""
             memory = "" if row.get("peak_memory_bytes") is None else f"{row['peak_memory_bytes'] / 2**20:.0f} MB"
             kept = f"{row['keys']} keys" if row["keys"] else f"{row['density']:.0%}"
             lines.append(
-                f"| {row['benchmark']} | {row['length']} | {kept} | {alone} | {row['speedup_with_router']['median']:.2f}x "
+                f"| {row['benchmark']} | {row['length']} | {kept} | {alone} | "
+                f"{row['speedup_with_router']['median']:.2f}x "
                 f"| {row['share_of_ideal_with_router']:.2f} | {memory} |"
             )
     return lines
@@ -196,7 +220,19 @@ def main() -> None:
     results = read(arguments.folder)
     if not arguments.table:
         path = write(results, arguments.folder)
-        print("\n".join([f"written: {path.name}", "", *readme_rows(results), "", "targets that are missed:", *misses(results), ""]))
+        print(
+            "\n".join(
+                [
+                    f"written: {path.name}",
+                    "",
+                    *readme_rows(results),
+                    "",
+                    "targets that are missed:",
+                    *misses(results),
+                    "",
+                ]
+            )
+        )
     print("\n".join(table(results)))
 
 

@@ -39,7 +39,9 @@ NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one kernel became on one target: registers and spilled bytes a thread, bytes of shared memory, matrix instructions."""
+    """What one kernel became on one target: registers and spilled bytes a thread, bytes of shared memory, matrix
+    instructions.
+    """
 
     registers: int
     spills: int
@@ -77,12 +79,22 @@ def compile_kernel(tmp_path_factory):
             if name in constants:
                 signature[name] = "constexpr"
                 continue
-            signature[name] = TYPES.get(name, NAMES[dtype]) if name.endswith("_ptr") else "fp32" if name in ("scale", "softcap") else "i32"
+            signature[name] = (
+                TYPES.get(name, NAMES[dtype])
+                if name.endswith("_ptr")
+                else "fp32"
+                if name in ("scale", "softcap")
+                else "i32"
+            )
             if name.endswith(("_ptr", "_sb", "_sh", "_sn")):
                 attributes[(position,)] = [["tt.divisibility", 16]]
-        built = triton.compile(ASTSource(kernel, signature, constants, attributes), target=TARGETS[target], options=launch.options)
+        built = triton.compile(
+            ASTSource(kernel, signature, constants, attributes), target=TARGETS[target], options=launch.options
+        )
         assembly = built.asm["amdgcn" if target.startswith("gfx") else "ptx"]
-        registers, spills = amd_resources(assembly) if target.startswith("gfx") else resources(built.asm["cubin"], folder)
+        registers, spills = (
+            amd_resources(assembly) if target.startswith("gfx") else resources(built.asm["cubin"], folder)
+        )
         matrix = next((name for name, mark in MATRIX if mark in assembly), "-")
         return Compiled(registers, spills, built.metadata.shared, matrix, assembly)
 
@@ -114,6 +126,10 @@ def table():
 def pytest_terminal_summary(terminalreporter):
     if ROWS:
         terminalreporter.section("compiled kernels")
-        terminalreporter.write_line(f"{'kernel':36}{'target':8}{'registers':>10}{'spills':>8}{'shared':>9}  matrix unit")
+        terminalreporter.write_line(
+            f"{'kernel':36}{'target':8}{'registers':>10}{'spills':>8}{'shared':>9}  matrix unit"
+        )
         for kernel, target, got in ROWS:
-            terminalreporter.write_line(f"{kernel:36}{target:8}{got.registers:10}{got.spills:8}{got.shared:9}  {got.matrix}")
+            terminalreporter.write_line(
+                f"{kernel:36}{target:8}{got.registers:10}{got.spills:8}{got.shared:9}  {got.matrix}"
+            )

@@ -1,4 +1,6 @@
-"""Every kernel compiles for every target, within its shared memory, with the matrix units and without spills on sm_90."""
+"""Every kernel compiles for every target, within its shared memory, with the matrix units and without
+spills on sm_90.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,11 @@ from hf_sparse_attn_kernels.triton_kernels.support import HEAD_DIMS
 from triton.runtime.jit import JITFunction
 
 TARGETS = ("sm80", "sm90", "sm100", "gfx942")
-SHARED_LIMIT = {"sm80": 166912, "sm90": 232448, "sm100": 232448, "gfx942": 65536}  # bytes a program may use, from the vendors' manuals
+# bytes a program may use, from the vendors' manuals
+SHARED_LIMIT = {"sm80": 166912, "sm90": 232448, "sm100": 232448, "gfx942": 65536}
 VERSION = ".".join(triton.__version__.split(".")[:2])
-SPILLING = {("3.6", "forward D=128 bfloat16 tile=1 splits=8"): 8}  # bytes a thread that one compiler does not keep in registers
+# bytes a thread that one compiler does not keep in registers
+SPILLING = {("3.6", "forward D=128 bfloat16 tile=1 splits=8"): 8}
 PLAIN = {"CAUSAL": True, "HAS_DOCS": False, "SOFTCAP": False}
 EVERYTHING = {"CAUSAL": True, "HAS_DOCS": True, "SOFTCAP": True}
 
@@ -47,7 +51,11 @@ def scoring_case(name, head_dim, dtype):
     mass = {**d, "T": 64, "S": 16, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n}
     return {
         "features": (scoring.features_kernel, {**d, "S": 16}, SIMPLE),
-        "coarse": (scoring.coarse_kernel, {**d, "RUNS": 8, "BLOCK_T": launch.block_m // 8, "BLOCK_N": launch.block_n}, launch),
+        "coarse": (
+            scoring.coarse_kernel,
+            {**d, "RUNS": 8, "BLOCK_T": launch.block_m // 8, "BLOCK_N": launch.block_n},
+            launch,
+        ),
         "row_lse listed": (scoring.row_lse_kernel, {**mass, "LISTED": True}, launch),
         "mass listed": (scoring.mass_kernel, {**mass, "LISTED": True}, launch),
         "row_lse teacher": (scoring.row_lse_kernel, {**mass, "LISTED": False}, launch),
@@ -65,7 +73,9 @@ def verify(got, case, target, baseline, table):
         baseline.setdefault(case, {})[target] = {"registers": got.registers, "spills": got.spills, "shared": got.shared}
     known = baseline[case][target]
     assert got.spills <= known["spills"], f"{case} on {target} spills {got.spills}, recorded {known['spills']}"
-    assert got.shared <= known["shared"], f"{case} on {target} takes {got.shared} bytes of shared memory, recorded {known['shared']}"
+    assert got.shared <= known["shared"], (
+        f"{case} on {target} takes {got.shared} bytes of shared memory, recorded {known['shared']}"
+    )
 
 
 def check_attention(compile_kernel, baseline, table, kind, target, head_dim, dtype=torch.bfloat16, **options):
@@ -111,7 +121,14 @@ def test_kernels_without_a_matrix_product(compile_kernel, baseline, table, name,
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     ("name", "head_dim"),
-    [("features", 80), ("coarse", 64), ("row_lse listed", 32), ("mass listed", 32), ("row_lse teacher", 128), ("mass teacher", 128)],
+    [
+        ("features", 80),
+        ("coarse", 64),
+        ("row_lse listed", 32),
+        ("mass listed", 32),
+        ("row_lse teacher", 128),
+        ("mass teacher", 128),
+    ],
 )
 def test_routing(compile_kernel, baseline, table, name, head_dim, target):
     dtype = torch.float32 if name == "coarse" else torch.bfloat16

@@ -17,7 +17,9 @@ pytestmark = pytest.mark.compat
 
 LENGTH = 205  # whole blocks of 16 and a partial one
 INSTALLED = supported_types()
-TWO_SIDED = [name for name, architecture in SUPPORTED.items() if architecture.limits.startswith(architectures.TWO_SIDED)]
+TWO_SIDED = [
+    name for name, architecture in SUPPORTED.items() if architecture.limits.startswith(architectures.TWO_SIDED)
+]
 # their first position is one past the padding token
 FROM_ONE = ("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "xmod")
 ABSOLUTE = (  # without a rotation, and not the same at other positions: learned ones, or queries scaled by theirs
@@ -26,7 +28,8 @@ ABSOLUTE = (  # without a rotation, and not the same at other positions: learned
     *("gpt2", "gpt_bigcode", "opt", "biogpt", "ctrl", "beam"),
 )
 UNROTATED = ("cohere2", "exaone4", "exaone_moe", "kolibri1", "afmoe", "flint")
-UNTOLD = ("modernbert", "gte", "jina_embeddings_v3", "ultrabert", "esmc")  # their attention modules are not told position_ids
+# their attention modules are not told position_ids
+UNTOLD = ("modernbert", "gte", "jina_embeddings_v3", "ultrabert", "esmc")
 SERIES = ("patchtst", "timesfm")
 CACHED = sorted(set(INSTALLED) - {*TWO_SIDED, *SERIES})
 TOKENS = sorted(set(INSTALLED) - set(SERIES))
@@ -74,14 +77,18 @@ def close(got, want, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("model_type", INSTALLED)
-def test_a_stock_checkpoint_with_every_block_kept_gives_the_stock_outputs(model_type, every_block_two_sided, count_calls, tmp_path):
+def test_a_stock_checkpoint_with_every_block_kept_gives_the_stock_outputs(
+    model_type, every_block_two_sided, count_calls, tmp_path
+):
     stock = tiny_models.tiny_model(model_type)
     if model_type == "dbrx" and transformers.__version__.startswith("5.17."):
         pytest.skip("the stock config cannot be made of its own to_dict, which sparse_config needs; sparsify works")
     want = output(stock)
     stock.save_pretrained(tmp_path / "stock")
     config = sparse_config(type(stock.config).from_pretrained(tmp_path / "stock"), every_block_two_sided)
-    model, report = sparse_class(type(stock)).from_pretrained(tmp_path / "stock", config=config, output_loading_info=True)
+    model, report = sparse_class(type(stock)).from_pretrained(
+        tmp_path / "stock", config=config, output_loading_info=True
+    )
     assert not report["unexpected_keys"] and not report["mismatched_keys"]
     assert all(".router." in key for key in report["missing_keys"]) and all(router.fresh for router in routers(model))
     assert not model.training
@@ -104,7 +111,10 @@ def test_a_stock_checkpoint_with_every_block_kept_gives_the_stock_outputs(model_
     assert type(to_dense(model)) is type(stock)
     model.set_attn_implementation(mine)
     close(output(model), want, 1e-6)
-    for dense, folder in ((model, tmp_path / "dense"), (type(stock).from_pretrained(tmp_path / "stock"), tmp_path / "again")):
+    for dense, folder in (
+        (model, tmp_path / "dense"),
+        (type(stock).from_pretrained(tmp_path / "stock"), tmp_path / "again"),
+    ):
         dense.save_pretrained(folder)
     assert (tmp_path / "dense/config.json").read_text() == (tmp_path / "again/config.json").read_text()
 
@@ -126,7 +136,11 @@ def test_a_real_budget_cuts_links_and_a_dense_call_does_not(model_type, budget, 
     model = noisy(sparsify(tiny_models.tiny_model(model_type), budget))
     got = output(model)
     assert (got - want).abs().max() > 1e-3 * want.abs().max()
-    assert all(int(selection.kept().sum(-1).max()) < selection.grid.blocks for selection in count_calls if selection.grid.kv_len > 150)
+    assert all(
+        int(selection.kept().sum(-1).max()) < selection.grid.blocks
+        for selection in count_calls
+        if selection.grid.kv_len > 150
+    )
     close(output(model, sparse_call=SparseCall(dense=True)), want)
 
 
@@ -149,7 +163,10 @@ def test_routers_unrotate_keys_by_the_models_own_embedding(model_type, every_blo
             close(there.k, here.k)
             continue
         shifted = there.positions if model_type not in UNTOLD else here.positions + 37
-        a, b = router.rotary.unrotate(here.k, here.positions[:, None]), router.rotary.unrotate(there.k, shifted[:, None])
+        a, b = (
+            router.rotary.unrotate(here.k, here.positions[:, None]),
+            router.rotary.unrotate(there.k, shifted[:, None]),
+        )
         close(b, a, 1e-4)
         assert (there.k - here.k).abs().max() > 0.01 * here.k.abs().max()
 
@@ -186,8 +203,32 @@ def test_padded_rows_equal_unpadded_ones(model_type, side, every_block_two_sided
 
 def test_at_least_twenty_of_the_asked_architectures_are_supported():
     requested = {
-        *("llama", "mistral", "mixtral", "ministral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "gemma2", "gemma3_text", "gemma3"),
-        *("smollm3", "phi3", "olmo2", "olmo3", "granite", "gpt_neox", "gpt_oss", "cohere2", "starcoder2", "modernbert", "bert"),
+        *(
+            "llama",
+            "mistral",
+            "mixtral",
+            "ministral",
+            "qwen2",
+            "qwen3",
+            "qwen2_moe",
+            "qwen3_moe",
+            "gemma2",
+            "gemma3_text",
+            "gemma3",
+        ),
+        *(
+            "smollm3",
+            "phi3",
+            "olmo2",
+            "olmo3",
+            "granite",
+            "gpt_neox",
+            "gpt_oss",
+            "cohere2",
+            "starcoder2",
+            "modernbert",
+            "bert",
+        ),
         *("patchtst", "timesfm"),
     }
     assert requested <= set(INSTALLED)

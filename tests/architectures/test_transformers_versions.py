@@ -1,4 +1,6 @@
-"""Which versions of Transformers are taken, and the self-test under those that came out later; how a layer's cache is found."""
+"""Which versions of Transformers are taken, and the self-test under those that came out later;
+how a layer's cache is found.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def runs(monkeypatch):
 
 @pytest.mark.parametrize("version", ["5.16.9", "4.57.1", "5.16.0.dev0"])
 def test_versions_that_are_too_old_are_refused(version):
-    with pytest.raises(ImportError, match=rf"transformers >= 5.17, found {version}: pip install 'transformers==5.24.\*'"):
+    with pytest.raises(
+        ImportError, match=rf"transformers >= 5.17, found {version}: pip install 'transformers==5.24.\*'"
+    ):
         check_transformers(version)
 
 
@@ -92,7 +96,8 @@ def test_a_newer_version_imports_with_one_warning_and_makes_a_model(tmp_path, ll
         "import os, pathlib, tempfile\n"
         "from hf_sparse_attn_kernels import default_choice; default_choice('cpu')\n"
         f"os.environ['HF_SPARSE_ATTN_CACHE'] = {str(tmp_path)!r}\n"
-        f"model = transformers.AutoModelForCausalLM.from_pretrained({str(llama_folder)!r}, sparse_attention={real_budget!r})\n"
+        f"model = transformers.AutoModelForCausalLM.from_pretrained({str(llama_folder)!r}, "
+        f"sparse_attention={real_budget!r})\n"
         "print(type(model).__name__, len(seen))\n"
     )
     for count in (1, 0):
@@ -121,7 +126,9 @@ def test_every_way_to_a_sparse_model_runs_it_first_and_once(
     ways = {
         "from_pretrained": lambda: AutoModelForCausalLM.from_pretrained(llama_folder, sparse_attention=real_budget),
         "sparsify": lambda: sparsify(stock, real_budget),
-        "from_config": lambda: AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(llama_folder, sparse_attention=real_budget)),
+        "from_config": lambda: AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(llama_folder, sparse_attention=real_budget)
+        ),
         "sparse_class": lambda: sparse_class(type(stock))(sparse_config(stock.config, real_budget)),
         "loaded": lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "sparse"),
     }
@@ -146,7 +153,14 @@ def test_where_it_fails_the_model_is_refused_with_what_differed(newer, runs, sto
         changed.setattr(interface, "CACHE_ARGUMENTS", ())
         with pytest.raises(SelfTestError) as refused:
             sparsify(stock, real_budget)
-        for part in (NEWER, "5.17 to 5.24", "Decoding with a cache", "under the name", "pip install 'transformers==5.24.*'", "doctor"):
+        for part in (
+            NEWER,
+            "5.17 to 5.24",
+            "Decoding with a cache",
+            "under the name",
+            "pip install 'transformers==5.24.*'",
+            "doctor",
+        ):
             assert part in str(refused.value)
         assert type(stock).__name__ == "LlamaForCausalLM" and not routers(stock)
         with pytest.raises(SelfTestError):
@@ -159,14 +173,21 @@ def test_where_it_fails_the_model_is_refused_with_what_differed(newer, runs, sto
 @pytest.mark.parametrize(
     ("where", "name", "broken", "differs"),
     [
-        (interface, "attend", lambda module, query, *rest: torch.zeros_like(query.transpose(1, 2)), "ran 0 times in 2 layers"),
+        (
+            interface,
+            "attend",
+            lambda module, query, *rest: torch.zeros_like(query.transpose(1, 2)),
+            "ran 0 times in 2 layers",
+        ),
         (DynamicCache, "update", lambda self, k, v, *rest, **options: (k, v), "DynamicCache: "),
         (SparseConfigMixin, "to_dict", lambda self: self.values_without_settings(), "a LlamaForCausalLM was loaded"),
     ],
 )
 def test_it_finds_what_a_changed_version_breaks(where, name, broken, differs, newer, monkeypatch):
     def values(self):
-        return {key: value for key, value in transformers.LlamaConfig.to_dict(self).items() if key != "sparse_attention"}
+        return {
+            key: value for key, value in transformers.LlamaConfig.to_dict(self).items() if key != "sparse_attention"
+        }
 
     monkeypatch.setattr(SparseConfigMixin, "values_without_settings", values, raising=False)
     monkeypatch.setattr(where, name, broken)
@@ -216,9 +237,18 @@ def test_what_the_caller_has_set_neither_matters_nor_changes(newer):
     torch.manual_seed(5)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with torch.device("meta"), torch.inference_mode(), torch.autocast("cpu"), warnings.catch_warnings(record=True) as said:
+        with (
+            torch.device("meta"),
+            torch.inference_mode(),
+            torch.autocast("cpu"),
+            warnings.catch_warnings(record=True) as said,
+        ):
             assert run_self_test() == []
-            assert torch.get_default_dtype() is torch.bfloat16 and torch.empty(1).is_meta and torch.is_inference_mode_enabled()
+            assert (
+                torch.get_default_dtype() is torch.bfloat16
+                and torch.empty(1).is_meta
+                and torch.is_inference_mode_enabled()
+            )
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(torch.rand(3), want) and not said
@@ -226,7 +256,11 @@ def test_what_the_caller_has_set_neither_matters_nor_changes(newer):
 
 def test_doctor_runs_it_and_keeps_the_result(newer, runs, capsys, monkeypatch):
     app(["doctor", "--json", "-"], standalone_mode=False)
-    assert json.loads(capsys.readouterr().out)["self_test"] == "passed" and len(runs) == 1 and self_test_results.kept_pass()
+    assert (
+        json.loads(capsys.readouterr().out)["self_test"] == "passed"
+        and len(runs) == 1
+        and self_test_results.kept_pass()
+    )
     monkeypatch.setattr(self_test, "_differences", lambda: ["Saving: other weights"])
     app(["doctor", "--json", "-"], standalone_mode=False)
     result = json.loads(capsys.readouterr().out)
@@ -250,7 +284,9 @@ def test_a_cache_under_an_unknown_name_raises(name, kind, sparse_llama, real_bud
         "list": [(layer.keys, layer.values) for layer in filled.layers],
     }[kind]
     before = filled.get_seq_length()
-    with pytest.raises(ValueError, match=rf"SparseLlamaAttention was called with a cache \(.*under the name '{name}'.*{MODEL_ARGUMENT}"):
+    with pytest.raises(
+        ValueError, match=rf"SparseLlamaAttention was called with a cache \(.*under the name '{name}'.*{MODEL_ARGUMENT}"
+    ):
         model(token_ids(1, 3), use_cache=False, **{name: cache})
     assert filled.get_seq_length() == before
 
@@ -258,7 +294,9 @@ def test_a_cache_under_an_unknown_name_raises(name, kind, sparse_llama, real_bud
 def called_attention(model, ids):
     """The arguments of the first attention layer in a call of ``model``."""
     seen = []
-    hook = model.model.layers[0].self_attn.register_forward_pre_hook(lambda m, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    hook = model.model.layers[0].self_attn.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
+    )
     model(ids, use_cache=False)
     hook.remove()
     return seen[0]

@@ -1,4 +1,6 @@
-"""Kinds of caches: each gives the stock model's tokens with every block kept, and at a real budget what the uncached forward gives."""
+"""Kinds of caches: each gives the stock model's tokens with every block kept, and at a real budget what the uncached
+forward gives.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ def assert_decodes_like_the_uncached_forward(model, make, cuts=(PROMPT,), tolera
         got, cache = cached_logits(model, tokens, [*cuts, *range(PROMPT + 1, PROMPT + NEW + 1)], make(model.config))
     assert len(read) == (NEW + len(cuts)) * len(routers(model)) and max(read) == (PROMPT + NEW) // 16
     with torch.no_grad():
-        close(got, model(input_ids=tokens, use_cache=False, sparse_call=SparseCall(decode_from=PROMPT)).logits, tolerance)
+        close(
+            got, model(input_ids=tokens, use_cache=False, sparse_call=SparseCall(decode_from=PROMPT)).logits, tolerance
+        )
     return cache
 
 
@@ -70,7 +74,9 @@ def test_decoding_equals_the_uncached_forward(model_type, make, budget, model_of
     model = model_of(model_type, budget)
     cache = assert_decodes_like_the_uncached_forward(model, make)
     assert assert_summaries_are_those_of_the_keys(model, cache) == 2 * len(routers(model)) * ((PROMPT + NEW) // 16)
-    assert sum(layer.is_sliding for layer in cache.layers) == (make is not MAKERS["dynamic"]) * (len(cache.layers) - len(routers(model)))
+    assert sum(layer.is_sliding for layer in cache.layers) == (make is not MAKERS["dynamic"]) * (
+        len(cache.layers) - len(routers(model))
+    )
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
@@ -149,7 +155,9 @@ class OffloadingCache(Cache):
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
 def test_offloaded_layers_decode_like_the_uncached_forward(model_type, kind, budget, model_of):
     make = MAKERS[kind]
-    assert_decodes_like_the_uncached_forward(model_of(model_type, budget), lambda config: OffloadingCache(layers=make(config).layers))
+    assert_decodes_like_the_uncached_forward(
+        model_of(model_type, budget), lambda config: OffloadingCache(layers=make(config).layers)
+    )
 
 
 def test_summaries_stay_where_they_are_read(model_of):
@@ -166,16 +174,23 @@ def test_summaries_stay_where_they_are_read(model_of):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="Transformers offloads caches on streams of a GPU")
 @pytest.mark.gpu
 def test_an_offloaded_cache_on_a_gpu_gives_the_tokens_of_the_stock_model(settings):
-    model, stock = tiny_models.sparse_tiny_model("llama", settings["every block"]).cuda(), tiny_models.tiny_model("llama").cuda()
+    model, stock = (
+        tiny_models.sparse_tiny_model("llama", settings["every block"]).cuda(),
+        tiny_models.tiny_model("llama").cuda(),
+    )
     options = {"max_new_tokens": NEW, "do_sample": False, "cache_implementation": "offloaded"}
-    assert torch.equal(model.generate(ids(length=130).cuda(), **options), stock.generate(ids(length=130).cuda(), **options))
+    assert torch.equal(
+        model.generate(ids(length=130).cuda(), **options), stock.generate(ids(length=130).cuda(), **options)
+    )
 
 
 # -- quantised ------------------------------------------------------------------------------------------------------
 
 
 class RoundingLayer(QuantizedLayer):
-    """Keeps eight bits, as the quantised caches do that need packages; quantised all at once when the residual is full."""
+    """Keeps eight bits, as the quantised caches do that need packages;
+    quantised all at once when the residual is full.
+    """
 
     def _quantize(self, tensor, axis):
         scale = tensor.abs().amax(-1, keepdim=True).clamp(min=1e-9) / 127
@@ -194,7 +209,9 @@ QUANTISED = {
     "fp8": lambda config: QuantizedCache(backend="fp8", config=config),
     "rounding": rounding,
     "quanto": lambda config: QuantizedCache(backend="quanto", config=config, residual_length=16),
-    "hqq": lambda config: QuantizedCache(backend="hqq", config=config, nbits=4, axis_key=1, axis_value=1, residual_length=16),
+    "hqq": lambda config: QuantizedCache(
+        backend="hqq", config=config, nbits=4, axis_key=1, axis_value=1, residual_length=16
+    ),
 }
 
 
@@ -218,7 +235,12 @@ def test_a_quantised_cache_gives_the_tokens_of_the_stock_model_with_the_same(qua
 @pytest.mark.skipif(not HAS_FP8, reason="not known to this Transformers")
 def test_generate_makes_a_quantised_cache(model_of):
     model, stock = model_of("llama", "every block"), tiny_models.tiny_model("llama")
-    options = {"max_new_tokens": NEW, "do_sample": False, "cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    options = {
+        "max_new_tokens": NEW,
+        "do_sample": False,
+        "cache_implementation": "quantized",
+        "cache_config": {"backend": "fp8"},
+    }
     assert torch.equal(model.generate(ids(length=130), **options), stock.generate(ids(length=130), **options))
 
 
@@ -236,7 +258,9 @@ def test_a_quantised_cache_at_a_real_budget_decodes_over_what_it_returns(model_o
     assert (got - fed(model, ids()[:, -1:], exact)).abs().max() > 1e-3 * got.abs().max()
 
 
-@pytest.mark.skipif("reorder_cache" not in vars(QuantizedLayer), reason="stock ones cannot be, before Transformers 5.23")
+@pytest.mark.skipif(
+    "reorder_cache" not in vars(QuantizedLayer), reason="stock ones cannot be, before Transformers 5.23"
+)
 def test_a_quantised_cache_is_reordered_by_beam_search(quantised, model_of):
     model, stock = model_of("llama", "every block"), tiny_models.tiny_model("llama")
     options = {"max_new_tokens": NEW, "do_sample": False, "num_beams": 3}
@@ -250,15 +274,26 @@ def test_a_quantised_cache_is_reordered_by_beam_search(quantised, model_of):
 
 def test_encoder_decoders_and_their_caches_are_refused_by_name(model_of, every_block):
     model = model_of("llama", "every block")
-    with pytest.raises(ValueError, match=r"caches with layers \(DynamicCache, StaticCache and QuantizedCache\), got EncoderDecoderCache"):
+    with pytest.raises(
+        ValueError,
+        match=r"caches with layers \(DynamicCache, StaticCache and QuantizedCache\), got EncoderDecoderCache",
+    ):
         fed(model, ids(), EncoderDecoderCache(DynamicCache(), DynamicCache()))
-    small = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    small = {
+        "d_model": 16,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+    }
     bart = BartForConditionalGeneration(BartConfig(vocab_size=50, encoder_ffn_dim=16, decoder_ffn_dim=16, **small))
     with pytest.raises(ValueError, match=r"model type 'bart' is an encoder-decoder.*; sparse attention supports: "):
         sparsify(bart, every_block)
     config = tiny_models.tiny_config("bert")
     config.is_decoder = config.add_cross_attention = True
-    with pytest.raises(ValueError, match=r"add_cross_attention=True is not supported: sparse attention serves self-attention only"):
+    with pytest.raises(
+        ValueError, match=r"add_cross_attention=True is not supported: sparse attention serves self-attention only"
+    ):
         sparsify(tiny_models.transformers.BertLMHeadModel(config), {**every_block, "min_keys": 112})
 
 
@@ -269,7 +304,9 @@ def test_layers_that_summaries_cannot_follow_are_refused_by_name(model_of):
         (DynamicCache(config=windowed), "DynamicSlidingWindowLayer"),
         (StaticCache(windowed, 200), "StaticSlidingWindowLayer"),
     ):
-        with pytest.raises(ValueError, match=rf"layers of DynamicCache, StaticCache and QuantizedCache, got {name}; .*sdpa"):
+        with pytest.raises(
+            ValueError, match=rf"layers of DynamicCache, StaticCache and QuantizedCache, got {name}; .*sdpa"
+        ):
             fed(model, ids(), cache)
 
 
@@ -285,7 +322,10 @@ def test_a_paged_cache_is_refused_by_name(model_of):
         def get_mask_sizes(self, length, *_):
             return length, 0
 
-    with pytest.raises(ValueError, match=r"cache \(Paged\) under the name 'cache'|caches with layers .*got Paged"), torch.no_grad():
+    with (
+        pytest.raises(ValueError, match=r"cache \(Paged\) under the name 'cache'|caches with layers .*got Paged"),
+        torch.no_grad(),
+    ):
         model_of("llama", "every block")(input_ids=ids(), use_cache=False, cache=Paged())
 
 
@@ -293,6 +333,9 @@ def test_continuous_batching_is_refused(model_of):
     """And does not switch to flash attention silently, where that is installed."""
     model = model_of("llama", "every block")
     assert not model._supports_flash_attn
-    for call in (lambda: model.generate_batch([[3, 4, 5]]), lambda: model.generate(ids(), cache_implementation="paged")):
+    for call in (
+        lambda: model.generate_batch([[3, 4, 5]]),
+        lambda: model.generate(ids(), cache_implementation="paged"),
+    ):
         with pytest.raises(ValueError, match=r"hf_sparse\W* is not supported.*sdpa"):
             call()

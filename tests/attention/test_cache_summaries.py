@@ -47,7 +47,9 @@ def test_several_new_tokens_at_once_are_decoded_like_single_ones(sparse, token_i
 
 
 def test_a_cache_that_was_filled_densely_crosses_into_sparse_decoding(sparse_llama, real_budget, token_ids):
-    """The first tokens are attended below dense_below; from there on, calls equal those of a model that was always sparse."""
+    """The first tokens are attended below dense_below;
+    from there on, calls equal those of a model that was always sparse.
+    """
     model = sparse_llama({**real_budget, "dense_below": 170}, noise=0.1)
     ids = token_ids(2, 190, seed=5)
     got, cache = cached_logits(model, ids, [100, 160, *range(161, 191)])
@@ -111,7 +113,9 @@ def test_batch_operations_keep_summaries_with_their_rows(sparse, token_ids, chan
     for i in range(steps):
         fed(sparse, more[rows][:, i : i + 1], fresh)
     new = token_ids(len(rows), 30, seed=8)
-    torch.testing.assert_close(continue_with(sparse, cache, new), continue_with(sparse, fresh, new), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        continue_with(sparse, cache, new), continue_with(sparse, fresh, new), rtol=1e-3, atol=1e-3
+    )
     assert_summaries_are_those_of_the_keys(sparse, cache)
 
 
@@ -166,7 +170,9 @@ def test_a_cache_that_was_taken_apart_into_keys_and_values_is_summarised_anew(sp
     ids, more = token_ids(2, 150, seed=16), token_ids(2, 20, seed=17)
     _, cache = cached_logits(sparse, ids, [120, *range(121, 151)])
     again = DynamicCache(list(cache))
-    torch.testing.assert_close(continue_with(sparse, again, more, 20), continue_with(sparse, cache, more, 20), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        continue_with(sparse, again, more, 20), continue_with(sparse, cache, more, 20), rtol=1e-4, atol=1e-4
+    )
     assert assert_summaries_are_those_of_the_keys(sparse, again) == 2 * 2 * 10
 
 
@@ -207,12 +213,15 @@ def test_the_budget_can_change_between_calls_with_one_cache(sparse_llama, real_b
 
 
 def test_summaries_take_less_than_a_tenth_of_the_keys_and_values(stock_llama, token_ids):
-    """With the default settings, in bfloat16: blocks of 16 keys of 64 dims, two router keys of 64 dims each, and the positions."""
+    """With the default settings, in bfloat16: blocks of 16 keys of 64 dims, two router keys of 64 dims each, and the
+    positions.
+    """
     model = sparsify(stock_llama(hidden_size=256, head_dim=64).bfloat16(), {"dense_below": 0})
     cache = DynamicCache()
     fed(model, token_ids(1, 512), cache)
     sizes = cache_sizes(cache)
-    assert sizes["keys_values_bytes"] == 2 * 2 * 2 * 512 * 64 * 2  # layers, keys and values, KV heads, tokens, dims, bytes
+    # layers, keys and values, KV heads, tokens, dims, bytes
+    assert sizes["keys_values_bytes"] == 2 * 2 * 2 * 512 * 64 * 2
     assert sizes["summaries_bytes"] == 2 * (2 * 512 // 16 * 128 * 2 + 512 * 8)
     assert sizes["summaries_share"] < 0.1
 
@@ -226,7 +235,9 @@ def test_a_trainable_prefix_has_the_gradients_of_the_stock_model(stock_llama, sp
     for model in (stock_llama(), sparse_llama(every_block, noise=0.1)):
         model.requires_grad_(False)
         generator = torch.Generator().manual_seed(0)
-        prefix = [tuple(torch.randn(2, 2, 64, 16, generator=generator).requires_grad_() for _ in "kv") for _ in range(2)]
+        prefix = [
+            tuple(torch.randn(2, 2, 64, 16, generator=generator).requires_grad_() for _ in "kv") for _ in range(2)
+        ]
         cache = DynamicCache(prefix)
         parts = [model(input_ids=ids[:, at], past_key_values=cache).logits for at in (slice(0, 149), slice(149, 150))]
         torch.cat(parts, 1).square().mean().backward()

@@ -1,4 +1,6 @@
-"""The documents of a call, packed or padded, are attended in one call of `block_sparse_attention` a layer, each as if it were alone."""
+"""The documents of a call, packed or padded, are attended in one call of `block_sparse_attention` a layer, each as if
+it were alone.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,12 @@ def padded(documents, left):
         n = document.shape[1]
         at = slice(200 - n, None) if left else slice(0, n)
         ids[row, at], mask[row, at] = document[0], 1
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": False}
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+        "use_cache": False,
+    }
 
 
 positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
@@ -98,11 +105,14 @@ def test_one_call_a_layer_gives_what_separate_documents_give(way, model, documen
 @torch.no_grad()
 @pytest.mark.parametrize("way", WAYS)
 def test_observers_and_selectors_see_every_document_by_itself(way, model, documents):
-    """The same queries, keys, values and selections, bit for bit, as of documents that are cut out of the tensors by hand."""
+    """The same queries, keys, values and selections, bit for bit, as of documents that are cut out of the tensors by
+    hand.
+    """
     seen = []
     inputs = WAYS[way](documents)
     call = Watching(
-        document=lambda router, of: seen.append((router.layer, of, None)), selection=lambda *all: seen.append((all[0].layer, *all[1:]))
+        document=lambda router, of: seen.append((router.layer, of, None)),
+        selection=lambda *all: seen.append((all[0].layer, *all[1:])),
     )
     model(**inputs, sparse_call=call)
     assert len(seen) == 2 * LAYERS * len(LENGTHS)
@@ -111,7 +121,11 @@ def test_observers_and_selectors_see_every_document_by_itself(way, model, docume
         assert layer == i // 6 and of.q.shape[2] == of.k.shape[2] == of.v.shape[2] == of.positions.shape[1] == length
         assert of.q.shape[0] == 1 and (selection is None) == (i % 2 == 0)
         if selection is not None:
-            assert selection.grid == TileGrid(length, length, 16, 16) and selection.documents is None and selection.scores is not None
+            assert (
+                selection.grid == TileGrid(length, length, 16, 16)
+                and selection.documents is None
+                and selection.scores is not None
+            )
 
 
 @torch.no_grad()
@@ -121,7 +135,9 @@ def test_a_decode_step_of_padded_rows_is_one_call_a_layer(model, documents, call
     calls.clear()
     token = torch.tensor([[5], [6], [7]])
     mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)], 1)
-    got = model(input_ids=token, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1, past_key_values=cache).logits
+    got = model(
+        input_ids=token, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1, past_key_values=cache
+    ).logits
     assert [(len(selection.documents), selection.grid.query_tile) for selection in calls] == [(3, 1)] * LAYERS
     for row, document in enumerate(documents):
         whole = torch.cat([document, token[row : row + 1]], 1)
@@ -136,16 +152,24 @@ def test_rows_with_holes_and_spans_of_another_tile_are_attended_by_themselves(mo
     inputs["attention_mask"][0, 50:70] = 0
     inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     got = model(**inputs).logits
-    assert [None if selection.documents is None else len(selection.documents) for selection in calls] == [None, 2] * LAYERS
+    assert [None if selection.documents is None else len(selection.documents) for selection in calls] == [
+        None,
+        2,
+    ] * LAYERS
     whole = torch.cat([documents[0][:, :50], documents[0][:, 70:]], 1)
     close(torch.cat([got[:1, :50], got[:1, 70:]], 1), model(input_ids=whole, use_cache=False).logits, 1e-5)
     close(got[1:2, :131], model(input_ids=documents[1], use_cache=False).logits, 1e-5)
     calls.clear()
     call = SparseCall(decode_from=100)
     got = model(**WAYS["right"](documents), sparse_call=call).logits
-    assert [selection.documents is None for selection in calls] == [True, True, True, True, False] * LAYERS  # 90 tokens have one span
+    # 90 tokens have one span
+    assert [selection.documents is None for selection in calls] == [True, True, True, True, False] * LAYERS
     for row, document in enumerate(documents):
-        close(got[row : row + 1, : document.shape[1]], model(input_ids=document, use_cache=False, sparse_call=call).logits, 1e-5)
+        close(
+            got[row : row + 1, : document.shape[1]],
+            model(input_ids=document, use_cache=False, sparse_call=call).logits,
+            1e-5,
+        )
 
 
 def routed(*lengths, tile=64):

@@ -1,4 +1,6 @@
-"""A layer is known by its module: copies of layers, repeated layers, copied and rebuilt caches, programs for elsewhere."""
+"""A layer is known by its module: copies of layers, repeated layers, copied and rebuilt caches, programs
+for elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -66,9 +68,12 @@ def gradients(model, ids, checkpointing):
 @pytest.mark.parametrize("way", COPIED)
 def test_copied_layers_learn_and_checkpointing_changes_no_gradient(way, sparse_llama, real_budget, token_ids):
     plain, repeated = (
-        gradients(COPIED[way](sparse_llama(real_budget, noise=0.1, num_hidden_layers=3)), token_ids(1, N), on) for on in (0, 1)
+        gradients(COPIED[way](sparse_llama(real_budget, noise=0.1, num_hidden_layers=3)), token_ids(1, N), on)
+        for on in (0, 1)
     )
-    assert sum(".router." in name for name in plain) >= 12 and not [name for name, grad in plain.items() if grad is None]
+    assert sum(".router." in name for name in plain) >= 12 and not [
+        name for name, grad in plain.items() if grad is None
+    ]
     for name, grad in plain.items():
         torch.testing.assert_close(repeated[name], grad, rtol=1e-3, atol=1e-4 * float(grad.abs().max()), msg=name)
         assert ".router." not in name or grad.abs().max() > 0
@@ -80,7 +85,9 @@ def test_copies_have_numbers_of_their_own_and_stay_dense(way, sparse_llama, real
     with torch.no_grad():
         want = model(token_ids(1, N), use_cache=False).logits
     result = active_routers(model)
-    assert [router.layer for router in result] == [0, 1, 2, 3] and {router.config.dense_layers for router in result} == {(1, 2)}
+    assert [router.layer for router in result] == [0, 1, 2, 3] and {
+        router.config.dense_layers for router in result
+    } == {(1, 2)}
     assert model.config.sparse_attention["dense_layers"] == [1, 2]
     with torch.no_grad():
         assert torch.equal(model(token_ids(1, N), use_cache=False).logits, want)

@@ -1,4 +1,6 @@
-"""Masks [batch, 1, queries, keys] that a user or a model makes: honoured where they express padding and documents, else refused."""
+"""Masks [batch, 1, queries, keys] that a user or a model makes:
+honoured where they express padding and documents, else refused.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,8 @@ def test_rows_of_padding_may_hold_anything(sparse, ids):
 @pytest.mark.parametrize("position_ids", [None, "restart"])
 def test_blocks_along_the_diagonal_are_packed_documents(sparse, ids, hides, position_ids):
     real, mask = padding(), torch.zeros(2, 1, N, N, dtype=torch.bool)
-    parts = ((0, 13, 150), (0, 150, 190), (1, 0, 110), (1, 110, N))  # row, first slot, end: row 1 has padding inside the first
+    # row, first slot, end: row 1 has padding inside the first
+    parts = ((0, 13, 150), (0, 150, 190), (1, 0, 110), (1, 110, N))
     positions = torch.zeros(2, N, dtype=torch.long)
     for row, start, stop in parts:
         at = slice(start, stop)
@@ -106,7 +109,11 @@ def test_masks_with_a_past_equal_padding_masks(sparse, ids, hides, make):
             mask = real[:, :stop]
             if four:
                 mask = written(causal(real)[:, :, start:stop, : stop if isinstance(cache, DynamicCache) else N], hides)
-                mask = mask if isinstance(cache, DynamicCache) else torch.nn.functional.pad(mask, (0, 30), value=hides or 0)
+                mask = (
+                    mask
+                    if isinstance(cache, DynamicCache)
+                    else torch.nn.functional.pad(mask, (0, 30), value=hides or 0)
+                )
             parts.append(logits(sparse, ids[:, start:stop], attention_mask=mask, past_key_values=cache))
         out.append(torch.cat(parts, 1)[real.bool()])
     close(out[1], out[0], 1e-5)
@@ -170,7 +177,9 @@ def window():
 @pytest.mark.parametrize("hides", ADDITIVE[:3])
 @pytest.mark.parametrize("make", [prefix_lm, sees_a_later_token, hides_an_earlier_token, window])
 def test_other_masks_are_refused_by_name(sparse, ids, make, hides):
-    with pytest.raises(ValueError, match=r"mask \(2, 1, 200, 200\) is not causal attention with padding and packed documents.*sdpa"):
+    with pytest.raises(
+        ValueError, match=r"mask \(2, 1, 200, 200\) is not causal attention with padding and packed documents.*sdpa"
+    ):
         logits(sparse, ids, attention_mask=written(make(), hides))
 
 
@@ -182,7 +191,9 @@ def test_masks_per_head_and_biases_are_refused(sparse, ids):
     bias = written(causal(torch.ones(2, N)), -torch.inf)
     for value in (0.5, -3.0, torch.nan):
         bias[1, 0, 120, 5] = value
-        with pytest.raises(ValueError, match=r"additive attention mask \(2, 1, 200, 200\) holds other values than 0 .* no biases"):
+        with pytest.raises(
+            ValueError, match=r"additive attention mask \(2, 1, 200, 200\) holds other values than 0 .* no biases"
+        ):
             logits(sparse, ids, attention_mask=bias)
 
 
@@ -225,17 +236,25 @@ def test_overlays_that_change_nothing_are_honoured(sparse, ids, embeddings):
         {"block_sequence_ids": torch.full((2, N), -1)},
         {"and_mask_function": lambda b, h, q, k: k <= q},
     ):
-        assert torch.equal(logits(sparse, ids, attention_mask=create_causal_mask(**arguments, **overlay))[real.bool()], want)
+        assert torch.equal(
+            logits(sparse, ids, attention_mask=create_causal_mask(**arguments, **overlay))[real.bool()], want
+        )
 
 
 NARROW = {"and_mask_function": lambda b, h, q, k: (q - k) < 50}
-IMAGES = {"or_mask_function": see_each_other, "position_ids": torch.cat([torch.arange(90), torch.arange(N - 90)]).expand(2, N)}
+IMAGES = {
+    "or_mask_function": see_each_other,
+    "position_ids": torch.cat([torch.arange(90), torch.arange(N - 90)]).expand(2, N),
+}
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # what torch traces of its own vmap
+# what torch traces of its own vmap
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("overlay", [NARROW, IMAGES], ids=["narrow", "images"])
 def test_a_compiled_model_does_not_take_overlays_for_packed_documents(overlay, sparse, embeddings):
-    """Transformers joins some by the function that joins packed documents, which a graph cannot tell apart; others come as a 4D mask."""
+    """Transformers joins some by the function that joins packed documents, which a graph cannot tell apart;
+    others come as a 4D mask.
+    """
     torch.compiler.reset()
 
     @torch.compile(backend="eager", fullgraph=True)

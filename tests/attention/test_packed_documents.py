@@ -21,7 +21,9 @@ def settings(request):
 
 def sparse(model_type, settings):
     """A tiny sparse model; of what a bidirectional layer forces, the budget has room for all."""
-    return tiny_models.sparse_tiny_model(model_type, {**settings, "min_keys": 112} if model_type in TWO_SIDED else settings)
+    return tiny_models.sparse_tiny_model(
+        model_type, {**settings, "min_keys": 112} if model_type in TWO_SIDED else settings
+    )
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +57,18 @@ def test_packed_documents_equal_separate_ones(model_type, use_cache, settings, d
     close(logits(model, **packed, use_cache=use_cache), want, 1e-5)
     if model_type in TWO_SIDED:
         return  # position_ids do not cut documents in stock bidirectional models either
-    close(logits(model, input_ids=packed["input_ids"], position_ids=packed["position_ids"], use_cache=use_cache), want, 1e-5)
+    close(
+        logits(model, input_ids=packed["input_ids"], position_ids=packed["position_ids"], use_cache=use_cache),
+        want,
+        1e-5,
+    )
 
 
 @pytest.mark.parametrize("model_type", [name for name in MODELS if name != "bert"])
 def test_cu_seq_lens_tell_documents_without_position_ids(model_type, every_block, documents, packed):
-    """Positions then run through all documents, which a rotary embedding does not mind, but the learned positions of bert do."""
+    """Positions then run through all documents, which a rotary embedding does not mind, but the learned positions of
+    bert do.
+    """
     model = sparse(model_type, every_block)
     inputs = {name: value for name, value in packed.items() if name != "position_ids"}
     close(logits(model, **inputs), separate(model, documents), 1e-4)
@@ -105,13 +113,23 @@ def test_packed_rows_with_padding_equal_separate_documents(model_type, use_cache
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "gpt_bigcode"])
 def test_documents_are_those_that_the_stock_model_sees(model_type, every_block):
-    """Without a cache and a mask it also starts one where positions jump ahead, and tells modules that are not told positions."""
+    """Without a cache and a mask it also starts one where positions jump ahead, and tells modules that are not told
+    positions.
+    """
     model, stock = sparse(model_type, every_block), tiny_models.tiny_model(model_type)
     ids = torch.randint(3, 95, (2, 200), generator=torch.Generator().manual_seed(0))
-    jumps, falls = torch.cat([torch.arange(90), torch.arange(150, 260)]), torch.cat([torch.arange(120), torch.arange(80)])
+    jumps, falls = (
+        torch.cat([torch.arange(90), torch.arange(150, 260)]),
+        torch.cat([torch.arange(120), torch.arange(80)]),
+    )
     inputs = {"input_ids": ids, "position_ids": torch.stack([jumps, falls]), "use_cache": False}
     close(logits(model, **inputs), logits(stock, **inputs), 1e-5)
-    inputs = {"input_ids": ids[:1], "position_ids": jumps[None], "attention_mask": torch.ones(1, 200).long(), "use_cache": False}
+    inputs = {
+        "input_ids": ids[:1],
+        "position_ids": jumps[None],
+        "attention_mask": torch.ones(1, 200).long(),
+        "use_cache": False,
+    }
     close(logits(model, **inputs), logits(stock, **inputs), 1e-5)
 
 

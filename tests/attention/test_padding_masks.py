@@ -36,7 +36,9 @@ def settings(request):
 
 def sparse(model_type, settings):
     """A tiny sparse model; of what a bidirectional layer forces, the budget has room for all."""
-    return tiny_models.sparse_tiny_model(model_type, {**settings, "min_keys": 112} if model_type in TWO_SIDED else settings)
+    return tiny_models.sparse_tiny_model(
+        model_type, {**settings, "min_keys": 112} if model_type in TWO_SIDED else settings
+    )
 
 
 def padded(rows, width=WIDTH, seed=0):
@@ -108,13 +110,22 @@ def test_a_decoder_that_is_asked_to_see_both_sides_equals_stock(model_type, ever
     options = {"attention_mask": mask, "position_ids": positions, "is_causal": False, "use_cache": False}
     got, want = (logits(m, ids, **options)[mask.bool()] for m in (model, stock))
     close(got, want, 1e-5)
-    assert (want - logits(stock, ids, **{**options, "is_causal": True})[mask.bool()]).abs().max() > 0.1 * want.abs().max()
+    assert (
+        want - logits(stock, ids, **{**options, "is_causal": True})[mask.bool()]
+    ).abs().max() > 0.1 * want.abs().max()
 
 
 def test_the_implementation_has_a_mask_function_and_a_name_that_means_nothing_else():
-    """Without a mask function Transformers drops padding silently; parts of other names would call for their kernels."""
-    assert ATTN_IMPLEMENTATION in AttentionInterface._global_mapping and ATTN_IMPLEMENTATION in AttentionMaskInterface._global_mapping
-    assert not any(word in ATTN_IMPLEMENTATION for word in ("flash", "sdpa", "flex", "eager", "paged", "/", "@", ":", "|"))
+    """Without a mask function Transformers drops padding silently;
+    parts of other names would call for their kernels.
+    """
+    assert (
+        ATTN_IMPLEMENTATION in AttentionInterface._global_mapping
+        and ATTN_IMPLEMENTATION in AttentionMaskInterface._global_mapping
+    )
+    assert not any(
+        word in ATTN_IMPLEMENTATION for word in ("flash", "sdpa", "flex", "eager", "paged", "/", "@", ":", "|")
+    )
 
 
 def test_the_mask_function_gives_back_its_own_masks(every_block):
@@ -123,7 +134,9 @@ def test_the_mask_function_gives_back_its_own_masks(every_block):
     _, mask, _ = padded(ROWS.values())
     arguments = {"config": config, "inputs_embeds": torch.zeros(4, WIDTH, 1), "past_key_values": None}
     created = create_causal_mask(attention_mask=mask, **arguments)
-    assert torch.equal(created, mask.bool()) and torch.equal(create_causal_mask(attention_mask=created, **arguments), created)
+    assert torch.equal(created, mask.bool()) and torch.equal(
+        create_causal_mask(attention_mask=created, **arguments), created
+    )
     assert create_causal_mask(attention_mask=torch.ones_like(mask), **arguments) is None
 
 
@@ -133,9 +146,13 @@ TURNS = (((3, 90), (0, 93)), ((21, 40), (0, 61)), ((0, 17), (5, 12)))  # of each
 
 
 def chats(side):
-    """(ids, mask, where each turn ends) of two chats whose turns are padded on one side, and of 20 single tokens, some of one chat only."""
+    """(ids, mask, where each turn ends) of two chats whose turns are padded on one side, and of 20 single tokens, some
+    of one chat only.
+    """
     ids = torch.randint(3, 95, (2, 191), generator=torch.Generator().manual_seed(4))
-    turns = [torch.stack([torch.cat([torch.zeros(pads), torch.ones(tokens)]) for pads, tokens in turn]) for turn in TURNS]
+    turns = [
+        torch.stack([torch.cat([torch.zeros(pads), torch.ones(tokens)]) for pads, tokens in turn]) for turn in TURNS
+    ]
     mask = torch.cat([*(turn if side == "left" else turn.flip(1) for turn in turns), torch.ones(2, 20)], 1).long()
     mask[1, 180:185] = 0
     return ids, mask, torch.tensor([turn.shape[1] for turn in turns]).cumsum(0).tolist()

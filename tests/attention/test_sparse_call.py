@@ -32,7 +32,9 @@ def test_every_layer_calls_the_methods_in_their_order(sparse_llama, real_budget,
     model, call = sparse_llama(real_budget).eval(), Noting()
     model(token_ids(1, 160), use_cache=False, sparse_call=call)
     layers = range(model.config.num_hidden_layers)
-    assert call.calls == [(name, layer) for layer in layers for name in ("on_layer", "on_document", "select", "on_selection")]
+    assert call.calls == [
+        (name, layer) for layer in layers for name in ("on_layer", "on_document", "select", "on_selection")
+    ]
 
 
 @torch.no_grad()

@@ -31,10 +31,14 @@ def model(request, sparse_llama):
 def test_the_forward_compiles_as_one_graph_with_the_eager_logits(model, token_ids):
     ids, counter = token_ids(2, 200), CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
-    torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits, rtol=1e-4, atol=1e-4
+    )
     for length in (180, 150, 230):  # the second length makes lengths dynamic, the others reuse that graph
         other = token_ids(2, length, seed=length)
-        torch.testing.assert_close(compiled(other, use_cache=False).logits, model(other, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            compiled(other, use_cache=False).logits, model(other, use_cache=False).logits, rtol=1e-4, atol=1e-4
+        )
     assert counter.frame_count == 2
 
 
@@ -44,7 +48,9 @@ def test_the_forward_compiles_as_one_graph_with_the_eager_logits(model, token_id
 def test_inductor_gives_the_eager_logits(model, token_ids):
     ids = token_ids(1, 200)
     compiled = torch.compile(model, fullgraph=True)
-    torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits, rtol=1e-4, atol=1e-4
+    )
 
 
 def decode(forward, prefill, ids, cache, mask=None):
@@ -53,7 +59,11 @@ def decode(forward, prefill, ids, cache, mask=None):
     options = {} if mask is None else {"attention_mask": mask[:, :start]}
     prefill(input_ids=ids[:, :start], past_key_values=cache, **options)
     for at in range(start, ids.shape[1]):
-        options = {} if mask is None else {"attention_mask": mask[:, : at + 1], "position_ids": mask[:, : at + 1].sum(1, keepdim=True) - 1}
+        options = (
+            {}
+            if mask is None
+            else {"attention_mask": mask[:, : at + 1], "position_ids": mask[:, : at + 1].sum(1, keepdim=True) - 1}
+        )
         parts.append(forward(input_ids=ids[:, at : at + 1], past_key_values=cache, **options).logits)
     return torch.cat(parts, 1)
 
@@ -98,7 +108,10 @@ def test_a_compiled_call_may_fill_a_cache_that_eager_calls_continue(model, token
     caches = DynamicCache(), DynamicCache()
     for forward, cache in zip((torch.compile(model, fullgraph=True, backend="aot_eager"), model), caches, strict=True):
         forward(input_ids=ids[:, :160], past_key_values=cache)
-    steps = [torch.cat([model(input_ids=ids[:, at : at + 1], past_key_values=c).logits for at in range(160, 180)], 1) for c in caches]
+    steps = [
+        torch.cat([model(input_ids=ids[:, at : at + 1], past_key_values=c).logits for at in range(160, 180)], 1)
+        for c in caches
+    ]
     torch.testing.assert_close(*steps, rtol=1e-4, atol=1e-4)
 
 
@@ -142,7 +155,8 @@ def test_a_compiled_call_may_fill_a_static_cache(model, token_ids):
     ids, caches = token_ids(1, 180), [StaticCache(config=model.config, max_cache_len=256) for _ in range(2)]
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     parts = [
-        [forward(input_ids=ids[:, :160], past_key_values=cache).logits] for forward, cache in zip((compiled, model), caches, strict=True)
+        [forward(input_ids=ids[:, :160], past_key_values=cache).logits]
+        for forward, cache in zip((compiled, model), caches, strict=True)
     ]
     for at in range(160, 180):
         for cache, part in zip(caches, parts, strict=True):

@@ -76,7 +76,9 @@ def test_an_attention_benchmark_reports_speed_and_memory(dtype):
     check_ratio(row, "speedup_with_router", "sdpa")
     assert row["ideal_speedup"] == pytest.approx(IDEAL)
     assert row["share_of_ideal_with_router"] == pytest.approx(row["speedup_with_router"]["median"] / IDEAL)
-    assert row["router_share"] == pytest.approx(row["times"]["router"]["median_s"] / row["times"]["with router"]["median_s"])
+    assert row["router_share"] == pytest.approx(
+        row["times"]["router"]["median_s"] / row["times"]["with router"]["median_s"]
+    )
     assert isinstance(row["peak_memory_bytes"], int) and row["peak_memory_bytes"] >= 0
     json.dumps(row)
 
@@ -99,7 +101,11 @@ def test_a_backward_benchmark_compares_a_whole_step(dtype):
     row = bench_backward(shape(dtype=dtype), repeats=2)
     check_ratio(row, "speedup", "sdpa", "attention")
     check_ratio(row, "speedup_with_router", "sdpa")
-    assert row["peak_memory_bytes"] >= 0 and row["dense_peak_memory_bytes"] >= 0 and row["ideal_speedup"] == pytest.approx(IDEAL)
+    assert (
+        row["peak_memory_bytes"] >= 0
+        and row["dense_peak_memory_bytes"] >= 0
+        and row["ideal_speedup"] == pytest.approx(IDEAL)
+    )
     json.dumps(row)
 
 
@@ -202,7 +208,9 @@ def test_a_model_benchmark_reports_ratios_and_leaves_the_model_alone(model, toke
     assert sorted(row["prefill"]) == ["sparse", "stock"] and sorted(row["decode"]) == ["best_dense", "sparse", "stock"]
     assert all(row["prefill"][name]["n"] == 2 and row["prefill"][name]["tokens_per_s"] > 0 for name in row["prefill"])
     assert all(row["decode"][name]["n"] == 4 for name in row["decode"])  # the first step is warm-up
-    assert row["prefill_speedup"] == pytest.approx(row["prefill"]["stock"]["median_s"] / row["prefill"]["sparse"]["median_s"])
+    assert row["prefill_speedup"] == pytest.approx(
+        row["prefill"]["stock"]["median_s"] / row["prefill"]["sparse"]["median_s"]
+    )
     for field, other in (("decode_speedup", "stock"), ("decode_speedup_over_best_dense", "best_dense")):
         assert row[field] == pytest.approx(row["decode"][other]["median_s"] / row["decode"]["sparse"]["median_s"])
     assert sorted(row["peak_bytes"]) == ["sparse", "stock"] and all(value >= 0 for value in row["peak_bytes"].values())
@@ -212,7 +220,9 @@ def test_a_model_with_a_wrong_sparse_path_is_never_timed(model, token_ids, monke
     before = settings_of(model)
     monkeypatch.setattr(layer, "block_sparse_attention", wrong(layer.block_sparse_attention, lambda out: out * 1.001))
     never_timed(monkeypatch, generation)
-    with pytest.raises(BenchmarkError, match=r"with every block kept the logits differ from the stock model's by .* relative"):
+    with pytest.raises(
+        BenchmarkError, match=r"with every block kept the logits differ from the stock model's by .* relative"
+    ):
         bench_model(model, token_ids(1, 300), 256, decode_tokens=2)
     assert settings_of(model) == before
 
@@ -244,7 +254,9 @@ print(memory.bytes, nothing.bytes)
 
 def test_peak_memory_sees_what_was_freed_again():
     """In a process of its own: what other tests left to the garbage collector would be counted too."""
-    used, unused = map(int, subprocess.run([sys.executable, "-c", METER], capture_output=True, text=True, check=True).stdout.split())
+    used, unused = map(
+        int, subprocess.run([sys.executable, "-c", METER], capture_output=True, text=True, check=True).stdout.split()
+    )
     assert 0.9 * (64 << 20) <= used <= 1.25 * (64 << 20)
     assert unused < 4 << 20
 
@@ -279,8 +291,14 @@ def test_installed_sparse_peers_get_what_their_interfaces_ask_for(monkeypatch):
         token = torch.arange(300)
         blocks = -(-300 // block_size)
         real = torch.arange(block_indices.shape[-1]) < block_counts[..., None]
-        kept = torch.zeros(1, 300, 2, blocks + 1, dtype=torch.bool).scatter_(3, torch.where(real, block_indices, blocks), True)[..., :-1]
-        mask = (kept[..., token // block_size] & (token <= token[:, None])[None, :, None]).transpose(1, 2).repeat_interleave(16, 1)
+        kept = torch.zeros(1, 300, 2, blocks + 1, dtype=torch.bool).scatter_(
+            3, torch.where(real, block_indices, blocks), True
+        )[..., :-1]
+        mask = (
+            (kept[..., token // block_size] & (token <= token[:, None])[None, :, None])
+            .transpose(1, 2)
+            .repeat_interleave(16, 1)
+        )
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
 
@@ -297,8 +315,12 @@ def test_installed_sparse_peers_get_what_their_interfaces_ask_for(monkeypatch):
     result = dense_baselines.sparse_peers(layer, selection)
     assert list(result) == ["NSA", "AdaSplash", "flash-sparse-attn"]
     layer.verify(result["NSA"](), selection)
-    assert result["AdaSplash"]().shape == layer.q.shape == result["flash-sparse-attn"]().shape and seen == [layer.q.shape]
+    assert result["AdaSplash"]().shape == layer.q.shape == result["flash-sparse-attn"]().shape and seen == [
+        layer.q.shape
+    ]
 
     monkeypatch.setitem(modules, "adasplash", SimpleNamespace(adasplash=lambda *args, **kwargs: 1 / 0))
     running, failed = attention_call._checked_peers(layer, selection)
-    assert list(running) == ["NSA", "flash-sparse-attn"] and failed == {"AdaSplash": "ZeroDivisionError: division by zero"}
+    assert list(running) == ["NSA", "flash-sparse-attn"] and failed == {
+        "AdaSplash": "ZeroDivisionError: division by zero"
+    }

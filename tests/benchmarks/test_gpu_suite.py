@@ -1,4 +1,6 @@
-"""What a session on a GPU leaves behind: rows that survive, and what is read of them. The whole script runs in tests/interpreter."""
+"""What a session on a GPU leaves behind: rows that survive, and what is read of them.
+The whole script runs in tests/interpreter.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ def test_a_row_that_fails_and_a_lack_of_time_cost_no_other_row(tmp_path):
 
 
 PAGE = """==PROF== Connected to process 1
-"ID","Process ID","Process Name","Kernel Name","gpu__time_duration.sum","dram__bytes_read.sum","sm__inst_executed_pipe_tensor.sum"
+"ID","Process ID","Process Name","Kernel Name","gpu__time_duration.sum","dram__bytes_read.sum",\
+"sm__inst_executed_pipe_tensor.sum"
 "","","","","usecond","Gbyte","inst"
 "0","1","python3","forward_kernel(bf16*, long)","1,203.5","0.61","n/a"
 "1","1","python3","dkv_kernel","12","1.5","77"
@@ -48,7 +51,10 @@ PAGE = """==PROF== Connected to process 1
 def test_counters_are_read_with_their_units():
     first, second = read_counters(PAGE)
     assert first["name"] == "forward_kernel" and first["gpu__time_duration.sum"] == {"value": 1203.5, "unit": "usecond"}
-    assert first["sm__inst_executed_pipe_tensor.sum"]["value"] is None and second["dram__bytes_read.sum"] == {"value": 1.5, "unit": "Gbyte"}
+    assert first["sm__inst_executed_pipe_tensor.sum"]["value"] is None and second["dram__bytes_read.sum"] == {
+        "value": 1.5,
+        "unit": "Gbyte",
+    }
     assert read_counters("==ERROR== no permission\n") == []
 
 
@@ -61,12 +67,23 @@ tests/interpreter/test_routing.py::test_mass PASSED                      [ 30%]
 
 def test_a_log_that_was_cut_off_tells_what_passed_and_failed():
     result = read["read_log"](LOG)
-    assert result["counts"] == {"passed": 2, "failed": 1} and result["failed"] == ["tests/interpreter/test_grid.py::test_forward[b]"]
+    assert result["counts"] == {"passed": 2, "failed": 1} and result["failed"] == [
+        "tests/interpreter/test_grid.py::test_forward[b]"
+    ]
     assert not result["finished"] and read["read_log"](LOG + "===== 1 failed, 2 passed in 12.30s =====\n")["finished"]
 
 
 def limits(speedup):
-    common = {"length": 32768, "density": 0.1, "keys": None, "heads": 32, "groups": 8, "head_dim": 128, "batch": 1, "dtype": "bfloat16"}
+    common = {
+        "length": 32768,
+        "density": 0.1,
+        "keys": None,
+        "heads": 32,
+        "groups": 8,
+        "head_dim": 128,
+        "batch": 1,
+        "dtype": "bfloat16",
+    }
     row = {
         **common,
         "entry": "prefill",
@@ -94,7 +111,12 @@ def test_what_misses_a_target_is_told_with_the_limit_that_holds_it(speedup, miss
     if missed:  # 8.8e12 operations, an eighth of them: 1.37 ms at 8e14
         assert "3.00, wanted 4; its floor is arithmetic, 1.37 ms, of which it reaches 0.69" in prefill[0]
     table = "\n".join(read["table"](result))
-    assert "card: NVIDIA H100 80GB HBM3" in table and "right: not run" in table and "FAILED x: E" in table and "not run: y" in table
+    assert (
+        "card: NVIDIA H100 80GB HBM3" in table
+        and "right: not run" in table
+        and "FAILED x: E" in table
+        and "not run: y" in table
+    )
     assert f"| attention | 32768 | 10% |  | {speedup:.2f}x |" in "\n".join(read["readme_rows"](result))
     monkeypatch.setitem(read["write"].__globals__, "RESULTS", tmp_path)
     monkeypatch.setattr("hf_sparse_attn.benchmarks.plot.plot_speedups", lambda path, rows: path.write_text("plot"))
@@ -112,7 +134,9 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
 def test_without_a_gpu_the_script_says_so_and_ends(tmp_path):
     def run(*arguments):
         environment = {**os.environ, "PYTHON": sys.executable}
-        return subprocess.run(["bash", RECIPES / "run.sh", *arguments], capture_output=True, text=True, env=environment, check=False)
+        return subprocess.run(
+            ["bash", RECIPES / "run.sh", *arguments], capture_output=True, text=True, env=environment, check=False
+        )
 
     done = run(tmp_path / "out")
     assert done.returncode == 2 and "there is no GPU here" in done.stderr and "--dry" in done.stderr

@@ -1,4 +1,6 @@
-"""The training benchmark: every kind of step starts alike, is verified before it is timed, and leaves the model alone."""
+"""The training benchmark: every kind of step starts alike, is verified before it is timed, and leaves the
+model alone.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,15 @@ from typer.testing import CliRunner
 from hf_sparse_attn.attention import layer
 from hf_sparse_attn.benchmarks import BenchmarkError, bench_training, padding_vs_packing, training_step
 from hf_sparse_attn.benchmarks import TrainingShape as Shape
-from hf_sparse_attn.benchmarks.contenders import DENSE, EAGER, SPARSE, STOCK, WITHOUT_KL, make_contenders, verify_training
+from hf_sparse_attn.benchmarks.contenders import (
+    DENSE,
+    EAGER,
+    SPARSE,
+    STOCK,
+    WITHOUT_KL,
+    make_contenders,
+    verify_training,
+)
 from hf_sparse_attn.benchmarks.memory import peaks_in_a_fresh_process
 from hf_sparse_attn.benchmarks.padding_vs_packing import IGNORE_INDEX, packed_batch, padded_batch
 from hf_sparse_attn.benchmarks.plot import plot_training
@@ -48,7 +58,13 @@ def never_timed(monkeypatch):
 
 
 def test_a_row_holds_every_kind_with_its_times_memory_and_losses(row):
-    assert (row["length"], row["batch"], row["dtype"], row["device"], row["budget"]) == (300, 2, "float32", "cpu", BUDGET)
+    assert (row["length"], row["batch"], row["dtype"], row["device"], row["budget"]) == (
+        300,
+        2,
+        "float32",
+        "cpu",
+        BUDGET,
+    )
     assert list(row["kinds"]) == [SPARSE, WITHOUT_KL, DENSE, STOCK, EAGER]
     for created in row["kinds"].values():
         assert created["n"] == 2 and 0 < created["min_s"] <= created["median_s"] <= created["max_s"]
@@ -73,7 +89,11 @@ def test_the_recipe_is_the_average_of_its_steps(row):
     assert min(ends) <= row["recipe"]["median_s"] <= max(ends)
     times = {SPARSE: [1.0, 2.0], WITHOUT_KL: [0.9, 1.8], DENSE: [5.0, 6.0], STOCK: [4.0, 8.0]}
     created = training_step._ratios(times, 4, 100)
-    assert created["recipe"]["min_s"] == 2.0 and created["recipe"]["max_s"] == 3.0 and created["recipe"]["tokens_per_s"] == 40
+    assert (
+        created["recipe"]["min_s"] == 2.0
+        and created["recipe"]["max_s"] == 3.0
+        and created["recipe"]["tokens_per_s"] == 40
+    )
     assert created["speedup"]["recipe"]["min"] == 2.0 and created["speedup"][SPARSE]["median"] == 4.0
     assert created["kl_share"] == pytest.approx(0.1) and "speedup_over_eager" not in created
     assert training_step._ratios(times, 0, 100)["recipe"]["min_s"] == 1.0
@@ -93,7 +113,10 @@ def test_contenders_share_the_frozen_weights_and_nothing_else(model):
     assert shared == {dict(model.named_parameters())[weight].data_ptr()}
     assert type(created[STOCK].model.get_base_model()).__name__ == "LlamaForCausalLM"
     assert created[SPARSE].lora.keys() == created[STOCK].lora.keys()
-    assert all(torch.equal(p, created[STOCK].lora[name]) and p is not created[STOCK].lora[name] for name, p in created[SPARSE].lora.items())
+    assert all(
+        torch.equal(p, created[STOCK].lora[name]) and p is not created[STOCK].lora[name]
+        for name, p in created[SPARSE].lora.items()
+    )
     assert all(float(state["step"]) == 0 for c in created.values() for state in c.optimizer.state.values())
 
 
@@ -105,15 +128,23 @@ def test_memory_is_measured_in_a_fresh_process(model, windows, monkeypatch):
     assert list(peaks) == ["a", "b", "a again"] and all(value > 300_000 for value in peaks.values())
     assert peaks["a again"] == pytest.approx(peaks["a"], rel=0.5)
     seen = []
-    monkeypatch.setattr(training_step, "peaks_in_a_fresh_process", lambda *a: seen.append(a) or dict.fromkeys([s[0] for s in a[2]], 7))
+    monkeypatch.setattr(
+        training_step, "peaks_in_a_fresh_process", lambda *a: seen.append(a) or dict.fromkeys([s[0] for s in a[2]], 7)
+    )
     row = bench_training(model, windows[:2], Shape(BUDGET, padded=True))
-    assert row["kinds"][SPARSE]["peak_memory_bytes"] == row["layouts"]["stock sdpa, padded"]["peak_memory_bytes"] == 7 and len(seen) == 1
+    assert (
+        row["kinds"][SPARSE]["peak_memory_bytes"] == row["layouts"]["stock sdpa, padded"]["peak_memory_bytes"] == 7
+        and len(seen) == 1
+    )
     with pytest.raises(BenchmarkError, match="the process that measures memory failed: KeyError"):
         peaks_in_a_fresh_process(model, (STOCK,), steps, BUDGET, config)
 
 
 def test_measuring_memory_in_this_process_leaves_no_trace_in_the_losses(row, model, windows):
-    assert bench_training(model, windows[:2], TrainingShape(BUDGET))["kinds"][SPARSE]["loss_first"] == row["kinds"][SPARSE]["loss_first"]
+    assert (
+        bench_training(model, windows[:2], TrainingShape(BUDGET))["kinds"][SPARSE]["loss_first"]
+        == row["kinds"][SPARSE]["loss_first"]
+    )
 
 
 def test_eager_attention_is_left_out_of_long_rows(model, windows, monkeypatch):
@@ -145,7 +176,9 @@ def test_a_wrong_gradient_is_never_timed(model, windows, monkeypatch):
         def backward(ctx, grad):
             return grad * 1.01
 
-    monkeypatch.setattr(layer, "block_sparse_attention", lambda q, k, v, s, **o: original(Scaled.apply(q), k, v, s, **o))
+    monkeypatch.setattr(
+        layer, "block_sparse_attention", lambda q, k, v, s, **o: original(Scaled.apply(q), k, v, s, **o)
+    )
     never_timed(monkeypatch)
     with pytest.raises(BenchmarkError, match=r"the LoRA gradients differ from the stock model's by .* relative"):
         bench_training(model, windows, TrainingShape(BUDGET))
@@ -224,11 +257,19 @@ def invoke(*arguments):
 def test_the_command_measures_every_length_and_states_the_error_of_the_plan(saved):
     options = ["--text", saved / "words.txt", "--length", "200,304", "--keys", 96, "--steps", 1, "--padded", "--eager"]
     done = invoke("bench", "training", saved / "model", *options, "--json", saved / "t.json")
-    assert done.exit_code == 0 and done.stdout == "" and "plan, sparse: memory" in done.stderr and "recipe" in done.stderr
+    assert (
+        done.exit_code == 0 and done.stdout == "" and "plan, sparse: memory" in done.stderr and "recipe" in done.stderr
+    )
     rows = json.loads((saved / "t.json").read_text())["rows"]
-    assert [(row["benchmark"], row["length"]) for row in rows] == [("training", 200), ("training", 304)] and (saved / "t.svg").exists()
+    assert [(row["benchmark"], row["length"]) for row in rows] == [("training", 200), ("training", 304)] and (
+        saved / "t.svg"
+    ).exists()
     for row in rows:
-        assert row["budget"] == {"min_keys": 96, "max_keys": 96, "mass_threshold": None} and row["plan"].keys() == {SPARSE, DENSE, STOCK}
+        assert row["budget"] == {"min_keys": 96, "max_keys": 96, "mass_threshold": None} and row["plan"].keys() == {
+            SPARSE,
+            DENSE,
+            STOCK,
+        }
         for kind, plan in row["plan"].items():
             created = row["kinds"][kind]
             assert plan["time_error"] == pytest.approx(plan["seconds"] / created["median_s"] - 1)
@@ -239,7 +280,10 @@ def test_the_command_measures_every_length_and_states_the_error_of_the_plan(save
     ("options", "message"),
     [
         (["--length", "200"], "--text is missing"),
-        (["--length", "200", "--text", "t", "--keys", "96", "--density", "0.5"], "--keys and --density exclude each other"),
+        (
+            ["--length", "200", "--text", "t", "--keys", "96", "--density", "0.5"],
+            "--keys and --density exclude each other",
+        ),
         (["--length", "0", "--text", "t"], "--length is 0: must be >= 1"),
         (["--length", "200", "--text", "t", "--steps", "0"], "--steps is 0: must be >= 1"),
         (["--plan", "--gpu", "H1000"], "--gpu is 'H1000'; known: B200-180GB"),

@@ -1,4 +1,6 @@
-"""Plans: counts equal a real model's, memory terms equal what tensors take, and what does not fit is refused by name."""
+"""Plans: counts equal a real model's, memory terms equal what tensors take, and what does not fit is
+refused by name.
+"""
 
 from __future__ import annotations
 
@@ -43,17 +45,25 @@ def plan(tiny_config, real_budget):
 # -- counts ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("training", [{}, {"rank": 4, "target_modules": ["q_proj", "down_proj"]}, {"kl_weight": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "training", [{}, {"rank": 4, "target_modules": ["q_proj", "down_proj"]}, {"kl_weight": 0.0}], ids=str
+)
 @pytest.mark.parametrize("kind", ATTENTIONS)
 @pytest.mark.parametrize("tied", [False, True])
-def test_counts_and_static_bytes_are_those_of_the_real_model(plan, sparse_llama, tiny_config, real_budget, training, kind, tied):
+def test_counts_and_static_bytes_are_those_of_the_real_model(
+    plan, sparse_llama, tiny_config, real_budget, training, kind, tied
+):
     changes, training = {"num_hidden_layers": 5, "tie_word_embeddings": tied}, AdaptationConfig(**training)
     created = plan(config=tiny_config(**changes), training=training, attention=ATTENTIONS[kind])
     model = sparse_llama(real_budget, **changes)
     contender = make_contenders(model, training, (kind,))[kind]
-    assert created.parameters["backbone"] == sum(p.numel() for name, p in model.named_parameters() if ".router." not in name)
+    assert created.parameters["backbone"] == sum(
+        p.numel() for name, p in model.named_parameters() if ".router." not in name
+    )
     assert created.parameters["lora"] == sum(p.numel() for p in contender.lora.values())
-    assert created.parameters["routers"] == (0 if kind == STOCK else sum(p.numel() for r in routers(model) for p in r.parameters()))
+    assert created.parameters["routers"] == (
+        0 if kind == STOCK else sum(p.numel() for r in routers(model) for p in r.parameters())
+    )
     assert created.static_bytes == contender.static_bytes
 
 
@@ -69,15 +79,22 @@ def test_layers_are_extrapolated_to_what_all_of_them_need(tiny_config):
     config, training = tiny_config(num_hidden_layers=9), AdaptationConfig()
     few, more, whole = (simulate_step(with_layers(config, n), torch.float32, training, 1, 300) for n in (2, 4, 9))
     guessed = more.beyond(few, 2.5)
-    assert guessed.peaks == whole.peaks and (guessed.parameters, guessed.trained_bytes) == (whole.parameters, whole.trained_bytes)
-    assert sum(o.flops * n for o, n in guessed.operations.items()) == sum(o.flops * n for o, n in whole.operations.items())
+    assert guessed.peaks == whole.peaks and (guessed.parameters, guessed.trained_bytes) == (
+        whole.parameters,
+        whole.trained_bytes,
+    )
+    assert sum(o.flops * n for o, n in guessed.operations.items()) == sum(
+        o.flops * n for o, n in whole.operations.items()
+    )
     assert sum(o.bytes * n for o, n in guessed.operations.items()) == pytest.approx(
         sum(o.bytes * n for o, n in whole.operations.items()), rel=1e-6
     )
 
 
 def test_layers_of_several_kinds_keep_their_lists_in_step():
-    config = Qwen3Config(num_hidden_layers=4, layer_types=["sliding_attention"] * 2 + ["full_attention"] * 2, sliding_window=40)
+    config = Qwen3Config(
+        num_hidden_layers=4, layer_types=["sliding_attention"] * 2 + ["full_attention"] * 2, sliding_window=40
+    )
     few = with_layers(config, 2)
     assert few.layer_types == ["sliding_attention"] * 2 and few.num_hidden_layers == 2 and config.num_hidden_layers == 4
 
@@ -163,7 +180,9 @@ def test_the_kl_needs_memory_that_does_not_grow_with_the_square_of_the_length():
 def test_padding_costs_stock_a_mask(plan):
     for attention, more in (("sparse", 0), ("stock", 2 * 4096**2)):
         assert (
-            plan(4096, attention=attention, batch=2, padded=True).peak_bytes - plan(4096, attention=attention, batch=2).peak_bytes == more
+            plan(4096, attention=attention, batch=2, padded=True).peak_bytes
+            - plan(4096, attention=attention, batch=2).peak_bytes
+            == more
         )
 
 
@@ -172,7 +191,9 @@ def test_padding_costs_stock_a_mask(plan):
 
 def test_products_take_as_long_as_the_device_says(plan):
     slow = replace(H100, products=dict.fromkeys(H100.products, 1.0), bytes_per_s=1e30, operation_seconds=0.0)
-    created = plan(attention="stock", device=slow, training=AdaptationConfig(gradient_checkpointing=False, chunked_loss=False))
+    created = plan(
+        attention="stock", device=slow, training=AdaptationConfig(gradient_checkpointing=False, chunked_loss=False)
+    )
     linear = 3 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96) + 64 * 97
     lora = 3 * 8 * (64 + 64 + 64 + 32 + 64 + 32 + 64 + 64)
     inputs = 64 * 64 + 2 * 64 * 32  # of the first layer's projections: nothing before them learns
@@ -185,7 +206,9 @@ def test_attention_takes_its_pairs_over_the_rates(plan):
     pairs = 3 * 4 * 4 * 16 * LENGTH * (LENGTH + 1) / 2
     assert plan(attention="stock", device=device).time["dense attention"] == pytest.approx(pairs * (2 / 2 + 2.5 / 4))
     once = AdaptationConfig(gradient_checkpointing=False)
-    assert plan(attention="dense", device=device, training=once).time["dense attention"] == pytest.approx(pairs * (1 / 2 + 2.5 / 4))
+    assert plan(attention="dense", device=device, training=once).time["dense attention"] == pytest.approx(
+        pairs * (1 / 2 + 2.5 / 4)
+    )
     sparse = plan(device=device)
     assert "dense attention" not in sparse.time and 0 < sparse.time["sparse attention"] < pairs * (2 / 8 + 2.5 / 16)
     assert {"routing", "KL"} <= sparse.time.keys() and "KL" not in plan(training=AdaptationConfig(kl_weight=0.0)).time
@@ -207,7 +230,13 @@ def test_what_does_not_fit_is_refused_with_the_way_out(plan):
         NotEnoughMemoryError, match=r"a sparse step on 4 × 512 tokens needs .* GB, small has .* GB: 0\.1 GB are missing"
     ) as caught:
         check_memory(created, small)
-    for fix in ("shorter rows", "a smaller batch", "gradient_checkpointing: true", "chunked_loss: true", "a larger device"):
+    for fix in (
+        "shorter rows",
+        "a smaller batch",
+        "gradient_checkpointing: true",
+        "chunked_loss: true",
+        "a larger device",
+    ):
         assert fix in str(caught.value)
     with pytest.raises(NotEnoughMemoryError) as caught:
         check_memory(plan(), replace(H100, memory_bytes=10**6))
@@ -247,7 +276,9 @@ def test_layers_with_a_window_are_counted_as_such(plan, model_type):
 
     created = {attention: plan(config=tiny(model_type), attention=attention) for attention in ("stock", "sparse")}
     windowed = "attention in a window" in created["stock"].time
-    assert windowed == (model_type in ("qwen3", "gemma3_text", "olmo3")) and created["sparse"].time["sparse attention"] > 0
+    assert (
+        windowed == (model_type in ("qwen3", "gemma3_text", "olmo3")) and created["sparse"].time["sparse attention"] > 0
+    )
     if windowed:  # 40 of up to 512 keys in one of three layers
         share = created["stock"].time["attention in a window"] / created["stock"].time["dense attention"]
         assert share == pytest.approx(40 / (513 / 2) / 2)
@@ -273,7 +304,9 @@ def test_the_memory_of_a_container_is_what_its_limit_leaves(tmp_path):
 
 
 def test_devices_are_known_by_name():
-    assert all(gpu(name).memory_bytes == memory * 10**9 for name, (memory, *_) in GPUS.items()) and H100.note.startswith("assumed")
+    assert all(
+        gpu(name).memory_bytes == memory * 10**9 for name, (memory, *_) in GPUS.items()
+    ) and H100.note.startswith("assumed")
     with pytest.raises(ValueError, match=r"--gpu is 'H1000'; known: B200-180GB, .*, cpu"):
         gpu("H1000")
 
@@ -282,7 +315,14 @@ def test_the_cpu_is_measured(tiny_config):
     from hf_sparse_attn.benchmarks.planner.cpu_rates import measure_cpu
 
     device = measure_cpu(tiny_config(), torch.float32)
-    rates = [*device.products.values(), device.bytes_per_s, *device.attention, *device.sparse_attention, device.routing, device.teaching]
+    rates = [
+        *device.products.values(),
+        device.bytes_per_s,
+        *device.attention,
+        *device.sparse_attention,
+        device.routing,
+        device.teaching,
+    ]
     assert all(1e6 < rate < 1e15 for rate in rates) and device.memory_bytes > 0 and device.name == "cpu"
 
 
@@ -291,7 +331,9 @@ def test_the_cpu_is_measured_with_the_modules_that_are_trained():
 
     from hf_sparse_attn.benchmarks.planner.cpu_rates import measure_cpu
 
-    config = GPTNeoXConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=97)
+    config = GPTNeoXConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=97
+    )
     lora = AdaptationConfig(target_modules=["query_key_value"], chunked_loss=False)
     assert measure_cpu(config, torch.float32, lora).bytes_per_s > 0
     with pytest.raises(ValueError, match="not found"):
@@ -303,14 +345,29 @@ def test_the_better_rates_of_two_measurements_count():
 
     rates = {"products": {torch.float32: 5.0}, "attention": (1.0, 9.0), "bytes_per_s": 3.0, "routing": 7.0}
     slow = replace(H100, **rates)
-    mixed = faster(slow, replace(H100, products={torch.float32: 4.0}, attention=(2.0, 8.0), bytes_per_s=4.0, routing=6.0))
+    mixed = faster(
+        slow, replace(H100, products={torch.float32: 4.0}, attention=(2.0, 8.0), bytes_per_s=4.0, routing=6.0)
+    )
     assert mixed == replace(slow, attention=(2.0, 9.0), bytes_per_s=4.0)
 
 
 def test_a_plan_from_the_command_line_needs_a_config_only(tiny_config, tmp_path):
     sparsify(LlamaForCausalLM(tiny_config(num_hidden_layers=3)), {}).config.save_pretrained(tmp_path)
-    arguments = ["bench", "training", tmp_path, "--plan", "--gpu", "RTX4090-24GB", "--length", "1024,8192", "--density", "0.25"]
-    done = CliRunner().invoke(app, [*map(str, arguments), "--json", str(tmp_path / "plan.json")], catch_exceptions=False)
+    arguments = [
+        "bench",
+        "training",
+        tmp_path,
+        "--plan",
+        "--gpu",
+        "RTX4090-24GB",
+        "--length",
+        "1024,8192",
+        "--density",
+        "0.25",
+    ]
+    done = CliRunner().invoke(
+        app, [*map(str, arguments), "--json", str(tmp_path / "plan.json")], catch_exceptions=False
+    )
     assert done.exit_code == 0 and "longest rows that fit" in done.stderr and "assumed" in done.stderr
     written = json.loads((tmp_path / "plan.json").read_text())
     assert [(row["length"], row["attention"], row["fits"]) for row in written["rows"]] == [

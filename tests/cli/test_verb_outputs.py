@@ -40,7 +40,13 @@ VERBS = {
     **{f"bench {name}": ["bench", name, "model", "--text", "t"][: 5 if name in ("model", "training") else 2] for name in
        ("attention", "backward", "decode", "router", "model", "training")},
 }  # fmt: skip
-OTHERS = {"eval": "--report", "lm-eval": "--report", "calibrate": "--report", "synth": "--report", "architectures": "--markdown"}
+OTHERS = {
+    "eval": "--report",
+    "lm-eval": "--report",
+    "calibrate": "--report",
+    "synth": "--report",
+    "architectures": "--markdown",
+}
 OTHERS |= dict.fromkeys(("bench attention", "bench backward", "bench decode", "bench training"), "--plot")
 
 
@@ -69,7 +75,12 @@ def test_a_folder_that_cannot_be_saved_into_is_said_first(arguments, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["distill", "model", "OUT", "--text", "t"], ["synth", "OUT"], ["calibrate", "OUT", "--text", "t", "--held-out", "u"]]
+    "arguments",
+    [
+        ["distill", "model", "OUT", "--text", "t"],
+        ["synth", "OUT"],
+        ["calibrate", "OUT", "--text", "t", "--held-out", "u"],
+    ],
 )
 def test_a_folder_in_use_is_refused(arguments, tmp_path):
     with sole_use(tmp_path / "out"), pytest.raises(FolderInUseError, match="in use by process"):

@@ -17,7 +17,9 @@ from typer.testing import CliRunner
 from hf_sparse_attn.cli.commands import app, guarded
 from hf_sparse_attn.evaluation.baselines import selector_names, unregister_selector
 
-SMALL = "block_size: 16, query_tile: 16, sink: 16, local: 16, dense_below: 0, min_keys: 80, density: 0.05, query_samples: 8"
+SMALL = (
+    "block_size: 16, query_tile: 16, sink: 16, local: 16, dense_below: 0, min_keys: 80, density: 0.05, query_samples: 8"
+)
 
 
 @pytest.fixture
@@ -41,7 +43,19 @@ def text(random_words, tmp_path_factory):
 def distilled(llama_folder, text, tmp_path_factory):
     """(folder of the model, report) of the verb distill."""
     out = tmp_path_factory.mktemp("cli")
-    arguments = ["distill", llama_folder, out / "sparse", "--text", text, "--sparse", SMALL, "--context", 200, "--batches", 2]
+    arguments = [
+        "distill",
+        llama_folder,
+        out / "sparse",
+        "--text",
+        text,
+        "--sparse",
+        SMALL,
+        "--context",
+        200,
+        "--batches",
+        2,
+    ]
     arguments += ["--dtype", "float32", "--json", out / "report.json"]
     done = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
     assert done.exit_code == 0, done.output
@@ -52,7 +66,8 @@ def message_of(capsys, *arguments):
     """What a user sees for a mistake: standard error of one paragraph, exit code 1, nothing on standard output."""
     assert guarded(lambda: app([str(a) for a in arguments], standalone_mode=False)) == 1
     captured = capsys.readouterr()
-    message = captured.err[captured.err.index("error: ") :]  # after what transformers says while it loads, which `main` silences
+    # after what transformers says while it loads, which `main` silences
+    message = captured.err[captured.err.index("error: ") :]
     assert captured.out == "" and message.count("\n") == 1
     return message
 
@@ -61,13 +76,33 @@ def test_doctor_prints_json_on_standard_output(invoke):
     done = invoke("doctor", "--json", "-")
     result = json.loads(done.stdout)
     assert done.exit_code == 0 and result["implementation"] in result["implementations"]
-    assert {"packages", "cpu", "commit", "device", "cache", "why", "model_types", "extras"} <= result.keys() and "llama" in result[
-        "model_types"
-    ]
+    assert {
+        "packages",
+        "cpu",
+        "commit",
+        "device",
+        "cache",
+        "why",
+        "model_types",
+        "extras",
+    } <= result.keys() and "llama" in result["model_types"]
     assert "implementation" in done.stderr and invoke("doctor").stdout == ""
 
 
-LAYER = ["--length", "300,512", "--keys", "256", "--dtype", "float32", "--heads", "4/2", "--head-dim", "16", "--repeats", "1"]
+LAYER = [
+    "--length",
+    "300,512",
+    "--keys",
+    "256",
+    "--dtype",
+    "float32",
+    "--heads",
+    "4/2",
+    "--head-dim",
+    "16",
+    "--repeats",
+    "1",
+]
 
 
 @pytest.mark.parametrize("verb", ["attention", "backward", "decode", "router"])
@@ -82,15 +117,32 @@ def test_bench_writes_json(verb, invoke, tmp_path):
 
 
 def test_bench_router_takes_every_combination(invoke):
-    done = invoke("bench", "router", *LAYER, "--index-dim", "8,16", "--query-samples", "8,16", "--candidate-factor", "1.5,2", "--json", "-")
+    done = invoke(
+        "bench",
+        "router",
+        *LAYER,
+        "--index-dim",
+        "8,16",
+        "--query-samples",
+        "8,16",
+        "--candidate-factor",
+        "1.5,2",
+        "--json",
+        "-",
+    )
     rows = json.loads(done.stdout)["rows"]
-    assert len({(r["length"], r["index_dim"], r["query_samples"], r["candidate_factor"]) for r in rows}) == len(rows) == 16
+    assert (
+        len({(r["length"], r["index_dim"], r["query_samples"], r["candidate_factor"]) for r in rows}) == len(rows) == 16
+    )
 
 
 def test_distill_saves_a_trained_model(distilled):
     folder, report = distilled
     model = AutoModelForCausalLM.from_pretrained(folder)
-    assert type(model).__name__ == "SparseLlamaForCausalLM" and model.config.sparse_attention["bookkeeping"]["trained"] is True
+    assert (
+        type(model).__name__ == "SparseLlamaForCausalLM"
+        and model.config.sparse_attention["bookkeeping"]["trained"] is True
+    )
     assert model.config.sparse_attention["min_keys"] == 80 and (folder / "tokenizer.json").exists()
     assert report["batches"] == 2 == len(report["log"]) and not (folder / "distill.pt").exists()
 
@@ -114,24 +166,50 @@ def test_eval_writes_the_table(distilled, text, invoke, tmp_path):
     written = json.loads((tmp_path / "e.json").read_text())
     assert done.exit_code == 0 and done.stdout == ""
     names = ["dense", *selector_names()]
-    assert [(r["keys"], r["selection"]) for r in written["table"]] == [(None if n == "dense" else k, n) for k in (80, 112) for n in names]
-    assert len(written["windows"]) == 2 * (1 + 2 * len(selector_names())) and all("decode" in row for row in written["table"])
+    assert [(r["keys"], r["selection"]) for r in written["table"]] == [
+        (None if n == "dense" else k, n) for k in (80, 112) for n in names
+    ]
+    assert len(written["windows"]) == 2 * (1 + 2 * len(selector_names())) and all(
+        "decode" in row for row in written["table"]
+    )
     changed = invoke("eval", distilled[0], *arguments, "--sparse", "query_samples: 1, candidate_factor: 1.0")
     rows = json.loads((tmp_path / "e.json").read_text())
     assert changed.exit_code == 0 and rows["sparse_attention"]["query_samples"] == 1
     losses = [{(r["keys"], r["selection"]): r["prefill"] for r in result["table"]} for result in (written, rows)]
-    assert losses[0][80, "two stages"] != losses[1][80, "two stages"] and losses[0][80, "oracle"] == losses[1][80, "oracle"]
+    assert (
+        losses[0][80, "two stages"] != losses[1][80, "two stages"]
+        and losses[0][80, "oracle"] == losses[1][80, "oracle"]
+    )
 
 
-def test_the_report_of_eval_is_one_page_with_every_figure_and_the_command(distilled, text, invoke, tmp_path, monkeypatch):
-    arguments = ["eval", str(distilled[0]), "--text", str(text), "--length", "192", "--windows", "1", "--budgets", "80", "--report"]
+def test_the_report_of_eval_is_one_page_with_every_figure_and_the_command(
+    distilled, text, invoke, tmp_path, monkeypatch
+):
+    arguments = [
+        "eval",
+        str(distilled[0]),
+        "--text",
+        str(text),
+        "--length",
+        "192",
+        "--windows",
+        "1",
+        "--budgets",
+        "80",
+        "--report",
+    ]
     monkeypatch.setattr(sys, "argv", ["/usr/bin/hf-sparse-attn", *arguments, "a b.html"])
     done = invoke(*arguments, tmp_path / "r.html", "--json", "-")
     html, rows = (tmp_path / "r.html").read_text(), json.loads(done.stdout)["table"]
     assert not re.search(r"""(?:src|href)\s*=\s*["']?\s*(?:https?:)?//""", html) and "built-in method" not in html
     assert html.count('src="data:image/svg+xml;base64,') == 4 and html.count("<head>") == html.count("</head>") == 1
     for row in rows:
-        for figure in (f"{row['prefill']:.4f}", f"{row['kl']:.4f}", f"{row['output_error']:.3f}", f"{np.exp(row['prefill']):.3f}"):
+        for figure in (
+            f"{row['prefill']:.4f}",
+            f"{row['kl']:.4f}",
+            f"{row['output_error']:.3f}",
+            f"{np.exp(row['prefill']):.3f}",
+        ):
             assert f"<td>{figure}</td>" in html
     assert "hf-sparse-attn eval" in html and "--report &#39;a b.html&#39;" in html and "/usr/bin" not in html
 
@@ -156,7 +234,9 @@ def test_eval_shows_a_models_own_threshold(distilled, text, invoke, tmp_path, ca
     assert invoke(*arguments, "--budgets", 112, "--sparse", threshold).exit_code == 0
     kept = {row["selection"]: row.get("kept") for row in json.loads((tmp_path / "e.json").read_text())["table"]}
     assert kept["two stages"] == 112 != kept["two stages by threshold"]
-    assert "own mass_threshold at the fixed budget" in message_of(capsys, *arguments, "--budgets", "80,112", "--sparse", threshold)
+    assert "own mass_threshold at the fixed budget" in message_of(
+        capsys, *arguments, "--budgets", "80,112", "--sparse", threshold
+    )
 
 
 def test_card_makes_the_readme_from_the_results_of_eval(distilled, llama_folder, text, invoke, tmp_path):
@@ -176,7 +256,9 @@ def test_a_card_of_a_dense_model_or_of_other_results_is_refused(distilled, llama
     assert "holds no sparse model" in message_of(capsys, "card", llama_folder, "--results", tmp_path / "r.json")
     assert "these results hold no table" in message_of(capsys, "card", distilled[0], "--results", tmp_path / "r.json")
     (tmp_path / "r.json").write_text('{"table": [')
-    assert "r.json is not a whole JSON file" in message_of(capsys, "card", distilled[0], "--results", tmp_path / "r.json")
+    assert "r.json is not a whole JSON file" in message_of(
+        capsys, "card", distilled[0], "--results", tmp_path / "r.json"
+    )
     assert not (distilled[0] / "README.md").exists()
 
 
@@ -188,7 +270,10 @@ def test_bench_measures_a_model(distilled, text, invoke):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["bench", "attention", "--length", "300,many"], "--length is '300,many': must be integers separated by commas"),
+        (
+            ["bench", "attention", "--length", "300,many"],
+            "--length is '300,many': must be integers separated by commas",
+        ),
         (["bench", "decode", "--length", ","], "--length is empty: give at least one integer"),
         (["bench", "router", "--length", "[bold]"], "--length is '[bold]': must be integers"),
         (["bench", "backward", "--length", "[/b]"], "--length is '[/b]': must be integers"),
@@ -223,7 +308,9 @@ def test_a_bad_recipe_ends_the_program_with_code_1_and_no_traceback(tmp_path):
     command = [sys.executable, "-m", "hf_sparse_attn.cli", "run", str(tmp_path / "mine.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith(f"error: {tmp_path / 'mine.yaml'}: the recipe has no key 'nam'; keys: ablate, compare,")
+    assert done.stderr.startswith(
+        f"error: {tmp_path / 'mine.yaml'}: the recipe has no key 'nam'; keys: ablate, compare,"
+    )
     assert done.stderr.count("\n") == 1
 
 

@@ -45,7 +45,11 @@ def table(suffix):
     frame = pandas.DataFrame(ROWS)
     if suffix == ".parquet":
         return frame.to_parquet(row_group_size=2)
-    return frame.to_csv(index=False, sep="\t" if suffix == ".tsv" else ",").encode() if suffix in (".csv", ".tsv") else LINES
+    return (
+        frame.to_csv(index=False, sep="\t" if suffix == ".tsv" else ",").encode()
+        if suffix in (".csv", ".tsv")
+        else LINES
+    )
 
 
 def read(*sources):
@@ -95,7 +99,9 @@ def test_several_members_and_frames_are_read_one_after_the_other(tmp_path):
 
 def test_a_long_window_of_zstd_is_read(tmp_path):
     """As ``zstd --long=28`` makes it; the default of decoders ends at 27."""
-    compressor = zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters(window_log=28)).compressobj()
+    compressor = zstandard.ZstdCompressor(
+        compression_params=zstandard.ZstdCompressionParameters(window_log=28)
+    ).compressobj()
     (tmp_path / "a.log.zst").write_bytes(compressor.compress(b"line\n" * 9) + compressor.flush())
     assert [piece.text for piece in read(tmp_path / "a.log.zst")] == ["line\n" * 9]
 
@@ -128,7 +134,9 @@ def test_a_missing_text_reads_as_an_empty_one(tmp_path):
 def test_what_is_not_utf_8_is_latin_1_from_its_first_piece_on(suffix, tmp_path, small_pieces):
     text = "é" + " plain" * 50 + "\n" + "ü" * 30
     file = tmp_path / f"a{suffix}"
-    content = {".jsonl": json.dumps({"text": text}, ensure_ascii=False), ".csv": f'text\n"{text}"\n', ".txt": text}[suffix]
+    content = {".jsonl": json.dumps({"text": text}, ensure_ascii=False), ".csv": f'text\n"{text}"\n', ".txt": text}[
+        suffix
+    ]
     for encoding in ("latin-1", "utf-8"):
         file.write_bytes(content.encode(encoding))
         assert "".join(piece.text for piece in read(file)) == text
@@ -160,7 +168,10 @@ def test_a_truncated_table_is_refused_by_name(tmp_path):
     (tmp_path / "a.parquet").write_bytes(table(".parquet")[:-5])
     refused(r"cannot read .*a\.parquet: .*; check that it is a whole parquet file", tmp_path / "a.parquet")
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "a"}\nno json\n{"text": "b"}\n')
-    refused(r"cannot read .*b\.jsonl, line 2: no JSON \(Expecting value at column 1\); repair or remove it", tmp_path / "b.jsonl")
+    refused(
+        r"cannot read .*b\.jsonl, line 2: no JSON \(Expecting value at column 1\); repair or remove it",
+        tmp_path / "b.jsonl",
+    )
 
 
 def test_files_that_are_no_text_are_refused(tmp_path):
@@ -192,7 +203,10 @@ def test_what_must_be_read_as_a_whole_has_a_largest_size(tmp_path, monkeypatch):
     (tmp_path / "a.html").write_text("<p>text</p>" * 10)
     (tmp_path / "a.jsonl").write_bytes(LINES)
     monkeypatch.setattr(file_check, "LARGEST_WHOLE", 100)
-    refused(r"a\.json is one JSON array of 0 MB, which can only be read as a whole: convert it to JSON lines", tmp_path / "a.json")
+    refused(
+        r"a\.json is one JSON array of 0 MB, which can only be read as a whole: convert it to JSON lines",
+        tmp_path / "a.json",
+    )
     refused(r"a\.html is HTML of 0 MB, which can only be read as a whole: convert it to text", tmp_path / "a.html")
     assert len(read(tmp_path / "a.jsonl")) == 5
 
@@ -212,13 +226,17 @@ def test_a_file_that_a_glob_reaches_by_links_is_read_once(tmp_path):
     for name in ("x", "y"):
         (tmp_path / "a" / name).write_text(name)
     (tmp_path / "b").symlink_to(tmp_path / "a")
-    assert [piece.document for piece in read(tmp_path / "*" / "*")] == [str(tmp_path / "a" / name) for name in ("x", "y")]
+    assert [piece.document for piece in read(tmp_path / "*" / "*")] == [
+        str(tmp_path / "a" / name) for name in ("x", "y")
+    ]
 
 
 # -- pieces ---------------------------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.sampled_from(["a", "é", "€", "😀", " ", "\n", "\r\n"]), max_size=400).map("".join), st.integers(1, 50))
+@given(
+    st.lists(st.sampled_from(["a", "é", "€", "😀", " ", "\n", "\r\n"]), max_size=400).map("".join), st.integers(1, 50)
+)
 def test_stretches_are_whole_characters_in_order_and_know_their_place(text, step):
     raw, before = text.encode(), document_chunks.PIECE
     document_chunks.PIECE = 40
@@ -227,7 +245,9 @@ def test_stretches_are_whole_characters_in_order_and_know_their_place(text, step
         again = [list(stretches(iter([raw[offset:]]), offset, line)) for _, offset, line, _ in result]
     finally:
         document_chunks.PIECE = before
-    assert b"".join(part for part, *_ in result) == raw and [last for *_, last in result] == [False] * (len(result) - 1) + [True]
+    assert b"".join(part for part, *_ in result) == raw and [last for *_, last in result] == [False] * (
+        len(result) - 1
+    ) + [True]
     for i, (part, offset, line, _) in enumerate(result):
         part.decode()
         assert len(part) <= 40 and raw[offset : offset + len(part)] == part and line == 1 + raw[:offset].count(b"\n")
@@ -255,7 +275,9 @@ def test_the_tokens_of_pieces_are_those_of_the_whole(tmp_path, small_pieces):
     text = "".join(f"line {i}, of words\n" + "\n" * (i % 5 == 0) for i in range(200))
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    tokenizer.train_from_iterator([text], BpeTrainer(vocab_size=400, show_progress=False, initial_alphabet=ByteLevel.alphabet()))
+    tokenizer.train_from_iterator(
+        [text], BpeTrainer(vocab_size=400, show_progress=False, initial_alphabet=ByteLevel.alphabet())
+    )
     (tmp_path / "a.txt").write_text(text)
     result = read(tmp_path / "a.txt")
     assert len(result) > 90
@@ -270,7 +292,9 @@ def test_the_last_piece_of_a_file_is_known_as_such(tmp_path, small_pieces):
         assert len(result) == max(1, -(-size // 40)) and sum(len(piece.text) for piece in result) == size
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst", "a.jsonl", "a.json", "a.csv", "a.parquet", "a.jsonl.zst"])
+@pytest.mark.parametrize(
+    "name", ["a.txt", "a.txt.gz", "a.txt.zst", "a.jsonl", "a.json", "a.csv", "a.parquet", "a.jsonl.zst"]
+)
 def test_reading_is_taken_up_at_any_piece(name, tmp_path, small_pieces):
     _, suffix, *compression = name.split(".")
     text = "".join(f"line {i} é\n" for i in range(40))
@@ -305,7 +329,10 @@ def test_a_tilde_in_a_source_is_the_home(tmp_path, monkeypatch):
     (tmp_path / "a#1.txt").write_text("a text")
     (tmp_path / "b.csv").write_text("words\na text\n")
     result = source_files(["~/a#1.txt", "~/*.csv#words"])
-    assert [(file.path, file.column) for file in result] == [(str(tmp_path / "a#1.txt"), "text"), (str(tmp_path / "b.csv"), "words")]
+    assert [(file.path, file.column) for file in result] == [
+        (str(tmp_path / "a#1.txt"), "text"),
+        (str(tmp_path / "b.csv"), "words"),
+    ]
 
 
 def test_a_place_in_a_parquet_file_is_found_by_row_group(tmp_path):

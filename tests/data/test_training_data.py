@@ -105,9 +105,16 @@ def test_documents_stand_one_behind_the_other_each_with_an_end_of_text(streaming
     assert all(list(row) == ["input_ids", "position_ids", "labels"] for row in result)
     assert all(value.dtype == torch.int64 and value.shape == (LENGTH,) for row in result for value in row.values())
     files = source_files([texts])
-    documents = [content(file) for file in files[:-1]] + [json.loads(line)["text"] for line in content(files[-1]).splitlines()]
+    documents = [content(file) for file in files[:-1]] + [
+        json.loads(line)["text"] for line in content(files[-1]).splitlines()
+    ]
     expected = [token for text in documents for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
-    kept = [token for row in result for token, label in zip(row["input_ids"].tolist(), row["labels"].tolist(), strict=True) if token]
+    kept = [
+        token
+        for row in result
+        for token, label in zip(row["input_ids"].tolist(), row["labels"].tolist(), strict=True)
+        if token
+    ]
     report = packing_report(rows)
     assert kept == expected[: len(kept)] and len(expected) == report.tokens == len(kept) + report.dropped
     assert (report.documents, report.empty, report.rows) == (54, 0, len(result)) and report.dropped < LENGTH
@@ -132,7 +139,9 @@ def test_documents_end_without_a_token_if_asked(rows_of, word_tokenizer, texts):
     assert word_tokenizer.eos_token_id is None
 
 
-def test_a_begin_of_text_token_stands_before_each_document_if_the_tokenizer_puts_it_before_texts(rows_of, texts, tokenizer):
+def test_a_begin_of_text_token_stands_before_each_document_if_the_tokenizer_puts_it_before_texts(
+    rows_of, texts, tokenizer
+):
     plain = packing_report(rows_of())
     tokenizer.backend_tokenizer.post_processor = WITH_BOS
     rows = rows_of()
@@ -154,8 +163,11 @@ def test_many_short_documents_are_tokenised_a_bounded_number_at_a_time(rows_of, 
     plain, counts, call = ids(rows_of(streaming=True)), [], tokenization.Encoder.__call__
     monkeypatch.setattr(tokenization, "BATCH", 1 << 20)
     monkeypatch.setattr(tokenization, "PIECES", 3)
-    monkeypatch.setattr(tokenization.Encoder, "__call__", lambda self, texts: counts.append(len(texts)) or call(self, texts))
-    assert ids(rows_of(streaming=True)) == plain and max(counts) <= 5  # three, the last of which may be a row of three pieces
+    monkeypatch.setattr(
+        tokenization.Encoder, "__call__", lambda self, texts: counts.append(len(texts)) or call(self, texts)
+    )
+    # three, the last of which may be a row of three pieces
+    assert ids(rows_of(streaming=True)) == plain and max(counts) <= 5
 
 
 def test_what_an_earlier_call_of_the_tokenizer_asked_for_is_not_applied(tmp_path, tokenizer):
@@ -165,7 +177,11 @@ def test_what_an_earlier_call_of_the_tokenizer_asked_for_is_not_applied(tmp_path
     options = {"block_size": 1, "streaming": True}
     plain = ids(training_rows([str(tmp_path / "a.txt")], tokenizer, 121, **options))
     assert plain == [(*(5, 2, 6) * 40, 3)]
-    for earlier in ({"truncation": True, "max_length": 2}, {"padding": "max_length", "max_length": 500}, {"split_special_tokens": True}):
+    for earlier in (
+        {"truncation": True, "max_length": 2},
+        {"padding": "max_length", "max_length": 500},
+        {"split_special_tokens": True},
+    ):
         tokenizer(["w5 w6 w7", "w8"], **earlier)
         assert ids(training_rows([str(tmp_path / "a.txt")], tokenizer, 121, **options)) == plain
     tokenizer.split_special_tokens = True
@@ -175,7 +191,9 @@ def test_what_an_earlier_call_of_the_tokenizer_asked_for_is_not_applied(tmp_path
 def test_empty_documents_are_left_out_and_counted(tmp_path, tokenizer, random_words):
     for name, text in {"a.txt": "", "b.txt": " \n ", "c.txt": random_words(200)}.items():
         (tmp_path / name).write_text(text)
-    report = packing_report(training_rows([str(tmp_path / "*.txt")], tokenizer, LENGTH, block_size=BLOCK, progress=False))
+    report = packing_report(
+        training_rows([str(tmp_path / "*.txt")], tokenizer, LENGTH, block_size=BLOCK, progress=False)
+    )
     assert report == PackingReport(documents=1, empty=2, tokens=201, rows=3, padding=7, dropped=16)
 
 
@@ -238,9 +256,12 @@ def test_other_data_or_settings_are_tokenised_anew(change, texts, tokenizer, cac
         assert len(list((cache / "tokens").iterdir())) == 3
         return
     else:
-        options |= {"length": {"length": 2 * LENGTH}, "block": {"block_size": 32}, "pad": {"pad": True}, "eos": {"end_of_text": False}}[
-            change
-        ]
+        options |= {
+            "length": {"length": 2 * LENGTH},
+            "block": {"block_size": 32},
+            "pad": {"pad": True},
+            "eos": {"end_of_text": False},
+        }[change]
     training_rows([texts], tokenizer, **options)
     assert len(list((cache / "tokens").iterdir())) == 2
 
@@ -285,7 +306,9 @@ DAMAGES = {
     "no report": lambda folder: (folder / "report.json").unlink(),
     "half a report": lambda folder: cut(folder / "report.json"),
     "writable by others": lambda folder: (folder / "rows.arrow").chmod(0o666),
-    "a link": lambda folder: (folder / "rows.arrow").rename(folder.parent / "x") and (folder / "rows.arrow").symlink_to("../x"),
+    "a link": lambda folder: (
+        (folder / "rows.arrow").rename(folder.parent / "x") and (folder / "rows.arrow").symlink_to("../x")
+    ),
     "of another user": lambda folder: os.chown(folder / "rows.arrow", 65534, 65534),
 }
 
@@ -395,9 +418,14 @@ def test_going_on_reads_and_tokenises_only_what_comes_behind(rows_of, texts, tok
 def test_a_state_of_other_data_or_settings_is_refused(rows_of, texts, tokenizer):
     stream = rows_of(streaming=True)
     next(iter(stream))
-    for other in (rows_of(streaming=True, end_of_text=False), training_rows([texts], tokenizer, 32, block_size=BLOCK, streaming=True)):
+    for other in (
+        rows_of(streaming=True, end_of_text=False),
+        training_rows([texts], tokenizer, 32, block_size=BLOCK, streaming=True),
+    ):
         other.load_state_dict(stream.state_dict())
-        with pytest.raises(SourceError, match="the saved state of the data belongs to other files, another tokenizer or other settings"):
+        with pytest.raises(
+            SourceError, match="the saved state of the data belongs to other files, another tokenizer or other settings"
+        ):
             next(iter(other))
 
 
@@ -419,7 +447,11 @@ def test_rows_keep_their_order_unless_a_seed_is_given(rows_of):
     stream.set_epoch(1)
     same(plain, stream)
     shuffled, again, other = rows_of(seed=1), rows_of(seed=1), rows_of(seed=2)
-    assert ids(shuffled) == ids(again) != ids(other) and sorted(ids(shuffled)) == sorted(ids(plain)) and ids(shuffled) != ids(plain)
+    assert (
+        ids(shuffled) == ids(again) != ids(other)
+        and sorted(ids(shuffled)) == sorted(ids(plain))
+        and ids(shuffled) != ids(plain)
+    )
 
 
 def test_a_stream_is_shuffled_anew_in_each_epoch(rows_of):
@@ -429,13 +461,16 @@ def test_a_stream_is_shuffled_anew_in_each_epoch(rows_of):
     stream = rows_of(seed=1, **options)
     stream.set_epoch(1)
     second = ids(stream)
-    assert second != first and len(second) in range(len(first) - 1, len(first) + 2)  # files in another order drop another rest
+    # files in another order drop another rest
+    assert second != first and len(second) in range(len(first) - 1, len(first) + 2)
 
 
 def test_files_and_rows_of_a_window_both_come_in_another_order_each_epoch(texts, tokenizer):
     first = source_files([texts])[0].path
     for sources, window in (([texts], 1), ([first], 8)):
-        stream = training_rows(sources, tokenizer, LENGTH, block_size=BLOCK, streaming=True, seed=1, shuffle_window=window)
+        stream = training_rows(
+            sources, tokenizer, LENGTH, block_size=BLOCK, streaming=True, seed=1, shuffle_window=window
+        )
         epochs = []
         for epoch in range(4):
             stream.set_epoch(epoch)
@@ -514,7 +549,9 @@ def test_ranks_with_workers_get_distinct_rows_and_as_many(texts, tokenizer):
         for batch in DataLoader(share_of_rank(rows, rank, 2), batch_size=None, num_workers=2):
             share.append(tuple(batch["input_ids"].tolist()))
     each = [len(ids(training_rows([file], tokenizer, LENGTH, block_size=BLOCK, streaming=True))) for file in files]
-    assert [len(set(share)) for share in shares] == [sum(count // 2 for count in each)] * 2 and not set(shares[0]) & set(shares[1])
+    assert [len(set(share)) for share in shares] == [sum(count // 2 for count in each)] * 2 and not set(
+        shares[0]
+    ) & set(shares[1])
 
 
 # -- use ------------------------------------------------------------------------------------------------------------
@@ -534,7 +571,12 @@ def test_a_loader_batches_rows_as_they_are(streaming, pad, rows_of):
 def test_trainer_takes_the_rows(streaming, pad, rows_of, sparse_llama, every_block, tmp_path):
     model = sparse_llama(every_block)
     arguments = TrainingArguments(
-        output_dir=str(tmp_path / "out"), max_steps=3, per_device_train_batch_size=2, logging_steps=1, report_to=[], use_cpu=True
+        output_dir=str(tmp_path / "out"),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
     )
     rows = rows_of(streaming=streaming, pad=pad)
     trainer = Trainer(model, arguments, train_dataset=rows, data_collator=default_data_collator)
@@ -583,7 +625,9 @@ def test_the_same_loss_is_learned_from_packed_and_from_padded_rows(texts, tokeni
 def test_too_little_text_is_refused(streaming, tmp_path, tokenizer, random_words, cache):
     (tmp_path / "a.txt").write_text(random_words(50))
     options = {"block_size": BLOCK, "streaming": streaming, "progress": False}
-    with pytest.raises(SourceError, match=r"yield no row: 51 tokens in all \(1 documents, 0 empty\), one row needs 64: add texts"):
+    with pytest.raises(
+        SourceError, match=r"yield no row: 51 tokens in all \(1 documents, 0 empty\), one row needs 64: add texts"
+    ):
         training_rows([str(tmp_path / "a.txt")], tokenizer, LENGTH, **options)
     (tmp_path / "a.txt").write_text(" ")
     with pytest.raises(SourceError, match=r"yield no row: 0 tokens in all \(0 documents, 1 empty\), one row needs 1"):
@@ -594,7 +638,9 @@ def test_too_little_text_is_refused(streaming, tmp_path, tokenizer, random_words
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_tokenizer_without_a_needed_token_is_refused(streaming, texts, word_tokenizer, tokenizer):
     options = {"block_size": BLOCK, "streaming": streaming, "progress": False}
-    with pytest.raises(SourceError, match=r"no end-of-text token .*: set tokenizer\.eos_token, or ask for end_of_text=False"):
+    with pytest.raises(
+        SourceError, match=r"no end-of-text token .*: set tokenizer\.eos_token, or ask for end_of_text=False"
+    ):
         training_rows([texts], word_tokenizer, LENGTH, **options)
     tokenizer.pad_token = tokenizer.eos_token = None
     with pytest.raises(SourceError, match=r"neither a padding nor an end-of-text token .*: set tokenizer\.pad_token"):
@@ -602,11 +648,17 @@ def test_a_tokenizer_without_a_needed_token_is_refused(streaming, texts, word_to
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_bad_file_is_refused_before_the_files_before_it_are_tokenised(streaming, tmp_path, texts, tokenizer, monkeypatch):
+def test_a_bad_file_is_refused_before_the_files_before_it_are_tokenised(
+    streaming, tmp_path, texts, tokenizer, monkeypatch
+):
     monkeypatch.setattr(tokenization.Encoder, "__call__", lambda *args: pytest.fail("the tokenizer was called"))
     (tmp_path / "z.txt.gz").write_bytes(b"\x1f\x8b")
     (tmp_path / "z.jsonl").write_text('{"body": "a"}\n')
-    for name, message in {"z.txt.gz": "is truncated", "z.jsonl": "has no column 'text' but body", "none.txt": "no such file"}.items():
+    for name, message in {
+        "z.txt.gz": "is truncated",
+        "z.jsonl": "has no column 'text' but body",
+        "none.txt": "no such file",
+    }.items():
         with pytest.raises(SourceError, match=message):
             training_rows([texts, str(tmp_path / name)], tokenizer, LENGTH, block_size=BLOCK, streaming=streaming)
 
@@ -622,7 +674,16 @@ def test_a_bad_row_in_the_middle_stops_the_cache_and_a_stream_by_name(tmp_path, 
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
     for streaming in (False, True):
         with pytest.raises(SourceError, match=r"cannot read .*a\.jsonl"):
-            list(training_rows([str(tmp_path / "a.jsonl")], tokenizer, LENGTH, block_size=BLOCK, streaming=streaming, progress=False))
+            list(
+                training_rows(
+                    [str(tmp_path / "a.jsonl")],
+                    tokenizer,
+                    LENGTH,
+                    block_size=BLOCK,
+                    streaming=streaming,
+                    progress=False,
+                )
+            )
 
 
 def test_the_bar_is_shown_if_asked(rows_of, capfd):

@@ -26,7 +26,8 @@ EXAMPLES = [page for page in pages.PAGES if any(block.language == "python" for b
 ROWS = 8  # of 4096 tokens
 # by peft, which asks newer versions of Transformers for the old name
 RENAMED = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-PINNED = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator:UserWarning")  # Trainer's default
+# Trainer's default
+PINNED = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator:UserWarning")
 pytestmark = [RENAMED, PINNED]
 
 
@@ -92,7 +93,12 @@ def test_the_examples_of_a_page_run(page, stand_ins, reader):
             run(block, page, stand_ins, names)
 
 
-NEEDING = [(page, block) for page in EXAMPLES for block in pages.blocks(page.read_text()) if (block.mark or "").startswith("needs")]
+NEEDING = [
+    (page, block)
+    for page in EXAMPLES
+    for block in pages.blocks(page.read_text())
+    if (block.mark or "").startswith("needs")
+]
 
 
 @pytest.mark.parametrize(("page", "block"), NEEDING, ids=[f"{label(page)}:{block.line}" for page, block in NEEDING])
@@ -117,4 +123,6 @@ def test_python_blocks_say_that_they_are_python():
 def test_the_real_names_stand_in_the_pages():
     """What is replaced here is what a reader reads: a name that no page has any more would replace nothing."""
     text = "".join(page.read_text() for page in pages.PAGES)
-    assert all(real in text for real in (*MODELS, *TEXTS)) and (ROOT / "README.md").read_text().count("<!-- tiny -->") == 2
+    assert (
+        all(real in text for real in (*MODELS, *TEXTS)) and (ROOT / "README.md").read_text().count("<!-- tiny -->") == 2
+    )

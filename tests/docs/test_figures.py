@@ -41,7 +41,11 @@ def test_no_figure_is_typed_by_hand(page):
 
 def test_every_results_file_stands_on_the_page():
     shown = (ROOT / "docs" / "results.md").read_text()
-    assert not [path.name for path in (ROOT / "recipes" / "results").glob("*.json") if f"recipes/results/{path.name}" not in shown]
+    assert not [
+        path.name
+        for path in (ROOT / "recipes" / "results").glob("*.json")
+        if f"recipes/results/{path.name}" not in shown
+    ]
 
 
 def test_the_table_of_the_readme_shows_todays_defaults(builder):

@@ -27,14 +27,20 @@ def test_links_lead_to_files_and_headings(page):
 
 def test_links_of_the_documentation_stay_inside_of_it():
     """A site is built of docs/ alone; other files are named, not linked."""
-    outside = [(page.name, target) for page in pages.DOCS for target in pages.links(page.read_text()) if target.startswith("..")]
+    outside = [
+        (page.name, target)
+        for page in pages.DOCS
+        for target in pages.links(page.read_text())
+        if target.startswith("..")
+    ]
     assert not outside
 
 
 @pytest.mark.parametrize("page", pages.ALL, ids=label)
 def test_paths_that_a_page_names_exist(page):
     named = {path.rstrip(".") for path in PATH.findall(page.read_text())}
-    named = {path for path in named if not re.search(r"[A-Z]{3}", path.removesuffix("README.md"))}  # FOLDER, CARD: what a reader fills in
+    # FOLDER, CARD: what a reader fills in
+    named = {path for path in named if not re.search(r"[A-Z]{3}", path.removesuffix("README.md"))}
     assert not [path for path in sorted(named) if not list(ROOT.glob(path.rstrip("/")))]
 
 
@@ -48,7 +54,11 @@ def test_commands_of_the_pages_exist(command_line):
     unknown = []
     for page in pages.ALL:
         for block in pages.blocks(page.read_text()):
-            for line in block.code.replace("\\\n", " ").splitlines() if block.language in ("sh", "") and page.name != "cli.md" else ():
+            for line in (
+                block.code.replace("\\\n", " ").splitlines()
+                if block.language in ("sh", "") and page.name != "cli.md"
+                else ()
+            ):
                 words = shlex.split(line, comments=True)
                 if words[:1] == ["hf-sparse-attn"]:
                     unknown += [(label(page), line) for problem in command_line(words[1:]) if problem]

@@ -26,8 +26,16 @@ def steps(workflow):
 
 def called(workflow):
     """Targets of all ``make`` calls of a workflow, its matrix filled in."""
-    words = [match for step in steps(workflow) for match in re.findall(r"\bmake ([\w-]+|\$\{\{ matrix\.target \}\})", step.get("run", ""))]
-    matrix = [target for job in workflow["jobs"].values() for target in job.get("strategy", {}).get("matrix", {}).get("target", [])]
+    words = [
+        match
+        for step in steps(workflow)
+        for match in re.findall(r"\bmake ([\w-]+|\$\{\{ matrix\.target \}\})", step.get("run", ""))
+    ]
+    matrix = [
+        target
+        for job in workflow["jobs"].values()
+        for target in job.get("strategy", {}).get("matrix", {}).get("target", [])
+    ]
     return [target for word in words for target in (matrix if word.startswith("$") else [word])]
 
 
@@ -56,11 +64,16 @@ def test_actions_are_pinned_and_permissions_are_named(path):
 def test_a_release_is_tested_built_twice_checked_and_published_without_a_token():
     workflow = loaded(ROOT / ".github/workflows/release.yml")
     jobs = workflow["jobs"]
-    assert jobs["ci"]["uses"] == "./.github/workflows/ci.yml" and jobs["build"]["needs"] == "ci" and jobs["publish"]["needs"] == "build"
+    assert (
+        jobs["ci"]["uses"] == "./.github/workflows/ci.yml"
+        and jobs["build"]["needs"] == "ci"
+        and jobs["publish"]["needs"] == "build"
+    )
     runs = [step.get("run", "") for step in jobs["build"]["steps"]]
     assert "make dist" in runs and any("twine" in run and "check --strict dist/*" in run for run in runs)
     assert (
-        jobs["publish"]["permissions"] == {"id-token": "write"} and "secrets." not in (ROOT / ".github/workflows/release.yml").read_text()
+        jobs["publish"]["permissions"] == {"id-token": "write"}
+        and "secrets." not in (ROOT / ".github/workflows/release.yml").read_text()
     )
 
 
@@ -69,7 +82,9 @@ def test_forms_have_what_the_host_wants(path):
     form = loaded(path)
     assert {"name", "description", "body"} <= set(form) and form["body"]
     for field in form["body"]:
-        assert field["type"] in ("markdown", "textarea", "input", "dropdown", "checkboxes") and field["attributes"].get("label")
+        assert field["type"] in ("markdown", "textarea", "input", "dropdown", "checkboxes") and field["attributes"].get(
+            "label"
+        )
     assert len({field["id"] for field in form["body"]}) == len(form["body"])
 
 
@@ -82,11 +97,18 @@ def test_forms_name_commands_that_exist(builder):
 def test_the_citation_is_of_this_version():
     citation = loaded(ROOT / "CITATION.cff")
     assert {"cff-version", "message", "title", "authors", "license"} <= set(citation)
-    assert str(citation["version"]) == hf_sparse_attn.__version__ and citation["authors"] == [{"name": "hf_sparse_attn maintainers"}]
+    assert str(citation["version"]) == hf_sparse_attn.__version__ and citation["authors"] == [
+        {"name": "hf_sparse_attn maintainers"}
+    ]
     readme = (ROOT / "README.md").read_text()
-    assert all(reference["url"] in readme and reference["authors"] and reference["year"] for reference in citation["references"])
+    assert all(
+        reference["url"] in readme and reference["authors"] and reference["year"]
+        for reference in citation["references"]
+    )
 
 
 def test_the_newest_changes_are_of_this_version():
     versions = re.findall(r"^## \[([\d.]+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert versions[0] == hf_sparse_attn.__version__ and versions == sorted(versions, key=lambda v: [*map(int, v.split("."))], reverse=True)
+    assert versions[0] == hf_sparse_attn.__version__ and versions == sorted(
+        versions, key=lambda v: [*map(int, v.split("."))], reverse=True
+    )

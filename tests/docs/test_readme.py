@@ -30,7 +30,9 @@ def test_the_readme_has_one_table():
     assert len(re.findall(r"^\|[-|]+\|$", README, re.MULTILINE)) == 1
 
 
-@pytest.mark.parametrize("page", [page for page in pages.PAGES if page.name not in ("cli.md", "results.md", "architectures.md")], ids=label)
+@pytest.mark.parametrize(
+    "page", [page for page in pages.PAGES if page.name not in ("cli.md", "results.md", "architectures.md")], ids=label
+)
 def test_sentences_are_short(page):
     long = [one for one in pages.sentences(page.read_text()) if len(words(one)) > MOST_WORDS]
     assert not long
@@ -43,7 +45,9 @@ def test_a_long_sentence_is_found():
 
 def test_a_stranger_finds_installation_example_and_limits_in_this_order():
     titles = re.findall(r"^## (.+)$", README, re.MULTILINE)
-    assert titles[:2] == ["Install", "Example"] and titles.index("Figures") < titles.index("Limits") < titles.index("Licence and citation")
+    assert titles[:2] == ["Install", "Example"] and titles.index("Figures") < titles.index("Limits") < titles.index(
+        "Licence and citation"
+    )
     assert "](docs/pictures/selection.svg)" in README.split("## Install")[0]
 
 

@@ -111,12 +111,17 @@ def logits(model, ids, call):
 def test_predictions_are_those_of_literal_logits(measured):
     model, text, results = measured
     ids = text.ids
-    dense, sparse = (logits(model, ids, call).log_softmax(-1) for call in (SparseCall(dense=True), SparseCall(selector=WindowAndSink())))
+    dense, sparse = (
+        logits(model, ids, call).log_softmax(-1)
+        for call in (SparseCall(dense=True), SparseCall(selector=WindowAndSink()))
+    )
     result = results["window + sink"]
     kl = (dense.exp() * (dense - sparse)).sum(-1)[81:].mean()
     assert result.kl == pytest.approx(float(kl), rel=1e-4) and result.kl > 1e-3
     losses = F.nll_loss(sparse[:-1], ids[0, 1:], reduction="none")
-    assert result.by_position == pytest.approx([float(part.mean()) for part in np.array_split(losses.numpy(), 8)], abs=1e-5)
+    assert result.by_position == pytest.approx(
+        [float(part.mean()) for part in np.array_split(losses.numpy(), 8)], abs=1e-5
+    )
     with torch.no_grad():
         states = [
             model.base_model(ids, use_cache=False, sparse_call=call).last_hidden_state[0, 81:]
@@ -132,7 +137,9 @@ def test_dense_predictions_are_no_distance_from_themselves(measured, sparse_llam
     assert all(result.kl > 0 and result.output_error > 0 for name, result in results.items() if name != "dense")
     model = sparse_llama(every_block)
     set_sparse_attention(model, min_keys=256)
-    whole = evaluate_windows(model, [text], [256], {"window + sink": WindowAndSink(), "oracle": Oracle()}, decode_tokens=0)
+    whole = evaluate_windows(
+        model, [text], [256], {"window + sink": WindowAndSink(), "oracle": Oracle()}, decode_tokens=0
+    )
     assert all(result.kl < 1e-6 and result.output_error < 1e-5 for result in whole)
 
 
@@ -153,7 +160,9 @@ def test_every_figure_is_in_the_table(measured):
         for figure in ("kl", "output_error", "by_position"):
             assert row[figure] == pytest.approx(getattr(results[name], figure)), (name, figure)
     assert rows["oracle"]["recall"] == 1.0 and rows["oracle"]["worst_head"]["share"] == pytest.approx(1.0)
-    assert rows["two stages"]["head_mass"] == {str(layer): values for layer, values in results["two stages"].head_mass.items()}
+    assert rows["two stages"]["head_mass"] == {
+        str(layer): values for layer, values in results["two stages"].head_mass.items()
+    }
     assert rows["two stages"]["recall"] == pytest.approx(np.mean(list(results["two stages"].recall.values())))
     assert "recall" not in rows["dense"] and "head_mass" not in rows["dense"]
 
@@ -170,7 +179,9 @@ def test_means_of_heads_are_over_windows_that_have_the_layer():
     results = [WindowResult(d, 512, None, "dense", 1.0, None) for d in "ab"]
     for name, values in mass.items():
         for document, heads in zip("ab", [values[0], values[-1]], strict=True):
-            results.append(WindowResult(document, 512, 64, name, 1.0, None, mass={0: 0.5}, head_mass={0: heads}, recall={0: heads}))
+            results.append(
+                WindowResult(document, 512, 64, name, 1.0, None, mass={0: 0.5}, head_mass={0: heads}, recall={0: heads})
+            )
     row = next(r for r in quality_table(results) if r["selection"] == "two stages")
     assert row["head_mass"] == {"0": pytest.approx([0.5, 0.6])} and row["recall"] == pytest.approx(0.55)
     assert row["worst_head"] == {"share": pytest.approx(0.5), "layer": 0, "head": 1}

@@ -41,7 +41,9 @@ def folder(random_words, tmp_path_factory):
     for name, (kind, more, metric) in KINDS.items():
         rows = [{"text": random_words(200, seed), "answer": 1 if name == "chosen" else "w5 w6 w7"} for seed in range(6)]
         (out / f"{name}.json").write_text("\n".join(json.dumps(row) for row in rows))
-        (out / f"{name}.yaml").write_text(YAML.format(name=name, file=out / f"{name}.json", kind=kind, more=more, metric=metric))
+        (out / f"{name}.yaml").write_text(
+            YAML.format(name=name, file=out / f"{name}.json", kind=kind, more=more, metric=metric)
+        )
     return out
 
 
@@ -57,7 +59,9 @@ def asked(folder, llama_folder):
     return load_tasks(list(KINDS), str(llama_folder), include=folder)
 
 
-def test_every_selection_reads_the_same_documents_through_its_own_attention(asked, sparse_llama, real_budget, tokenizer):
+def test_every_selection_reads_the_same_documents_through_its_own_attention(
+    asked, sparse_llama, real_budget, tokenizer
+):
     model, seen = sparse_llama(real_budget), []
 
     def watched(router, inputs, query_tile):
@@ -68,13 +72,16 @@ def test_every_selection_reads_the_same_documents_through_its_own_attention(aske
     assert {(row["task"], row["selection"], row["keys"]) for row in rows} == {
         (task, *cell) for task in KINDS for cell in (("dense", None), ("watched", 64))
     }
-    assert {row["document"] for row in rows} == {0, 1, 2, 3} and 1 in seen and max(seen) > 1  # decoded tokens, and prompts
+    # decoded tokens, and prompts
+    assert {row["document"] for row in rows} == {0, 1, 2, 3} and 1 in seen and max(seen) > 1
     assert not model._forward_pre_hooks and model.config.sparse_attention["min_keys"] == real_budget["min_keys"]
     for row in harness_table(rows):
         assert row["n"] == 4 and (row["selection"] != "dense" or row["below_dense"] == {"mean": 0, "low": 0, "high": 0})
 
 
-def test_answers_in_the_cache_are_those_of_this_model_and_selection(asked, sparse_llama, real_budget, tokenizer, tmp_path):
+def test_answers_in_the_cache_are_those_of_this_model_and_selection(
+    asked, sparse_llama, real_budget, tokenizer, tmp_path
+):
     calls = []
 
     def watched(router, inputs, query_tile):
@@ -89,7 +96,9 @@ def test_answers_in_the_cache_are_those_of_this_model_and_selection(asked, spars
     again, none = read(sparse_llama(real_budget), "one")
     assert some > 0 and none == 0 and again == first
     assert read(sparse_llama({**real_budget, "candidate_factor": 2.0}), "one")[1] == some
-    assert read(sparse_llama(real_budget), "another")[1] == some and read(sparse_llama(real_budget, seed=1), "one")[1] > 0
+    assert (
+        read(sparse_llama(real_budget), "another")[1] == some and read(sparse_llama(real_budget, seed=1), "one")[1] > 0
+    )
 
 
 def test_the_table_pairs_documents_and_leaves_out_other_lengths():
@@ -102,11 +111,16 @@ def test_the_table_pairs_documents_and_leaves_out_other_lengths():
     result = list(harness._scores(samples))
     assert {row["metric"] for row in result} == {"4096"} and [row["score"] for row in result] == [1.0, 0.0, 1.0]
     rows = [{"selection": "dense", "keys": None, **row} for row in result]
-    rows += [{"selection": "x", "keys": 64, **row, "score": max(0.0, row["score"] - (row["document"] == 2))} for row in reversed(result)]
+    rows += [
+        {"selection": "x", "keys": 64, **row, "score": max(0.0, row["score"] - (row["document"] == 2))}
+        for row in reversed(result)
+    ]
     dense, other = harness_table(rows)
     assert dense["score"] == pytest.approx(2 / 3) and other["score"] == pytest.approx(1 / 3)
     assert (
-        other["below_dense"]["mean"] == pytest.approx(1 / 3) and other["below_dense"]["low"] >= 0 and dense["error"] == pytest.approx(1 / 3)
+        other["below_dense"]["mean"] == pytest.approx(1 / 3)
+        and other["below_dense"]["low"] >= 0
+        and dense["error"] == pytest.approx(1 / 3)
     )
 
 
@@ -125,10 +139,14 @@ def test_the_verb_reports(folder, llama_folder, tmp_path):
         "--selections",
         "oracle",
     ]
-    done = CliRunner().invoke(app, [*map(str, arguments), "--json", str(tmp_path / "r.json"), "--report", str(tmp_path / "r.html")])
+    done = CliRunner().invoke(
+        app, [*map(str, arguments), "--json", str(tmp_path / "r.json"), "--report", str(tmp_path / "r.html")]
+    )
     assert done.exit_code == 0, done.output
     result = json.loads((tmp_path / "r.json").read_text())
-    assert [(row["selection"], row["n"]) for row in result["scores"]] == [("dense", 2), ("oracle", 2)] and result["lm_eval"]
+    assert [(row["selection"], row["n"]) for row in result["scores"]] == [("dense", 2), ("oracle", 2)] and result[
+        "lm_eval"
+    ]
     page, card = (tmp_path / "r.html").read_text(), str(model_card(result, "mine"))
     assert "| oracle | 160 | 2 |" in card and "chosen of lm-eval, acc" in card
     assert "chosen of lm-eval, acc" in page and "oracle" in page and "How it was made" in page and "http://" not in page
@@ -147,7 +165,10 @@ def test_what_cannot_be_asked_is_said(folder, llama_folder, monkeypatch, tmp_pat
     )
     with pytest.raises(HarnessError, match=r"task gone .* is its data reachable"):
         load_tasks(["gone"], str(llama_folder), include=tmp_path)
-    for option, value, message in (("--limit", 0, "--limit is 0"), ("--selections", "orcale", "no selector 'orcale'; known: oracle")):
+    for option, value, message in (
+        ("--limit", 0, "--limit is 0"),
+        ("--selections", "orcale", "no selector 'orcale'; known: oracle"),
+    ):
         done = CliRunner().invoke(app, ["lm-eval", str(llama_folder), "--tasks", "chosen", option, str(value)])
         with pytest.raises(ValueError, match=message):
             raise done.exception

@@ -32,7 +32,9 @@ def test_answers_by_hand():
     assert AnswerMatch().compute(predictions=[[1]], references=[[1]])["accuracy_error"] is None
 
 
-@pytest.mark.parametrize(("predicted", "message"), [([1], "answer 0 has 2 tokens and a prediction of 1"), ([], "a prediction of 0")])
+@pytest.mark.parametrize(
+    ("predicted", "message"), [([1], "answer 0 has 2 tokens and a prediction of 1"), ([], "a prediction of 0")]
+)
 def test_a_prediction_of_another_length_is_refused(predicted, message):
     with pytest.raises(ValueError, match=message):
         AnswerMatch().compute(predictions=[predicted], references=[[1, 2]])
@@ -45,4 +47,9 @@ def test_one_process_leaves_no_file_and_two_add_to_one_result(tmp_path):
     options = {"stdout": subprocess.PIPE, "text": True, "env": environment}
     ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "two")], **options) for rank in (0, 1)]
     printed = [rank.communicate(timeout=200)[0].strip() for rank in ranks]
-    assert "'accuracy': 0.875" in printed[0] and "'exact': 0.75" in printed[0] and "'n': 4" in printed[0] and printed[1] == "None"
+    assert (
+        "'accuracy': 0.875" in printed[0]
+        and "'exact': 0.75" in printed[0]
+        and "'n': 4" in printed[0]
+        and printed[1] == "None"
+    )

@@ -21,7 +21,17 @@ from hf_sparse_attn.evaluation.statistics import loss_share, quality_table, shar
 from hf_sparse_attn.router.budget import make_plan
 from hf_sparse_attn.training.router_loss import kept_mass
 
-NAMES = ("oracle", "two stages", "stage 1 alone", "untrained", "mean-pool", "min-max", "mean-std", "window + sink", "random")
+NAMES = (
+    "oracle",
+    "two stages",
+    "stage 1 alone",
+    "untrained",
+    "mean-pool",
+    "min-max",
+    "mean-std",
+    "window + sink",
+    "random",
+)
 N = 250  # the last tile and the last block are partial
 
 
@@ -72,7 +82,8 @@ def test_every_selection_keeps_the_budget_and_the_forced_links(name, selectors, 
         first = ((N - inputs.q.shape[2]) // tile + t) * tile  # tiles are counted from the first token of the document
         last = min(first + tile, N) - 1
         kept = blocks_of(selection, b, g, t)
-        forced = {0} | set(range(max(0, first - config.local) // size, last // size + 1))  # 16 sink tokens are one block
+        # 16 sink tokens are one block
+        forced = {0} | set(range(max(0, first - config.local) // size, last // size + 1))
         assert forced <= kept <= set(range(last // size + 1))
         assert len(kept) == min(config.budget_blocks(last + 1), last // size + 1)
 
@@ -182,7 +193,9 @@ def test_losses_of_a_selection_equal_uncached_passes(selector, sparse_llama, rea
     prefill, decode, _ = window_losses(model, ids, SparseCall(**options), 32)
     assert prefill == pytest.approx(literal_loss(model, ids, 104, sparse_call=SparseCall(**options)), abs=1e-5)
     # the first decoded query is token 176, on a tile boundary, so that the tiles before it are whole in both
-    assert decode == pytest.approx(literal_loss(model, ids, 177, sparse_call=SparseCall(decode_from=176, **options)), abs=1e-4)
+    assert decode == pytest.approx(
+        literal_loss(model, ids, 177, sparse_call=SparseCall(decode_from=176, **options)), abs=1e-4
+    )
     assert abs(decode - literal_loss(model, ids, 177, sparse_call=SparseCall(dense=True))) > 1e-3
 
 
@@ -268,14 +281,21 @@ def test_an_interrupted_evaluation_continues_without_computing_again(evaluated, 
         return window_losses(model, ids, call, decode_tokens, on_hidden)
 
     monkeypatch.setattr(quality, "window_losses", counted)
-    again = evaluate_windows(model, windows, budgets, chosen, decode_tokens=8, done=results[:kept], on_result=new.append)
+    again = evaluate_windows(
+        model, windows, budgets, chosen, decode_tokens=8, done=results[:kept], on_result=new.append
+    )
     assert len(new) == 14 - kept and again[:kept] == results[:kept] and again[kept:] == new
-    assert calls["sparse"] == sum(r.keys is not None for r in new) and calls["dense"] == sum(r.keys is None for r in new)
-    assert calls["again"] == (kept in (1, 3, 5, 9))  # what is missing is compared with a dense pass, which is done once more
+    assert calls["sparse"] == sum(r.keys is not None for r in new) and calls["dense"] == sum(
+        r.keys is None for r in new
+    )
+    # what is missing is compared with a dense pass, which is done once more
+    assert calls["again"] == (kept in (1, 3, 5, 9))
     result, want = by_key(again), by_key(results)
     assert result.keys() == want.keys()
     for key in want:
-        assert (result[key]["prefill"], result[key]["decode"]) == pytest.approx((want[key]["prefill"], want[key]["decode"]), abs=1e-6)
+        assert (result[key]["prefill"], result[key]["decode"]) == pytest.approx(
+            (want[key]["prefill"], want[key]["decode"]), abs=1e-6
+        )
         for name in ("mass", "kl", "output_error", "by_position"):
             assert result[key][name] == pytest.approx(want[key][name], abs=1e-6), name
 
@@ -350,7 +370,11 @@ def test_the_table_pairs_only_windows_that_every_selection_has():
         "two stages": (2, 2.625),
     }
     assert rows["two stages"]["prefill_share"] == {"share": 0.5, "low": 0.5, "high": 0.5}
-    assert "prefill_share" not in rows["dense"] and "decode" not in rows["two stages"] and "kept_mass" not in rows["two stages"]
+    assert (
+        "prefill_share" not in rows["dense"]
+        and "decode" not in rows["two stages"]
+        and "kept_mass" not in rows["two stages"]
+    )
 
 
 def test_a_cell_without_common_windows_or_bounds_is_left_out():
@@ -364,9 +388,15 @@ def test_kept_mass_is_the_mean_over_windows_and_layers():
     masses = {"window + sink": (0.2, 0.4), "oracle": (0.6, 0.8), "two stages": (0.5, 0.5)}
     results = [result(d, "dense", 1.0, keys=None, decode=1.0) for d in "ab"]
     for name, (first, second) in masses.items():
-        results += [result(d, name, 1.0, decode=2.0, mass={0: first + shift, 1: second + shift}) for d, shift in (("a", -0.1), ("b", 0.1))]
+        results += [
+            result(d, name, 1.0, decode=2.0, mass={0: first + shift, 1: second + shift})
+            for d, shift in (("a", -0.1), ("b", 0.1))
+        ]
     row = next(r for r in quality_table(results) if r["selection"] == "two stages")
-    assert row["kept_mass"] == {"mean": pytest.approx(0.5), "by_layer": {"0": pytest.approx(0.5), "1": pytest.approx(0.5)}}
+    assert row["kept_mass"] == {
+        "mean": pytest.approx(0.5),
+        "by_layer": {"0": pytest.approx(0.5), "1": pytest.approx(0.5)},
+    }
     assert row["recovered_share"]["share"] == pytest.approx((0.3 + 0.1) / 0.8)
     assert row["recovered_share"]["worst"] == pytest.approx(0.25) and row["recovered_share"]["worst_layer"] == 1
     assert row["decode"] == 2.0 and "decode_share" in row

@@ -81,7 +81,9 @@ def mean_and_spread(q, keys):
     return sum(x * m for x, m in zip(q, mean, strict=True)) + 0.5 * norm * math.sqrt(sum(squares) / len(squares))
 
 
-@pytest.mark.parametrize(("selector", "formula"), [(MinMax(), bound), (MeanStd(), mean_and_spread)], ids=["min-max", "mean-std"])
+@pytest.mark.parametrize(
+    ("selector", "formula"), [(MinMax(), bound), (MeanStd(), mean_and_spread)], ids=["min-max", "mean-std"]
+)
 def test_scores_of_queries_are_their_formula(selector, formula, call):
     scores = selector.scores(call, every_tile(call))
     assert scores.shape == (2, 2, call.plan.grid.tiles, WHOLE)
@@ -97,7 +99,10 @@ def test_mean_pool_is_the_mean_query_against_the_mean_key(make_router, routing_i
     result = MeanPool().scores(call, every_tile(call))
     for group, tile, block in ((0, 9, 3), (1, 9, 0), (1, 15, 7)):
         mean = inputs.k[0, group, block * SIZE : (block + 1) * SIZE].double().mean(0)
-        runs = [inputs.q[0, 2 * group : 2 * group + 2, at : min(at + 2, N)].double() for at in range(tile * 16, min(tile * 16 + 16, N), 2)]
+        runs = [
+            inputs.q[0, 2 * group : 2 * group + 2, at : min(at + 2, N)].double()
+            for at in range(tile * 16, min(tile * 16 + 16, N), 2)
+        ]
         want = math.log(sum(math.exp(float(run.mean((0, 1)) @ mean) * inputs.scale) for run in runs))
         assert float(result[0, group, tile, block]) == pytest.approx(want, abs=1e-5)
 
@@ -151,7 +156,9 @@ def test_a_selector_of_ones_own_keeps_its_best_blocks_and_the_forced_ones(call):
     for row, group, tile in torch.cartesian_prod(torch.arange(2), torch.arange(2), tiles).tolist():
         ranked = scores[row, group, tile].masked_fill(~eligible[tile], -torch.inf).argsort(descending=True)
         visible = set(range(int(plan.last[tile]) + 1))
-        want = set(ranked[: int(plan.free[tile])].tolist()) | {b for b in visible if b >= WHOLE or not eligible[tile, b]}
+        want = set(ranked[: int(plan.free[tile])].tolist()) | {
+            b for b in visible if b >= WHOLE or not eligible[tile, b]
+        }
         assert {b for b in selection.indices[row, group, tile].tolist() if b >= 0} == want
 
 
@@ -163,7 +170,9 @@ def test_an_instance_is_what_a_call_takes(sparse_llama, real_budget, token_ids):
 
 
 def test_a_call_refuses_a_class_and_a_name():
-    with pytest.raises(TypeError, match=r"SparseCall\.selector is <class .*Oracle'>: must be an instance, such as Oracle\(\)"):
+    with pytest.raises(
+        TypeError, match=r"SparseCall\.selector is <class .*Oracle'>: must be an instance, such as Oracle\(\)"
+    ):
         SparseCall(selector=Oracle)
     with pytest.raises(
         TypeError,
@@ -201,7 +210,9 @@ def test_a_selector_that_cannot_be_registered_is_refused(selector, message):
 
 
 def test_an_unknown_name_is_refused_with_those_there_are(registered):
-    with pytest.raises(SelectorError, match=r"no selector 'quset'; known: oracle, two stages, .*random, last keys\. One of your own"):
+    with pytest.raises(
+        SelectorError, match=r"no selector 'quset'; known: oracle, two stages, .*random, last keys\. One of your own"
+    ):
         make_selectors(["oracle", "quset"])
     with pytest.raises(SelectorError, match="no selector 'quset'"):
         unregister_selector("quset")
@@ -221,7 +232,8 @@ def with_nan(scores):
     [
         (
             lambda s: s[:, :1],
-            r"selector 'mine' gave scores of shape \[1, 1, 16, 15\]: must be \[1, 2, 16, 16\] .* or 15 in the last place",
+            r"selector 'mine' gave scores of shape \[1, 1, 16, 15\]: must be \[1, 2, 16, 16\] .* or 15 in the last "
+            r"place",
         ),
         (lambda s: s.mT, r"shape \[1, 2, 15, 16\]: must be \[1, 2, 16, 16\]"),
         (lambda s: s.bfloat16(), r"gave scores in torch\.bfloat16 on cpu: must be torch\.float32 on cpu"),
@@ -238,6 +250,10 @@ def test_scores_that_do_not_fit_are_refused(change, message, make_router, routin
 
 
 def test_the_page_has_a_row_for_every_selector_with_its_score():
-    rows = [line.split("|")[1].strip() for line in (ROOT / "docs" / "selectors.md").read_text().splitlines() if line.startswith("| ")]
+    rows = [
+        line.split("|")[1].strip()
+        for line in (ROOT / "docs" / "selectors.md").read_text().splitlines()
+        if line.startswith("| ")
+    ]
     at = rows.index("dense")
     assert tuple(rows[at : at + 1 + len(selector_names())]) == ("dense", *selector_names())

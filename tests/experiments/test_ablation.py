@@ -53,7 +53,9 @@ def test_only_what_the_routers_depend_on_is_trained_anew():
     assert retrained == {"rank of stage 2", "features of stage 1", "block size", "distillation batches"}
 
 
-@pytest.mark.parametrize("factor", ["pooling of stage 1", "keys that are pooled", "target of the distillation", "cut blocks"])
+@pytest.mark.parametrize(
+    "factor", ["pooling of stage 1", "keys that are pooled", "target of the distillation", "cut blocks"]
+)
 def test_a_factor_that_lost_says_so(factor):
     with pytest.raises(ValueError, match=rf"ablate\.factors names '{factor}'; known: .*'{factor}' was removed \(.*; "):
         levels([factor])
@@ -67,8 +69,12 @@ def test_costs_are_those_of_a_layers_real_inputs(sparse_llama, real_budget, toke
     inputs = capture(model, ids, 1)
     seen = {}
     with torch.no_grad():
-        model.base_model(ids, use_cache=False, sparse_call=Watching(dense=True, document=lambda r, i: seen.update({r.layer: i})))
-    assert torch.equal(inputs.q, seen[1].q) and torch.equal(inputs.v, seen[1].v) and not torch.equal(inputs.q, seen[0].q)
+        model.base_model(
+            ids, use_cache=False, sparse_call=Watching(dense=True, document=lambda r, i: seen.update({r.layer: i}))
+        )
+    assert (
+        torch.equal(inputs.q, seen[1].q) and torch.equal(inputs.v, seen[1].v) and not torch.equal(inputs.q, seen[0].q)
+    )
     with pytest.raises(ValueError, match=r"no sparse layer 7: it has \[0, 1\]"):
         capture(model, ids, 7)
     router = routers(model)[1]
@@ -84,7 +90,8 @@ def test_costs_are_those_of_a_layers_real_inputs(sparse_llama, real_budget, toke
         3,
     )
     assert set(result) == {BASELINE, "half", DENSE} and all(row["n"] == 3 and row["ms"] > 0 for row in result.values())
-    assert result[BASELINE]["summary_bytes"] == 2 * 2 * 12 * 32 * 4  # layers, KV heads, whole blocks, router_dim, float32
+    # layers, KV heads, whole blocks, router_dim, float32
+    assert result[BASELINE]["summary_bytes"] == 2 * 2 * 12 * 32 * 4
     assert result[BASELINE]["weight_bytes"] == 2 * sum(w.numel() for w in router.weights) * 4
 
 
@@ -96,8 +103,13 @@ def reading(factor, level, seed, document, kl):
 
 
 def test_differences_are_paired_by_window_and_seed():
-    base = [reading(BASELINE, BASELINE, seed, d, kl) for seed, d, kl in [(0, "a", 0.1), (0, "b", 0.5), (1, "a", 0.2), (1, "b", 0.6)]]
-    mine = [reading("f", "x", seed, d, kl) for seed, d, kl in [(1, "b", 0.7), (1, "a", 0.3), (0, "a", 0.3), (0, "b", 0.7)]]
+    base = [
+        reading(BASELINE, BASELINE, seed, d, kl)
+        for seed, d, kl in [(0, "a", 0.1), (0, "b", 0.5), (1, "a", 0.2), (1, "b", 0.6)]
+    ]
+    mine = [
+        reading("f", "x", seed, d, kl) for seed, d, kl in [(1, "b", 0.7), (1, "a", 0.3), (0, "a", 0.3), (0, "b", 0.7)]
+    ]
     result = difference(mine, base, "kl")
     assert result["mean"] == pytest.approx(0.15) and sorted(result["seeds"]) == pytest.approx([0.1, 0.2])
     assert result["low"] == result["high"] == pytest.approx(0.15)  # both windows have the same mean
@@ -151,7 +163,9 @@ def recipe(llama_folder, random_words, real_budget, tmp_path_factory):
 @pytest.fixture(scope="module")
 def chosen():
     """Fewer levels than the grid has: of blocks those that a tiny budget allows."""
-    kept = [level for level in LEVELS if level.factor in SEPARATE and level.name not in ("64", "128", "the first three")]
+    kept = [
+        level for level in LEVELS if level.factor in SEPARATE and level.name not in ("64", "128", "the first three")
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(factors, "LEVELS", tuple(kept))
         yield kept

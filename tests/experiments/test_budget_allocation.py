@@ -108,7 +108,11 @@ def test_a_fit_says_what_it_found(fitted):
 def test_windows_tell_what_they_kept(fitted, token_ids):
     model, _, created = fitted
     windows = [Window(f"a[{i}]", token_ids(1, 320, seed=10 + i)) for i in range(2)]
-    chosen = {"oracle": Oracle(), "window + sink": WindowAndSink(), **{name: created.selectors[name] for name in FITTED}}
+    chosen = {
+        "oracle": Oracle(),
+        "window + sink": WindowAndSink(),
+        **{name: created.selectors[name] for name in FITTED},
+    }
     results = evaluate_windows(model, windows, [96, 128], chosen, decode_tokens=8)
     assert len(results) == 2 * (1 + 2 * 5)
     for r in results:
@@ -141,6 +145,10 @@ def test_a_model_shows_its_own_threshold_at_the_budget_it_was_fitted_for():
     assert fitted_selectors(config, ["oracle", THRESHOLD], [512]) == {THRESHOLD: AtThreshold(0.01)}
     with pytest.raises(ValueError, match="'oracle by threshold' must be fitted first"):
         fitted_selectors(config, ["oracle by threshold"], [512])
-    for other, requested in ((config, [512, 1024]), (config.changed(mass_threshold=None), [512]), (config.changed(max_keys=None), [512])):
+    for other, requested in (
+        (config, [512, 1024]),
+        (config.changed(mass_threshold=None), [512]),
+        (config.changed(max_keys=None), [512]),
+    ):
         with pytest.raises(ValueError, match=r"own mass_threshold at the fixed budget.*fit_mass_threshold"):
             fitted_selectors(other, [THRESHOLD], requested)

@@ -1,4 +1,6 @@
-"""Documents with classes: reading, splitting by document, windows; extended positions; classification as a task of a recipe."""
+"""Documents with classes: reading, splitting by document, windows; extended positions;
+classification as a task of a recipe.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,22 @@ import pytest
 import torch
 import yaml
 from helpers.paths import RECIPES
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaForSequenceClassification,
+)
 
 from hf_sparse_attn.data.sources import SourceError
 from hf_sparse_attn.experiments.recipe import RecipeError, load_recipe
-from hf_sparse_attn.experiments.rows.class_labels import Labelled, classes_of, labelled_windows, read_labelled, split_labelled
+from hf_sparse_attn.experiments.rows.class_labels import (
+    Labelled,
+    classes_of,
+    labelled_windows,
+    read_labelled,
+    split_labelled,
+)
 from hf_sparse_attn.experiments.run import run_recipe
 from hf_sparse_attn.experiments.scores.task_scores import class_table, macro_f1
 from hf_sparse_attn.experiments.tasks.classification import extended_positions
@@ -28,7 +41,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 def bert(positions=64, seed=0, **changes):
     torch.manual_seed(seed)
     config = BertConfig(
-        **{"vocab_size": 97, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, **changes},
+        **{
+            "vocab_size": 97,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            **changes,
+        },
         max_position_embeddings=positions,
         pad_token_id=0,
     )
@@ -72,13 +92,19 @@ def documents(**counts):
 
 def test_a_split_keeps_the_share_of_every_class_and_no_document_twice():
     train, evaluated = split_labelled(documents(a=10, b=4, c=2), 0.75, seed=1)
-    assert [sum(d.label == c for d in train) for c in "abc"] == [8, 3, 1] and [sum(d.label == c for d in evaluated) for c in "abc"] == [
+    assert [sum(d.label == c for d in train) for c in "abc"] == [8, 3, 1] and [
+        sum(d.label == c for d in evaluated) for c in "abc"
+    ] == [
         2,
         1,
         1,
     ]
     assert not {d.name for d in train} & {d.name for d in evaluated}
-    assert split_labelled(documents(a=10, b=4, c=2), 0.75, seed=1)[0] == train != split_labelled(documents(a=10, b=4, c=2), 0.75, seed=2)[0]
+    assert (
+        split_labelled(documents(a=10, b=4, c=2), 0.75, seed=1)[0]
+        == train
+        != split_labelled(documents(a=10, b=4, c=2), 0.75, seed=2)[0]
+    )
     with pytest.raises(SourceError, match=r"class 'b' has one document only"):
         split_labelled(documents(a=3, b=1), 0.5, seed=0)
     with pytest.raises(SourceError, match=r"all 3 documents have the class 'a': it takes two classes"):
@@ -89,8 +115,16 @@ def test_windows_are_cut_padded_and_short_rests_left_out(word_tokenizer):
     long = Labelled("long", " ".join(f"w{5 + i % 50}" for i in range(70)), "b")
     short = Labelled("short", "w8 w9", "a")
     result = labelled_windows([long, short], word_tokenizer, 32, ["a", "b"], most=5)
-    assert [(w.name, int(w.attention_mask.sum()), w.label) for w in result] == [("long[0]", 32, 1), ("long[1]", 32, 1), ("short[0]", 2, 0)]
-    assert result[1].input_ids.tolist() == [5 + i % 50 for i in range(32, 64)] and result[2].input_ids.tolist() == [8, 9, *[0] * 30]
+    assert [(w.name, int(w.attention_mask.sum()), w.label) for w in result] == [
+        ("long[0]", 32, 1),
+        ("long[1]", 32, 1),
+        ("short[0]", 2, 0),
+    ]
+    assert result[1].input_ids.tolist() == [5 + i % 50 for i in range(32, 64)] and result[2].input_ids.tolist() == [
+        8,
+        9,
+        *[0] * 30,
+    ]
     assert len(labelled_windows([long], word_tokenizer, 32, ["b"], most=1)) == 1
     with pytest.raises(SourceError, match=r"short has the class 'a', which no training document has: b"):
         labelled_windows([short], word_tokenizer, 32, ["b"], most=1)
@@ -114,7 +148,9 @@ def test_extended_positions_repeat_the_learned_ones():
 
 def test_models_without_learned_positions_are_refused(tiny_config):
     model = LlamaForSequenceClassification(tiny_config(max_position_embeddings=64))
-    with pytest.raises(RecipeError, match=r"LlamaForSequenceClassification reads 64 tokens and has no table of learned positions"):
+    with pytest.raises(
+        RecipeError, match=r"LlamaForSequenceClassification reads 64 tokens and has no table of learned positions"
+    ):
         extended_positions(model, 65)
 
 
@@ -128,10 +164,13 @@ def test_macro_f1_is_the_mean_over_the_classes_that_occur():
 
 def test_the_table_counts_hits():
     scores = [
-        {"row": str(i), "keys": None, "selection": "dense", "loss": 0.5 * i, "found": f, "label": 1} for i, f in enumerate((1, 0, 1, 1))
+        {"row": str(i), "keys": None, "selection": "dense", "loss": 0.5 * i, "found": f, "label": 1}
+        for i, f in enumerate((1, 0, 1, 1))
     ]
     [row] = class_table(scores, 2)
-    assert (row["n"], row["accuracy"], row["loss"]) == (4, 0.75, 0.75) and row["accuracy_error"] == pytest.approx((0.75 * 0.25 / 4) ** 0.5)
+    assert (row["n"], row["accuracy"], row["loss"]) == (4, 0.75, 0.75) and row["accuracy_error"] == pytest.approx(
+        (0.75 * 0.25 / 4) ** 0.5
+    )
 
 
 # -- the task -------------------------------------------------------------------------------------------------------
@@ -152,12 +191,25 @@ def recipe(word_tokenizer, tmp_path):
             "name": "tiny",
             "task": "classification",
             "model": {"source": str(tmp_path / "base"), "license": "mit", "dtype": "float32"},
-            "sparse_attention": {"query_tile": 16, "min_keys": 96, "density": 0.05, "sink": 16, "local": 16, "dense_below": 0},
+            "sparse_attention": {
+                "query_tile": 16,
+                "min_keys": 96,
+                "density": 0.05,
+                "sink": 16,
+                "local": 16,
+                "dense_below": 0,
+            },
             "data": {"train": [f"low={tmp_path}/low*.txt", f"high={tmp_path}/high*.txt"], "split": 0.5},
             "distill": {"context": 144, "batches": 2},
-            "lora": {"context": 144, "steps": 3, "settings": {"rank": 2, "lr": 0.01, "target_modules": ["query", "key", "value"]}},
+            "lora": {
+                "context": 144,
+                "steps": 3,
+                "settings": {"rank": 2, "lr": 0.01, "target_modules": ["query", "key", "value"]},
+            },
             "compare": {"before": True, "dense_lora": True},
-            "quality": [{"length": 144, "windows": 6, "budgets": [96], "selections": ["oracle", "two stages", "window + sink"]}],
+            "quality": [
+                {"length": 144, "windows": 6, "budgets": [96], "selections": ["oracle", "two stages", "window + sink"]}
+            ],
             **changes,
         }
         (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
@@ -170,11 +222,21 @@ def test_a_classification_run_ends_with_a_sparse_model_its_card_and_a_table(reci
     results = run_recipe(recipe(), tmp_path / "run", Terminal(io.StringIO()))
     assert results["convert"]["classes"] == ["high", "low"] and results["convert"]["positions_before"] == 64
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
-    assert type(model).__name__ == "SparseBertForSequenceClassification" and model.config.id2label == {0: "high", 1: "low"}
+    assert type(model).__name__ == "SparseBertForSequenceClassification" and model.config.id2label == {
+        0: "high",
+        1: "low",
+    }
     assert model.config.max_position_embeddings == 144 and model.config.attention_probs_dropout_prob == 0
     [shown] = results["tables"]
     assert [row[0] for row in shown["rows"]] == [
-        *("largest class", "dense, before", "oracle, before", "two stages, before", "window + sink, before", "dense, dense LoRA"),
+        *(
+            "largest class",
+            "dense, before",
+            "oracle, before",
+            "two stages, before",
+            "window + sink, before",
+            "dense, dense LoRA",
+        ),
         *("dense", "oracle", "two stages", "window + sink", "dense, first 64 tokens only"),
     ]
     scores = results["evaluation"]["scores"]
@@ -188,5 +250,7 @@ def test_a_classification_run_ends_with_a_sparse_model_its_card_and_a_table(reci
 
 
 def test_recipes_that_ask_for_more_than_there_is_are_refused(recipe, tmp_path):
-    with pytest.raises(RecipeError, match=r"distill.batches is 99, but only \d+ windows that train are 144 tokens long"):
+    with pytest.raises(
+        RecipeError, match=r"distill.batches is 99, but only \d+ windows that train are 144 tokens long"
+    ):
         run_recipe(recipe(distill={"context": 144, "batches": 99}), tmp_path / "run", Terminal(io.StringIO()))

@@ -119,7 +119,12 @@ def done(write_recipe, tmp_path_factory):
         patch.setattr(language_model, "evaluate_windows", note_all)
         results = run_recipe(recipe, folder, quiet())
     return SimpleNamespace(
-        recipe=recipe, folder=folder, results=results, after_stop=after_stop, distilled=len(distilled), evaluated=evaluated
+        recipe=recipe,
+        folder=folder,
+        results=results,
+        after_stop=after_stop,
+        distilled=len(distilled),
+        evaluated=evaluated,
     )
 
 
@@ -155,15 +160,31 @@ def test_the_quality_table_is_complete_and_ordered(done):
     table = done.results["quality"]["table"]
     assert [(r["keys"], r["n"]) for r in table] == [(None, 2), *[(80, 2)] * 8, (None, 2), *[(128, 2)] * 8]
     by_name = {r["selection"]: r for r in table if r["keys"] == 80}
-    assert list(by_name) == ["oracle", "two stages", "stage 1 alone", "untrained", "mean-pool", "min-max", "window + sink", "random"]
-    assert by_name["oracle"]["recovered_share"]["share"] == pytest.approx(1) and by_name["window + sink"]["recovered_share"]["share"] == 0
+    assert list(by_name) == [
+        "oracle",
+        "two stages",
+        "stage 1 alone",
+        "untrained",
+        "mean-pool",
+        "min-max",
+        "window + sink",
+        "random",
+    ]
+    assert (
+        by_name["oracle"]["recovered_share"]["share"] == pytest.approx(1)
+        and by_name["window + sink"]["recovered_share"]["share"] == 0
+    )
     assert all(by_name["oracle"]["kept_mass"]["mean"] >= r["kept_mass"]["mean"] - 1e-6 for r in by_name.values())
     assert all("kept_mass" not in r for r in table if r["keys"] != 80) and all("decode" in r for r in table)
 
 
 def test_the_report_is_self_contained_and_holds_the_figures(done):
     html = (done.folder / "report.html").read_text()
-    assert not re.search(r"""(?:src|href)\s*=\s*["']?\s*(?:https?:)?//""", html) and "@import" not in html and "url(" not in html
+    assert (
+        not re.search(r"""(?:src|href)\s*=\s*["']?\s*(?:https?:)?//""", html)
+        and "@import" not in html
+        and "url(" not in html
+    )
     assert html.count('<img alt="') == html.count('src="data:image/svg+xml;base64,') == 6
     assert html.count("<head>") == html.count("</head>") == 1
     for row in done.results["quality"]["table"]:
@@ -181,12 +202,19 @@ def test_the_report_is_self_contained_and_holds_the_figures(done):
 def test_the_card_is_made_from_the_results(done):
     card = (done.folder / "model" / "README.md").read_text()
     head = yaml.safe_load(card.split("---")[1])
-    assert head["license"] == "apache-2.0" and head["tags"] == ["hf-sparse-attn", "sparse-attention"] and "base_model" not in head
+    assert (
+        head["license"] == "apache-2.0"
+        and head["tags"] == ["hf-sparse-attn", "sparse-attention"]
+        and "base_model" not in head
+    )
     assert {result["dataset"]["config"] for result in head["model-index"][0]["results"]} == {"256 tokens"}
     assert "# tiny: tiny Llama with learnable two-stage sparse attention" in card
     for row in done.results["quality"]["table"]:
         assert f"| {row['keys'] or 'all'} | {row['selection']} | 2 | {row['prefill']:.4f} |" in card
-    assert f"Prefill {done.results['speed']['model']['prefill_speedup']:.2f}×" in card and "2 joint LoRA steps (merged)" in card
+    assert (
+        f"Prefill {done.results['speed']['model']['prefill_speedup']:.2f}×" in card
+        and "2 joint LoRA steps (merged)" in card
+    )
 
 
 def test_the_model_reloads_through_the_plain_auto_class(done, recipe_values):
@@ -213,7 +241,9 @@ def test_a_second_call_does_nothing_again(done, monkeypatch):
     for name in STEPS:
         monkeypatch.setattr(LanguageRun, f"_{name}", lambda self, name=name: pytest.fail(f"{name} ran again"))
     again = run_recipe(done.recipe, done.folder, quiet())
-    assert {k: v for k, v in again.items() if k != "environment"} == {k: v for k, v in done.results.items() if k != "environment"}
+    assert {k: v for k, v in again.items() if k != "environment"} == {
+        k: v for k, v in done.results.items() if k != "environment"
+    }
 
 
 def test_a_changed_recipe_is_refused_for_the_same_folder(done, write_recipe):
@@ -246,7 +276,16 @@ def test_without_lora_and_speed_the_report_leaves_them_out(done, write_recipe, t
             lora={"steps": 0},
             speed={"length": 0},
             prompt=None,
-            quality=[{"length": 256, "windows": 1, "budgets": [80], "decode_tokens": 0, "selections": list(selections), "fit_windows": 1}],
+            quality=[
+                {
+                    "length": 256,
+                    "windows": 1,
+                    "budgets": [80],
+                    "decode_tokens": 0,
+                    "selections": list(selections),
+                    "fit_windows": 1,
+                }
+            ],
         )
     )
     results = run_recipe(recipe, tmp_path / "run", quiet())
@@ -258,7 +297,12 @@ def test_without_lora_and_speed_the_report_leaves_them_out(done, write_recipe, t
     (varying,) = results["quality"]["varying"]
     assert varying["length"] == 256 and varying["fits"][0]["kept"] == pytest.approx(80, rel=0.03)  # of few tiles
     assert varying["times"][0]["budget"] == 80 and varying["times"][0]["over_uniform"]["select + attend"]["median"] > 0
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").config.sparse_attention["bookkeeping"]["trained"] is True
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").config.sparse_attention["bookkeeping"][
+            "trained"
+        ]
+        is True
+    )
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
@@ -277,9 +321,14 @@ def test_published_recipes_load(path):
 
 def test_a_recipe_for_more_memory_than_there_is_stops_before_it_trains(write_recipe, tmp_path, monkeypatch):
     device_at = language_model.device_at
-    monkeypatch.setattr(language_model, "device_at", lambda *args: replace(device_at(*args), name="H100-80GB", memory_bytes=1 << 20))
+    monkeypatch.setattr(
+        language_model, "device_at", lambda *args: replace(device_at(*args), name="H100-80GB", memory_bytes=1 << 20)
+    )
     monkeypatch.setattr(distil_and_adapt, "distill", lambda *_, **__: pytest.fail("trained"))
-    with pytest.raises(NotEnoughMemoryError, match=r"a sparse step on 1 × 256 tokens needs .* GB, H100-80GB has 0\.0 GB: .*shorter rows"):
+    with pytest.raises(
+        NotEnoughMemoryError,
+        match=r"a sparse step on 1 × 256 tokens needs .* GB, H100-80GB has 0\.0 GB: .*shorter rows",
+    ):
         run_recipe(load_recipe(write_recipe()), tmp_path / "run", quiet())
 
 
@@ -289,7 +338,9 @@ def test_a_model_that_cannot_be_planned_runs_without_a_plan(done, monkeypatch):
 
     monkeypatch.setattr(language_model, "plan_training", refuse)
     console = quiet()
-    assert LanguageRun(done.recipe, done.folder, console)._plan() == {"unplanned": "cannot be planned, its forward pass depends on values"}
+    assert LanguageRun(done.recipe, done.folder, console)._plan() == {
+        "unplanned": "cannot be planned, its forward pass depends on values"
+    }
     assert "no plan of the memory: cannot be planned" in console.file.getvalue()
 
 
@@ -297,8 +348,21 @@ def test_a_run_killed_in_training_has_the_loss_curve_of_one_that_was_not(write_r
     changes = {
         "data": {**recipe_values["data"], "end_of_text": False},  # the test's tokenizer has no such token
         "distill": {"context": 256, "batches": 1},
-        "lora": {"context": 256, "steps": 10, "packed": True, "settings": {"rank": 2, "kl_tile_share": 4, "lr": 0.005, "save_every": 2}},
-        "quality": [{"length": 256, "windows": 1, "budgets": [80], "decode_tokens": 0, "selections": ["oracle", "window + sink"]}],
+        "lora": {
+            "context": 256,
+            "steps": 10,
+            "packed": True,
+            "settings": {"rank": 2, "kl_tile_share": 4, "lr": 0.005, "save_every": 2},
+        },
+        "quality": [
+            {
+                "length": 256,
+                "windows": 1,
+                "budgets": [80],
+                "decode_tokens": 0,
+                "selections": ["oracle", "window + sink"],
+            }
+        ],
         "speed": {"length": 0},
         "prompt": None,
     }
@@ -320,7 +384,10 @@ def test_a_run_killed_in_training_has_the_loss_curve_of_one_that_was_not(write_r
         patch.setenv("HF_SPARSE_ATTN_CACHE", str(tmp_path / "cache"))
         recipe = load_recipe(path)
         resumed, whole = run_recipe(recipe, killed, quiet()), run_recipe(recipe, tmp_path / "whole", quiet())
-    curves = [[(row["step"], row["loss"], row["kl"], row["grad_norm"]) for row in results["lora"]["log"]] for results in (resumed, whole)]
+    curves = [
+        [(row["step"], row["loss"], row["kl"], row["grad_norm"]) for row in results["lora"]["log"]]
+        for results in (resumed, whole)
+    ]
     assert curves[0] == curves[1] and len(curves[0]) == 10
     assert resumed["quality"]["table"] == whole["quality"]["table"]
 
@@ -344,7 +411,15 @@ def test_before_and_reference_become_a_comparison(write_recipe, tmp_path):
                 distill={"context": 256, "batches": 1},
                 lora={"context": 256, "steps": 3, "settings": {"rank": 2, "kl_tile_share": 4, "lr": 0.01}},
                 compare={"before": True, "dense_lora": True},
-                quality=[{"length": 256, "windows": 2, "budgets": [80], "decode_tokens": 16, "selections": ["oracle", "window + sink"]}],
+                quality=[
+                    {
+                        "length": 256,
+                        "windows": 2,
+                        "budgets": [80],
+                        "decode_tokens": 16,
+                        "selections": ["oracle", "window + sink"],
+                    }
+                ],
                 speed={"length": 0},
                 prompt=None,
             )
@@ -363,7 +438,8 @@ def test_before_and_reference_become_a_comparison(write_recipe, tmp_path):
         assert after["decode_over_prefill"] > 0 and row["decode_over_reference"]["ratio"] > 0
     first = {name: results[name]["log"][0] for name in ("reference", "lora")}  # the same rows, one read densely
     assert (
-        first["reference"]["loss"] == pytest.approx(first["lora"]["loss"], abs=0.3) and first["reference"]["loss"] != first["lora"]["loss"]
+        first["reference"]["loss"] == pytest.approx(first["lora"]["loss"], abs=0.3)
+        and first["reference"]["loss"] != first["lora"]["loss"]
     )
     assert all(row["dense"] and row["kl"] == 0 for row in results["reference"]["log"])
     card = (tmp_path / "run" / "model" / "README.md").read_text()
@@ -380,7 +456,15 @@ def test_questions_are_a_task(write_recipe, tmp_path):
                 distill={"context": 256, "batches": 1},
                 lora={"context": 256, "steps": 2, "settings": {"rank": 2, "kl_tile_share": 4}},
                 compare={"before": True},
-                quality=[{"length": 256, "windows": 2, "budgets": [80], "decode_tokens": 0, "selections": ["oracle", "window + sink"]}],
+                quality=[
+                    {
+                        "length": 256,
+                        "windows": 2,
+                        "budgets": [80],
+                        "decode_tokens": 0,
+                        "selections": ["oracle", "window + sink"],
+                    }
+                ],
                 speed={"length": 0},
                 prompt=None,
             )

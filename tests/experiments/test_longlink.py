@@ -14,7 +14,13 @@ from hf_sparse_attn.cli.commands import app
 from hf_sparse_attn.experiments.longlink.ceilings import ceiling, chance
 from hf_sparse_attn.experiments.longlink.export import load, save
 from hf_sparse_attn.experiments.longlink.families import FAMILIES, MISSING, LongLinkConfig, LongLinkError
-from hf_sparse_attn.experiments.longlink.link_answers import accuracy, by_distance, pairs_told_apart, reach, right_tokens
+from hf_sparse_attn.experiments.longlink.link_answers import (
+    accuracy,
+    by_distance,
+    pairs_told_apart,
+    reach,
+    right_tokens,
+)
 from hf_sparse_attn.experiments.longlink.link_metrics import (
     AveragePrecision,
     ChanceAdjustedRecall,
@@ -63,7 +69,9 @@ def test_the_answer_stands_in_the_text_where_the_table_says(family):
     for link in planted.links:
         row = planted.input_ids[link.sequence]
         assert link.causes[0] >= 64 and link.distance == link.effect - link.causes[0] >= config.min_distance
-        assert row[link.effect + 1] == planted.labels[link.sequence, link.effect + 1] == config.tokens.value(link.answer)
+        assert (
+            row[link.effect + 1] == planted.labels[link.sequence, link.effect + 1] == config.tokens.value(link.answer)
+        )
         assert list(link.causes) == sorted(link.causes) and link.causes[-1] < link.effect
         if family == "null":
             assert read(planted, link) is None
@@ -111,7 +119,9 @@ def test_a_pair_differs_in_one_cause_and_its_answer():
 
 def test_unseen_distances_are_left_out_or_alone():
     seen, unseen = (plant(config_of(unseen=(100, 300), only_unseen=only, sequences=40), 1) for only in (False, True))
-    assert not any(100 <= link.distance < 300 for link in seen.links) and all(100 <= link.distance < 300 for link in unseen.links)
+    assert not any(100 <= link.distance < 300 for link in seen.links) and all(
+        100 <= link.distance < 300 for link in unseen.links
+    )
 
 
 def test_the_lag_is_one_for_a_sequence_give_or_take_the_jitter():
@@ -168,7 +178,9 @@ def test_a_set_survives_its_folder_and_a_cut_off_one_is_refused(tmp_path):
 
 
 def test_the_verb_writes_a_set(tmp_path):
-    done = CliRunner().invoke(app, ["synth", str(tmp_path / "s"), "--set", "family: lag, sequences: 2, length: 512", "--json", "-"])
+    done = CliRunner().invoke(
+        app, ["synth", str(tmp_path / "s"), "--set", "family: lag, sequences: 2, length: 512", "--json", "-"]
+    )
     assert done.exit_code == 0 and json.loads(done.stdout)["config"]["family"] == "lag"
     assert load(tmp_path / "s").input_ids.shape == (2, 512)
     with pytest.raises(ValueError, match="unexpected keyword"):
@@ -182,7 +194,9 @@ def test_a_study_is_made_of_every_family(family, sparse_llama, real_budget):
     result = study(model, config, seed=1)
     assert {row["n"] for row in result["answers"]} == {6} and len(result["answers"]) == 9
     kinds = {row["noise"] for row in result["noise"]}
-    assert kinds == ({"strength", "distractors"} if family == "count" else {"corruption", "missing", "strength", "distractors"})
+    assert kinds == (
+        {"strength", "distractors"} if family == "count" else {"corruption", "missing", "strength", "distractors"}
+    )
     mine = next(row for row in result["answers"] if row["selection"] == "two stages")
     plain = next(row for row in result["noise"] if (row["noise"], row["level"]) == ("strength", 1.0))
     assert plain["answers"]["two stages"]["accuracy"] == mine["accuracy"]
@@ -193,7 +207,9 @@ def test_a_study_is_made_of_every_family(family, sparse_llama, real_budget):
 
 def test_average_precision_by_hand():
     assert average_precision(np.array([0.9, 0.1, 0.5]), np.array([1, 0, 0])) == 1.0
-    assert average_precision(np.array([0.9, 0.8, 0.5, 0.1]), np.array([0, 1, 0, 1])) == pytest.approx((1 / 2 + 2 / 4) / 2)
+    assert average_precision(np.array([0.9, 0.8, 0.5, 0.1]), np.array([0, 1, 0, 1])) == pytest.approx(
+        (1 / 2 + 2 / 4) / 2
+    )
     assert average_precision(np.full(3, 0.5), np.array([0, 1, 0])) == 0.5  # the middle of three
     with pytest.raises(ValueError, match="no reference is 1"):
         average_precision(np.ones(3), np.zeros(3))
@@ -224,7 +240,9 @@ def test_accuracy_by_distance_and_its_reach():
     tokens = np.where(near, right_tokens(planted), -1)
     assert accuracy(planted, tokens)["accuracy"] == near.mean()
     rows = by_distance(planted, tokens)
-    assert [(row["from"], row["accuracy"]) for row in rows] == [(64, 1.0), (128, 0.0), (256, 0.0), (512, 0.0)][: len(rows)]
+    assert [(row["from"], row["accuracy"]) for row in rows] == [(64, 1.0), (128, 0.0), (256, 0.0), (512, 0.0)][
+        : len(rows)
+    ]
     assert sum(row["n"] for row in rows) == 200 and reach(rows, 0.5) == 128 and reach(rows[1:], 0.5) is None
 
 
@@ -239,4 +257,6 @@ def test_right_answers_and_pairs_by_hand():
     wrong[[5, 6]] = tokens[5], -1
     assert pairs_told_apart(planted, wrong) == 1.0
     scores = accuracy(planted, wrong)
-    assert (scores["accuracy"], scores["n"]) == (29 / 30, 30) and scores["normalised"] == pytest.approx((29 / 30 - 0.25) / 0.75)
+    assert (scores["accuracy"], scores["n"]) == (29 / 30, 30) and scores["normalised"] == pytest.approx(
+        (29 / 30 - 0.25) / 0.75
+    )

@@ -22,7 +22,13 @@ def test_a_recipe_learns_distils_and_studies(tmp_path, monkeypatch):
     monkeypatch.setattr(LearningConfig, "up_to", classmethod(lambda cls, length, seed=0: few))
     shutil.copy(RECIPES / "defaults.yaml", tmp_path)
     longlink = {"length": 256, "sequences": 2, "links": 3, "min_distance": 130}
-    values = {"name": "tiny", "task": "longlink", "model": {"dtype": "float32"}, "sparse_attention": SPARSE, "longlink": longlink}
+    values = {
+        "name": "tiny",
+        "task": "longlink",
+        "model": {"dtype": "float32"},
+        "sparse_attention": SPARSE,
+        "longlink": longlink,
+    }
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
     console = Terminal(io.StringIO())
     results = run_recipe(load_recipe(tmp_path / "tiny.yaml"), tmp_path / "run", console)
@@ -30,8 +36,13 @@ def test_a_recipe_learns_distils_and_studies(tmp_path, monkeypatch):
     assert study["config"]["length"] == 256 and {row["n"] for row in study["answers"]} == {6}
     assert study["sparse_attention"]["bookkeeping"]["trained"] is True and results["routers"]["batches"] == 2
     html = (tmp_path / "run" / "report.html").read_text()
-    assert 'family "delayed", 256 tokens' in html and html.count("data:image/svg") == 2 and "hf-sparse-attn run recipes/tiny.yaml" in html
-    assert run_recipe(load_recipe(tmp_path / "tiny.yaml"), tmp_path / "run", console)["study"] == study  # continued, not made anew
+    assert (
+        'family "delayed", 256 tokens' in html
+        and html.count("data:image/svg") == 2
+        and "hf-sparse-attn run recipes/tiny.yaml" in html
+    )
+    # continued, not made anew
+    assert run_recipe(load_recipe(tmp_path / "tiny.yaml"), tmp_path / "run", console)["study"] == study
 
 
 def test_longer_sequences_get_slower_rotary_pairs():

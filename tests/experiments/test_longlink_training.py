@@ -1,7 +1,7 @@
 """A small model that learned LongLink: what its routers find, and that nothing is found where nothing is.
 
-Its dense weights are ready-made (`data/longlink`, of `learn` with its defaults on 2048 tokens, five minutes of one core); the slow
-test learns them anew.
+Its dense weights are ready-made (`data/longlink`, of `learn` with its defaults on 2048 tokens, five minutes of one
+core); the slow test learns them anew.
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ from hf_sparse_attn.experiments.longlink.study import study
 LEARNED = Path(__file__).parent / "longlink_model"
 CONFIG = LongLinkConfig(length=2048)
 KEYS = 160  # of 2048: 15 % of what all tiles see
-SPARSE = {"block_size": 16, "query_tile": 16, "sink": 16, "local": 16, "dense_below": 0, "min_keys": KEYS, "max_keys": KEYS}
+SPARSE = {
+    "block_size": 16,
+    "query_tile": 16,
+    "sink": 16,
+    "local": 16,
+    "dense_below": 0,
+    "min_keys": KEYS,
+    "max_keys": KEYS,
+}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +68,8 @@ def test_recall_is_high_and_does_not_rise_with_noise(found):
     recall = found["routing"]["recall"]
     chance, n = recall["random"]["chance"], recall["random"]["n"]
     assert recall["two stages"]["chance_adjusted_recall"] >= 0.9
-    assert recall["oracle"]["recall"] >= 0.99 - 2 * (0.99 * 0.01 / n) ** 0.5  # .99, give or take two standard errors of n links
+    # .99, give or take two standard errors of n links
+    assert recall["oracle"]["recall"] >= 0.99 - 2 * (0.99 * 0.01 / n) ** 0.5
     # the ratio of kept to eligible blocks, give or take two standard errors of as many draws
     assert abs(recall["random"]["recall"] - chance) <= 2.5 * (chance * (1 - chance) / n) ** 0.5
     for noise in ("corruption", "missing", "strength"):
@@ -78,7 +87,10 @@ def test_links_that_are_kept_are_needed(found):
 
 def test_the_ranking_comes_near_that_of_the_dense_mass(found):
     routing = found["routing"]
-    assert routing["average_precision"] >= 0.8 and routing["average_precision"] <= routing["oracle_average_precision"] + 0.05
+    assert (
+        routing["average_precision"] >= 0.8
+        and routing["average_precision"] <= routing["oracle_average_precision"] + 0.05
+    )
     alone = found["routing_of_single_queries"]  # no other question in its tile asks for blocks of its own
     assert alone["average_precision"] >= 0.8 and alone["recall"]["two stages"]["chance_adjusted_recall"] >= 0.9
 
@@ -98,7 +110,9 @@ def test_learning_starts_with_what_an_answer_is():
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_dense_attention_learns_the_links_from_scratch():
-    result = studied(learn(CONFIG, LearningConfig(), progress=False), distilled=LearningConfig().distilled, sequences=64)
+    result = studied(
+        learn(CONFIG, LearningConfig(), progress=False), distilled=LearningConfig().distilled, sequences=64
+    )
     dense, learned = answers(result, "dense"), answers(result, "two stages")
     assert dense["n"] == 512 and dense["normalised"] >= 0.95 and learned["normalised"] >= 0.95 * dense["normalised"]
     assert result["routing"]["recall"]["two stages"]["chance_adjusted_recall"] >= 0.9

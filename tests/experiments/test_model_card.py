@@ -12,7 +12,14 @@ from huggingface_hub import ModelCard
 
 from hf_sparse_attn.data.package_cache import _seal
 from hf_sparse_attn.data.sources import model_licence
-from hf_sparse_attn.experiments.reports.model_card import PIPELINES, as_text, model_card, one_line, without_folders, write_card
+from hf_sparse_attn.experiments.reports.model_card import (
+    PIPELINES,
+    as_text,
+    model_card,
+    one_line,
+    without_folders,
+    write_card,
+)
 
 
 @pytest.fixture(params=sorted(p.name for p in RESULTS.glob("*.json") if "quality" in json.loads(p.read_text())))
@@ -39,7 +46,9 @@ def own_figures(table):
     """(length, keys, what, value) of this model's rows, as the metadata should have them."""
     for row in table:
         if row["selection"] in ("dense", "two stages"):
-            yield from ((row["length"], row["keys"], "log-loss", row[path]) for path in ("prefill", "decode") if path in row)
+            yield from (
+                (row["length"], row["keys"], "log-loss", row[path]) for path in ("prefill", "decode") if path in row
+            )
             shares = ("prefill_share", "decode_share")
             yield from ((row["length"], row["keys"], "share-of-oracle", row[s]["share"]) for s in shares if s in row)
             if "recovered_share" in row:
@@ -48,11 +57,20 @@ def own_figures(table):
 
 def test_the_metadata_holds_every_figure_of_this_model_and_no_other(results):
     card = model_card(results, "unused")
-    got = {(int(e.dataset_config.split()[0]), e.metric_args.get("keys"), e.metric_type, e.metric_value) for e in card.data.eval_results}
-    want = {(length, keys, kind, round(value, 4)) for length, keys, kind, value in own_figures(results["quality"]["table"])}
+    got = {
+        (int(e.dataset_config.split()[0]), e.metric_args.get("keys"), e.metric_type, e.metric_value)
+        for e in card.data.eval_results
+    }
+    want = {
+        (length, keys, kind, round(value, 4)) for length, keys, kind, value in own_figures(results["quality"]["table"])
+    }
     assert got == want and len(card.data.eval_results) == len(want)
     for entry in card.data.eval_results:
-        windows = {w["document"].split("[")[0] for w in results["quality"]["windows"] if entry.dataset_config == f"{w['length']} tokens"}
+        windows = {
+            w["document"].split("[")[0]
+            for w in results["quality"]["windows"]
+            if entry.dataset_config == f"{w['length']} tokens"
+        }
         assert set(entry.dataset_name.split(", ")) == windows and entry.metric_args["windows"] >= 1
     assert card.data.model_name == results["recipe"]["name"] and card.data.library_name == "transformers"
     assert card.data.tags == ["hf-sparse-attn", "sparse-attention"] and card.data.pipeline_tag == "text-generation"
@@ -68,13 +86,29 @@ def test_the_text_holds_the_figures_the_budget_the_limits_and_where_it_was_made(
     text, environment = model_card(results, "unused").text, results["environment"]
     for row in results["quality"]["table"]:
         share = row.get("prefill_share")
-        shown = "" if share is None else f"{share['share']:.2f}" + (f" [{share['low']:.2f}, {share['high']:.2f}]" if row["n"] > 1 else "")
-        start = f"| {row['length']} | {row['keys'] or 'all'} | {row['selection']} | {row['n']} | {row['prefill']:.4f} | {shown} |"
+        shown = (
+            ""
+            if share is None
+            else f"{share['share']:.2f}" + (f" [{share['low']:.2f}, {share['high']:.2f}]" if row["n"] > 1 else "")
+        )
+        start = (
+            f"| {row['length']} | {row['keys'] or 'all'} | {row['selection']} | {row['n']} | "
+            f"{row['prefill']:.4f} | {shown} |"
+        )
         assert start in text
     sparse = results["answer"]["sparse_attention"]
-    assert f"keeps {sparse['density']} of the keys that it sees, at least {sparse['min_keys']}, in blocks of {sparse['block_size']}" in text
-    assert f"measured up to {max(r['length'] for r in results['quality']['table'])} tokens" in text and "## Limits" in text
-    assert environment["commit"] in text and environment["time"] in text and f"torch {environment['packages']['torch']}" in text
+    assert (
+        f"keeps {sparse['density']} of the keys that it sees, at least {sparse['min_keys']}, in blocks of "
+        f"{sparse['block_size']}" in text
+    )
+    assert (
+        f"measured up to {max(r['length'] for r in results['quality']['table'])} tokens" in text and "## Limits" in text
+    )
+    assert (
+        environment["commit"] in text
+        and environment["time"] in text
+        and f"torch {environment['packages']['torch']}" in text
+    )
     assert "None" not in text and "{{" not in text and ("## Speed" in text) == bool(results["speed"].get("model"))
 
 
@@ -120,22 +154,35 @@ def test_a_local_base_model_is_called_by_its_folder_only(demo, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("recipe", "found", "licence"), [("mit", "apache-2.0", "mit"), (None, "apache-2.0", "apache-2.0"), (None, None, None)]
+    ("recipe", "found", "licence"),
+    [("mit", "apache-2.0", "mit"), (None, "apache-2.0", "apache-2.0"), (None, None, None)],
 )
 def test_the_licence_is_that_of_the_recipe_or_of_the_base_model_or_unknown(demo, recipe, found, licence):
     demo["recipe"]["model"]["license"], demo["convert"]["license"] = recipe, found
     card = model_card(demo, "unused")
     assert card.data.license == licence and ("license" in card.data.to_dict()) == (licence is not None)
-    assert (f"{licence}, that of the base model." if licence else "Unknown: neither the recipe nor the base model names one.") in card.text
+    assert (
+        f"{licence}, that of the base model."
+        if licence
+        else "Unknown: neither the recipe nor the base model names one."
+    ) in card.text
 
 
 def test_results_of_the_verb_eval_make_a_card_too(demo):
     card = model_card(evaluation(demo), "my-model")
     assert card.data.model_name == "my-model" and card.data.license is None and card.data.base_model is None
     assert card.data.eval_results == model_card(demo, "unused").data.eval_results
-    assert "Base model: not recorded in the results." in card.text and "distillation" not in card.text and "seed" not in card.text
+    assert (
+        "Base model: not recorded in the results." in card.text
+        and "distillation" not in card.text
+        and "seed" not in card.text
+    )
     named = model_card({**evaluation(demo), "base": {"source": "some/model", "license": "mit"}}, "my-model")
-    assert named.data.base_model == "some/model" and named.data.license == "mit" and "# my-model: some/model with" in named.text
+    assert (
+        named.data.base_model == "some/model"
+        and named.data.license == "mit"
+        and "# my-model: some/model with" in named.text
+    )
 
 
 def test_the_gaps_to_dense_attention_are_shown_where_they_were_measured(demo):
@@ -143,9 +190,14 @@ def test_the_gaps_to_dense_attention_are_shown_where_they_were_measured(demo):
     text = str(model_card(gaps, "mine"))
     for row in gaps["table"]:
         keys = row["keys"] or "all"
-        assert f"| {row['length']} | {keys} | {row['selection']} | {row['kl']:.4f} | {row['output_error']:.3f} |" in text
+        assert (
+            f"| {row['length']} | {keys} | {row['selection']} | {row['kl']:.4f} | {row['output_error']:.3f} |" in text
+        )
     mine = next(row for row in gaps["table"] if row["selection"] == "two stages")
-    assert f"{mine['recall']:.3f} | {mine['low_mass']:.3f} | {mine['worst_head']['share']:.2f} (layer {mine['worst_head']['layer']}" in text
+    assert (
+        f"{mine['recall']:.3f} | {mine['low_mass']:.3f} | {mine['worst_head']['share']:.2f} (layer "
+        f"{mine['worst_head']['layer']}" in text
+    )
     assert "from dense attention" not in str(model_card(demo, "mine"))
 
 
@@ -188,7 +240,9 @@ def test_the_licence_of_a_hub_model_is_unknown_without_a_hub():
 
 
 def test_committed_cards_are_what_their_results_render():
-    """A card that somebody typed in, or forgot to render again: hf-sparse-attn card is not needed, the text below is."""
+    """A card that somebody typed in, or forgot to render again:
+    hf-sparse-attn card is not needed, the text below is.
+    """
     for path in sorted(RESULTS.glob("*.json")):
         recipe = json.loads(path.read_text()).get("recipe")
         if recipe is not None and recipe.get("task", "causal_lm") in PIPELINES:  # the oldest results name no task

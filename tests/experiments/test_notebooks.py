@@ -32,7 +32,9 @@ def check_whole_way(printed, out):
 
 
 BOTH = pytest.mark.parametrize(
-    ("path", "check"), [(QUICKSTART, check_quickstart), (WHOLE_WAY, check_whole_way)], ids=["quickstart", "distil_lora_evaluate"]
+    ("path", "check"),
+    [(QUICKSTART, check_quickstart), (WHOLE_WAY, check_whole_way)],
+    ids=["quickstart", "distil_lora_evaluate"],
 )
 
 
@@ -70,7 +72,12 @@ def test_a_notebook_runs_on_a_real_model(path, check, smollm2, tmp_path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_is_clean_and_of_format_4_5(path):
     book = json.loads(path.read_text(encoding="utf-8"))
-    assert (book["nbformat"], book["nbformat_minor"]) == (4, 5) and set(book) == {"cells", "metadata", "nbformat", "nbformat_minor"}
+    assert (book["nbformat"], book["nbformat_minor"]) == (4, 5) and set(book) == {
+        "cells",
+        "metadata",
+        "nbformat",
+        "nbformat_minor",
+    }
     names = [cell["id"] for cell in book["cells"]]
     assert len(set(names)) == len(names) and all(re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", name) for name in names)
     assert book["cells"][0]["cell_type"] == "markdown"

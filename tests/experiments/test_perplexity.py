@@ -20,7 +20,14 @@ from hf_sparse_attn.experiments.scores.perplexity import comparison
 
 
 def row(document, prefill, keys=None, selection="dense", length=64, decode=None):
-    return {"document": document, "length": length, "keys": keys, "selection": selection, "prefill": prefill, "decode": decode}
+    return {
+        "document": document,
+        "length": length,
+        "keys": keys,
+        "selection": selection,
+        "prefill": prefill,
+        "decode": decode,
+    }
 
 
 def test_perplexities_are_paired_with_the_same_window_of_the_reference():
@@ -29,12 +36,15 @@ def test_perplexities_are_paired_with_the_same_window_of_the_reference():
     reference = [row("b", 2.9), row("a", 2.1), row("a", 9.0, length=128)]
     dense, sparse = comparison(after, before, reference)
     assert (dense["keys"], dense["n"], dense["after"], dense["before"]) == (None, 2, 2.5, 3.0)
-    assert dense["perplexity_after"] == pytest.approx(math.exp(2.5)) and dense["perplexity_before"] == pytest.approx(math.exp(3.0))
-    assert dense["over_reference"]["ratio"] == pytest.approx(1.0)  # (-0.1 + 0.1) / 2
-    assert dense["over_reference"]["low"] == pytest.approx(math.exp(-0.1)) and dense["over_reference"]["high"] == pytest.approx(
-        math.exp(0.1)
+    assert dense["perplexity_after"] == pytest.approx(math.exp(2.5)) and dense["perplexity_before"] == pytest.approx(
+        math.exp(3.0)
     )
-    assert sparse["over_reference"]["ratio"] == pytest.approx(math.exp((0.0 + 0.4) / 2)) and "before" not in sparse  # a window is missing
+    assert dense["over_reference"]["ratio"] == pytest.approx(1.0)  # (-0.1 + 0.1) / 2
+    assert dense["over_reference"]["low"] == pytest.approx(math.exp(-0.1)) and dense["over_reference"][
+        "high"
+    ] == pytest.approx(math.exp(0.1))
+    # a window is missing
+    assert sparse["over_reference"]["ratio"] == pytest.approx(math.exp((0.0 + 0.4) / 2)) and "before" not in sparse
 
 
 def test_decoded_tokens_are_compared_by_themselves():
@@ -74,7 +84,8 @@ def test_a_question_quotes_a_passage_and_asks_for_what_follows(questions):
         assert torch.equal(ids[start : start + ANSWERED], answer)  # where the passage stands in the text
         quoted = ids[start - QUOTED : start]
         assert int((ids[: start + ANSWERED].unfold(0, QUOTED, 1) == quoted).all(1).sum()) == 1
-        assert any(torch.equal(ids[at : at + QUOTED], quoted) for at in range(start + 1, 400 - QUOTED))  # quoted at the end
+        # quoted at the end
+        assert any(torch.equal(ids[at : at + QUOTED], quoted) for at in range(start + 1, 400 - QUOTED))
         assert question.distance > 0.2 * 400
 
 
@@ -99,7 +110,9 @@ def test_answers_are_read_at_their_own_tokens(sparse_llama, real_budget, questio
     question = requested[0]
     loss, predicted = read_answer(model, question, SparseCall(dense=True))
     with torch.no_grad():
-        out = model(question.input_ids[None], labels=question.labels[None], use_cache=False, sparse_call=SparseCall(dense=True))
+        out = model(
+            question.input_ids[None], labels=question.labels[None], use_cache=False, sparse_call=SparseCall(dense=True)
+        )
     assert loss == pytest.approx(float(out.loss), rel=1e-5)
     assert predicted == out.logits[0, -ANSWERED - 1 : -1].argmax(-1).tolist()
     selectors = make_selectors(["oracle", "window + sink"])
@@ -116,7 +129,10 @@ def test_answers_are_read_at_their_own_tokens(sparse_llama, real_budget, questio
     assert len(table) == 5 and all(r["n"] == 2 for r in table)
     assert table[0]["loss"] == pytest.approx((rows[0]["loss"] + rows[5]["loss"]) / 2)
     above = table[2]["loss_above_dense"]
-    assert above["mean"] == pytest.approx(table[2]["loss"] - table[0]["loss"]) and above["low"] <= above["mean"] <= above["high"]
+    assert (
+        above["mean"] == pytest.approx(table[2]["loss"] - table[0]["loss"])
+        and above["low"] <= above["mean"] <= above["high"]
+    )
     assert model.config.sparse_attention["min_keys"] == 80  # as before
 
 
@@ -168,7 +184,8 @@ def test_a_name_that_holds_train_or_eval_mixes_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "message"), [("a.log", "one line", "no line end behind 50%"), ("a.csv", "text\nx\n", "is csv: only plain")]
+    ("name", "text", "message"),
+    [("a.log", "one line", "no line end behind 50%"), ("a.csv", "text\nx\n", "is csv: only plain")],
 )
 def test_what_cannot_be_split_is_refused(tmp_path, name, text, message, monkeypatch):
     monkeypatch.setenv("HF_SPARSE_ATTN_CACHE", str(tmp_path / "cache"))

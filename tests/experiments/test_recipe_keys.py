@@ -1,4 +1,6 @@
-"""Keys of a recipe that its task does not read: refused, and kept from the run, so that the list of what is read cannot rot."""
+"""Keys of a recipe that its task does not read:
+refused, and kept from the run, so that the list of what is read cannot rot.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def test_every_task_says_what_it_reads_and_every_key_is_read_by_a_task():
 @pytest.mark.parametrize("smoke", [False, True])
 def test_shipped_recipes_state_only_what_their_task_reads(smoke):
     for name in recipe_names():
-        load_recipe(RECIPES / f"{name}.yaml", smoke=smoke, changes=["data.train=[a.log]"] if name == "logs_text" else [])
+        load_recipe(
+            RECIPES / f"{name}.yaml", smoke=smoke, changes=["data.train=[a.log]"] if name == "logs_text" else []
+        )
 
 
 @pytest.mark.parametrize(
@@ -60,7 +64,10 @@ def test_shipped_recipes_state_only_what_their_task_reads(smoke):
 )
 def test_a_key_that_the_task_does_not_read_is_refused_with_those_it_reads(tmp_path, task, key):
     name = re.escape(key.partition("=")[0])
-    words = rf"mine\.yaml: {name} is stated, but task '{task}' does not read it: remove it, or set task to one that reads it: \w.*"
+    words = (
+        rf"mine\.yaml: {name} is stated, but task '{task}' does not read it: remove it, or set task to one that "
+        r"reads it: \w.*"
+    )
     with pytest.raises(RecipeError, match=rf"{words}; all its keys: .*seed"):
         load(tmp_path, task, [key])
 
@@ -70,7 +77,9 @@ def test_a_key_of_the_file_its_smoke_section_or_an_entry_of_quality_is_refused_a
         with pytest.raises(RecipeError, match=r"speed\.length is stated, .* forecasting reads nothing of speed"):
             load(tmp_path, "forecasting", **more)
     entry = {"length": 512, "windows": 1, "budgets": [64], "decode_tokens": 0}
-    with pytest.raises(RecipeError, match=r"quality\.decode_tokens is stated, .*classification reads quality\.budgets, quality\.length"):
+    with pytest.raises(
+        RecipeError, match=r"quality\.decode_tokens is stated, .*classification reads quality\.budgets, quality\.length"
+    ):
         load(tmp_path, "classification", quality=[entry])
 
 
@@ -79,11 +88,15 @@ def test_a_run_sees_nothing_but_the_keys_that_its_task_reads(tmp_path, task):
     """So each run of a task in these tests is a proof: it would raise KeyError where it read another key."""
     recipe, known = load(tmp_path, task), defaults()
     for section in (name for name, value in known.items() if isinstance(value, dict) and value):
-        assert {f"{section}.{key}" for key in getattr(recipe, section)} == {key for key in READS[task] if key.startswith(f"{section}.")}
+        assert {f"{section}.{key}" for key in getattr(recipe, section)} == {
+            key for key in READS[task] if key.startswith(f"{section}.")
+        }
 
 
 def names_read(task):
-    """Texts and attributes that the sources of a task's run name: its classes, their helpers, the card and the templates."""
+    """Texts and attributes that the sources of a task's run name:
+    its classes, their helpers, the card and the templates.
+    """
     modules = [*(sys.modules[cls.__module__] for cls in TASKS[task].__mro__ if cls is not object), sizing, model_card]
     for module in modules:
         for node in ast.walk(ast.parse(inspect.getsource(module))):
@@ -97,6 +110,7 @@ def names_read(task):
 
 @pytest.mark.parametrize("task", sorted(READS))
 def test_the_code_of_a_task_names_every_key_that_it_is_said_to_read(task):
-    at_load = {"name", "task", "smoke", "packages", "distill.settings", "lora.settings"}  # read where the recipe is checked
+    # read where the recipe is checked
+    at_load = {"name", "task", "smoke", "packages", "distill.settings", "lora.settings"}
     names = set(names_read(task))
     assert {key for key in READS[task] - at_load if key.rpartition(".")[2] not in names} == set()

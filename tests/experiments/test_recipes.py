@@ -28,9 +28,24 @@ def load(tmp_path):
 
 
 def test_a_recipe_is_a_delta_against_the_defaults(load):
-    recipe = load({"name": "mine", "model": {"source": "x", "dtype": "float32"}, "distill": {"batches": 3, "settings": {"lr": 0.5}}})
-    assert recipe.name == "mine" and recipe.model == {"source": "x", "name": None, "hub_id": None, "license": None, "dtype": "float32"}
-    assert recipe.distill == {"context": 4096, "batches": 3, "packed": False, "settings": {"lr": 0.5}} and recipe.distillation.lr == 0.5
+    recipe = load(
+        {
+            "name": "mine",
+            "model": {"source": "x", "dtype": "float32"},
+            "distill": {"batches": 3, "settings": {"lr": 0.5}},
+        }
+    )
+    assert recipe.name == "mine" and recipe.model == {
+        "source": "x",
+        "name": None,
+        "hub_id": None,
+        "license": None,
+        "dtype": "float32",
+    }
+    assert (
+        recipe.distill == {"context": 4096, "batches": 3, "packed": False, "settings": {"lr": 0.5}}
+        and recipe.distillation.lr == 0.5
+    )
     assert recipe.lora["steps"] == 8 and recipe.quality[0].budgets == (512, 1024)
     assert recipe.raw["distill"]["batches"] == 3 and recipe.raw["lora"]["context"] == 4096
 
@@ -49,13 +64,22 @@ def test_a_list_replaces_the_default_list(load):
     ("changes", "message"),
     [
         ({"modle": {}}, r"the recipe has no key 'modle'; keys: .*model.*speed"),
-        ({"model": {"source": "x", "sorce": 1}}, r"model has no key 'sorce'; keys: dtype, hub_id, license, name, source"),
-        ({"speed": {"lenght": 1}}, r"speed has no key 'lenght'; keys: attention_repeats, decode_tokens, keys, length, repeats"),
+        (
+            {"model": {"source": "x", "sorce": 1}},
+            r"model has no key 'sorce'; keys: dtype, hub_id, license, name, source",
+        ),
+        (
+            {"speed": {"lenght": 1}},
+            r"speed has no key 'lenght'; keys: attention_repeats, decode_tokens, keys, length, repeats",
+        ),
         (
             {"quality": [{"length": 1024, "windows": 1, "budgets": [64]}, {"len": 1}]},
             r"quality\[1\] has no key 'len'; keys: budgets, .*windows",
         ),
-        ({"sparse_attention": {"blocksize": 16}}, r"sparse_attention has no field 'blocksize'; fields: block_size, .*bookkeeping"),
+        (
+            {"sparse_attention": {"blocksize": 16}},
+            r"sparse_attention has no field 'blocksize'; fields: block_size, .*bookkeeping",
+        ),
         ({"distill": {"settings": {"learning_rate": 1.0}}}, "learning_rate"),
         ({"lora": {"settings": {"rnk": 4}}}, "rnk"),
     ],
@@ -107,7 +131,9 @@ def test_a_file_that_is_not_utf_8_is_refused_by_name(tmp_path):
 
 def test_a_file_that_is_missing_is_named_with_the_recipes_of_this_package(tmp_path, monkeypatch):
     for wrong in (tmp_path / "mine.yaml", "dmeo", "defaults", "../recipes/demo"):
-        with pytest.raises(RecipeError, match=rf"{wrong}: no such file, and no recipe of this package, which are ablation, .*demo, "):
+        with pytest.raises(
+            RecipeError, match=rf"{wrong}: no such file, and no recipe of this package, which are ablation, .*demo, "
+        ):
             load_recipe(wrong)
     monkeypatch.chdir(tmp_path)
     assert load_recipe("demo").raw == load_recipe(RECIPES / "demo.yaml").raw
@@ -213,9 +239,14 @@ def test_changes_from_the_command_line(tmp_path):
     shutil.copy(RECIPES / "defaults.yaml", tmp_path)
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(LEAST))
     recipe = load_recipe(
-        tmp_path / "mine.yaml", changes=["data.train=[x.log, y.log]", "lora.settings.lr=0.5", "prompt=Hello: you", "seed=4"]
+        tmp_path / "mine.yaml",
+        changes=["data.train=[x.log, y.log]", "lora.settings.lr=0.5", "prompt=Hello: you", "seed=4"],
     )
-    assert recipe.data["train"] == ["x.log", "y.log"] and recipe.adaptation.lr == 0.5 and recipe.seed == recipe.adaptation.seed == 4
+    assert (
+        recipe.data["train"] == ["x.log", "y.log"]
+        and recipe.adaptation.lr == 0.5
+        and recipe.seed == recipe.adaptation.seed == 4
+    )
     assert recipe.raw["data"]["train"] == ["x.log", "y.log"]
     for change, message in (
         ("lora.steps", "must be key.path=value"),
@@ -254,7 +285,10 @@ def test_an_unknown_task_is_refused(load):
 @pytest.mark.parametrize(
     ("change", "value"),
     [
-        *[(f"lora.settings.{name}", value) for name, value in (("lr", "1e-4"), ("lr", "1E-4"), ("kl_weight", "+1.5e-1"), ("rank", "1e1"))],
+        *[
+            (f"lora.settings.{name}", value)
+            for name, value in (("lr", "1e-4"), ("lr", "1E-4"), ("kl_weight", "+1.5e-1"), ("rank", "1e1"))
+        ],
         *[("distill.settings.lr", value) for value in ("1e-3", ".5", "1.", "0x1")],
         *[("lora.steps", value) for value in ("1e3", "1_000", "0o17", "+7")],
         ("data.split", "5e-1"),
@@ -298,7 +332,8 @@ def test_what_looks_like_another_kind_is_refused_with_the_fix(load, change, mess
 
 
 @pytest.mark.parametrize(
-    "name", ["../x", "/tmp/x", "a/b", "a\\b", "..", ".", ".hidden", "", "con", "NUL.txt", "x" * 100, "a[b]", "a\nb", "x."]
+    "name",
+    ["../x", "/tmp/x", "a/b", "a\\b", "..", ".", ".hidden", "", "con", "NUL.txt", "x" * 100, "a[b]", "a\nb", "x."],
 )
 def test_a_name_that_is_no_name_of_a_folder_is_refused(load, name):
     with pytest.raises(RecipeError, match="name is "):
@@ -308,20 +343,43 @@ def test_a_name_that_is_no_name_of_a_folder_is_refused(load, name):
 @pytest.mark.parametrize(
     "argument",
     [
-        *("hub_token", "output_dir", "deepspeed", "fsdp", "fsdp_config", "accelerator_config", "logging_dir", "resume_from_checkpoint"),
-        *("auto_find_batch_size", "torch_compile_backend", "debug", "no_such_argument", "do_eval", "ddp_backend", "liger_kernel_config"),
+        *(
+            "hub_token",
+            "output_dir",
+            "deepspeed",
+            "fsdp",
+            "fsdp_config",
+            "accelerator_config",
+            "logging_dir",
+            "resume_from_checkpoint",
+        ),
+        *(
+            "auto_find_batch_size",
+            "torch_compile_backend",
+            "debug",
+            "no_such_argument",
+            "do_eval",
+            "ddp_backend",
+            "liger_kernel_config",
+        ),
     ],
 )
 @pytest.mark.parametrize("network", [False, True])
 def test_training_arguments_are_those_of_a_list(load, argument, network, tmp_path):
     load()
-    changes = [f"{{}}.{argument}=x".format(section) for section in ("lora.settings.training_arguments", "series.pretrain")]
+    changes = [
+        f"{{}}.{argument}=x".format(section) for section in ("lora.settings.training_arguments", "series.pretrain")
+    ]
     for change in changes:
-        with pytest.raises(RecipeError, match=rf"{change[:-2]} is not allowed in a recipe; allowed: adam_beta1, .*weight_decay"):
+        with pytest.raises(
+            RecipeError, match=rf"{change[:-2]} is not allowed in a recipe; allowed: adam_beta1, .*weight_decay"
+        ):
             load_recipe(tmp_path / "mine.yaml", changes=[change], network=network)
 
 
-@pytest.mark.parametrize("argument", ["push_to_hub=true", "hub_model_id=a/b", "report_to=[wandb]", "hub_strategy=end", "run_name=x"])
+@pytest.mark.parametrize(
+    "argument", ["push_to_hub=true", "hub_model_id=a/b", "report_to=[wandb]", "hub_strategy=end", "run_name=x"]
+)
 @pytest.mark.parametrize("section", ["lora.settings.training_arguments", "series.pretrain"])
 def test_what_reaches_the_network_needs_the_flag(load, argument, section, tmp_path):
     load({"task": "forecasting", "data": {"train": ["a.csv"], "split": 0.5}})
@@ -334,7 +392,10 @@ def test_what_reaches_the_network_needs_the_flag(load, argument, section, tmp_pa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("series.model.auto_map={}", r"series\.model\.auto_map is not allowed in a recipe; allowed: activation_function"),
+        (
+            "series.model.auto_map={}",
+            r"series\.model\.auto_map is not allowed in a recipe; allowed: activation_function",
+        ),
         ("series.model.d_model=big", r"series\.model\.d_model is 'big': must be a whole number"),
         ("sparse_attention.bookkeeping={trained: true}", "bookkeeping is written by this package"),
         ("model.trust_remote_code=true", "model has no key 'trust_remote_code'"),
@@ -384,15 +445,22 @@ HEX = "0123456789abcdef" * 4
 
 def test_every_package_of_a_recipe_has_its_hash(load):
     source, deb = "pypi:notes==1.0:**/*.txt", "c-api=deb:some-doc:usr/*.txt"
-    with pytest.raises(RecipeError, match=r"data\.train\[0\] is 'pypi:notes==1\.0:.*packages has no sha256 of pypi:notes==1\.0: add it"):
+    with pytest.raises(
+        RecipeError, match=r"data\.train\[0\] is 'pypi:notes==1\.0:.*packages has no sha256 of pypi:notes==1\.0: add it"
+    ):
         load({"data": {"train": [source], "eval": ["b.txt"]}})
     with pytest.raises(RecipeError, match=r"packages\.pypi:notes==1\.0 is 'abc': must be a sha256"):
         load({"data": {"train": [source], "eval": ["b.txt"]}, "packages": {"pypi:notes==1.0": "abc"}})
     known = {"pypi:notes==1.0": HEX.upper(), "deb:some-doc": None}
     recipe = load({"model": {"source": source}, "data": {"train": [source, deb], "eval": ["b.txt"]}, "packages": known})
-    assert recipe.data["train"] == [f"pypi:notes==1.0@sha256={HEX}:**/*.txt", deb] and recipe.model["source"] == recipe.data["train"][0]
+    assert (
+        recipe.data["train"] == [f"pypi:notes==1.0@sha256={HEX}:**/*.txt", deb]
+        and recipe.model["source"] == recipe.data["train"][0]
+    )
     assert recipe.raw["data"]["train"] == [source, deb]  # what results and cards show
-    assert load({"data": {"train": [recipe.data["train"][0]], "eval": ["b.txt"]}}).data["train"] == [recipe.data["train"][0]]
+    assert load({"data": {"train": [recipe.data["train"][0]], "eval": ["b.txt"]}}).data["train"] == [
+        recipe.data["train"][0]
+    ]
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -420,11 +488,21 @@ def test_every_default_that_is_null_says_what_else_it_may_be():
 
 @pytest.mark.parametrize("name", ["two stages by corrected threshold", "two stages by top-p"])
 def test_a_selection_that_lost_says_what_to_use_instead(load, name):
-    with pytest.raises(RecipeError, match=rf"names '{name}'; known: .*'{name}' was removed \(.*use 'two stages by threshold'"):
-        load({"quality": [{"length": 4096, "windows": 1, "budgets": [64], "selections": ["oracle", "window + sink", name]}]})
+    with pytest.raises(
+        RecipeError, match=rf"names '{name}'; known: .*'{name}' was removed \(.*use 'two stages by threshold'"
+    ):
+        load(
+            {
+                "quality": [
+                    {"length": 4096, "windows": 1, "budgets": [64], "selections": ["oracle", "window + sink", name]}
+                ]
+            }
+        )
 
 
 def test_the_target_of_an_old_recipe_is_the_mass_or_an_error(load):
     assert load({"distill": {"settings": {"target": "mass"}}}).distill["settings"] == {}
-    with pytest.raises(RecipeError, match=r"distill\.settings\.target is 'max': routers learn the block mass .*: leave target out"):
+    with pytest.raises(
+        RecipeError, match=r"distill\.settings\.target is 'max': routers learn the block mass .*: leave target out"
+    ):
         load({"distill": {"settings": {"target": "max"}}})

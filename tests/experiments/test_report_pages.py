@@ -69,7 +69,8 @@ class Tree(HTMLParser):
 
 @pytest.fixture(scope="module", params=REPORTS)
 def page(request, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:  # drawing takes longer than everything else; test_reports_in_a_browser looks at figures
+    # drawing takes longer than everything else; test_reports_in_a_browser looks at figures
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "figure", lambda *_, **__: "data:image/svg+xml;base64,AAAA")
         return Tree(written_report(request.param, tmp_path_factory.mktemp("pages")).read_text(encoding="utf-8")).root
 
@@ -79,7 +80,9 @@ def test_a_page_says_what_it_is(page):
     assert html["lang"] == "en"
     (title,), (heading,) = page.named("title"), page.named("h1")
     assert len(title.text) > 20 and len(heading.text) > 10
-    assert [m["content"] for m in page.named("meta") if m.get("name") == "viewport"] == ["width=device-width, initial-scale=1"]
+    assert [m["content"] for m in page.named("meta") if m.get("name") == "viewport"] == [
+        "width=device-width, initial-scale=1"
+    ]
     levels = [HEADINGS.index(h.tag) for h in page.named(*HEADINGS)]
     assert all(after <= before + 1 for before, after in pairwise(levels))
     assert len(page.named("main")) == 1
@@ -108,7 +111,9 @@ def test_tables_are_named_and_their_headers_have_a_scope(page):
 
 def test_figures_are_named_and_described(page):
     for image in page.named("img"):
-        assert image["alt"] and image.parent["aria-label"] == f"Figure: {image['alt']}" and image.parent["tabindex"] == "0"
+        assert (
+            image["alt"] and image.parent["aria-label"] == f"Figure: {image['alt']}" and image.parent["tabindex"] == "0"
+        )
         figure = next(element for element in image.around() if element.tag == "figure")
         assert len(figure.named("figcaption")[0].text) > 20
 

@@ -16,11 +16,13 @@ pytestmark = [
 DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844, "mobile": True}
 LEAST_TEXT, LEAST_CONTRAST = 14, 4.5  # CSS pixels; WCAG 2.2, 1.4.3
 
-# Lists what a reader would stumble over. Text of a figure is read from its SVG and scaled as the page scales the figure.
+# Lists what a reader would stumble over. Text of a figure is read from its SVG and scaled as the page scales the
+# figure.
 MEASURE = r"""
 (() => {
   const root = document.documentElement, width = root.clientWidth;
-  const name = e => e.tagName.toLowerCase() + (e.className ? "." + e.className : "") + ": " + (e.alt || e.textContent).trim().slice(0, 40);
+  const name = e => e.tagName.toLowerCase() + (e.className ? "." + e.className : "") + ": " +
+    (e.alt || e.textContent).trim().slice(0, 40);
   const all = [...document.body.querySelectorAll("*")].filter(e => e.getClientRects().length);
   const boxed = e => e.parentElement.closest(".scroll");
   const outside = all.filter(e => {
@@ -97,7 +99,8 @@ def test_a_report_is_readable(browser, page, screen):
     assert not measured["figures"] or len(measured["drawn"]) > 10 * measured["figures"]  # their texts are texts
 
 
-FAULTY = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"></head>
+FAULTY = """<!doctype html><html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"></head>
 <body><p style="width:700px">wide</p><p style="font-size:10px">small</p><p style="color:#aaa">faint</p>
 <img alt="lost" src="data:image/png;base64,AAAA"><table><tr><td>loose</td></tr></table>
 <div class="scroll" style="overflow-x:auto"><img alt="drawn" width="100" src="data:image/svg+xml;base64,SVG"></div>

@@ -22,12 +22,25 @@ from hf_sparse_attn.training.distillation import load_router_state
 
 
 def reading(selection, document, kl, domain="a"):
-    return {"domain": domain, "length": 64, "keys": 16, "selection": selection, "document": document, "kl": kl, "loss": 1 + kl}
+    return {
+        "domain": domain,
+        "length": 64,
+        "keys": 16,
+        "selection": selection,
+        "document": document,
+        "kl": kl,
+        "loss": 1 + kl,
+    }
 
 
 def test_shares_lie_between_the_window_and_the_oracle():
     readings = [reading("window + sink", d, kl) for d, kl in (("x", 0.5), ("y", 0.7))]
-    readings += [reading("oracle", "x", 0.1), reading("oracle", "y", 0.1), reading("mine", "x", 0.2), reading("mine", "y", 0.3)]
+    readings += [
+        reading("oracle", "x", 0.1),
+        reading("oracle", "y", 0.1),
+        reading("mine", "x", 0.2),
+        reading("mine", "y", 0.3),
+    ]
     rows = {row["selection"]: row for row in robustness_table(readings)}
     assert rows["window + sink"]["share"]["share"] == 0 and rows["oracle"]["share"]["share"] == 1
     assert rows["mine"]["share"]["share"] == pytest.approx(0.35 / 0.5) and rows["mine"]["n"] == 2
@@ -63,28 +76,37 @@ def test_every_domain_and_length_is_read_with_all_routers(recipe, tmp_path):
     results = run_recipe(load_recipe(recipe), tmp_path / "run", Terminal(io.StringIO()))
     base = ("oracle", "window + sink", "untrained")
     assert [(row["domain"], row["selection"]) for row in results["domains"]] == [
-        (domain, name) for domain in ("one", "two") for name in (*base, "trained on one, 200 tokens", "trained on two, 200 tokens")
+        (domain, name)
+        for domain in ("one", "two")
+        for name in (*base, "trained on one, 200 tokens", "trained on two, 200 tokens")
     ]
     assert [(row["length"], row["keys"], row["selection"]) for row in results["lengths"]] == [
         (n, keys, name)
         for n, keys in ((200, 80), (400, 96))
         for name in (*base, "trained on one, 200 tokens", "trained on one, 400 tokens")
     ]
-    assert len(results["routers-one-200"]["documents"]) == 4 and len(results["routers-one-400"]["documents"]) == 2  # as many tokens
+    # as many tokens
+    assert len(results["routers-one-200"]["documents"]) == 4 and len(results["routers-one-400"]["documents"]) == 2
     html = (tmp_path / "run" / "report.html").read_text()
     assert "Other kinds of text" in html and html.count('class="learned"') == 2 + 2  # its own routers
 
     # one reading, made anew from the files that the run left
     state = tmp_path / "run" / "state"
-    model = AutoModelForCausalLM.from_pretrained(state / "base", sparse_attention=load_recipe(recipe).sparse_attention).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        state / "base", sparse_attention=load_recipe(recipe).sparse_attention
+    ).eval()
     load_router_state(model, load_file(state / "two-200.safetensors"))
     set_sparse_attention(model, min_keys=80, max_keys=80)
     text = (state / "texts/one/eval/000-0.txt").read_text()
     ids = AutoTokenizer.from_pretrained(state / "base")(text, return_tensors="pt")["input_ids"][:, 200:400]
     window = Window("w", ids)
-    result = predictions(model, window.ids, last_hidden(model, ids, SparseCall()), last_hidden(model, ids, SparseCall(dense=True)))
+    result = predictions(
+        model, window.ids, last_hidden(model, ids, SparseCall()), last_hidden(model, ids, SparseCall(dense=True))
+    )
     kept = [r for r in results["domain-one"]["readings"] if r["selection"] == "trained on two, 200 tokens"]
-    assert kept[1]["kl"] == pytest.approx(result.kl, rel=1e-3) and kept[1]["loss"] == pytest.approx(result.loss, rel=1e-5)
+    assert kept[1]["kl"] == pytest.approx(result.kl, rel=1e-3) and kept[1]["loss"] == pytest.approx(
+        result.loss, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(

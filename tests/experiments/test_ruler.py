@@ -1,4 +1,6 @@
-"""The tasks of RULER on a haystack of one's own: what the question asks for can be read off the text, and nothing else."""
+"""The tasks of RULER on a haystack of one's own:
+what the question asks for can be read off the text, and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,10 @@ def haystack(length=N):
 def asked(task, seed=0, length=N):
     (question,) = ruler([haystack(length)], Characters(), seed, task)
     answer = int((question.labels >= 0).sum())
-    assert torch.equal(question.labels[-answer:], question.input_ids[-answer:]) and (question.labels[:-answer] == -100).all()
+    assert (
+        torch.equal(question.labels[-answer:], question.input_ids[-answer:])
+        and (question.labels[:-answer] == -100).all()
+    )
     assert len(question.input_ids) == length and question.task == task and question.document == "hay[0]"
     text = Characters.decode(question.input_ids)
     return text[:-answer], text[-answer:], question

@@ -22,7 +22,13 @@ from hf_sparse_attn.experiments.tasks import language_model
 from hf_sparse_attn.system.terminal import Terminal
 
 SMOLLM2 = {
-    **{"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3},
+    **{
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    },
     **{"vocab_size": 49152, "tie_word_embeddings": True},
 }
 
@@ -68,7 +74,9 @@ def test_a_fast_machine_runs_all_and_a_slow_one_what_fits(demo, fast, slow):
     assert MARGIN * sum(predicted.values()) <= 60 * demo.minutes < MARGIN * sum(seconds(demo, slow).values())
     assert recipe.distill["batches"] >= 8 and recipe.lora["steps"] == 4 and recipe.speed["length"] >= 4096
     assert [entry.length for entry in recipe.quality] == [4096] and "quality at 8192 tokens" in left_out
-    assert "speed at 4096 tokens in place of 16384" in left_out and len({text.split()[0] for text in left_out}) == len(left_out)
+    assert "speed at 4096 tokens in place of 16384" in left_out and len({text.split()[0] for text in left_out}) == len(
+        left_out
+    )
     assert at_size(demo, json.loads(json.dumps(size_of(recipe)))) == recipe
 
 
@@ -88,11 +96,22 @@ def tiny(llama_folder, random_words, real_budget, tmp_path):
         (tmp_path / f"{name}.txt").write_text(random_words(count, seed=seed))
     shutil.copy(RECIPES / "defaults.yaml", tmp_path)
     values = {
-        **{"name": "tiny", "minutes": 5, "model": {"source": str(llama_folder), "dtype": "float32"}, "sparse_attention": real_budget},
+        **{
+            "name": "tiny",
+            "minutes": 5,
+            "model": {"source": str(llama_folder), "dtype": "float32"},
+            "sparse_attention": real_budget,
+        },
         "data": {"train": [str(tmp_path / "train.txt")], "eval": [str(tmp_path / "eval.txt")]},
         **{"distill": {"context": 256, "batches": 6}, "lora": {"steps": 0}, "speed": {"length": 0}},
         "quality": [
-            {"length": 256, "windows": 2, "budgets": [80], "decode_tokens": 0, "selections": ["oracle", "two stages", "window + sink"]}
+            {
+                "length": 256,
+                "windows": 2,
+                "budgets": [80],
+                "decode_tokens": 0,
+                "selections": ["oracle", "two stages", "window + sink"],
+            }
         ],
     }
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
@@ -131,5 +150,8 @@ def test_impossible_times_are_refused(tiny):
     for value, message in ((0, "minutes is 0.0: must be a number > 0"), ("soon", "minutes is 'soon'")):
         with pytest.raises(RecipeError, match=message):
             load_recipe(tiny, changes=[f"minutes={value}"])
-    with pytest.raises(RecipeError, match=r"minutes is 5(\.0)?: only runs of task causal_lm are sized by time, this is of task questions"):
+    with pytest.raises(
+        RecipeError,
+        match=r"minutes is 5(\.0)?: only runs of task causal_lm are sized by time, this is of task questions",
+    ):
         load_recipe(tiny, changes=["task=questions"])

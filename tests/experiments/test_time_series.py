@@ -33,7 +33,9 @@ def table(steps=1600, machines=("a", "b"), seed=0):
     for name in machines:
         time = pd.date_range("2024-01-01", periods=steps, freq="10min", tz="UTC").astype(str)
         wave = np.sin(np.arange(steps) / 20)
-        frames.append(pd.DataFrame({"t": time, "m": name, "x": 5 + 2 * wave + generator.normal(size=steps), "y": wave * 100}))
+        frames.append(
+            pd.DataFrame({"t": time, "m": name, "x": 5 + 2 * wave + generator.normal(size=steps), "y": wave * 100})
+        )
     return pd.concat(frames, ignore_index=True)
 
 
@@ -56,7 +58,9 @@ def test_channels_are_normalised_by_what_trains(write, name):
     assert result.channels == ["x", "y"] and [s.machine for s in result.series] == ["a", "b"]
     raw = np.stack([frame[frame.m == m][["x", "y"]].to_numpy() for m in "ab"])
     trained = raw[:, :1200].reshape(-1, 2)
-    assert result.mean == pytest.approx(trained.mean(0).tolist()) and result.deviation == pytest.approx(trained.std(0).tolist())
+    assert result.mean == pytest.approx(trained.mean(0).tolist()) and result.deviation == pytest.approx(
+        trained.std(0).tolist()
+    )
     assert [s.trained for s in result.series] == [1200, 1200]
     np.testing.assert_allclose(result.series[1].values.numpy(), (raw[1] - trained.mean(0)) / trained.std(0), atol=1e-5)
 
@@ -118,7 +122,11 @@ def test_a_row_without_its_machine_is_refused(write):
         (lambda f: f.assign(x="on"), ("t", "m", []), r"channel 'x' holds 'on', not numbers"),
         (lambda f: f.assign(t="noon"), ("t", "m", []), r"column 't' holds 'noon', which is no time stamp"),
         (lambda f: f.assign(y=3.0), ("t", "m", []), r"'y' holds the same number throughout"),
-        (lambda f: f.assign(x=f.x.where(f.index % 2 == 0)), ("t", "m", []), r"channel 'x' lacks 50% of its 3200 numbers"),
+        (
+            lambda f: f.assign(x=f.x.where(f.index % 2 == 0)),
+            ("t", "m", []),
+            r"channel 'x' lacks 50% of its 3200 numbers",
+        ),
         (lambda f: f.assign(x=f.x.where((f.m == "a") | (f.index % 8 > 8))), ("t", "m", []), r"'x' lacks 50%"),
     ],
 )
@@ -161,13 +169,17 @@ def written(form, stamps=HOURS):
 
 STAMPS = {
     "epoch s at 10 Hz": [1.7e9 + i / 10 for i in range(80)],
-    **{f"epoch {unit}": [int(1.7e9 * factor) + i * factor // 10 for i in range(80)] for unit, factor in (("ms", 1000), ("ns", 10**9))},
+    **{
+        f"epoch {unit}": [int(1.7e9 * factor) + i * factor // 10 for i in range(80)]
+        for unit, factor in (("ms", 1000), ("ns", 10**9))
+    },
     "Excel days": [45000 + i / 24 for i in range(80)],
     "a counter": range(80),
     "isoformat with and without fractions": [stamp.tz_localize(None).isoformat() for stamp in TENTHS],
     "isoformat with Z": [stamp.tz_localize(None).isoformat() + "Z" for stamp in TENTHS],
     "an autumn night with offsets": [
-        stamp.isoformat() for stamp in pd.date_range("2024-10-26T22:00Z", periods=80, freq="10min").tz_convert("Europe/Berlin")
+        stamp.isoformat()
+        for stamp in pd.date_range("2024-10-26T22:00Z", periods=80, freq="10min").tz_convert("Europe/Berlin")
     ],
     "nanoseconds": [f"2024-01-01T00:00:00.{i:09}" for i in range(80)],
     "compact": written("%Y%m%dT%H%M%SZ"),
@@ -196,8 +208,15 @@ AMBIGUOUS = [f"{day:02}.{month:02}.2024" for month in (1, 2) for day in range(1,
 @pytest.mark.parametrize(
     ("stamps", "message"),
     [
-        (AMBIGUOUS, r"s\.csv, row 1: column 't' holds '02\.01\.2024', which may have the day or the month first.*set series\.time_format"),
-        (["13.01.2024", "01.13.2024"], r"row 1: .*'01\.13\.2024', which has the month first, and '13\.01\.2024' the day"),
+        (
+            AMBIGUOUS,
+            r"s\.csv, row 1: column 't' holds '02\.01\.2024', which may have the day or the month first.*set "
+            r"series\.time_format",
+        ),
+        (
+            ["13.01.2024", "01.13.2024"],
+            r"row 1: .*'01\.13\.2024', which has the month first, and '13\.01\.2024' the day",
+        ),
         (["2024-01-02", "03.01.2024"], r"row 1: .* is written in another way than '2024-01-02'"),
         (["2024-01-02T00:00", "2024-01-03T00:00Z"], r"row 0: .* has no offset from UTC, while others have one"),
         (["01012024", "02012024"], r"row 0: .* may be a date or a time, or a number: set series\.time_format"),
@@ -211,7 +230,10 @@ AMBIGUOUS = [f"{day:02}.{month:02}.2024" for month in (1, 2) for day in range(1,
         (["2024-01-01", ""], r"row 1: column 't' holds '', which is empty: fill it"),
         ([1.7e9, 1.7e9 + 1, "inf"], r"row 2: column 't' holds 'inf', which is no time stamp"),
         ([1.7e9, 1.7e9 + 1, "x"], r"row 2: column 't' holds 'x', which is no number, as most others are"),
-        ([1700000000, 1700000001000], r"row 1: .*'1700000001000', which is in another unit than 1700000000: write all in one"),
+        (
+            [1700000000, 1700000001000],
+            r"row 1: .*'1700000001000', which is in another unit than 1700000000: write all in one",
+        ),
         (
             ["2024-01-01"] * 8 + ["2024-01-02"] * 8,
             r"s\.csv: 14 of 16 rows have the time stamp of another row in column 't', but other numbers",
@@ -224,9 +246,15 @@ def test_time_stamps_that_do_not_tell_their_order_are_refused(stamps, message, v
 
 
 def test_a_format_tells_what_the_stamps_do_not(values_of):
-    for stamps, form in ((AMBIGUOUS, "%d.%m.%Y"), (written("%d%m%Y %H"), "%d%m%Y %H"), (written("%d.%m.%y %H"), "%d.%m.%y %H")):
+    for stamps, form in (
+        (AMBIGUOUS, "%d.%m.%Y"),
+        (written("%d%m%Y %H"), "%d%m%Y %H"),
+        (written("%d.%m.%y %H"), "%d.%m.%y %H"),
+    ):
         assert values_of(stamps, form)[0] == list(range(len(stamps)))
-    with pytest.raises(SourceError, match=r"row 0: .*'01\.01\.2024', which is not written as series\.time_format '%Y' says"):
+    with pytest.raises(
+        SourceError, match=r"row 0: .*'01\.01\.2024', which is not written as series\.time_format '%Y' says"
+    ):
         values_of(AMBIGUOUS, "%Y")
     with pytest.raises(SourceError, match=r"series\.time_format '%Q' is no format of time stamps"):
         values_of(AMBIGUOUS, "%Q")
@@ -241,7 +269,9 @@ def test_the_order_of_a_date_is_told_from_all_files(write):
 
 
 def test_an_hour_that_local_time_repeats_is_counted_and_told(values_of, caplog):
-    stamps = pd.date_range("2024-10-20", periods=2000, freq="10min", tz="UTC").tz_convert("Europe/Berlin").tz_localize(None)
+    stamps = (
+        pd.date_range("2024-10-20", periods=2000, freq="10min", tz="UTC").tz_convert("Europe/Berlin").tz_localize(None)
+    )
     values, result = values_of([stamp.isoformat() for stamp in stamps])
     assert len(values) == 1994 and result.report()["repeated"] == 6 and result.report()["reordered"] > 0
     assert "6 that had the time stamp of another row dropped" in caplog.text
@@ -264,7 +294,9 @@ def test_names_of_machines_are_texts(write):
     assert sorted(s.machine for s in read_series([write(frame)], 0.5, "t", "m", []).series) == ["007", "7", "NA"]
 
 
-@pytest.mark.parametrize("options", [{"encoding": "utf-8-sig", "end": "\r\n"}, {"separator": ";"}, {"separator": "\t"}, {"end": "\r"}])
+@pytest.mark.parametrize(
+    "options", [{"encoding": "utf-8-sig", "end": "\r\n"}, {"separator": ";"}, {"separator": "\t"}, {"end": "\r"}]
+)
 def test_tables_of_other_programs_are_read(options, values_of):
     assert values_of(written("%Y-%m-%d %H:%M"), **options)[0] == list(range(80))
 
@@ -299,7 +331,9 @@ def test_training_rows_end_before_what_is_evaluated(write):
     assert len(rows) == 200 and rows.places == SeriesRows(result, 500, 40, 200, seed=3).places
     assert {which for which, _ in rows.places} == {0, 1} and max(start for _, start in rows.places) + 540 <= 1200
     which, start = rows.places[7]
-    assert torch.equal(torch.cat([rows[7]["past_values"], rows[7]["future_values"]]), rows.series[which].values[start : start + 540])
+    assert torch.equal(
+        torch.cat([rows[7]["past_values"], rows[7]["future_values"]]), rows.series[which].values[start : start + 540]
+    )
     evaluated = evaluation_rows(result, 300, 40, 5)
     assert [name for name, _ in evaluated] == ["a[1200]", "b[1200]", "a[1230]", "b[1230]", "a[1260]"]
     with pytest.raises(SourceError, match=r"a row needs 1300 steps \(1260 \+ 40\), the longest training part has 1200"):
@@ -316,7 +350,14 @@ def recipe_values(path):
         "name": "tiny",
         "task": "forecasting",
         "model": {"source": "new:patchtst", "license": "mit", "dtype": "float32"},
-        "sparse_attention": {"query_tile": 16, "min_keys": 96, "density": 0.01, "sink": 16, "local": 16, "dense_below": 0},
+        "sparse_attention": {
+            "query_tile": 16,
+            "min_keys": 96,
+            "density": 0.01,
+            "sink": 16,
+            "local": 16,
+            "dense_below": 0,
+        },
         "data": {"train": [path], "split": 0.6},
         "series": {
             **{"time": "t", "machine": "m", "patch": 4, "horizon": 8, "period": 126},
@@ -326,7 +367,9 @@ def recipe_values(path):
         "distill": {"context": 140, "batches": 2},
         "lora": {"context": 140, "steps": 2, "settings": {"rank": 2, "target_modules": ["q_proj", "k_proj", "v_proj"]}},
         "compare": {"before": True, "dense_lora": True},
-        "quality": [{"length": 140, "windows": 2, "budgets": [96], "selections": ["oracle", "two stages", "window + sink"]}],
+        "quality": [
+            {"length": 140, "windows": 2, "budgets": [96], "selections": ["oracle", "two stages", "window + sink"]}
+        ],
     }
 
 
@@ -349,12 +392,28 @@ def quiet():
 def test_a_forecasting_run_ends_with_a_sparse_model_its_card_and_a_table(recipe, tmp_path):
     results = run_recipe(recipe(), tmp_path / "run", quiet())
     scores = results["evaluation"]["scores"]
-    assert {(s["keys"], s["selection"]) for s in scores} == {(None, "dense"), (96, "oracle"), (96, "two stages"), (96, "window + sink")}
+    assert {(s["keys"], s["selection"]) for s in scores} == {
+        (None, "dense"),
+        (96, "oracle"),
+        (96, "two stages"),
+        (96, "window + sink"),
+    }
     assert all(len([s for s in scores if s["selection"] == name]) == 2 for name in ("dense", "two stages"))
-    assert all(np.isfinite(s["mse"]) for s in scores) and len({s["mse"] for s in scores if s["row"] == scores[0]["row"]}) > 2
+    assert (
+        all(np.isfinite(s["mse"]) for s in scores)
+        and len({s["mse"] for s in scores if s["row"] == scores[0]["row"]}) > 2
+    )
     [shown] = results["tables"]
-    assert [row[0] for row in shown["rows"]] == ["last value", "one period before", "dense", "oracle", "two stages", "window + sink"]
-    assert results["distill"]["log"][-1]["kl_coarse"] > 0 and results["lora"]["log"][0]["kl"] > 0  # the routers do see the layers
+    assert [row[0] for row in shown["rows"]] == [
+        "last value",
+        "one period before",
+        "dense",
+        "oracle",
+        "two stages",
+        "window + sink",
+    ]
+    # the routers do see the layers
+    assert results["distill"]["log"][-1]["kl_coarse"] > 0 and results["lora"]["log"][0]["kl"] > 0
     model = hf_sparse_attn.sparse_class(PatchTSTForPrediction).from_pretrained(tmp_path / "run" / "model")
     assert type(model).__name__ == "SparsePatchTSTForPrediction"
     card, html = (tmp_path / "run" / "model" / "README.md").read_text(), (tmp_path / "run" / "report.html").read_text()
@@ -383,7 +442,10 @@ def test_a_run_continues_with_the_same_curves(recipe, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lora": {"context": 150}}, r"one length: distill.context, lora.context and quality\[0\].length, got \[140, 150\]"),
+        (
+            {"lora": {"context": 150}},
+            r"one length: distill.context, lora.context and quality\[0\].length, got \[140, 150\]",
+        ),
         ({"series": {"time": "t", "machine": "m", "patch": 4, "horizon": 8}}, r"series.pretrain.max_steps must say"),
         ({"data": {"train": ["x.csv"], "eval": ["y.csv"]}}, r"set data.split"),
     ],
@@ -395,7 +457,9 @@ def test_impossible_recipes_are_refused_before_anything_is_trained(recipe, tmp_p
 
 def test_errors_are_paired_with_the_same_rows_of_the_reference():
     scores = [{"row": r, "keys": 8, "selection": "x", "mse": m, "mae": 1.0} for r, m in (("a", 1.0), ("b", 3.0))]
-    reference = [{"row": r, "keys": None, "selection": "dense", "mse": m, "mae": 1.0} for r, m in (("b", 2.0), ("a", 2.0))]
+    reference = [
+        {"row": r, "keys": None, "selection": "dense", "mse": m, "mae": 1.0} for r, m in (("b", 2.0), ("a", 2.0))
+    ]
     [row] = forecast_table(scores, reference)
     assert (row["n"], row["mse"], row["over_reference"]["ratio"]) == (2, 2.0, 1.0)
     assert row["over_reference"]["low"] == 0.5 and row["over_reference"]["high"] == 1.5

@@ -30,9 +30,11 @@ def assert_close_to_largest(got, want, tolerance):
 
 
 def assert_same_sums(got, want, terms):
-    """Sums of the same ``terms`` numbers in another order differ by no more than ``terms`` times epsilon of the largest sum.
+    """Sums of the same ``terms`` numbers in another order differ by no more than ``terms`` times epsilon of the largest
+    sum.
 
-    Of n terms of random sign and size t a sum is about √n·t, and the rounding of its n partial sums about ε·n·t, √n·ε of it:
-    the bound leaves √n standard deviations to whatever order a processor sums in. A term that is missing is 1/√n to 1/n of a sum.
+    Of n terms of random sign and size t a sum is about √n·t, and the rounding of its n partial sums about ε·n·t, √n·ε
+    of it: the bound leaves √n standard deviations to whatever order a processor sums in. A term that is missing is 1/√n
+    to 1/n of a sum.
     """
     assert_close_to_largest(got, want, terms * torch.finfo(want.dtype).eps)

@@ -19,7 +19,14 @@ from helpers.paths import ROOT
 
 UNPACKED = ROOT / ".venv" / "chromium"  # by `make test-browser`
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run", "--remote-debugging-pipe")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--hide-scrollbars",
+    "--no-first-run",
+    "--remote-debugging-pipe",
+)
 READ_END, WRITE_END = 3, 4  # the descriptors that Chromium reads commands from and writes answers to
 PATIENCE = 60  # seconds for one answer
 
@@ -34,7 +41,9 @@ def find_browser() -> Path | None:
 def _environment(browser: Path) -> dict[str, str]:
     """Libraries that were unpacked beside the browser are not where the loader looks."""
     libraries = browser.parents[1]
-    folders = [folder for folder in libraries.glob("*-linux-gnu*") if folder.is_dir()] if UNPACKED in browser.parents else []
+    folders = (
+        [folder for folder in libraries.glob("*-linux-gnu*") if folder.is_dir()] if UNPACKED in browser.parents else []
+    )
     folders += [folder / "pulseaudio" for folder in folders]
     return {**os.environ, "LD_LIBRARY_PATH": ":".join(map(str, folders))}
 
@@ -57,7 +66,8 @@ class Browser:
         commands, self.commands = os.pipe()
         self.answers, answers = os.pipe()
 
-        def place() -> None:  # in the child: first out of the way, for a pipe may have got one of the two numbers itself
+        # in the child: first out of the way, for a pipe may have got one of the two numbers itself
+        def place() -> None:
             ends = [os.dup(end) for end in (commands, answers)]
             while any(end in (READ_END, WRITE_END) for end in ends):
                 ends = [os.dup(end) for end in ends]
@@ -81,7 +91,9 @@ class Browser:
     def __enter__(self) -> Browser:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.process.terminate()
         self.process.wait(PATIENCE)
         os.close(self.commands)
@@ -94,7 +106,14 @@ class Browser:
         session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self._call(f"{domain}.enable", session)
-        self._call("Emulation.setDeviceMetricsOverride", session, width=width, height=height, deviceScaleFactor=1, mobile=mobile)
+        self._call(
+            "Emulation.setDeviceMetricsOverride",
+            session,
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=mobile,
+        )
         self.events.clear()
         self._call("Page.navigate", session, url=page.absolute().as_uri())
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
@@ -119,7 +138,9 @@ class Browser:
         return [message for event in self.events if (message := text(event)) is not None]
 
     def _requests(self, page: Path) -> list[str]:
-        sent = [event["params"]["request"]["url"] for event in self.events if event["method"] == "Network.requestWillBeSent"]
+        sent = [
+            event["params"]["request"]["url"] for event in self.events if event["method"] == "Network.requestWillBeSent"
+        ]
         return [url for url in sent if url != page.absolute().as_uri() and not url.startswith("data:")]
 
     def _call(self, method: str, session: str | None = None, **params: Any) -> dict[str, Any]:
@@ -139,7 +160,9 @@ class Browser:
             ready, _, _ = select.select([self.answers], [], [], max(0.0, until - time.monotonic()))
             part = os.read(self.answers, 1 << 20) if ready else b""
             if not part:
-                raise AssertionError(f"the browser ended or said nothing for {PATIENCE} seconds (exit status {self.process.poll()})")
+                raise AssertionError(
+                    f"the browser ended or said nothing for {PATIENCE} seconds (exit status {self.process.poll()})"
+                )
             self.buffer += part
         message, _, self.buffer = self.buffer.partition(b"\0")
         return dict(json.loads(message))

@@ -83,13 +83,20 @@ def plain(folder, settings, out):
     """Trainer without the routers' piece."""
     process_state()
     arguments = TrainingArguments(
-        out, max_steps=3, per_device_train_batch_size=1, report_to=[], save_strategy="no", accelerator_config={"use_configured_state": True}
+        out,
+        max_steps=3,
+        per_device_train_batch_size=1,
+        report_to=[],
+        save_strategy="no",
+        accelerator_config={"use_configured_state": True},
     )
     model = load(folder, settings)
     model = get_peft_model(model, lora_config(model, r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     said = []
-    logging.getLogger("hf_sparse_attn.attention.gradients").addFilter(lambda record: said.append(record.getMessage()) or True)
+    logging.getLogger("hf_sparse_attn.attention.gradients").addFilter(
+        lambda record: said.append(record.getMessage()) or True
+    )
     data = [{"input_ids": ids, "labels": ids} for ids in rows(6)]
     Trainer(model, arguments, train_dataset=data).train()
     moved = [name for name, p in model.named_parameters() if not torch.equal(p.detach(), before[name])]
@@ -113,7 +120,8 @@ def distill(folder, settings, out, batches):
 def chunked(folder, settings, out):
     """What chunk_loss says where DeepSpeed shards the weights as they are loaded."""
     process_state()
-    accelerator = Accelerator(gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))  # noqa: F841  (turns ZeRO-3 on)
+    # turns ZeRO-3 on
+    _accelerator = Accelerator(gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
     try:
         hf_sparse_attn.chunk_loss(load(folder, settings))
     except ValueError as error:
@@ -128,7 +136,10 @@ def split(folder, settings, out):
         accelerator = Accelerator()
         accelerator.state.parallelism_config = config
         model = load(folder, settings)
-        for what, call in (("objective", lambda m: SparseObjective(m)), ("forward", lambda m: m(input_ids=rows(1)[0][None]))):
+        for what, call in (
+            ("objective", lambda m: SparseObjective(m)),
+            ("forward", lambda m: m(input_ids=rows(1)[0][None])),
+        ):
             try:
                 call(model)
             except ValueError as error:
@@ -144,7 +155,8 @@ def write(out, value):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    end, torch.distributed.destroy_process_group = torch.distributed.destroy_process_group, lambda *_: None  # the jobs share one
+    # the jobs share one
+    end, torch.distributed.destroy_process_group = torch.distributed.destroy_process_group, lambda *_: None
     for job, arguments in json.loads(sys.argv[1]):
         globals()[job](**arguments)
         AcceleratorState._reset_state(reset_partial_state=True)

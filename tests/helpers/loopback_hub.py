@@ -1,7 +1,8 @@
 """A model hub on the loopback interface: the part of the Hub's HTTP API that pushing and loading models needs.
 
-Files whose pattern is in ``.gitattributes`` travel by Git LFS (batch request, PUT to a storage, reference in the commit), the
-rest inside the commit. A commit is taken as a whole or not at all. Reading needs no token; writing needs that of a user.
+Files whose pattern is in ``.gitattributes`` travel by Git LFS (batch request, PUT to a storage, reference in the
+commit), the rest inside the commit. A commit is taken as a whole or not at all. Reading needs no token; writing needs
+that of a user.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class Hub:
     repos: dict[str, list[Commit]] = field(default_factory=dict)
     storage: dict[tuple[str, str], bytes] = field(default_factory=dict)  # by repository and sha256
     requests: list[tuple[str, str, int]] = field(default_factory=list)  # method, path, status
-    refusals: dict[tuple[str, str], list[int]] = field(default_factory=dict)  # (name of the route, repository): statuses, used up
+    # (name of the route, repository): statuses, used up
+    refusals: dict[tuple[str, str], list[int]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
     url: str = ""
 
@@ -133,7 +135,9 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(404, f"{self.command} {path} is not part of this hub")
         except Refusal as refusal:
             headers = {"X-Error-Message": str(refusal), **({"X-Error-Code": refusal.code} if refusal.code else {})}
-            self.answer(refusal.status, str(refusal).encode() if refusal.status == 400 else {"error": str(refusal)}, **headers)
+            self.answer(
+                refusal.status, str(refusal).encode() if refusal.status == 400 else {"error": str(refusal)}, **headers
+            )
 
     do_GET = do_HEAD = do_POST = do_PUT = serve
 
@@ -166,7 +170,10 @@ def validate(handler, body):
     results = re.match(r"---\n(.*?)\n---\n", json.loads(body)["content"], re.DOTALL)
     data = yaml.safe_load(results[1]) if results else {}
     if not MODEL_ID.fullmatch(data.get("base_model", USER)):
-        raise Refusal(400, f'"base_model" with value {data["base_model"]!r} is not valid. Use a model id from https://hf.co/models.')
+        raise Refusal(
+            400,
+            f'"base_model" with value {data["base_model"]!r} is not valid. Use a model id from https://hf.co/models.',
+        )
     for key, kind in {"license": str, "library_name": str, "tags": list}.items():
         if not isinstance(data.get(key, kind()), kind):
             raise Refusal(400, f'"{key}" must be a {kind.__name__}')
@@ -211,12 +218,16 @@ def resolve(handler, _body, repo, revision, file):
 
 def preupload(handler, body, repo, revision):
     commit = handler.hub.find(repo, revision)
-    patterns = [line.split()[0] for line in commit.files[".gitattributes"].data.decode().splitlines() if "filter=lfs" in line]
+    patterns = [
+        line.split()[0] for line in commit.files[".gitattributes"].data.decode().splitlines() if "filter=lfs" in line
+    ]
     files = []
     for file in json.loads(body)["files"]:
         mode = "lfs" if any(fnmatch.fnmatch(file["path"], pattern) for pattern in patterns) else "regular"
         known = commit.files.get(file["path"])
-        files.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": known.blob if known else None})
+        files.append(
+            {"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": known.blob if known else None}
+        )
     handler.answer(200, {"files": files})
 
 
@@ -264,7 +275,9 @@ def commit(handler, body, repo, revision):
         else:
             raise Refusal(400, f"operation {line['key']} is not part of this hub")
     added = handler.hub.add_commit(repo, header["summary"], files)
-    handler.answer(200, {"success": True, "commitOid": added.oid, "commitUrl": f"{handler.hub.url}/{repo}/commit/{added.oid}"})
+    handler.answer(
+        200, {"success": True, "commitOid": added.oid, "commitUrl": f"{handler.hub.url}/{repo}/commit/{added.oid}"}
+    )
 
 
 REPO, REVISION = r"(?P<repo>[\w.-]+/[\w.-]+)", r"(?P<revision>[\w.-]+)"

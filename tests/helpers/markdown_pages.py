@@ -18,7 +18,9 @@ OTHERS = [
     "recipes/accelerate/README.md",
 ]
 ALL = PAGES + [ROOT / name for name in (*OTHERS, "kernels/README.md", "model_cards/README.md")]
-FENCE = re.compile(r"(?:^<!-- (?P<mark>[\w: -]+) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(
+    r"(?:^<!-- (?P<mark>[\w: -]+) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+)
 GENERATED = re.compile(r"<!-- generated: (?P<name>[\w ]+) -->\n(?P<body>.*?)<!-- end of (?P=name) -->", re.DOTALL)
 LINK = re.compile(r"!?\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)")
 
@@ -39,7 +41,10 @@ def label(page):
 
 def blocks(text):
     """All fenced blocks of a page."""
-    return [Block(m["mark"], m["language"], m["code"], text.count("\n", 0, m.start("code")) + 1) for m in FENCE.finditer(text)]
+    return [
+        Block(m["mark"], m["language"], m["code"], text.count("\n", 0, m.start("code")) + 1)
+        for m in FENCE.finditer(text)
+    ]
 
 
 def anchors(text):

@@ -26,7 +26,9 @@ def cached_logits(model, ids, cuts, cache=None):
 
 
 def assert_summaries_are_those_of_the_keys(model, cache, pads=None):
-    """Every valid summary equals the one computed anew from the cached keys and their positions; returns how many there are."""
+    """Every valid summary equals the one computed anew from the cached keys and their positions;
+    returns how many there are.
+    """
     checked = 0
     for router in routers(model):
         layer = cache.layers[router.layer]
@@ -42,7 +44,9 @@ def assert_summaries_are_those_of_the_keys(model, cache, pads=None):
 
 @contextmanager
 def summaries_checked():
-    """Every summary that a call reads is held against one that is computed anew; gives the list of how many were read."""
+    """Every summary that a call reads is held against one that is computed anew;
+    gives the list of how many were read.
+    """
     read, original = [], SparseCacheLayerMixin.summaries
 
     def checked(self, router, batch, rows, slots, keys, positions):

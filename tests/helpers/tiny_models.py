@@ -1,4 +1,6 @@
-"""Tiny random models of every supported architecture, in the dimensions that make mistakes show: grouped heads, odd sizes, mixed layers."""
+"""Tiny random models of every supported architecture, in the dimensions that make mistakes show:
+grouped heads, odd sizes, mixed layers.
+"""
 
 from __future__ import annotations
 
@@ -62,14 +64,24 @@ CHANGES = {
     **dict.fromkeys(("granitemoe_swa", "afmoe", "exaone_moe", "kolibri1"), EXPERTS | SLIDING),
     "modernbert-decoder": {"layer_types": LAYERS, "local_attention": 40},
     "cohere2_moe": {**EXPERTS, **SLIDING, "mlp_layer_types": ["sparse", "dense", "sparse"]},  # a dense layer rotates
-    "dots1": {**EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+    "dots1": {
+        **EXPERTS,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+    },
     "dbrx": {
         **{"d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": 2048},
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
     },
     "beam": {
         **{**EXPERTS, **SLIDING, "n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense", "sparse", "sparse"]},
-        "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}, "full_attention": None},
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": None,
+        },
     },
     "hrm_text": {"H_cycles": 1, "L_cycles": 1, "L_bp_cycles": [1], "num_hidden_layers": 2},
     "albert": {"num_hidden_groups": 3, "embedding_size": 32},
@@ -79,7 +91,9 @@ CHANGES = {
     },
     "esmc": {"num_key_value_heads": 4},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
-    "gpt_neox": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+    "gpt_neox": {
+        "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    },
 }
 
 
@@ -87,17 +101,32 @@ def tiny_config(model_type):
     """A small config of ``model_type``."""
     if model_type == "patchtst":
         return CONFIG_MAPPING["patchtst"](
-            **{"num_input_channels": 2, "context_length": 820, "patch_length": 4, "patch_stride": 4, "d_model": 64, "ffn_dim": 96},
+            **{
+                "num_input_channels": 2,
+                "context_length": 820,
+                "patch_length": 4,
+                "patch_stride": 4,
+                "d_model": 64,
+                "ffn_dim": 96,
+            },
             **{"num_hidden_layers": 2, "num_attention_heads": 4, "prediction_length": 8, "init_std": 0.2},
         )
     if model_type == "timesfm":
         return CONFIG_MAPPING["timesfm"](
-            **{"patch_length": 4, "context_length": 820, "horizon_length": 8, "num_hidden_layers": 2, "hidden_size": 64},
+            **{
+                "patch_length": 4,
+                "context_length": 820,
+                "horizon_length": 8,
+                "num_hidden_layers": 2,
+                "hidden_size": 64,
+            },
             **{"intermediate_size": 96, "head_dim": 16, "num_attention_heads": 4, "initializer_range": 0.2},
         )
     if model_type == "gemma3":
         text = tiny_config("gemma3_text").to_dict()
-        return CONFIG_MAPPING["gemma3"](text_config=text, vision_config=VISION, mm_tokens_per_image=4, image_token_index=96)
+        return CONFIG_MAPPING["gemma3"](
+            text_config=text, vision_config=VISION, mm_tokens_per_image=4, image_token_index=96
+        )
     if model_type in ("bert", "electra", "distilbert"):
         values = {name: value for name, value in BASE.items() if name not in ("head_dim", "num_key_value_heads")}
         return CONFIG_MAPPING[model_type](**values)
@@ -119,11 +148,14 @@ def model_class(config):
 
 
 def tiny_model(model_type, seed=0):
-    """A stock model with random weights, in evaluation mode; zero-initialised weights (sinks, scales, norms) are moved."""
+    """A stock model with random weights, in evaluation mode;
+    zero-initialised weights (sinks, scales, norms) are moved.
+    """
     torch.manual_seed(seed)
     config = tiny_config(model_type)
     model = model_class(config)(config).eval()
-    if getattr(config, "attn_logit_softcapping", None) is not None:  # before Transformers 5.23 stock SDPA leaves the cap out in silence
+    # before Transformers 5.23 stock SDPA leaves the cap out in silence
+    if getattr(config, "attn_logit_softcapping", None) is not None:
         model.set_attn_implementation("eager")
     with torch.no_grad():
         for name, weight in model.named_parameters():

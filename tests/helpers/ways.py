@@ -16,7 +16,8 @@ UNCOUNTED = ("<module>", "find_spec", "__getattr__")
 
 
 def entries(function: Callable[[], Any], package: Path = PACKAGE) -> dict[str, int]:
-    """Files of ``package`` in the order in which ``function()`` first calls something in them -> how often it enters them.
+    """Files of ``package`` in the order in which ``function()`` first calls something in them -> how often it enters
+    them.
 
     A file is entered where a function of it is called and the call before it was of another file.
     """

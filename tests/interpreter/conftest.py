@@ -1,4 +1,6 @@
-"""Runs the Triton kernels on CPU tensors (or on a GPU, if there is one). Run apart from the other tests: make test-interpreter."""
+"""Runs the Triton kernels on CPU tensors (or on a GPU, if there is one). Run apart from the other tests:
+make test-interpreter.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ if torch.cuda.is_available():
 else:
     if "triton" in sys.modules:
         pytest.exit(
-            "triton was imported before TRITON_INTERPRET could be set: run pytest --confcutdir tests/interpreter tests/interpreter", 2
+            "triton was imported before TRITON_INTERPRET could be set: run pytest --confcutdir tests/interpreter "
+            "tests/interpreter",
+            2,
         )
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="needs triton: pip install -c constraints.txt -e '.[dev,triton]'")
@@ -32,7 +36,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """Memory that nothing was written to reads as NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())  # some products of torch have no such kernel there
+    # some products of torch have no such kernel there
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
@@ -69,12 +74,16 @@ def select(device):
     def make(grid, batch=2, groups=2, share=0.5, documents=None, seed=0):
         generator = torch.Generator().manual_seed(seed)
         if documents is None:
-            return BlockSelection(torch.stack([keep(grid, groups, share, generator) for _ in range(batch)]).to(device), grid)
+            return BlockSelection(
+                torch.stack([keep(grid, groups, share, generator) for _ in range(batch)]).to(device), grid
+            )
         grids = {}
         for r, (_, first, end) in enumerate(documents):
             if (queries := end - max(first, grid.q_offset)) > 0:
                 grids[r] = TileGrid(queries, end - first, grid.query_tile, grid.block_size, grid.causal)
-        indices = torch.full((len(documents), groups, max(g.tiles for g in grids.values()), grid.blocks), -1, dtype=torch.int32)
+        indices = torch.full(
+            (len(documents), groups, max(g.tiles for g in grids.values()), grid.blocks), -1, dtype=torch.int32
+        )
         for r, part in grids.items():
             indices[r, :, : part.tiles, grid.blocks - part.blocks :] = keep(part, groups, share, generator)
         return BlockSelection(indices.to(device), grid, None, torch.tensor(documents, device=device))
@@ -90,9 +99,17 @@ def run():
         leaves = [(t if dtype is None else t.to(dtype)).detach().clone().requires_grad_() for t in tensors]
         sink = None if sinks is None else sinks.to(dtype or sinks.dtype).clone().requires_grad_()
         out, lse = block_sparse_attention(*leaves, selection, impl=impl, return_lse=True, sinks=sink, **options)
-        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out.device, tensors[0].dtype).to(out.dtype)
+        grad = (
+            torch.randn(out.shape, generator=torch.Generator().manual_seed(7))
+            .to(out.device, tensors[0].dtype)
+            .to(out.dtype)
+        )
         out.backward(grad)
-        result = {"out": out.detach(), "lse": lse.detach(), **dict(zip(("dq", "dk", "dv"), (x.grad for x in leaves), strict=True))}
+        result = {
+            "out": out.detach(),
+            "lse": lse.detach(),
+            **dict(zip(("dq", "dk", "dv"), (x.grad for x in leaves), strict=True)),
+        }
         return result if sink is None else {**result, "dsinks": sink.grad}
 
     return attend
@@ -110,7 +127,9 @@ def judge(run):
         assert torch.equal(ours["lse"] == -torch.inf, blind)
         assert not ours["out"][blind].any() and not ours["dq"][blind].any()
         for name, want in exact.items():
-            error, allowed = ((x[name].double() - want)[want > -torch.inf].square().mean().sqrt().item() for x in (ours, eager))
+            error, allowed = (
+                (x[name].double() - want)[want > -torch.inf].square().mean().sqrt().item() for x in (ours, eager)
+            )
             assert error <= 1.1 * allowed + 1e-6, f"{name}: error {error:.3e}, eager {allowed:.3e}"
 
     return check

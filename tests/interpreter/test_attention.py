@@ -59,12 +59,19 @@ def test_bidirectional(inputs, select, judge, case):
 @pytest.mark.parametrize(("q_len", "past", "tile"), [(111, 37, 64), (5, 100, 1)])
 def test_softcap_and_sinks(inputs, select, judge, device, q_len, past, tile, softcap, sinks):
     grid = TileGrid(q_len, past + q_len, tile, 32)
-    judge(inputs(grid), select(grid), softcap=softcap, sinks=torch.linspace(-2, 4, 6, device=device) if sinks else None, scale=0.5)
+    judge(
+        inputs(grid),
+        select(grid),
+        softcap=softcap,
+        sinks=torch.linspace(-2, 4, 6, device=device) if sinks else None,
+        scale=0.5,
+    )
 
 
 @pytest.mark.parametrize("documents", [PADDED, RIGHT, PACKED], ids=["left", "right", "packed"])
 @pytest.mark.parametrize(
-    ("q_len", "tile", "size", "causal"), [(111, 64, 16, True), (60, 32, 64, True), (111, 64, 16, False), (30, 1, 16, True)]
+    ("q_len", "tile", "size", "causal"),
+    [(111, 64, 16, True), (60, 32, 64, True), (111, 64, 16, False), (30, 1, 16, True)],
 )
 def test_documents(inputs, select, judge, documents, q_len, tile, size, causal):
     grid = TileGrid(q_len, 111, tile, size, causal)
@@ -84,7 +91,9 @@ def test_documents_with_sinks_and_nan_in_the_padding(inputs, select, run, device
         x[1, :, :40] = torch.nan
     got = run(tensors, selection, "triton", sinks=sinks)
     for name, value in want.items():
-        torch.testing.assert_close(got[name].double(), value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            got[name].double(), value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("splits", [1, 2, 5])
@@ -95,7 +104,15 @@ def test_decode_splits(inputs, select, device, size, splits):
     selection, sinks = select(grid, share=0.7), torch.linspace(-2, 4, 6, device=device)
     out, lse = block_sparse_attention_triton(q, k, v, selection, ScoreOptions(0.2, 20.0, sinks), True, splits)
     want = block_sparse_attention(
-        q.double(), k.double(), v.double(), selection, scale=0.2, softcap=20.0, sinks=sinks, impl="reference", return_lse=True
+        q.double(),
+        k.double(),
+        v.double(),
+        selection,
+        scale=0.2,
+        softcap=20.0,
+        sinks=sinks,
+        impl="reference",
+        return_lse=True,
     )
     torch.testing.assert_close(out.double(), want[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse.double(), want[1], rtol=1e-5, atol=1e-5)
@@ -213,12 +230,17 @@ def test_the_inverse_index_lists_every_link_once(select):
     links = set()
     for bin, number in inverse.work.tolist():
         if bin < len(inverse.slots):
-            start, stop = inverse.starts[bin] + 4 * number, min(inverse.starts[bin] + 4 * number + 4, inverse.starts[bin + 1])
+            start, stop = (
+                inverse.starts[bin] + 4 * number,
+                min(inverse.starts[bin] + 4 * number + 4, inverse.starts[bin + 1]),
+            )
             here = [(bin // grid.blocks, tile, bin % grid.blocks) for tile in inverse.tiles[start:stop].tolist()]
             assert here == sorted(here) and not links & set(here)
             links |= set(here)
     rows = indices.flatten(0, 1).tolist()
-    assert links == {(r, tile, block) for r, row in enumerate(rows) for tile, kept in enumerate(row) for block in kept if block >= 0}
+    assert links == {
+        (r, tile, block) for r, row in enumerate(rows) for tile, kept in enumerate(row) for block in kept if block >= 0
+    }
 
 
 def test_the_gradient_of_the_log_sum_exp(inputs, select):
@@ -241,7 +263,19 @@ def test_the_operators_pass_opcheck(inputs, select, device, documents):
     torch.library.opcheck(operators.forward, (q, k, v, selection.indices, selection.documents, sinks, *options, 0))
     with torch.no_grad():
         out, lse = operators.forward(q, k, v, selection.indices, selection.documents, sinks, *options, 0)
-        arguments = (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, selection.indices, selection.documents, *options, 0)
+        arguments = (
+            torch.randn_like(out),
+            torch.randn_like(lse),
+            q,
+            k,
+            v,
+            out,
+            lse,
+            selection.indices,
+            selection.documents,
+            *options,
+            0,
+        )
     torch.library.opcheck(operators.backward, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -18,7 +18,15 @@ from hf_sparse_attn import sparsify
 from hf_sparse_attn.attention import documents, static_decode
 from hf_sparse_attn.attention import layer as layers
 
-SETTINGS = {"block_size": 16, "query_tile": 64, "sink": 16, "local": 64, "dense_below": 0, "min_keys": 256, "max_keys": 256}
+SETTINGS = {
+    "block_size": 16,
+    "query_tile": 64,
+    "sink": 16,
+    "local": 64,
+    "dense_below": 0,
+    "min_keys": 256,
+    "max_keys": 256,
+}
 LAYERS = 3
 READING = {
     torch.ops.aten._local_scalar_dense.default: 0,  # item(), int(), bool(), tolist()
@@ -28,7 +36,9 @@ DEVICE = "meta"
 
 
 class Waits(TorchDispatchMode):
-    """Notes the line of the library for which the host would wait for the device, and gives it a value without doing so."""
+    """Notes the line of the library for which the host would wait for the device, and gives it a value without doing
+    so.
+    """
 
     def __init__(self):
         super().__init__()
@@ -41,10 +51,17 @@ class Waits(TorchDispatchMode):
         if function in READING and held:
             self._note()
             return READING[function]
-        if function is torch.ops.aten._to_copy.default and held and torch.device(kwargs.get("device") or DEVICE).type == "cpu":
+        if (
+            function is torch.ops.aten._to_copy.default
+            and held
+            and torch.device(kwargs.get("device") or DEVICE).type == "cpu"
+        ):
             self._note()
             return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
-        if function in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default) and len({x.device.type for x in tensors}) > 1:
+        if (
+            function in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+            and len({x.device.type for x in tensors}) > 1
+        ):
             self._note()
         return function(*args, **kwargs)
 
@@ -60,7 +77,12 @@ class Waits(TorchDispatchMode):
 
 def tiny():
     config = LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
     return sparsify(LlamaForCausalLM(config), SETTINGS).eval()
 
@@ -132,7 +154,8 @@ def test_packed_documents_that_are_known_wait_for_nothing_and_are_attended_once_
     slots = torch.arange(2000).chunk(count)
     places = torch.empty(count, 3, dtype=torch.long, device=DEVICE)
     of_one_row = [
-        documents.Segment(slice(0, 1), part.to(DEVICE), len(part), part, True, place) for part, place in zip(slots, places, strict=True)
+        documents.Segment(slice(0, 1), part.to(DEVICE), len(part), part, True, place)
+        for part, place in zip(slots, places, strict=True)
     ]
     selections, attend = [], layers.block_sparse_attention
     monkeypatch.setattr(documents.Layout, "segments", lambda _: of_one_row)
@@ -149,9 +172,13 @@ def test_packed_documents_that_are_known_wait_for_nothing_and_are_attended_once_
 def test_generation_reads_the_mask_at_the_prompt_only(model):
     cache, mask = DynamicCache(config=model.config), ids(64)
     with Waits() as waits:
-        first = model.prepare_inputs_for_generation(ids(64), attention_mask=mask, past_key_values=cache, is_first_iteration=True)
+        first = model.prepare_inputs_for_generation(
+            ids(64), attention_mask=mask, past_key_values=cache, is_first_iteration=True
+        )
     assert len(waits.ours) == 1 and first["attention_mask"] is not None  # the counter says no: padded
     cache.rows_are_padded = False
     with Waits() as waits:
-        later = model.prepare_inputs_for_generation(ids(65), attention_mask=ids(65), past_key_values=cache, is_first_iteration=False)
+        later = model.prepare_inputs_for_generation(
+            ids(65), attention_mask=ids(65), past_key_values=cache, is_first_iteration=False
+        )
     assert not waits.ours and later["attention_mask"] is None

@@ -46,6 +46,12 @@ def test_a_dry_run_of_the_script_passes_every_stage_and_is_read(tmp_path):
     assert len(list(tmp_path.iterdir())) <= 8
     for stage, count in ROWS.items():
         result = json.loads((tmp_path / f"{stage}.json").read_text())
-        assert len(result["rows"]) == count and not result["failed"] and not result["not_run"], (stage, result["failed"], result["not_run"])
-    options = subprocess.run([sys.executable, RECIPES / "read.py", tmp_path], capture_output=True, text=True, check=True).stdout
+        assert len(result["rows"]) == count and not result["failed"] and not result["not_run"], (
+            stage,
+            result["failed"],
+            result["not_run"],
+        )
+    options = subprocess.run(
+        [sys.executable, RECIPES / "read.py", tmp_path], capture_output=True, text=True, check=True
+    ).stdout
     assert "card: none (dry run)" in options and "FAILED" not in options and (tmp_path / "gpu-dry.json").exists()

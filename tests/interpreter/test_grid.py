@@ -1,4 +1,6 @@
-"""Dtypes, head dims, block sizes and heads of a KV group in combination: all on a GPU, a part in the interpreter, which is slow."""
+"""Dtypes, head dims, block sizes and heads of a KV group in combination:
+all on a GPU, a part in the interpreter, which is slow.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,12 @@ import torch
 from hf_sparse_attn_kernels import TileGrid
 
 ON_GPU = torch.cuda.is_available()
-DTYPES, HEAD_DIMS, BLOCK_SIZES, PER_GROUP = (torch.bfloat16, torch.float16, torch.float32), (64, 80, 128, 256), (16, 64), (1, 4, 8)
+DTYPES, HEAD_DIMS, BLOCK_SIZES, PER_GROUP = (
+    (torch.bfloat16, torch.float16, torch.float32),
+    (64, 80, 128, 256),
+    (16, 64),
+    (1, 4, 8),
+)
 # every kernel is compiled for each of them, which takes most of the time: the heads of a KV group take turns
 CASES = [(*case, PER_GROUP[i % 3]) for i, case in enumerate(itertools.product(DTYPES, HEAD_DIMS, BLOCK_SIZES))]
 DOCUMENTS = [(0, 0, 17), (0, 17, 80), (0, 80, 150), (1, 3, 100)]

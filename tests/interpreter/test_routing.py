@@ -46,7 +46,8 @@ def test_pooled_features(inputs, length, size, head_dim, dtype):
 
 
 @pytest.mark.parametrize(
-    ("q_len", "past", "tile", "size"), [(250, 0, 64, 16), (63, 111, 16, 32), (3, 200, 1, 16), (100, 37, 128, 16), (1, 15, 64, 16)]
+    ("q_len", "past", "tile", "size"),
+    [(250, 0, 64, 16), (63, 111, 16, 32), (3, 200, 1, 16), (100, 37, 128, 16), (1, 15, 64, 16)],
 )
 def test_coarse_scores(inputs, device, q_len, past, tile, size):
     grid = TileGrid(q_len, past + q_len, tile, size)
@@ -59,12 +60,15 @@ def test_coarse_scores(inputs, device, q_len, past, tile, size):
     queries, real = features[0].detach(), features[1]
     want, got = (plain.coarse_scores(queries, real, router_keys, 0.25, impl=impl) for impl in ("torch", "triton"))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-    low = (queries.bfloat16(), real, router_keys.bfloat16(), 0.25)  # as a bfloat16 model keeps them; only `torch` rounds the products
+    # as a bfloat16 model keeps them; only `torch` rounds the products
+    low = (queries.bfloat16(), real, router_keys.bfloat16(), 0.25)
     exact = plain.coarse_scores(low[0].double(), real, low[2].double(), 0.25, impl="torch")
     torch.testing.assert_close(plain.coarse_scores(*low, impl="triton").double(), exact.double(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("q_len", "past", "tile", "size"), [(250, 0, 64, 16), (63, 111, 16, 32), (3, 200, 1, 16), (100, 37, 64, 128)])
+@pytest.mark.parametrize(
+    ("q_len", "past", "tile", "size"), [(250, 0, 64, 16), (63, 111, 16, 32), (3, 200, 1, 16), (100, 37, 64, 128)]
+)
 def test_fine_mass(inputs, device, q_len, past, tile, size):
     grid = TileGrid(q_len, past + q_len, tile, size)
     router = make_router(device, tile, size)
@@ -84,7 +88,9 @@ def test_fine_mass(inputs, device, q_len, past, tile, size):
     assert torch.equal(got, again)
 
 
-@pytest.mark.parametrize(("q_len", "past", "tile", "size"), [(250, 0, 64, 16), (63, 111, 16, 32), (3, 200, 1, 16), (100, 37, 64, 128)])
+@pytest.mark.parametrize(
+    ("q_len", "past", "tile", "size"), [(250, 0, 64, 16), (63, 111, 16, 32), (3, 200, 1, 16), (100, 37, 64, 128)]
+)
 @pytest.mark.parametrize("head_dim", [16, 80])
 def test_block_mass(inputs, device, q_len, past, tile, size, head_dim):
     grid = TileGrid(q_len, past + q_len, tile, size)
@@ -160,8 +166,12 @@ def test_the_operators_pass_opcheck(inputs, device):
     torch.library.opcheck(routing.pooled_features, (k, 16), test_utils=names)
     queries = torch.randn(2, 2, 3, 8, 16, device=device)
     real = torch.ones(3, 8, dtype=torch.bool, device=device)
-    torch.library.opcheck(routing.coarse_scores, (queries, real, torch.randn(2, 2, 5, 16, device=device), 0.5), test_utils=names)
+    torch.library.opcheck(
+        routing.coarse_scores, (queries, real, torch.randn(2, 2, 5, 16, device=device), 0.5), test_utils=names
+    )
     tiles, reps = torch.arange(2, device=device), torch.arange(16, device=device).repeat(3)
     sampled = plain.to_tiles(q, grid, 2)[:, tiles].flatten(2, 3)
     for blocks in (None, torch.zeros(4, 2, 3, dtype=torch.int64, device=device)):
-        torch.library.opcheck(routing.candidate_mass, (sampled, k, blocks, tiles, reps, 63, 16, 16, 0.5), test_utils=names)
+        torch.library.opcheck(
+            routing.candidate_mass, (sampled, k, blocks, tiles, reps, 63, 16, 16, 0.5), test_utils=names
+        )

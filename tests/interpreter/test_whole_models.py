@@ -1,4 +1,6 @@
-"""A whole tiny model on the Triton kernels: against dense attention, compiled, generating, and without waiting for a GPU."""
+"""A whole tiny model on the Triton kernels: against dense attention, compiled, generating, and without waiting for a
+GPU.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,15 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from hf_sparse_attn import sparsify
 from hf_sparse_attn.models.convert import sparse_attention_as
 
-SETTINGS = {"block_size": 16, "query_tile": 64, "sink": 16, "local": 16, "dense_below": 0, "min_keys": 112, "max_keys": 112}
+SETTINGS = {
+    "block_size": 16,
+    "query_tile": 64,
+    "sink": 16,
+    "local": 16,
+    "dense_below": 0,
+    "min_keys": 112,
+    "max_keys": 112,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +32,12 @@ def on_triton():
 @pytest.fixture
 def model(device):
     config = LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
     torch.manual_seed(0)
     return sparsify(LlamaForCausalLM(config), SETTINGS).eval().to(device)
@@ -55,9 +70,15 @@ def test_a_compiled_model_gives_the_eager_logits(model, ids):
 @torch.no_grad()
 @pytest.mark.parametrize("cache", [None, "static"] if torch.cuda.is_available() else ["static"])
 def test_what_is_generated_is_what_forward_passes_without_a_cache_say(cache, model, ids):
-    prompt, count = ids[:, :192], 3  # whole tiles: without a cache the last tile is routed as a whole, so each token is one of its own
+    # whole tiles: without a cache the last tile is routed as a whole, so each token is one of its own
+    prompt, count = ids[:, :192], 3
     out = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, do_sample=False, pad_token_id=0, cache_implementation=cache
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=count,
+        do_sample=False,
+        pad_token_id=0,
+        cache_implementation=cache,
     )
     step, held = prompt, DynamicCache(config=model.config)
     for _ in range(count):

@@ -1,4 +1,6 @@
-"""Adapters of sparse models that are switched, scaled, mixed and swapped in place: the routers go with them, or the call is refused."""
+"""Adapters of sparse models that are switched, scaled, mixed and swapped in place:
+the routers go with them, or the call is refused.
+"""
 
 from __future__ import annotations
 
@@ -148,9 +150,17 @@ def test_a_scale_for_the_length_of_a_block_is_refused(adapted, ids):
 
 KINDS = {
     "rslora": lambda: LoraConfig(modules_to_save=["router"], use_rslora=True, lora_alpha=3, **LORA),
-    "patterns": lambda: LoraConfig(modules_to_save=["router"], rank_pattern={"v_proj": 2}, alpha_pattern={"q_proj": 5}, **LORA),
+    "patterns": lambda: LoraConfig(
+        modules_to_save=["router"], rank_pattern={"v_proj": 2}, alpha_pattern={"q_proj": 5}, **LORA
+    ),
     "adalora": lambda: AdaLoraConfig(
-        modules_to_save=["router"], target_modules=["q_proj"], init_r=4, target_r=2, lora_alpha=3, total_step=10, task_type="CAUSAL_LM"
+        modules_to_save=["router"],
+        target_modules=["q_proj"],
+        init_r=4,
+        target_r=2,
+        lora_alpha=3,
+        total_step=10,
+        task_type="CAUSAL_LM",
     ),
     "loha": lambda: LoHaConfig(modules_to_save=["router"], target_modules=["q_proj"], r=4, alpha=3),
 }
@@ -166,7 +176,10 @@ def test_adapters_cannot_be_mixed(adapted, folder, ids, stock_llama):
     for names in (["default"], ["default", "other"]):
         with pytest.raises(ValueError, match="add_weighted_adapter cannot mix the adapters of a sparse model"):
             adapted.add_weighted_adapter(names, [0.5] * len(names), "mixed")
-    assert torch.equal(logits(adapted, ids), want(folder, "a", ids)) and set(adapted.peft_config) == {"default", "other"}
+    assert torch.equal(logits(adapted, ids), want(folder, "a", ids)) and set(adapted.peft_config) == {
+        "default",
+        "other",
+    }
     dense = get_peft_model(stock_llama(), LoraConfig(**LORA))
     dense.add_weighted_adapter(["default"], [0.5], "mixed")  # others are served as before
     assert "mixed" in dense.peft_config
@@ -197,7 +210,10 @@ def test_what_has_no_routers_is_not_swapped_in(adapted, folder, stock_llama, ids
     shift(get_peft_model(stock_llama(), LoraConfig(**LORA)), 3).save_pretrained(tmp_path / "dense")
     shutil.copytree(folder / "b", tmp_path / "lost")
     weights = load_file(tmp_path / "lost" / "adapter_model.safetensors")
-    save_file({name: weight for name, weight in weights.items() if ".router." not in name}, tmp_path / "lost" / "adapter_model.safetensors")
+    save_file(
+        {name: weight for name, weight in weights.items() if ".router." not in name},
+        tmp_path / "lost" / "adapter_model.safetensors",
+    )
     for name, message in {"dense": "do not both have routers", "lost": "lacks routers"}.items():
         with pytest.raises(ValueError, match=message):
             hotswap_adapter(adapted, str(tmp_path / name), "default", torch_device="cpu")

@@ -1,4 +1,6 @@
-"""Budgets by layer, KV head and length: how they select, how they are found, and with what a stored calibration is refused."""
+"""Budgets by layer, KV head and length: how they select, how they are found, and with what a stored calibration is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,15 @@ from transformers import AutoModel, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import hf_sparse_attn
-from hf_sparse_attn import SparseCall, remove_calibration, routers, set_sparse_attention, sparse_attention_as, sparsify, use_calibration
+from hf_sparse_attn import (
+    SparseCall,
+    remove_calibration,
+    routers,
+    set_sparse_attention,
+    sparse_attention_as,
+    sparsify,
+    use_calibration,
+)
 from hf_sparse_attn.cli import options as cli_options
 from hf_sparse_attn.cli.commands import app
 from hf_sparse_attn.data.questions import ask
@@ -63,7 +73,9 @@ def test_the_bucket_and_the_largest_budget_by_hand():
     assert [budgets.bucket(keys) for keys in (1, 128, 129, 256, 999)] == [0, 0, 1, 1, 1]
     assert budgets.most_blocks(100, 16) == 4 and budgets.most_blocks(250, 16) == math.ceil(65 / 16) == 5
     assert (
-        not budgets.is_dense and HeadBudgets((64,), ((1.0, 1.0),)).is_dense and HeadBudgets((64,), ((1.0, 1.0),)).most_blocks(64, 16) == 0
+        not budgets.is_dense
+        and HeadBudgets((64,), ((1.0, 1.0),)).is_dense
+        and HeadBudgets((64,), ((1.0, 1.0),)).most_blocks(64, 16) == 0
     )
 
 
@@ -150,7 +162,9 @@ def test_the_needed_share_by_hand():
     """Four blocks of 16: the first forced, the others in the order 2, 1, 3 of the router."""
     grid = TileGrid(16, 64, 16, 16)
     every = BlockSelection(
-        torch.tensor([[[[-1, 0, 1, 2, 3]]]], dtype=torch.int32), grid, torch.tensor([[[[math.nan, 0.1, 0.2, 0.3, 0.1]]]])
+        torch.tensor([[[[-1, 0, 1, 2, 3]]]], dtype=torch.int32),
+        grid,
+        torch.tensor([[[[math.nan, 0.1, 0.2, 0.3, 0.1]]]]),
     )
     free = torch.tensor([[[[False, False, True, True, True]]]])
     result = Candidates(every, free, torch.tensor([True]), torch.tensor([1]))
@@ -236,14 +250,17 @@ def low_mass(model, windows, layer, bucket, head):
 def test_budgets_are_the_smallest_that_keep_the_mass(calibrated, texts):
     model, result = calibrated
     assert result.ends == (256, 512) and sorted(result.shares) == [0, 1]
-    every = [(layer, b, h) for layer, rows in result.shares.items() for b, row in enumerate(rows) for h, _ in enumerate(row)]
+    every = [
+        (layer, b, h) for layer, rows in result.shares.items() for b, row in enumerate(rows) for h, _ in enumerate(row)
+    ]
     sparse = [at for at in every if result.shares[at[0]][at[1]][at[2]] < 1]
     assert sparse and all(result.shares[a][b][h] <= 0.6 for a, b, h in sparse)
     copied = copy.deepcopy(model)
     for layer, bucket, head in sparse:
         assert low_mass(model, texts[:5], layer, bucket, head) >= MASS - 1e-4
         rows = [list(row) for row in result.shares[layer]]
-        rows[bucket][head] -= 3 * 16 / result.ends[bucket]  # three blocks fewer: the bound over windows lies above the quantile
+        # three blocks fewer: the bound over windows lies above the quantile
+        rows[bucket][head] -= 3 * 16 / result.ends[bucket]
         routers(copied)[layer].budgets = HeadBudgets(result.ends, tuple(map(tuple, rows)))
         assert low_mass(copied, texts[:5], layer, bucket, head) < MASS
         routers(copied)[layer].budgets = result.budgets(layer)
@@ -274,7 +291,9 @@ def test_a_uniform_budget_of_the_same_cost_is_found(uniform, make_router):
     config, grid = make_router().config, TileGrid(2048, 2048, 16, 16)
     for density in (0.1, 0.37, 0.9):
         plan = make_plan(config.changed(**uniform_budget(config, grid, density, uniform)), grid)
-        assert 16 * int((plan.last + 1 - plan.eligible + plan.free).sum()) / visible_keys(grid) == pytest.approx(density, abs=0.01)
+        assert 16 * int((plan.last + 1 - plan.eligible + plan.free).sum()) / visible_keys(grid) == pytest.approx(
+            density, abs=0.01
+        )
 
 
 def test_an_average_budget_is_shared_out_over_heads(make_model, texts, tmp_path):
@@ -287,7 +306,9 @@ def test_an_average_budget_is_shared_out_over_heads(make_model, texts, tmp_path)
         kept = defaultdict(list)
 
         def note(router, inputs, selection):
-            kept[router.layer].append(selection.kept_keys()[0][:, selection.grid.first_positions() >= LENGTH // 2].float())
+            kept[router.layer].append(
+                selection.kept_keys()[0][:, selection.grid.first_positions() >= LENGTH // 2].float()
+            )
 
         for window in texts[:5]:
             with torch.no_grad():
@@ -300,10 +321,17 @@ def test_an_average_budget_is_shared_out_over_heads(make_model, texts, tmp_path)
     assert sum(every) / len(every) == pytest.approx(keys, rel=0.05) and max(every) > min(every)
     # each head keeps as many keys as its budget, wherever it sees more
     for router in routers(model):
-        assert router.budgets == HeadBudgets((LENGTH,), result.shares[router.layer], in_keys=True) == result.budgets(router.layer)
+        assert (
+            router.budgets
+            == HeadBudgets((LENGTH,), result.shares[router.layer], in_keys=True)
+            == result.budgets(router.layer)
+        )
     seen = {}
     with torch.no_grad():
-        model(texts[6].ids, sparse_call=Watching(selection=lambda router, inputs, selection: seen.update({router.layer: selection})))
+        model(
+            texts[6].ids,
+            sparse_call=Watching(selection=lambda router, inputs, selection: seen.update({router.layer: selection})),
+        )
     for layer, selection in seen.items():
         for head, mine in enumerate(result.shares[layer][0]):
             assert (selection.kept_keys()[0, head, -8:] == max(mine, 48)).all()  # 48 are forced
@@ -326,7 +354,10 @@ def test_a_budget_is_shared_out_in_a_model_with_dense_layers(make_model, texts):
 def test_at_a_mass_of_one_the_logits_are_dense(make_model, stock_llama, texts):
     model = make_model()
     result = calibrate(model, texts[:1], texts[5:6], [], mass=1.0)
-    assert all(share == 1 for rows in result.shares.values() for row in rows for share in row) and result.verified["density"] == 1.0
+    assert (
+        all(share == 1 for rows in result.shares.values() for row in rows for share in row)
+        and result.verified["density"] == 1.0
+    )
     with torch.no_grad():
         want, got = (m(texts[7].ids).logits for m in (stock_llama(**SHARP), model))
     torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
@@ -338,7 +369,10 @@ def test_twice_gives_the_same_file(calibrated, make_model, texts):
 
 
 def test_a_planted_link_is_looked_for_in_the_questions(make_model, word_tokenizer):
-    windows = [Window(f"w[{i}]", torch.randint(3, 97, (1, LENGTH), generator=torch.Generator().manual_seed(i))) for i in range(4)]
+    windows = [
+        Window(f"w[{i}]", torch.randint(3, 97, (1, LENGTH), generator=torch.Generator().manual_seed(i)))
+        for i in range(4)
+    ]
     questions = ask(windows[3:], word_tokenizer, seed=0)
     result = calibrate(make_model(), windows[:3], windows[3:], questions, mass=0.9)
     assert result.verified["planted"]["questions"] == 1 and result.verified["planted"]["n"] > 0
@@ -359,7 +393,14 @@ def test_what_cannot_be_calibrated_is_refused(changes, message, make_model, text
     requested = {"windows": slice(0, 5), "held_out": slice(5, 8), "mass": MASS, **changes}
     model = make_model()
     with pytest.raises(CalibrationError, match=message):
-        calibrate(model, texts[requested["windows"]], texts[requested["held_out"]], [], mass=requested["mass"], keys=requested.get("keys"))
+        calibrate(
+            model,
+            texts[requested["windows"]],
+            texts[requested["held_out"]],
+            [],
+            mass=requested["mass"],
+            keys=requested.get("keys"),
+        )
     assert routers(model)[0].budgets is None and model.config.sparse_attention["bookkeeping"]["calibration"] is None
 
 
@@ -378,7 +419,12 @@ def test_failed_checks_by_hand(calibrated):
     assert failures(dataclasses.replace(result, verified=good)) == []
     bad = {**good, "heads_within": 0.9, "added_loss": 0.011, "planted": {"recall": 0.8}}
     said = failures(dataclasses.replace(result, verified=bad))
-    assert len(said) == 3 and "only 90.0% of the heads keep 0.6 − 0.01" in said[0] and "1.10% above dense" in said[1] and "80.0%" in said[2]
+    assert (
+        len(said) == 3
+        and "only 90.0% of the heads keep 0.6 − 0.01" in said[0]
+        and "1.10% above dense" in said[1]
+        and "80.0%" in said[2]
+    )
 
 
 # -- storing --------------------------------------------------------------------------------------------------------
@@ -399,7 +445,10 @@ def test_a_saved_calibration_is_used_again(calibrated, folder, texts):
     model, result = calibrated
     assert read_calibration(folder / FILE) == result
     loaded = AutoModelForCausalLM.from_pretrained(folder)
-    assert [r.budgets for r in routers(loaded)] == [result.budgets(0), result.budgets(1)] and loaded.calibration == result
+    assert [r.budgets for r in routers(loaded)] == [
+        result.budgets(0),
+        result.budgets(1),
+    ] and loaded.calibration == result
     assert torch.equal(logits(loaded, texts[0].ids), logits(model, texts[0].ids))
     assert routers(AutoModel.from_pretrained(folder))[1].budgets == result.budgets(1)
     assert routers(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16))[1].budgets == result.budgets(1)
@@ -450,8 +499,14 @@ def test_a_changed_or_missing_file_is_refused(folder):
         (lambda values: values.update(ends=[10**30]), "ends is .*: must be a list of numbers of keys"),
         (lambda values: values["shares"].update({"-1": values["shares"]["0"]}), "shares has the layer '-1'"),
         (lambda values: values["shares"].update({"9" * 5000: values["shares"]["0"]}), "shares has the layer '9"),
-        (lambda values: values["shares"].update({"0": 0.5}), r"shares\.0 is 0\.5: must be rows of a share for every KV head"),
-        (lambda values: values["shares"].update({"0": [[float("nan")]]}), r"shares\.0 is .*nan.*: must be rows of a share"),
+        (
+            lambda values: values["shares"].update({"0": 0.5}),
+            r"shares\.0 is 0\.5: must be rows of a share for every KV head",
+        ),
+        (
+            lambda values: values["shares"].update({"0": [[float("nan")]]}),
+            r"shares\.0 is .*nan.*: must be rows of a share",
+        ),
     ],
 )
 def test_a_file_that_was_made_by_hand_is_refused_by_the_field(change, message, folder):
@@ -478,9 +533,12 @@ def scale(model, part):
 
 
 @pytest.mark.parametrize(
-    ("part", "named"), [("wq_index", "routers"), ("mlp.up_proj", "backbone"), ("settings", "settings"), ("version", "version")]
+    ("part", "named"),
+    [("wq_index", "routers"), ("mlp.up_proj", "backbone"), ("settings", "settings"), ("version", "version")],
 )
-def test_a_calibration_of_something_else_is_refused(part, named, folder, calibrated, make_model, real_budget, monkeypatch):
+def test_a_calibration_of_something_else_is_refused(
+    part, named, folder, calibrated, make_model, real_budget, monkeypatch
+):
     model = make_model()
     if part == "settings":
         model = sparsify(hf_sparse_attn.to_dense(model), {**real_budget, **FULL_RANK, "query_samples": 4})
@@ -544,7 +602,9 @@ def test_generation_of_a_calibrated_model_follows_its_budgets(calibrated, texts)
     assert [layer for layer, _ in seen] == [layer for layer in (0, 1) if not calibrated[1].budgets(layer).is_dense]
 
 
-def test_the_verb_stores_the_calibration_and_writes_a_report(make_model, word_tokenizer, random_words, tmp_path, monkeypatch):
+def test_the_verb_stores_the_calibration_and_writes_a_report(
+    make_model, word_tokenizer, random_words, tmp_path, monkeypatch
+):
     monkeypatch.setattr(calibrate_module, "LEAST_RECALL", 0.5)  # at so small a mass links are lost
     folder = tmp_path / "model"
     make_model().save_pretrained(folder)
@@ -561,7 +621,10 @@ def test_the_verb_stores_the_calibration_and_writes_a_report(make_model, word_to
     assert json.loads((folder / FILE).read_text()) == result["calibration"]
     assert routers(AutoModelForCausalLM.from_pretrained(folder))[0].budgets is not None
     html = (tmp_path / "c.html").read_text()
-    assert html.count("data:image/svg+xml;base64,") == 1 and f"{100 * result['calibration']['verified']['density']:.1f} %" in html
+    assert (
+        html.count("data:image/svg+xml;base64,") == 1
+        and f"{100 * result['calibration']['verified']['density']:.1f} %" in html
+    )
     before = (folder / FILE).read_bytes()
     again = CliRunner().invoke(app, arguments, catch_exceptions=False)  # a model that has one already
     assert again.exit_code == 0 and (folder / FILE).read_bytes() == before

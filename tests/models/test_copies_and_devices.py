@@ -45,12 +45,16 @@ def reads_its_own_rotary(model):
 # -- copies and pickles ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
 def test_a_copy_is_a_model_of_its_own(model, duplicate, token_ids):
     ids = token_ids(1, 200)
     want = logits(model, ids)
     twin = duplicate(model)
-    assert type(twin) is type(model) and reads_its_own_rotary(twin) and twin.model.rotary_emb is not model.model.rotary_emb
+    assert (
+        type(twin) is type(model) and reads_its_own_rotary(twin) and twin.model.rotary_emb is not model.model.rotary_emb
+    )
     assert torch.equal(logits(twin, ids), want)
     with torch.no_grad():
         for weight in twin.parameters():
@@ -89,7 +93,9 @@ def pickles(sparse_llama, real_budget, token_ids, tmp_path_factory):
 
 
 def in_a_fresh_process(code, folder):
-    run = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=folder, capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stderr
     return run.stdout.split()
 
@@ -157,9 +163,14 @@ def generate(model, ids):
     return model.generate(ids, max_new_tokens=24, do_sample=False)
 
 
-def test_models_that_generate_at_once_give_the_tokens_they_give_alone(sparse_llama, real_budget, token_ids, impatient_threads):
+def test_models_that_generate_at_once_give_the_tokens_they_give_alone(
+    sparse_llama, real_budget, token_ids, impatient_threads
+):
     other = {**real_budget, "block_size": 32, "min_keys": 128, "sink": 32, "local": 32, "index_dim": 16}
-    models = [sparse_llama(real_budget, noise=0.1), sparse_llama(other, seed=1, noise=0.1, num_hidden_layers=3, num_key_value_heads=1)]
+    models = [
+        sparse_llama(real_budget, noise=0.1),
+        sparse_llama(other, seed=1, noise=0.1, num_hidden_layers=3, num_key_value_heads=1),
+    ]
     prompts = [token_ids(2, 230, seed=1), token_ids(1, 400, seed=2)]
     jobs = [lambda m=m, ids=ids: generate(m, ids) for m, ids in zip(models, prompts, strict=True)]
     alone = [job() for job in jobs]
@@ -281,8 +292,12 @@ def test_checkpointing_can_be_switched_off(model):
 # -- heads ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("auto", [AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoModelForQuestionAnswering])
-def test_a_model_with_a_head_of_another_kind_is_loaded_saved_and_made_dense(auto, stock_llama, real_budget, token_ids, tmp_path):
+@pytest.mark.parametrize(
+    "auto", [AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoModelForQuestionAnswering]
+)
+def test_a_model_with_a_head_of_another_kind_is_loaded_saved_and_made_dense(
+    auto, stock_llama, real_budget, token_ids, tmp_path
+):
     """Transformers builds the body of such a model with AutoModel, from the sparse config."""
     ids = token_ids(1, 200)
     torch.manual_seed(0)
@@ -290,7 +305,11 @@ def test_a_model_with_a_head_of_another_kind_is_loaded_saved_and_made_dense(auto
     stock.save_pretrained(tmp_path / "stock")
     model = auto.from_pretrained(tmp_path / "stock", sparse_attention=real_budget)
     body = model.get_submodule(model.base_model_prefix)
-    assert type(model).__name__ == f"Sparse{type(stock).__name__}" and type(body) is LlamaModel and len(routers(model)) == 2
+    assert (
+        type(model).__name__ == f"Sparse{type(stock).__name__}"
+        and type(body) is LlamaModel
+        and len(routers(model)) == 2
+    )
     model.save_pretrained(tmp_path / "sparse")
     with torch.no_grad():
         want, dense = model(ids)[0], stock(ids)[0]

@@ -36,8 +36,13 @@ class Strangers(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        has = [any(isinstance(x, torch.Tensor) and x.dtype == self.dtype for x in tree_leaves(part)) for part in (out, (args, kwargs))]
-        assert not has[0] or has[1] or (kwargs and kwargs.get("dtype") == self.dtype), f"{func} made a tensor of the default dtype"
+        has = [
+            any(isinstance(x, torch.Tensor) and x.dtype == self.dtype for x in tree_leaves(part))
+            for part in (out, (args, kwargs))
+        ]
+        assert not has[0] or has[1] or (kwargs and kwargs.get("dtype") == self.dtype), (
+            f"{func} made a tensor of the default dtype"
+        )
         return out
 
 
@@ -157,7 +162,9 @@ def test_a_static_cache_of_the_models_device(ambient, sparse_llama, real_budget)
     model, ids = sparse_llama(real_budget, noise=0.1), rows(count=1)
 
     def steps(cache):
-        return torch.cat([model(ids[:, at], past_key_values=cache).logits for at in (slice(0, 190), slice(190, 191))], 1)
+        return torch.cat(
+            [model(ids[:, at], past_key_values=cache).logits for at in (slice(0, 190), slice(190, 191))], 1
+        )
 
     caches = [StaticCache(config=model.config, max_cache_len=256) for _ in range(2)]
     for cache in caches:
@@ -170,7 +177,9 @@ def test_a_static_cache_of_the_models_device(ambient, sparse_llama, real_budget)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_routers_start_alike_in_every_dtype_of_the_backbone(dtype, llama_folder, real_budget):
-    for router in routers(AutoModelForCausalLM.from_pretrained(llama_folder, dtype=dtype, sparse_attention=real_budget)):
+    for router in routers(
+        AutoModelForCausalLM.from_pretrained(llama_folder, dtype=dtype, sparse_attention=real_budget)
+    ):
         want = copy.deepcopy(router)
         want.init_weights()
         for name, weight in router.named_parameters():

@@ -1,4 +1,6 @@
-"""generate(): the stock model's tokens with every block kept, and at a real budget the logits of the uncached forward."""
+"""generate(): the stock model's tokens with every block kept, and at a real budget the logits of the
+uncached forward.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def generated(model, ids, seed=0, **options):
 
 
 def assert_logits_of_the_uncached_forward(model, ids, mask=None, **options):
-    """Each row of what is generated, token by token, against one uncached call: the prompt in tiles, the rest singly."""
+    """Each row of what is generated, token by token, against one uncached call:
+    the prompt in tiles, the rest singly.
+    """
     arguments = {} if mask is None else {"attention_mask": mask}
     out = generated(model, ids, output_logits=True, return_dict_in_generate=True, **arguments, **options)
     prompt = ids.shape[1]
@@ -73,7 +77,9 @@ def assert_logits_of_the_uncached_forward(model, ids, mask=None, **options):
             dense = model(tokens[None, skip:], sparse_call=SparseCall(dense=True)).logits[0]
         got = torch.stack([logits[row] for logits in out.logits])
         close(got, want[prompt - skip - 1 : -1], 1e-4)
-        assert (got - dense[prompt - skip - 1 : -1]).abs().max() > 0.05, "the budget cuts nothing: this test would prove nothing"
+        assert (got - dense[prompt - skip - 1 : -1]).abs().max() > 0.05, (
+            "the budget cuts nothing: this test would prove nothing"
+        )
 
 
 STRATEGIES = {
@@ -103,10 +109,14 @@ def test_logits_at_a_real_budget_are_those_of_the_uncached_forward(sparse, token
     assert_logits_of_the_uncached_forward(sparse, token_ids(2, 150), **STRATEGIES[name])
 
 
-@pytest.mark.parametrize(("size", "length"), [(40, 150), (32, 150), (17, 150), (5, 40), (100, 150), (33, 161), (149, 150)])
+@pytest.mark.parametrize(
+    ("size", "length"), [(40, 150), (32, 150), (17, 150), (5, 40), (100, 150), (33, 161), (149, 150)]
+)
 @pytest.mark.parametrize("offset", [0, 5, 21])
 def test_chunks_end_with_query_tiles(sparse, token_ids, size, length, offset):
-    """So a prompt in chunks selects what the uncut one does; a last chunk of less than a tile would be routed as decoding is."""
+    """So a prompt in chunks selects what the uncut one does;
+    a last chunk of less than a tile would be routed as decoding is.
+    """
     ids, options = token_ids(1, length), {"output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 2}
     if offset:
         ids = torch.cat([torch.zeros(1, offset, dtype=torch.long), ids], 1)
@@ -160,7 +170,13 @@ def test_a_padded_row_decodes_at_a_real_budget_as_if_it_were_alone(sparse, token
 
 def test_the_scores_of_beams_at_a_real_budget_are_those_of_the_uncached_forward(sparse, token_ids):
     ids = token_ids(2, 150, seed=1)
-    options = {"num_beams": 3, "num_return_sequences": 3, "length_penalty": 0.0, "output_scores": True, "return_dict_in_generate": True}
+    options = {
+        "num_beams": 3,
+        "num_return_sequences": 3,
+        "length_penalty": 0.0,
+        "output_scores": True,
+        "return_dict_in_generate": True,
+    }
     out = generated(sparse, ids, **options)
     for tokens, score in zip(out.sequences, out.sequences_scores, strict=True):
         with torch.no_grad():
@@ -168,7 +184,9 @@ def test_the_scores_of_beams_at_a_real_budget_are_those_of_the_uncached_forward(
         close(logits[149:-1].log_softmax(-1).gather(1, tokens[150:, None]).sum(), score, 1e-4)
 
 
-def test_generation_that_crosses_dense_below_gives_the_tokens_of_the_stock_model(stock, sparse_llama, every_block, token_ids, left_padded):
+def test_generation_that_crosses_dense_below_gives_the_tokens_of_the_stock_model(
+    stock, sparse_llama, every_block, token_ids, left_padded
+):
     model = sparse_llama({**every_block, "dense_below": 150}, noise=0.1)
     ids, mask = left_padded([token_ids(1, n, seed=n)[0] for n in (140, 97)])
     assert torch.equal(generated(model, ids, attention_mask=mask), generated(stock, ids, attention_mask=mask))
@@ -195,7 +213,9 @@ def test_guesses_do_not_change_the_tokens(stock, complete, assistants, token_ids
 
 @pytest.mark.parametrize("kind", ["prompt lookup", "stock", "sparse"])
 def test_guesses_do_not_change_the_logits_at_a_real_budget(sparse, assistants, token_ids, crops, kind):
-    """The first guesses come in one call with the prompt, in whose last tile they would have a say: here it is full, and they are wrong."""
+    """The first guesses come in one call with the prompt, in whose last tile they would have a say:
+    here it is full, and they are wrong.
+    """
     ids = token_ids(1, 32, seed=2).repeat(1, 5)
     assert_logits_of_the_uncached_forward(sparse, ids, **guessing(kind, assistants))
     assert any(n < 0 for n in crops)

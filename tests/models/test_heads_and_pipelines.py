@@ -1,4 +1,6 @@
-"""Heads, pipelines, tokenizers and other kinds of checkpoints: what people load models for, with sparse attention in them."""
+"""Heads, pipelines, tokenizers and other kinds of checkpoints:
+what people load models for, with sparse attention in them.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,12 @@ WITHOUT = {
     *(("AutoModelForMaskedLM", decoder) for decoder in ("llama", "qwen3")),
     *(("AutoModelForCausalLM", encoder) for encoder in ("bert", "modernbert")),
 }
-CASES = [case for auto in HEADS for model_type in ("llama", "qwen3", "bert", "modernbert") if (case := (auto, model_type)) not in WITHOUT]
+CASES = [
+    case
+    for auto in HEADS
+    for model_type in ("llama", "qwen3", "bert", "modernbert")
+    if (case := (auto, model_type)) not in WITHOUT
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +54,9 @@ def first_output(model, ids):
 
 
 @pytest.mark.parametrize(("auto_name", "model_type"), CASES)
-def test_every_head_loads_saves_and_runs_in_its_pipeline(auto_name, model_type, settings, tokenizer, random_words, token_ids, tmp_path):
+def test_every_head_loads_saves_and_runs_in_its_pipeline(
+    auto_name, model_type, settings, tokenizer, random_words, token_ids, tmp_path
+):
     auto, task = getattr(transformers, auto_name), HEADS[auto_name]
     torch.manual_seed(0)
     stock = auto.from_config(tiny_models.tiny_config(model_type)).eval()
@@ -105,7 +114,9 @@ def test_a_base_model_still_gives_hidden_states(convert, settings, token_ids, tm
 
 def test_classes_without_an_auto_class_are_made_by_name(settings):
     created = sparse_class(transformers.PatchTSTForPretraining)
-    assert created.__name__ == "SparsePatchTSTForPretraining" and issubclass(created, transformers.PatchTSTForPretraining)
+    assert created.__name__ == "SparsePatchTSTForPretraining" and issubclass(
+        created, transformers.PatchTSTForPretraining
+    )
 
 
 # -- other kinds of checkpoints -------------------------------------------------------------------------------------
@@ -124,7 +135,12 @@ def write_gguf(model, path):
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(config.vocab_size)
-    parts = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output"}
+    parts = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+    }
     parts |= {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
     parts |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
     names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
@@ -132,7 +148,9 @@ def write_gguf(model, path):
         names |= {f"model.layers.{layer}.{ours}": f"blk.{layer}.{theirs}" for ours, theirs in parts.items()}
     for name, weight in model.state_dict().items():
         target = names[name.removesuffix(".weight")]
-        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(target.rpartition(".")[2])
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(
+            target.rpartition(".")[2]
+        )
         if heads:  # GGUF interleaves the rotary halves of each head
             weight = weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
         writer.add_tensor(f"{target}.weight", weight.numpy())
@@ -160,7 +178,9 @@ def quantised(kind):
         from torchao.quantization import Int8WeightOnlyConfig
 
         return transformers.TorchAoConfig(Int8WeightOnlyConfig())
-    return transformers.BitsAndBytesConfig(load_in_8bit=kind == "bnb8", load_in_4bit=kind == "bnb4", bnb_4bit_compute_dtype=torch.float32)
+    return transformers.BitsAndBytesConfig(
+        load_in_8bit=kind == "bnb8", load_in_4bit=kind == "bnb4", bnb_4bit_compute_dtype=torch.float32
+    )
 
 
 @pytest.mark.slow
@@ -215,7 +235,11 @@ def test_sparse_attention_of_a_composite_model_is_for_its_text_part(way, setting
         want = model(**inputs).logits
         model.set_attn_implementation("sdpa")
         model = WAYS[way](model, tmp_path) or model
-        assert model.config.text_config._attn_implementation == "hf_sparse" != model.config.vision_config._attn_implementation
+        assert (
+            model.config.text_config._attn_implementation
+            == "hf_sparse"
+            != model.config.vision_config._attn_implementation
+        )
         count_calls.clear()
         assert torch.equal(model(**inputs).logits, want) and count_calls
     model.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
@@ -234,7 +258,9 @@ def test_label_smoothing_shifts_the_labels_as_for_the_stock_model(stock_llama, e
 
 
 def test_context_parallelism_is_refused(stock_llama, every_block):
-    assert stock_llama().supports_context_parallel and not sparsify(stock_llama(), every_block).supports_context_parallel
+    assert (
+        stock_llama().supports_context_parallel and not sparsify(stock_llama(), every_block).supports_context_parallel
+    )
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
-"""Pushing to a model hub and loading from it, over real HTTP; what a process without this package makes of what was pushed.
+"""Pushing to a model hub and loading from it, over real HTTP; what a process without this package makes of what was
+pushed.
 
 The clients are processes of their own: huggingface_hub reads the address of the hub once, when it is imported.
 """
@@ -83,7 +84,8 @@ for repo in ("me/commit-fails", "me/storage-fails"):
 said["no space"] = refused(lambda: model.save_pretrained(work / "local", push_to_hub=True, repo_id="me/no-space"))
 said["wrong token"] = refused(lambda: model.push_to_hub("me/wrong-token", token="hf_wrong"))
 said["not mine"] = refused(lambda: model.push_to_hub("other/sparse"))
-model.save_pretrained(work / "saved-and-pushed", push_to_hub=True, repo_id="me/saved-and-pushed", commit_message="both at once")
+model.save_pretrained(work / "saved-and-pushed", push_to_hub=True, repo_id="me/saved-and-pushed",
+                      commit_message="both at once")
 
 shares = {0: ((0.5, 1.0),), 1: ((0.25, 0.5),)}
 hf_sparse_attn.use_calibration(model, Calibration(None, 0.9, (64,), shares, made_with(model), {}, {}))
@@ -121,9 +123,11 @@ for name in ("hf_sparse_attn", "hf_sparse_attn_kernels"):
     except ModuleNotFoundError as error:
         said[name] = error.name
 
-for name, source in {"hub": "me/sparse", "folder": work / "sparse", "dense": work / "dense", "dense hub": "me/dense"}.items():
+sources = {"hub": "me/sparse", "folder": work / "sparse", "dense": work / "dense", "dense hub": "me/dense"}
+for name, source in sources.items():
     model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True)
-    said[name] = [f"{type(model).__module__}.{type(model).__name__}", {k: sorted(map(str, v)) for k, v in info.items() if v}]
+    notes = {k: sorted(map(str, v)) for k, v in info.items() if v}
+    said[name] = [f"{type(model).__module__}.{type(model).__name__}", notes]
     tensors[name] = logits(model)
 said["tokens"] = AutoTokenizer.from_pretrained("me/sparse")("w5 w6 w7")["input_ids"]
 finish("stock")
@@ -133,7 +137,11 @@ finish("stock")
 @pytest.fixture(scope="module")
 def hub():
     with loopback_hub.serving() as running:
-        running.refusals |= {("commit", "me/commit-fails"): [500], ("store", "me/storage-fails"): [403], ("commit", "me/no-space"): [507]}
+        running.refusals |= {
+            ("commit", "me/commit-fails"): [500],
+            ("store", "me/storage-fails"): [403],
+            ("commit", "me/no-space"): [507],
+        }
         yield running
 
 
@@ -155,7 +163,9 @@ def work(sparse_llama, stock_llama, real_budget, word_tokenizer, token_ids, tmp_
 
 @pytest.fixture(scope="module")
 def client(hub, work, tmp_path_factory):
-    """Runs a script in a process that takes the loopback hub for the Hub, with an empty cache: what it said and its tensors."""
+    """Runs a script in a process that takes the loopback hub for the Hub, with an empty cache:
+    what it said and its tensors.
+    """
 
     if "https://huggingface.co" in inspect.getsource(RepoCard.validate):
         pytest.skip("this version of huggingface_hub has cards checked at huggingface.co, whatever hub is named")
@@ -172,10 +182,18 @@ def client(hub, work, tmp_path_factory):
         }
         command = [*python, "-c", header + COMMON + script, str(work)]
         done = subprocess.run(
-            command, env={**os.environ, **environment}, cwd=work, capture_output=True, text=True, timeout=200, check=False
+            command,
+            env={**os.environ, **environment},
+            cwd=work,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-        return SimpleNamespace(said=json.loads((work / f"{name}.json").read_text()), tensors=load_file(work / f"{name}.safetensors"))
+        return SimpleNamespace(
+            said=json.loads((work / f"{name}.json").read_text()), tensors=load_file(work / f"{name}.safetensors")
+        )
 
     return run
 
@@ -221,7 +239,11 @@ def test_a_pushed_model_is_sharded_and_nothing_else_is_pushed(hub, pushed):
     weights = {name for name in files if name.endswith(".safetensors")}
     assert len(weights) > 3 and weights == set(json.loads(files["model.safetensors.index.json"])["weight_map"].values())
     assert names(hub, "me/sparse") == SHARDED | weights | {"tokenizer.json", "tokenizer_config.json"}
-    assert [commit.summary for commit in hub.repos["me/sparse"]] == ["initial commit", "Upload tokenizer", "Upload SparseLlamaForCausalLM"]
+    assert [commit.summary for commit in hub.repos["me/sparse"]] == [
+        "initial commit",
+        "Upload tokenizer",
+        "Upload SparseLlamaForCausalLM",
+    ]
     assert json.loads(files["config.json"])["architectures"] == ["LlamaForCausalLM"]
 
 
@@ -246,11 +268,15 @@ def test_a_card_made_from_results_is_accepted_and_survives_the_next_push(hub, pu
     assert cards[0].data.eval_results and after.summary == "Upload SparseLlamaForCausalLM"
 
 
-@pytest.mark.parametrize(("repo", "error"), [("me/commit-fails", ["HfHubHTTPError", 500]), ("me/storage-fails", ["RuntimeError", None])])
+@pytest.mark.parametrize(
+    ("repo", "error"), [("me/commit-fails", ["HfHubHTTPError", 500]), ("me/storage-fails", ["RuntimeError", None])]
+)
 def test_a_push_that_fails_raises_and_commits_nothing_and_can_be_repeated(hub, pushed, repo, error):
     assert pushed.said[repo] == [error, None]
     assert len(hub.repos[repo]) == 2 and set(hub.repos[repo][0].files) == {".gitattributes"}
-    weights = {name: file.data for name, file in hub.repos["me/sparse"][-1].files.items() if name.endswith(".safetensors")}
+    weights = {
+        name: file.data for name, file in hub.repos["me/sparse"][-1].files.items() if name.endswith(".safetensors")
+    }
     assert weights.items() <= hub.files(repo).items() and names(hub, repo) == SHARDED | set(weights)
 
 
@@ -279,7 +305,9 @@ def test_a_pushed_model_loads_sparse_with_identical_logits(loaded, expected, rea
     assert loaded.said["class"] == "SparseLlamaForCausalLM" and loaded.said["info"] == {}
     assert loaded.said["sparse_attention"]["bookkeeping"]["trained"] is True
     assert loaded.said["sparse_attention"].items() >= real_budget.items() and loaded.said["tokens"] == [5, 6, 7]
-    assert torch.equal(loaded.tensors["sparse"], expected["sparse"]) and not torch.equal(expected["sparse"], expected["dense"])
+    assert torch.equal(loaded.tensors["sparse"], expected["sparse"]) and not torch.equal(
+        expected["sparse"], expected["dense"]
+    )
 
 
 def test_a_pushed_adapter_loads_with_its_base_model(hub, pushed, loaded, expected):
@@ -290,7 +318,9 @@ def test_a_pushed_adapter_loads_with_its_base_model(hub, pushed, loaded, expecte
 
 
 def test_a_calibration_is_pushed_with_its_model(hub, pushed, loaded):
-    assert "sparse_calibration.json" in hub.files("me/calibrated") and "sparse_calibration.json" not in hub.files("me/sparse")
+    assert "sparse_calibration.json" in hub.files("me/calibrated") and "sparse_calibration.json" not in hub.files(
+        "me/sparse"
+    )
     assert loaded.said["budgets"] == [[[0.5, 1.0]], [[0.25, 0.5]]]
 
 

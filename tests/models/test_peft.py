@@ -19,7 +19,12 @@ from peft import (
     get_peft_model,
 )
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 from hf_sparse_attn import distill, load_adapter, lora_config, routers, sparsify, to_dense
 from hf_sparse_attn.models.adapters import active_routers
@@ -29,8 +34,12 @@ from hf_sparse_attn.training.distillation import backbone_hash, router_state
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
-NO_ROUTERS = r"adapter 'default' has no routers, but SparseLlamaForCausalLM runs sparse.*lora_config.*to_dense.*\"sdpa\""
-ON_DENSE = r"adapter of a sparse model: load its base with sparse_attention=\{.*'density': 0\.05, .*'query_tile': 16.*\}"
+NO_ROUTERS = (
+    r"adapter 'default' has no routers, but SparseLlamaForCausalLM runs sparse.*lora_config.*to_dense.*\"sdpa\""
+)
+ON_DENSE = (
+    r"adapter of a sparse model: load its base with sparse_attention=\{.*'density': 0\.05, .*'query_tile': 16.*\}"
+)
 
 
 @pytest.fixture
@@ -73,13 +82,20 @@ def adapters(sparse_folder, dense_folder, tmp_path_factory, shift):
     folder = tmp_path_factory.mktemp("adapters")
     base = AutoModelForCausalLM.from_pretrained(sparse_folder)
     shift(get_peft_model(base, lora_config(base, **LORA))).save_pretrained(folder / "sparse")
-    shift(get_peft_model(AutoModelForCausalLM.from_pretrained(dense_folder), LoraConfig(**LORA))).save_pretrained(folder / "dense")
+    shift(get_peft_model(AutoModelForCausalLM.from_pretrained(dense_folder), LoraConfig(**LORA))).save_pretrained(
+        folder / "dense"
+    )
     return folder
 
 
 # -- the life of an adapter -----------------------------------------------------------------------------------------
 
-KINDS = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}, "all-linear": {"target_modules": "all-linear"}}
+KINDS = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True},
+    "all-linear": {"target_modules": "all-linear"},
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -90,10 +106,14 @@ def test_an_adapter_is_saved_loaded_merged_and_unloaded(kind, sparse, sparse_fol
     assert not torch.allclose(adapted, before, atol=0.1)
     linear = 7 if kind == "all-linear" else 2
     names = [name for name, weight in peft_model.named_parameters() if weight.requires_grad]
-    assert sum(".lora_B." in name for name in names) == 2 * linear and sum(".router." in name for name in names) == len(base)
+    assert sum(".lora_B." in name for name in names) == 2 * linear and sum(".router." in name for name in names) == len(
+        base
+    )
     peft_model.save_pretrained(tmp_path / "adapter")
     saved = load_file(tmp_path / "adapter/adapter_model.safetensors")
-    assert sum(".router." in name for name in saved) == len(base) and all(".router." in name or "lora_" in name for name in saved)
+    assert sum(".router." in name for name in saved) == len(base) and all(
+        ".router." in name or "lora_" in name for name in saved
+    )
 
     again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sparse_folder), tmp_path / "adapter").eval()
     assert torch.equal(logits(again, ids), adapted)
@@ -133,7 +153,9 @@ def test_unloading_alone_leaves_the_routers_of_the_adapter(adapters, sparse, spa
 
 def test_an_adapter_may_be_loaded_onto_empty_weights(adapters, sparse, sparse_folder, ids):
     want = logits(PeftModel.from_pretrained(sparse, adapters / "sparse"), ids)
-    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sparse_folder), adapters / "sparse", low_cpu_mem_usage=True)
+    again = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(sparse_folder), adapters / "sparse", low_cpu_mem_usage=True
+    )
     assert torch.equal(logits(again, ids), want)
 
 
@@ -237,7 +259,9 @@ def test_the_config_adds_to_what_the_user_chose(sparse):
     ],
 )
 def test_targets_that_take_in_a_router_are_refused(sparse, options, hit):
-    with pytest.raises(ValueError, match=rf"target_\w+ .* takes in model\.layers\.0\.self_attn\.{hit}: routers are trained whole"):
+    with pytest.raises(
+        ValueError, match=rf"target_\w+ .* takes in model\.layers\.0\.self_attn\.{hit}: routers are trained whole"
+    ):
         lora_config(sparse, **options)
 
 
@@ -276,7 +300,8 @@ def test_the_helper_refuses_where_plain_peft_stays_silent(sparse, dense, tmp_pat
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "sparse_attention": None}))
     with pytest.raises(ValueError, match=r"adapter of a sparse model: load its base with sparse_attention=\{\.\.\.\}"):
         load_adapter(dense, tmp_path)
-    assert type(PeftModel.from_pretrained(dense, tmp_path).get_base_model()) is LlamaForCausalLM  # what the helper is for
+    # what the helper is for
+    assert type(PeftModel.from_pretrained(dense, tmp_path).get_base_model()) is LlamaForCausalLM
 
 
 WAYS = {
@@ -317,8 +342,12 @@ print(*[warning.message for warning in caught])
 """
 
 
-@pytest.mark.parametrize(("code", "said"), [(LATER, ON_DENSE), (WITHOUT, r"Unexpected keyword arguments \['sparse_attention'\]")])
-def test_peft_that_is_imported_after_the_package_refuses_and_without_it_names_the_key(code, said, adapters, dense_folder):
+@pytest.mark.parametrize(
+    ("code", "said"), [(LATER, ON_DENSE), (WITHOUT, r"Unexpected keyword arguments \['sparse_attention'\]")]
+)
+def test_peft_that_is_imported_after_the_package_refuses_and_without_it_names_the_key(
+    code, said, adapters, dense_folder
+):
     command = [sys.executable, "-c", code, str(dense_folder), str(adapters / "sparse")]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
@@ -388,10 +417,13 @@ def test_a_second_adapter_without_routers_is_refused(adapters, sparse, ids):
 
 
 def test_routers_for_other_blocks_are_refused(adapters, dense_folder, real_budget, ids):
-    base = AutoModelForCausalLM.from_pretrained(dense_folder, sparse_attention={**real_budget, "block_size": 32, "min_keys": 128})
+    base = AutoModelForCausalLM.from_pretrained(
+        dense_folder, sparse_attention={**real_budget, "block_size": 32, "min_keys": 128}
+    )
     for load in (PeftModel.from_pretrained, load_adapter):
         with pytest.raises(
-            ValueError, match=r"trained for block_size 16, those of the model are for 32.*sparse_attention=\{.*'query_tile': 16"
+            ValueError,
+            match=r"trained for block_size 16, those of the model are for 32.*sparse_attention=\{.*'query_tile': 16",
         ):
             load(base, adapters / "sparse")
     assert not hasattr(base, "peft_config") and not any("lora" in name for name, _ in base.named_modules())
@@ -405,7 +437,9 @@ def test_prompt_tuning_needs_no_routers(sparse, ids):
 def test_a_model_with_adapters_is_not_converted(adapters, sparse, dense, real_budget):
     peft_model = PeftModel.from_pretrained(dense, adapters / "dense")
     for model in (dense, peft_model):
-        with pytest.raises(ValueError, match=r"sparsify cannot change a model with adapters \(default\): merge or unload"):
+        with pytest.raises(
+            ValueError, match=r"sparsify cannot change a model with adapters \(default\): merge or unload"
+        ):
             sparsify(model, real_budget)
     with pytest.raises(ValueError, match=r"to_dense cannot change a model with adapters \(default\)"):
         to_dense(PeftModel.from_pretrained(sparse, adapters / "sparse").get_base_model())

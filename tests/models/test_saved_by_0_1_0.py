@@ -29,10 +29,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import hf_sparse_attn
 assert hf_sparse_attn.__version__ == "0.1.0" and "hf_sparse_attn.attending" in sys.modules
 torch.manual_seed(0)
-sizes = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+sizes = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+             num_attention_heads=4, num_key_value_heads=2)
 model = LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.2)).eval()
 model.save_pretrained("dense")
-settings = dict(block_size=16, query_tile=16, sink=16, local=16, dense_below=0, query_samples=8, index_dim=8, density=0.05, min_keys=80)
+settings = dict(block_size=16, query_tile=16, sink=16, local=16, dense_below=0, query_samples=8,
+                index_dim=8, density=0.05, min_keys=80)
 hf_sparse_attn.sparsify(model, settings)
 def move(model, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -60,7 +62,17 @@ def saved(tmp_path_factory):
     """A folder with a model, an adapter, a whole-model pickle and their logits, all of 0.1.0."""
     code, work = tmp_path_factory.mktemp("code"), tmp_path_factory.mktemp("saved")
     packed = subprocess.run(
-        ["git", "-C", str(ROOT), "archive", COMMIT, "hf_sparse_attn", "kernels/torch-ext", "-o", str(code / "code.tar")],
+        [
+            "git",
+            "-C",
+            str(ROOT),
+            "archive",
+            COMMIT,
+            "hf_sparse_attn",
+            "kernels/torch-ext",
+            "-o",
+            str(code / "code.tar"),
+        ],
         capture_output=True,
     )
     if packed.returncode:
@@ -99,12 +111,16 @@ def test_an_adapter_gives_the_same_logits_by_the_module_that_it_names(saved, wan
     torch.testing.assert_close(logits(model, ids), expected["adapter"], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("load", [load_adapter, PeftModel.from_pretrained, lambda model, folder: model.load_adapter(folder)])
+@pytest.mark.parametrize(
+    "load", [load_adapter, PeftModel.from_pretrained, lambda model, folder: model.load_adapter(folder)]
+)
 def test_an_adapter_on_a_dense_base_is_refused_with_its_settings(saved, load):
     with pytest.raises(ValueError, match=ON_DENSE):
         load(LlamaForCausalLM.from_pretrained(saved / "dense"), str(saved / "adapter"))
 
 
 def test_a_model_that_was_pickled_whole_says_the_way_out(saved):
-    with pytest.raises(ModuleNotFoundError, match=r"load them with 0\.1\.0 .* and save them with model\.save_pretrained"):
+    with pytest.raises(
+        ModuleNotFoundError, match=r"load them with 0\.1\.0 .* and save them with model\.save_pretrained"
+    ):
         torch.load(saved / "model.pt", weights_only=False)

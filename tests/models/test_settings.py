@@ -34,13 +34,23 @@ def model(sparse_llama, real_budget):
     return sparse_llama(real_budget)
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
 def test_a_copy_of_a_model_has_a_holder_of_its_own(model, duplicate):
     twin = duplicate(model)
     assert holder(twin) is not holder(model)
     set_sparse_attention(twin, min_keys=112)
-    assert [router.config.min_keys for router in routers(model)] == [80, 80] == 2 * [model.config.sparse_attention["min_keys"]]
-    assert [router.config.min_keys for router in routers(twin)] == [112, 112] == 2 * [twin.config.sparse_attention["min_keys"]]
+    assert (
+        [router.config.min_keys for router in routers(model)]
+        == [80, 80]
+        == 2 * [model.config.sparse_attention["min_keys"]]
+    )
+    assert (
+        [router.config.min_keys for router in routers(twin)]
+        == [112, 112]
+        == 2 * [twin.config.sparse_attention["min_keys"]]
+    )
 
 
 def test_the_text_part_of_a_composite_model_says_what_its_routers_run_with(real_budget):
@@ -74,7 +84,12 @@ def test_a_router_by_itself_has_settings_of_its_own(make_router):
 
 
 def test_one_function_writes_them():
-    writers = [path for path in (ROOT / "hf_sparse_attn").rglob("*.py") for line in path.read_text().splitlines() if "in_use=True" in line]
+    writers = [
+        path
+        for path in (ROOT / "hf_sparse_attn").rglob("*.py")
+        for line in path.read_text().splitlines()
+        if "in_use=True" in line
+    ]
     assert [path.name for path in writers] == ["config_dispatch.py"]
 
 

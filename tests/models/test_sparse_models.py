@@ -68,7 +68,8 @@ def logits(model, ids, **options):
 def test_from_pretrained_takes_a_dict_or_a_config(stock_folder, real_budget, token_ids):
     ids = token_ids(1, 200)
     models = [
-        AutoModelForCausalLM.from_pretrained(stock_folder, sparse_attention=s) for s in (real_budget, SparseAttentionConfig(**real_budget))
+        AutoModelForCausalLM.from_pretrained(stock_folder, sparse_attention=s)
+        for s in (real_budget, SparseAttentionConfig(**real_budget))
     ]
     for model in models:
         assert isinstance(model, LlamaForCausalLM) and type(model).__name__ == "SparseLlamaForCausalLM"
@@ -198,7 +199,9 @@ def test_router_weights_stay_in_float32_in_a_bfloat16_model(sparse_folder, token
     assert {p.dtype for r in routers(model) for p in r.parameters()} == {torch.float32}
     assert model.lm_head.weight.dtype == torch.bfloat16
     assert bool(torch.isfinite(logits(model, token_ids(1, 200))).all())
-    assert {p.dtype for r in routers(sparsify(to_dense(model), {"min_keys": 512})) for p in r.parameters()} == {torch.float32}
+    assert {p.dtype for r in routers(sparsify(to_dense(model), {"min_keys": 512})) for p in r.parameters()} == {
+        torch.float32
+    }
 
 
 @pytest.mark.parametrize("lost", [".router.", "layers.1.self_attn.router.", "layers.1.self_attn.router.wk_index"])
@@ -220,7 +223,9 @@ def test_a_trained_checkpoint_saved_again_by_the_stock_class_is_refused(sparse_f
 
 
 @pytest.mark.parametrize(("field", "value"), [("block_size", 32), ("router_dim", 64), ("index_dim", 4)])
-def test_settings_that_ask_for_other_routers_than_the_checkpoint_holds_are_refused(sparse_folder, real_budget, field, value):
+def test_settings_that_ask_for_other_routers_than_the_checkpoint_holds_are_refused(
+    sparse_folder, real_budget, field, value
+):
     settings = {**real_budget, "min_keys": 160, field: value}
     with pytest.raises(ValueError, match=rf"sparse_attention.{field} {value} was asked for, but .* holds routers for"):
         AutoModelForCausalLM.from_pretrained(sparse_folder, sparse_attention=settings)
@@ -232,7 +237,9 @@ def test_settings_that_ask_for_other_routers_than_the_checkpoint_holds_are_refus
 
 
 @pytest.mark.parametrize("length", [16, 100, 233])
-def test_every_block_kept_equals_dense_through_the_sparse_path(stock_llama, sparse_llama, every_block, token_ids, count_calls, length):
+def test_every_block_kept_equals_dense_through_the_sparse_path(
+    stock_llama, sparse_llama, every_block, token_ids, count_calls, length
+):
     stock, model = stock_llama(), sparse_llama(every_block, noise=0.1)
     ids = token_ids(2, length)
     torch.testing.assert_close(logits(model, ids), logits(stock, ids), rtol=1e-4, atol=1e-4)
@@ -240,7 +247,9 @@ def test_every_block_kept_equals_dense_through_the_sparse_path(stock_llama, spar
     assert all(selection.kept().sum(-1).max() == -(-length // 16) for selection in count_calls)
 
 
-def test_a_real_budget_cuts_links_and_changes_the_logits(stock_llama, sparse_llama, real_budget, token_ids, count_calls):
+def test_a_real_budget_cuts_links_and_changes_the_logits(
+    stock_llama, sparse_llama, real_budget, token_ids, count_calls
+):
     stock, model = stock_llama(), sparse_llama(real_budget)
     ids = token_ids(1, 200)
     assert (logits(model, ids) - logits(stock, ids)).abs().max() > 0.05
@@ -266,7 +275,9 @@ def test_dense_layers_stay_dense(stock_llama, sparse_llama, real_budget, token_i
     ids = token_ids(1, 200)
     half = sparse_llama({**real_budget, "dense_layers": [0]})
     with torch.no_grad():
-        first = [m.model(ids, output_hidden_states=True, use_cache=False).hidden_states[1] for m in (half, stock_llama())]
+        first = [
+            m.model(ids, output_hidden_states=True, use_cache=False).hidden_states[1] for m in (half, stock_llama())
+        ]
     torch.testing.assert_close(first[0], first[1], rtol=1e-4, atol=1e-4)
     assert len(count_calls) == 1
     both = sparse_llama({**real_budget, "dense_layers": [0, 1]})
@@ -277,7 +288,11 @@ def test_dense_layers_stay_dense(stock_llama, sparse_llama, real_budget, token_i
 def test_a_dense_call_is_dense_and_still_observed(stock_llama, sparse_llama, real_budget, token_ids):
     ids, seen = token_ids(1, 200), []
     model = sparse_llama(real_budget)
-    out = logits(model, ids, sparse_call=Watching(dense=True, document=lambda router, inputs: seen.append((router.layer, inputs.q.shape))))
+    out = logits(
+        model,
+        ids,
+        sparse_call=Watching(dense=True, document=lambda router, inputs: seen.append((router.layer, inputs.q.shape))),
+    )
     torch.testing.assert_close(out, logits(stock_llama(), ids), rtol=1e-4, atol=1e-4)
     assert seen == [(0, (1, 4, 200, 16)), (1, (1, 4, 200, 16))]
 
@@ -368,7 +383,9 @@ def gradients(model, ids, labels, **options):
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_every_block_kept_has_the_gradients_of_the_stock_model(stock_llama, sparse_llama, every_block, documents, left_padded):
+def test_every_block_kept_has_the_gradients_of_the_stock_model(
+    stock_llama, sparse_llama, every_block, documents, left_padded
+):
     ids, mask = left_padded([d[0] for d in documents])
     labels = ids.masked_fill(mask == 0, -100)
     loss, grads = gradients(sparse_llama(every_block, noise=0.1).train(), ids, labels, attention_mask=mask)
@@ -376,7 +393,9 @@ def test_every_block_kept_has_the_gradients_of_the_stock_model(stock_llama, spar
     torch.testing.assert_close(loss, want_loss, rtol=1e-4, atol=1e-4)
     assert grads.keys() == want.keys()  # routers get none from the task
     for name in want:
-        torch.testing.assert_close(grads[name], want[name], rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            grads[name], want[name], rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_gradient_checkpointing_gives_the_same_loss_and_gradients(sparse_llama, real_budget, token_ids):
@@ -420,7 +439,9 @@ def _edits():
 
 
 @pytest.mark.parametrize("edit", _edits().values(), ids=_edits())
-def test_the_settings_of_a_model_cannot_be_edited_behind_its_back(sparse_llama, real_budget, sparse_folder, edit, tmp_path):
+def test_the_settings_of_a_model_cannot_be_edited_behind_its_back(
+    sparse_llama, real_budget, sparse_folder, edit, tmp_path
+):
     """Routers hold their settings: what is written into the config only would change nothing."""
     loaded = AutoModelForCausalLM.from_pretrained(sparse_folder)
     for model in (sparse_llama(real_budget), loaded, copy.deepcopy(loaded)):
@@ -429,7 +450,9 @@ def test_the_settings_of_a_model_cannot_be_edited_behind_its_back(sparse_llama, 
             edit(model.config)
         assert model.config.sparse_attention == before
     assert pickle.loads(pickle.dumps(loaded.config)) == loaded.config
-    json.dumps(loaded.config.to_dict()["sparse_attention"]) and loaded.config.to_dict()["sparse_attention"].update(density=0.5)
+    json.dumps(loaded.config.to_dict()["sparse_attention"]) and loaded.config.to_dict()["sparse_attention"].update(
+        density=0.5
+    )
 
 
 def test_the_settings_of_a_config_without_a_model_are_replaced_whole(sparse_folder):
@@ -441,7 +464,11 @@ def test_the_settings_of_a_config_without_a_model_are_replaced_whole(sparse_fold
     for keys in (112, 128):  # a model that was made from it does not bind it
         config.sparse_attention = {**config.sparse_attention, "min_keys": keys}
         model = AutoModelForCausalLM.from_pretrained(sparse_folder, config=config)
-        assert {router.config.min_keys for router in routers(model)} == {keys} == {model.config.sparse_attention["min_keys"]}
+        assert (
+            {router.config.min_keys for router in routers(model)}
+            == {keys}
+            == {model.config.sparse_attention["min_keys"]}
+        )
 
 
 def test_fields_that_the_weights_depend_on_cannot_change(sparse_llama, stock_llama, real_budget):
@@ -467,7 +494,9 @@ def test_the_implementation_on_a_stock_model_is_refused(stock_llama, token_ids):
 def test_attention_dropout_in_training_is_refused(sparse_llama, real_budget, token_ids):
     model = sparse_llama(real_budget, attention_dropout=0.25)
     assert bool(torch.isfinite(logits(model, token_ids(1, 100))).all())  # not in evaluation
-    with pytest.raises(ValueError, match=r"no attention dropout, got 0\.25 from SparseLlamaAttention.*attention_dropout=0\.0"):
+    with pytest.raises(
+        ValueError, match=r"no attention dropout, got 0\.25 from SparseLlamaAttention.*attention_dropout=0\.0"
+    ):
         logits(model.train(), token_ids(1, 100))
 
 
@@ -485,12 +514,19 @@ def test_a_sparse_call_on_a_model_that_runs_dense_is_refused(sparse_llama, real_
 
 
 def test_unsupported_architectures_are_refused_by_name(real_budget):
-    neo = GPTNeoForCausalLM(GPTNeoConfig(vocab_size=50, hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global"], 2]]))
+    neo = GPTNeoForCausalLM(
+        GPTNeoConfig(vocab_size=50, hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global"], 2]])
+    )
     with pytest.raises(ValueError, match=r"'gpt_neo' does not route.*supports: .*llama"):
         sparsify(neo, real_budget)
     stablelm = StableLmForCausalLM(
         StableLmConfig(
-            vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+            vocab_size=50,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
         )
     )
     with pytest.raises(ValueError, match=r"'stablelm' does not pass keyword arguments.*supports: .*llama"):

@@ -38,13 +38,16 @@ def test_the_trace_names_files_in_the_order_of_their_first_call(make_router):
 def test_loading_a_sparse_model_goes_through_few_files(stock_llama, tmp_path):
     stock_llama().save_pretrained(tmp_path)
     entered = in_a_new_process(LOADING, tmp_path, ROOT / "tests", "AutoModelForCausalLM")
-    assert next(iter(entered)) == "models/config_dispatch.py" and {"models/attach.py", "router/module.py"} <= set(entered)
+    assert next(iter(entered)) == "models/config_dispatch.py" and {"models/attach.py", "router/module.py"} <= set(
+        entered
+    )
     assert len(entered) <= MOST_FILES, "\n".join(entered)
 
 
 def test_the_body_of_a_model_with_a_head_is_made_once(stock_llama, tmp_path):
     stock_llama().save_pretrained(tmp_path)
     plain, with_head = (
-        in_a_new_process(LOADING, tmp_path, ROOT / "tests", f"AutoModelFor{head}") for head in ("CausalLM", "SequenceClassification")
+        in_a_new_process(LOADING, tmp_path, ROOT / "tests", f"AutoModelFor{head}")
+        for head in ("CausalLM", "SequenceClassification")
     )
     assert list(with_head) == list(plain) and with_head["models/attach.py"] <= plain["models/attach.py"]

@@ -95,12 +95,18 @@ def test_continuing_a_cache_equals_the_last_rows_of_the_whole(q_len, kv_len, imp
     torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("tiling", "length", "past"), [((64, 16), 600, 0), ((64, 64), 111, 37), ((1, 16), 63, 100), ((64, 128), 300, 0)])
+@pytest.mark.parametrize(
+    ("tiling", "length", "past"), [((64, 16), 600, 0), ((64, 64), 111, 37), ((1, 16), 63, 100), ((64, 128), 300, 0)]
+)
 @pytest.mark.parametrize("per_group", [1, 3, 8])
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
 @pytest.mark.parametrize("impl", FAST)
-def test_bfloat16_error_is_at_most_that_of_eager_bfloat16(random_selection, impl, tiling, length, past, per_group, head_dim):
-    assert_as_exact_as_eager(random_selection, TileGrid(length, past + length, *tiling), per_group, head_dim, torch.bfloat16, impl)
+def test_bfloat16_error_is_at_most_that_of_eager_bfloat16(
+    random_selection, impl, tiling, length, past, per_group, head_dim
+):
+    assert_as_exact_as_eager(
+        random_selection, TileGrid(length, past + length, *tiling), per_group, head_dim, torch.bfloat16, impl
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -209,7 +215,9 @@ def test_memory_of_a_chunk_does_not_grow_with_the_length(monkeypatch):
     sizes = []
     gather = torch_attention.gather_blocks
     monkeypatch.setattr(torch_attention, "CHUNK_SCORES", 1 << 16)
-    monkeypatch.setattr(torch_attention, "gather_blocks", lambda *args: sizes.append((out := gather(*args)).numel()) or out)
+    monkeypatch.setattr(
+        torch_attention, "gather_blocks", lambda *args: sizes.append((out := gather(*args)).numel()) or out
+    )
     largest = []
     for length in (256, 768):
         grid = TileGrid(length, length, 64, 16)
@@ -229,9 +237,14 @@ def test_scale_and_lse_are_those_that_were_asked_for(random_selection):
     for impl in ("reference", *FAST):
         out, lse = block_sparse_attention(q, k, v, selection, scale=0.3, impl=impl, return_lse=True)
         torch.testing.assert_close(
-            out, F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True), rtol=1e-4, atol=1e-5
+            out,
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True),
+            rtol=1e-4,
+            atol=1e-5,
         )
-        scores = (q @ k.repeat_interleave(3, 1).transpose(-1, -2) * 0.3).masked_fill(~torch.ones(100, 100).tril().bool(), -torch.inf)
+        scores = (q @ k.repeat_interleave(3, 1).transpose(-1, -2) * 0.3).masked_fill(
+            ~torch.ones(100, 100).tril().bool(), -torch.inf
+        )
         torch.testing.assert_close(lse, scores.logsumexp(-1), rtol=1e-4, atol=1e-5)
         assert block_sparse_attention(q, k, v, selection, impl=impl)[1] is None
 
@@ -328,6 +341,8 @@ def test_one_query_over_a_cache_with_room_to_grow_matches_the_reference(random_s
     grown_k, grown_v = (torch.full((2, 2, kv_len + room, 64), torch.nan) for _ in range(2))
     grown_k[:, :, :kv_len], grown_v[:, :, :kv_len] = k, v
     want, want_lse = block_sparse_attention(q, k, v, selection, impl="reference", return_lse=True)
-    got, lse = block_sparse_attention(q, grown_k[:, :, :kv_len], grown_v[:, :, :kv_len], selection, impl=impl, return_lse=True)
+    got, lse = block_sparse_attention(
+        q, grown_k[:, :, :kv_len], grown_v[:, :, :kv_len], selection, impl=impl, return_lse=True
+    )
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5)

@@ -23,9 +23,13 @@ def qkv(grid, batch=1, groups=2):
 def packed(seed, grid, documents, groups=2, share=0.6):
     """A random selection of a batch of documents (batch row, first slot, end slot)."""
     generator = torch.Generator().manual_seed(seed)
-    empty = BlockSelection(torch.empty(len(documents), groups, grid.tiles + 1, 0, dtype=torch.int32), grid, None, torch.tensor(documents))
+    empty = BlockSelection(
+        torch.empty(len(documents), groups, grid.tiles + 1, 0, dtype=torch.int32), grid, None, torch.tensor(documents)
+    )
     parts = {(row, first): part.grid for row, first, part in empty.by_document()}
-    indices = torch.full((len(documents), groups, max(g.tiles for g in parts.values()), grid.blocks), -1, dtype=torch.int32)
+    indices = torch.full(
+        (len(documents), groups, max(g.tiles for g in parts.values()), grid.blocks), -1, dtype=torch.int32
+    )
     block = torch.arange(grid.blocks)
     for r, (row, first, _) in enumerate(documents):
         if part := parts.get((row, first)):
@@ -60,7 +64,9 @@ def test_each_document_is_computed_as_if_it_were_alone(impl):
     blank = ~real[:, 40:, None].transpose(1, 2).expand(2, 6, 90)
     assert not out[blank].any() and bool((lse[blank] == -torch.inf).all())
     with pytest.raises(ValueError, match="share no slot"):
-        BlockSelection(selection.indices[:2], grid, None, torch.tensor([(0, 3, 9), (0, 8, 12)])).check(q, k, values=True)
+        BlockSelection(selection.indices[:2], grid, None, torch.tensor([(0, 3, 9), (0, 8, 12)])).check(
+            q, k, values=True
+        )
     with pytest.raises(ValueError, match="int64"):
         BlockSelection(selection.indices, grid, None, torch.tensor(documents).int()).check(q, k)
 
@@ -88,7 +94,9 @@ def alone(tensors, selection, softcap, dtype):
         sink = None if sinks is None else sinks.clone().requires_grad_()
         out, lse = block_sparse_attention(*leaves, part, softcap=softcap, sinks=sink, impl="reference", return_lse=True)
         ((out * weights[at]).sum() + (lse.masked_fill(lse == -torch.inf, 0) * lse_weights[at]).sum()).backward()
-        for whole, where, x in zip(results, (at, at, at, slots, slots), (out, lse, *(leaf.grad for leaf in leaves)), strict=False):
+        for whole, where, x in zip(
+            results, (at, at, at, slots, slots), (out, lse, *(leaf.grad for leaf in leaves)), strict=False
+        ):
             whole[where] = x.detach()
         if sink is not None:
             results[5] += sink.grad
@@ -98,7 +106,8 @@ def alone(tensors, selection, softcap, dtype):
 @pytest.mark.parametrize("layout", DOCUMENTS)
 @pytest.mark.parametrize("with_options", [False, True])
 @pytest.mark.parametrize(
-    ("q_len", "tiling", "causal"), [(130, (64, 16), True), (90, (16, 32), True), (130, (64, 16), False), (9, (1, 16), True)]
+    ("q_len", "tiling", "causal"),
+    [(130, (64, 16), True), (90, (16, 32), True), (130, (64, 16), False), (9, (1, 16), True)],
 )
 @pytest.mark.parametrize("impl", ["reference", *FAST])
 def test_documents_have_the_gradients_of_separate_ones(impl, q_len, tiling, causal, with_options, layout):
@@ -129,10 +138,22 @@ def test_documents_that_the_call_does_not_hold_are_refused(impl):
     grid = TileGrid(90, 130, 64, 16)
     q, k, v = qkv(grid, batch=2)
     good = packed(5, grid, DOCUMENTS["packed"])
-    for place in ((2, 0, 9), (-1, 0, 9), (0, -1, 9), (0, 20, 131), (0, 9, 9), (0, 9, 3), (0, 1 << 62, 3), (1 << 62, 0, 3)):
+    for place in (
+        (2, 0, 9),
+        (-1, 0, 9),
+        (0, -1, 9),
+        (0, 20, 131),
+        (0, 9, 9),
+        (0, 9, 3),
+        (0, 1 << 62, 3),
+        (1 << 62, 0, 3),
+    ):
         documents = good.documents.clone()
         documents[1] = torch.tensor(place)
-        with pytest.raises(ValueError, match=rf"documents holds \[{place[0]}, {place[1]}, {place[2]}\]: must lie in 2 rows of 130 slots"):
+        with pytest.raises(
+            ValueError,
+            match=rf"documents holds \[{place[0]}, {place[1]}, {place[2]}\]: must lie in 2 rows of 130 slots",
+        ):
             block_sparse_attention(q, k, v, BlockSelection(good.indices, grid, None, documents), impl=impl)
     with pytest.raises(ValueError, match=r"1 tiles, but .*document.* has 2"):
         block_sparse_attention(q, k, v, BlockSelection(good.indices[:, :, :1], grid, None, good.documents), impl=impl)
@@ -166,7 +187,9 @@ def test_softcap_sinks_and_bidirectional_attention_of_the_reference(causal):
     q, k, v = (x.double() for x in qkv(grid))
     sinks = torch.linspace(-1, 3, 6, dtype=torch.float64)
     block = torch.arange(5).expand(1, 2, grid.tiles, 5).int()
-    selection = BlockSelection(torch.where(block * 16 <= grid.last_positions()[:, None], block, -1).sort(-1).values.int(), grid)
+    selection = BlockSelection(
+        torch.where(block * 16 <= grid.last_positions()[:, None], block, -1).sort(-1).values.int(), grid
+    )
     if not causal:
         selection = BlockSelection(block, grid)
     out, lse = block_sparse_attention(q, k, v, selection, softcap=2.0, sinks=sinks, impl="reference", return_lse=True)
@@ -179,7 +202,9 @@ def test_softcap_sinks_and_bidirectional_attention_of_the_reference(causal):
 
 
 def random_rows(seed, grid, rows, share):
-    """A random selection with blocks of the future only where ``grid`` lets queries read them; no row is sure to see a key."""
+    """A random selection with blocks of the future only where ``grid`` lets queries read them;
+    no row is sure to see a key.
+    """
     block = torch.arange(grid.blocks)
     last = (grid.last_positions() // grid.block_size)[:, None] if grid.causal else grid.blocks - 1
     keep = torch.rand(*rows, grid.tiles, grid.blocks, generator=torch.Generator().manual_seed(seed)) < share
@@ -187,7 +212,9 @@ def random_rows(seed, grid, rows, share):
 
 
 def gradients(tensors, selection, impl, softcap, dtype=torch.float32):
-    """[out, lse, dq, dk, dv, dsinks] of a loss that reads both results; ``tensors`` are q, k, v and the sinks or None."""
+    """[out, lse, dq, dk, dv, dsinks] of a loss that reads both results;
+    ``tensors`` are q, k, v and the sinks or None.
+    """
     q, k, v, sinks = (x if x is None else x.to(dtype).clone().requires_grad_() for x in tensors)
     out, lse = block_sparse_attention(q, k, v, selection, softcap=softcap, sinks=sinks, impl=impl, return_lse=True)
     generator = torch.Generator().manual_seed(7)
@@ -200,9 +227,13 @@ def gradients(tensors, selection, impl, softcap, dtype=torch.float32):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("with_sinks", [False, True])
-@pytest.mark.parametrize(("q_len", "kv_len", "tiling"), [(50, 70, (64, 16)), (130, 130, (64, 16)), (90, 90, (16, 64)), (40, 40, (1, 16))])
+@pytest.mark.parametrize(
+    ("q_len", "kv_len", "tiling"), [(50, 70, (64, 16)), (130, 130, (64, 16)), (90, 90, (16, 64)), (40, 40, (1, 16))]
+)
 @pytest.mark.parametrize("impl", FAST)
-def test_every_implementation_matches_the_reference_under_every_option(impl, causal, softcap, with_sinks, q_len, kv_len, tiling):
+def test_every_implementation_matches_the_reference_under_every_option(
+    impl, causal, softcap, with_sinks, q_len, kv_len, tiling
+):
     """Forward, log-sum-exp, and the gradients of both with respect to q, k, v and the sinks."""
     grid = TileGrid(q_len, kv_len, *tiling, causal)
     tensors = (*qkv(grid, batch=2), torch.linspace(-1, 3, 6) if with_sinks else None)
@@ -222,7 +253,9 @@ def test_one_query_over_a_cache_under_every_option(impl, softcap, with_sinks):
     sinks = torch.linspace(-1, 3, 6) if with_sinks else None
     selection = BlockSelection(torch.tensor([0, 2, 4], dtype=torch.int32).expand(2, 2, 1, 3), grid)
     options = {"softcap": softcap, "sinks": sinks, "return_lse": True}
-    for a, b in zip(*(block_sparse_attention(q, k, v, selection, impl=i, **options) for i in (impl, "reference")), strict=True):
+    for a, b in zip(
+        *(block_sparse_attention(q, k, v, selection, impl=i, **options) for i in (impl, "reference")), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -266,7 +299,9 @@ def test_the_triton_implementation_names_what_it_lacks(monkeypatch):
     assert support.unsupported(q, 64, 16) is None
 
 
-@pytest.mark.parametrize(("options", "message"), [({"sinks": torch.zeros(2)}, r"sinks is .* \(2,\)"), ({"softcap": 0.0}, "softcap=0.0")])
+@pytest.mark.parametrize(
+    ("options", "message"), [({"sinks": torch.zeros(2)}, r"sinks is .* \(2,\)"), ({"softcap": 0.0}, "softcap=0.0")]
+)
 def test_impossible_softcaps_and_sinks_are_refused(options, message):
     grid = TileGrid(140, 140, 64, 16)
     selection = BlockSelection(torch.zeros(1, 1, 3, 1, dtype=torch.int32), grid)

@@ -40,7 +40,9 @@ def test_a_variable_that_is_set_to_nothing_is_the_default(home, monkeypatch, val
     assert caching.cache_folder() == home / ".cache/hf_sparse_attn"
 
 
-@pytest.mark.parametrize(("value", "found"), [("~/kept", "home/kept"), ("~", "home"), ("kept", "work/kept"), ("./a/~", "work/a/~")])
+@pytest.mark.parametrize(
+    ("value", "found"), [("~/kept", "home/kept"), ("~", "home"), ("kept", "work/kept"), ("./a/~", "work/a/~")]
+)
 def test_a_named_folder_is_absolute_and_knows_the_home(home, monkeypatch, value, found):
     monkeypatch.setenv(caching.VARIABLE, value)
     assert caching.cache_folder() == home.parent / found
@@ -53,7 +55,9 @@ def test_a_home_that_does_not_exist_is_refused_by_name(monkeypatch):
         caching.cache_folder()
 
 
-def test_without_a_home_a_named_folder_is_used_and_else_a_temporary_one_which_is_said_once(nobody, monkeypatch, tmp_path, caplog):
+def test_without_a_home_a_named_folder_is_used_and_else_a_temporary_one_which_is_said_once(
+    nobody, monkeypatch, tmp_path, caplog
+):
     monkeypatch.setenv(caching.VARIABLE, str(tmp_path))
     assert caching.cache_folder() == tmp_path and not caplog.records
     monkeypatch.delenv(caching.VARIABLE)

@@ -107,11 +107,15 @@ def test_a_folder_of_this_user_that_a_group_may_write_is_closed_to_it(cache, com
 
 
 @pytest.mark.parametrize("value", ["/proc/nothing", "/dev/null", "/dev/null/cache"])
-def test_without_a_place_in_the_cache_a_temporary_one_is_used_and_said_once(cache, compiler, monkeypatch, tmp_path, value, caplog):
+def test_without_a_place_in_the_cache_a_temporary_one_is_used_and_said_once(
+    cache, compiler, monkeypatch, tmp_path, value, caplog
+):
     monkeypatch.setenv(caching.VARIABLE, value)
     program = compiler()
     created = {compiling.library(program, ()) for _ in range(3)}
-    assert {path.parent for path in created} == {tmp_path / f"hf_sparse_attn-{os.getuid()}/kernels"} and compiler.runs() == 1
+    assert {path.parent for path in created} == {
+        tmp_path / f"hf_sparse_attn-{os.getuid()}/kernels"
+    } and compiler.runs() == 1
     assert caplog.text.count("set HF_SPARSE_ATTN_CACHE") == 1
     assert stat.S_IMODE(next(iter(created)).parent.stat().st_mode) == 0o700
 

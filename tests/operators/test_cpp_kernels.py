@@ -43,9 +43,12 @@ def threads():
 
 @pytest.mark.parametrize("heads", [2, 6, 16])
 @pytest.mark.parametrize(
-    ("q_len", "past", "tile", "size"), [(900, 0, 64, 16), (700, 200, 64, 128), (130, 770, 16, 32), (5, 895, 1, 16), (1, 899, 1, 64)]
+    ("q_len", "past", "tile", "size"),
+    [(900, 0, 64, 16), (700, 200, 64, 128), (130, 770, 16, 32), (5, 895, 1, 16), (1, 899, 1, 64)],
 )
-def test_a_router_keeps_the_same_blocks_as_the_torch_implementation(make_router, routing_inputs, q_len, past, tile, size, heads):
+def test_a_router_keeps_the_same_blocks_as_the_torch_implementation(
+    make_router, routing_inputs, q_len, past, tile, size, heads
+):
     sizes = {"block_size": size, "query_tile": max(tile, 16), "local": size, "min_keys": 512 if size == 128 else 256}
     router = make_router(heads=heads, noise=0.1, density=0.3, candidate_factor=1.2, **sizes)
     inputs = routing_inputs(past + q_len, q_len, batch=2, heads=heads)
@@ -125,22 +128,29 @@ def test_the_operators_pass_opcheck(layer, make_router, routing_inputs):
         f = FeatureMaker(router, inputs, plan.grid).features(tiles)
     features = (f.coarse_queries, f.real, f.router_keys, f.queries, f.reps, f.keys, tiles)
     torch.library.opcheck(
-        ops.select.default, (*features, 230, 16, 16, plan.sink, plan.columns, plan.width, plan.threshold), test_utils=names
+        ops.select.default,
+        (*features, 230, 16, 16, plan.sink, plan.columns, plan.width, plan.threshold),
+        test_utils=names,
     )
     with pytest.raises(ValueError, match=f"may keep more than the {plan.width - 1} blocks of its list"):
         ops.select(*features, 230, 16, 16, plan.sink, plan.columns, plan.width - 1, plan.threshold)
     torch.library.opcheck(ops.coarse_scores.default, (f.coarse_queries, f.real, f.router_keys), test_utils=names)
-    torch.library.opcheck(ops.block_mass.default, (f.queries, f.reps, f.keys, tiles, None, 230, 16, 16), test_utils=names)
+    torch.library.opcheck(
+        ops.block_mass.default, (f.queries, f.reps, f.keys, tiles, None, 230, 16, 16), test_utils=names
+    )
     torch.library.opcheck(ops.pooled_features.default, (k, 16), test_utils=names)
 
 
-# -- what is refused, and what happens where nothing can be compiled ---------------------------------------------------------------
+# -- what is refused, and what happens where nothing can be compiled ---------------------------------------------------
 
 
 def test_inputs_that_are_not_supported_are_named(layer):
     q, k, v, selection = layer
     for tensors, message in (
-        ((q.double(), k.double(), v.double()), r'impl="cpp": dtype=torch.float64 is not supported; supported: torch.float32'),
+        (
+            (q.double(), k.double(), v.double()),
+            r'impl="cpp": dtype=torch.float64 is not supported; supported: torch.float32',
+        ),
         ((q[..., :31], k[..., :31], v[..., :31]), r'impl="cpp": a width of 31 .*impl="torch"'),
     ):
         with pytest.raises(ValueError, match=message):
@@ -169,7 +179,8 @@ def test_without_a_compiler_torch_is_used_and_the_named_implementation_refused(f
     monkeypatch.setenv("CXX", "no-such-compiler")
     q, k, v, selection = layer
     with pytest.raises(
-        ValueError, match=r'impl="cpp": no C\+\+ compiler was found; install g\+\+ .*CXX .*no-such-compiler.*, or use impl="torch"'
+        ValueError,
+        match=r'impl="cpp": no C\+\+ compiler was found; install g\+\+ .*CXX .*no-such-compiler.*, or use impl="torch"',
     ):
         block_sparse_attention(q, k, v, selection, impl="cpp")
     with caplog.at_level(logging.WARNING):
@@ -179,7 +190,9 @@ def test_without_a_compiler_torch_is_used_and_the_named_implementation_refused(f
     assert caplog.text.count("implementation 'torch' (without compiled kernels: no C++ compiler was found") == 1
 
 
-@pytest.mark.parametrize(("level", "message"), [("none", "HF_SPARSE_ATTN_CPU=none forbids it"), ("avx10", "'avx10' is not supported")])
+@pytest.mark.parametrize(
+    ("level", "message"), [("none", "HF_SPARSE_ATTN_CPU=none forbids it"), ("avx10", "'avx10' is not supported")]
+)
 def test_the_level_of_the_processor_can_be_chosen(fresh, monkeypatch, level, message):
     monkeypatch.setenv(compiling.LEVEL_VARIABLE, level)
     assert message in compiling.unavailable() and not fresh.exists()

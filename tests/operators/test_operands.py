@@ -1,4 +1,6 @@
-"""Operands that do not fit each other, hold nothing, or leave the range of numbers: refused, empty, or equal to float64."""
+"""Operands that do not fit each other, hold nothing, or leave the range of numbers:
+refused, empty, or equal to float64.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ def qkv(grid, batch=2, heads=4, groups=2, width=8, dtype=torch.float32):
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
-# -- operands that do not fit ----------------------------------------------------------------------------------------------------
+# -- operands that do not fit ------------------------------------------------------------------------------------------
 
 WRONG = {
     "v shorter": lambda q, k, v, i: (q, k, v[:, :, :40], i),
@@ -178,7 +180,13 @@ def test_scores_refuse_what_does_not_fit(features, impl):
         kernels.coarse_scores(f.coarse_queries, f.real[:2], f.router_keys, 1.0, impl=impl)
     with pytest.raises(ValueError, match="router_keys is"):
         kernels.coarse_scores(f.coarse_queries, f.real, f.router_keys[:, :1], 1.0, impl=impl)
-    for changed in ((q[:, :3], k), (q[:, :, :300], k), (q, k[:, :, :300]), (q[..., :8], k), (q.expand(2, -1, -1, -1), k)):
+    for changed in (
+        (q[:, :3], k),
+        (q[:, :, :300], k),
+        (q, k[:, :, :300]),
+        (q[..., :8], k),
+        (q.expand(2, -1, -1, -1), k),
+    ):
         with pytest.raises(ValueError, match=r"k is|q is|cannot share"):
             kernels.block_mass(*changed, grid, tiles, 0.25, impl=impl)
     kernels.fine_mass(queries, keys, grid, tiles, blocks, f.reps, impl=impl)
@@ -191,13 +199,20 @@ def test_scores_refuse_what_does_not_fit(features, impl):
         kernels.pooled_features(k, 0, impl=impl)
 
 
-# -- nothing ---------------------------------------------------------------------------------------------------------------------
+# -- nothing -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     ("batch", "heads", "groups", "width", "q_len", "kv_len"),
-    [(0, 4, 2, 8, 40, 60), (2, 0, 0, 8, 40, 60), (2, 0, 2, 8, 40, 60), (2, 4, 2, 0, 40, 60), (2, 4, 2, 8, 0, 60), (2, 4, 2, 8, 0, 0)],
+    [
+        (0, 4, 2, 8, 40, 60),
+        (2, 0, 0, 8, 40, 60),
+        (2, 0, 2, 8, 40, 60),
+        (2, 4, 2, 0, 40, 60),
+        (2, 4, 2, 8, 0, 60),
+        (2, 4, 2, 8, 0, 0),
+    ],
 )
 def test_attention_over_nothing_is_empty_and_has_gradients(impl, batch, heads, groups, width, q_len, kv_len):
     grid = TileGrid(q_len, kv_len, 16, 16)
@@ -241,13 +256,15 @@ def test_a_selection_of_no_tiles_is_empty(features, impl):
     assert indices.shape == scores.shape == (1, 2, 0, plan.width) and indices.dtype == torch.int32
 
 
-# -- the ends of the range -------------------------------------------------------------------------------------------------------
+# -- the ends of the range ---------------------------------------------------------------------------------------------
 
 
 def assert_as_in_float64(q, k, v, impl, tolerance=1e-4, grid=GRID, **options):
     selection = every_block(grid, *k.shape[:2])
     got, got_lse = block_sparse_attention(q, k, v, selection, impl=impl, return_lse=True, **options)
-    want, want_lse = block_sparse_attention(*(x.double() for x in (q, k, v)), selection, impl="reference", return_lse=True, **options)
+    want, want_lse = block_sparse_attention(
+        *(x.double() for x in (q, k, v)), selection, impl="reference", return_lse=True, **options
+    )
     torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance, equal_nan=True)
     most = torch.finfo(torch.float32).max
     want_lse = torch.where(want_lse.abs() > most, want_lse * torch.inf, want_lse)
@@ -306,7 +323,9 @@ def test_gradients_beyond_float16_are_those_of_float64():
     q, k, v = qkv(GRID, dtype=torch.float16)
     result = []
     for dtype, impl in ((torch.float16, "torch"), (torch.float16, "cpp"), (torch.float64, "reference")):
-        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (torch.full_like(q, 300), torch.full_like(k, 300), v)]
+        leaves = [
+            x.to(dtype, copy=True).requires_grad_() for x in (torch.full_like(q, 300), torch.full_like(k, 300), v)
+        ]
         block_sparse_attention(*leaves, every_block(GRID, 2, 2), impl=impl)[0].sum().backward()
         result.append(leaves[2].grad.double())
     for got in result[:2]:
@@ -327,7 +346,11 @@ def test_mass_and_scores_of_any_size_equal_float64(impl, size):
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, -1e30])
 def test_a_score_beyond_numbers_is_that_of_torch(value):
-    queries, real, keys = torch.ones(1, 1, 3, 2, 8), torch.tensor([[True, True], [True, False], [False, False]]), torch.ones(1, 1, 5, 8)
+    queries, real, keys = (
+        torch.ones(1, 1, 3, 2, 8),
+        torch.tensor([[True, True], [True, False], [False, False]]),
+        torch.ones(1, 1, 5, 8),
+    )
     keys[0, 0, 2] = value
     want = kernels.coarse_scores(queries, real, keys, 1.0, impl="torch")
     torch.testing.assert_close(kernels.coarse_scores(queries, real, keys, 1.0, impl="cpp"), want, equal_nan=True)

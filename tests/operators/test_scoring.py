@@ -11,7 +11,9 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def case(q_len, past, tile, size, seed=0, dtype=torch.float32, spread=1.0):
-    """(queries, keys, grid, tiles, blocks, reps) with empty entries, a partial last block and an incomplete first tile."""
+    """(queries, keys, grid, tiles, blocks, reps) with empty entries, a partial last block and an incomplete
+    first tile.
+    """
     grid = TileGrid(q_len, past + q_len, tile, size)
     generator = torch.Generator().manual_seed(seed)
     rows, hg = 4, 3

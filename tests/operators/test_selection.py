@@ -1,4 +1,6 @@
-"""Top-k, tiles, the budget arithmetic, kept masks, pooled features and block mass, each against a literal definition."""
+"""Top-k, tiles, the budget arithmetic, kept masks, pooled features and block mass, each against a literal
+definition.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,11 @@ def test_ordered_topk_of_bfloat16_ties():
 # -- TileGrid -------------------------------------------------------------------------------------------------------
 
 
-@given(q_len=st.integers(1, 300), past=st.integers(0, 300), tiling=st.sampled_from(((64, 16), (16, 64), (1, 16), (128, 128), (32, 16))))
+@given(
+    q_len=st.integers(1, 300),
+    past=st.integers(0, 300),
+    tiling=st.sampled_from(((64, 16), (16, 64), (1, 16), (128, 128), (32, 16))),
+)
 def test_tile_grid_counts_tiles_from_the_first_token(q_len, past, tiling):
     tile, size = tiling
     grid = TileGrid(q_len, past + q_len, tile, size)
@@ -65,7 +71,12 @@ def test_tile_grid_counts_tiles_from_the_first_token(q_len, past, tiling):
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [((-1, 5, 64, 16), "q_len=-1"), ((5, 5, 0, 16), "query_tile=0"), ((6, 5, 64, 16), "kv_len=5"), ((5, 5, 48, 32), "query_tile=48")],
+    [
+        ((-1, 5, 64, 16), "q_len=-1"),
+        ((5, 5, 0, 16), "query_tile=0"),
+        ((6, 5, 64, 16), "kv_len=5"),
+        ((5, 5, 48, 32), "query_tile=48"),
+    ],
 )
 def test_tile_grid_refuses_impossible_lengths(values, message):
     with pytest.raises(ValueError, match=message):
@@ -116,7 +127,9 @@ def test_tile_plan_matches_the_definition(case):
     plan = make_plan(config, grid)
     tiles = torch.arange(grid.tiles)
     forced_blocks, eligible_mask = plan.forced_blocks(tiles), plan.eligible_mask(tiles)
-    for i, (first, last) in enumerate(zip(grid.first_positions().tolist(), grid.last_positions().tolist(), strict=True)):
+    for i, (first, last) in enumerate(
+        zip(grid.first_positions().tolist(), grid.last_positions().tolist(), strict=True)
+    ):
         forced, budget, eligible = literal_tile(config, grid, first, last)
         listed = [b for b in forced_blocks[i].tolist() if b >= 0]
         assert sorted(listed) == sorted(forced)  # each once
@@ -135,7 +148,9 @@ def test_forced_keys_bounds_the_forced_links_of_every_tile(case):
     config, _ = case
     size, most = config.block_size, 0
     for tile in (1, config.query_tile):
-        for index in range(-(-(config.local + config.sink + 3 * size) // tile), -(-(config.local + config.sink + 5 * size) // tile) + 1):
+        for index in range(
+            -(-(config.local + config.sink + 3 * size) // tile), -(-(config.local + config.sink + 5 * size) // tile) + 1
+        ):
             first, last = index * tile, index * tile + tile - 1
             most = max(most, len(literal_tile(config, None, first, last)[0]) * size)
     assert most <= config.forced_keys
@@ -145,10 +160,13 @@ def test_forced_keys_bounds_the_forced_links_of_every_tile(case):
 def test_select_by_scores_keeps_the_forced_and_the_best(case, seed):
     config, grid = case
     plan = make_plan(config, grid)
-    scores = torch.randint(0, 9, (1, 2, grid.tiles, grid.blocks), generator=torch.Generator().manual_seed(seed)).float()  # many ties
+    # many ties
+    scores = torch.randint(0, 9, (1, 2, grid.tiles, grid.blocks), generator=torch.Generator().manual_seed(seed)).float()
     selection = select_by_scores(plan, scores)
     kept = selection.kept()
-    for i, (first, last) in enumerate(zip(grid.first_positions().tolist(), grid.last_positions().tolist(), strict=True)):
+    for i, (first, last) in enumerate(
+        zip(grid.first_positions().tolist(), grid.last_positions().tolist(), strict=True)
+    ):
         forced, budget, eligible = literal_tile(config, grid, first, last)
         for group in range(2):
             row = scores[0, group, i].tolist()
@@ -229,7 +247,11 @@ def test_block_mass_is_the_dense_softmax_summed_by_block(impl, seed, q_len, past
     causal = torch.arange(past + q_len) <= torch.arange(past, past + q_len)[:, None]
     p = torch.softmax((q @ k.repeat_interleave(3, 1).transpose(-1, -2) * 0.7).masked_fill(~causal, -torch.inf), -1)
     p = p.unflatten(1, (2, 3)).mean(2)  # over the heads of a group: [B, G, Q, N]
-    p = torch.nn.functional.pad(p, (0, grid.blocks * grid.block_size - past - q_len)).unflatten(-1, (grid.blocks, -1)).sum(-1)
+    p = (
+        torch.nn.functional.pad(p, (0, grid.blocks * grid.block_size - past - q_len))
+        .unflatten(-1, (grid.blocks, -1))
+        .sum(-1)
+    )
     first, last = grid.first_positions(), grid.last_positions()
     for i, tile in enumerate(picked.tolist()):
         rows = slice(max(int(first[tile]) - past, 0), int(last[tile]) + 1 - past)

@@ -31,7 +31,9 @@ def check_what_is_there():
     assert distribution("hf_sparse_attn").version == hf_sparse_attn.__version__
     assert [point.value for point in distribution("hf_sparse_attn").entry_points] == ["hf_sparse_attn.cli:main"]
     for result in pkgutil.walk_packages(hf_sparse_attn.__path__, "hf_sparse_attn."):
-        if not result.name.startswith(("hf_sparse_attn.cli.", "hf_sparse_attn.recipes.")) and not result.name.endswith("__main__"):
+        if not result.name.startswith(("hf_sparse_attn.cli.", "hf_sparse_attn.recipes.")) and not result.name.endswith(
+            "__main__"
+        ):
             import_module(result.name)
 
 
@@ -60,20 +62,29 @@ def check_a_model():
 
     assert default_choice("cpu")[0] == "cpp", default_choice("cpu")
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
     LlamaForCausalLM(config).save_pretrained("stock")
     model = AutoModelForCausalLM.from_pretrained("stock", sparse_attention=SPARSE)
     rows = [{"input_ids": torch.randint(64, (200,), dtype=torch.int64, device="cpu")} for _ in range(2)]
     hf_sparse_attn.distill(model, [{"input_ids": row["input_ids"][None]} for row in rows], progress=False)
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    arguments = TrainingArguments("out", max_steps=1, per_device_train_batch_size=1, report_to=[], use_cpu=True, disable_tqdm=True)
-    hf_sparse_attn.SparseTrainer(model, arguments, train_dataset=[{**row, "labels": row["input_ids"]} for row in rows]).train()
+    arguments = TrainingArguments(
+        "out", max_steps=1, per_device_train_batch_size=1, report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    hf_sparse_attn.SparseTrainer(
+        model, arguments, train_dataset=[{**row, "labels": row["input_ids"]} for row in rows]
+    ).train()
     changed = {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
     assert any(".router." in name for name in changed) and any(".router." not in name for name in changed)
     model.eval().save_pretrained("sparse")
     again = AutoModelForCausalLM.from_pretrained("sparse")
     prompt = rows[0]["input_ids"][None]
-    tokens = [one.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False) for one in (model, again)]
+    tokens = [
+        one.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False)
+        for one in (model, again)
+    ]
     assert type(again).__name__ == "SparseLlamaForCausalLM" and torch.equal(*tokens) and tokens[0].shape == (1, 204)
 
 

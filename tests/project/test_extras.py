@@ -41,7 +41,11 @@ BROUGHT = {
     "requests": "evaluate",
 }
 OWN = {"hf_sparse_attn", "hf_sparse_attn_kernels"}
-SOURCES = [*(ROOT / "hf_sparse_attn").rglob("*.py"), *(ROOT / "kernels/torch-ext").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")]
+SOURCES = [
+    *(ROOT / "hf_sparse_attn").rglob("*.py"),
+    *(ROOT / "kernels/torch-ext").rglob("*.py"),
+    *(ROOT / "recipes").rglob("*.py"),
+]
 EXTRA_OF = {module: extra for extra, modules in EXTRAS.items() for module in modules}
 
 
@@ -51,7 +55,11 @@ def imports(node, extra=None):
         yield from ((node.lineno, alias.name.partition(".")[0], extra) for alias in node.names)
     if isinstance(node, ast.ImportFrom) and node.level == 0:
         yield node.lineno, node.module.partition(".")[0], extra
-    calls = [item.context_expr for item in node.items if isinstance(item.context_expr, ast.Call)] if isinstance(node, ast.With) else []
+    calls = (
+        [item.context_expr for item in node.items if isinstance(item.context_expr, ast.Call)]
+        if isinstance(node, ast.With)
+        else []
+    )
     guards = [call.args[0].value for call in calls if ast.unparse(call.func) == "needs_extra"]
     for child in ast.iter_child_nodes(node):
         yield from imports(child, *guards or (extra,))
@@ -84,18 +92,28 @@ def test_an_import_that_is_not_guarded_is_found(code, found):
 
 
 def test_the_hard_dependencies_are_the_customers_packages():
-    assert {"torch", "transformers", "accelerate", "datasets", "peft", "evaluate"} == HARD and len(PROJECT["dependencies"]) <= 10
+    assert {"torch", "transformers", "accelerate", "datasets", "peft", "evaluate"} == HARD and len(
+        PROJECT["dependencies"]
+    ) <= 10
 
 
 def test_what_is_imported_undeclared_is_required_by_the_hard_dependency_that_is_named():
     names = packages_distributions()
     for module, bringer in BROUGHT.items():
-        required = {normalised(Requirement(text).name) for text in distribution(bringer).requires or () if "extra ==" not in text}
-        assert required & {normalised(name) for name in names[module]}, f"{bringer} does not require {module} any more: declare it"
+        required = {
+            normalised(Requirement(text).name)
+            for text in distribution(bringer).requires or ()
+            if "extra ==" not in text
+        }
+        assert required & {normalised(name) for name in names[module]}, (
+            f"{bringer} does not require {module} any more: declare it"
+        )
 
 
 def test_the_table_of_extras_is_that_of_the_project():
-    declared = {extra: {Requirement(text).name for text in texts} for extra, texts in PROJECT["optional-dependencies"].items()}
+    declared = {
+        extra: {Requirement(text).name for text in texts} for extra, texts in PROJECT["optional-dependencies"].items()
+    }
     assert {extra: set(modules) for extra, modules in EXTRAS.items()} == {
         extra: {name.replace("-", "_") for name in declared[extra]} for extra in EXTRAS
     }
@@ -104,7 +122,12 @@ def test_the_table_of_extras_is_that_of_the_project():
 
 
 def test_no_extra_but_that_of_the_command_line_is_brought_by_a_hard_dependency():
-    brought = {extra for extra, modules in EXTRAS.items() for module in modules if normalised(module) in closure(PROJECT["dependencies"])}
+    brought = {
+        extra
+        for extra, modules in EXTRAS.items()
+        for module in modules
+        if normalised(module) in closure(PROJECT["dependencies"])
+    }
     assert brought <= {"cli"}  # Transformers has a command line of its own, on typer
 
 
@@ -140,7 +163,9 @@ def trainer_of_trl():
     spec = importlib.util.spec_from_file_location("train_with_trainer", ROOT / "recipes/train_with_trainer.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    options = SimpleNamespace(out="x", lr=1.0, batch_size=1, accumulation=1, save_every=1, arguments={}, sft=True, context=8)
+    options = SimpleNamespace(
+        out="x", lr=1.0, batch_size=1, accumulation=1, save_every=1, arguments={}, sft=True, context=8
+    )
     script.training_arguments(options)
 
 
@@ -178,7 +203,9 @@ def test_a_compressed_file_without_its_package_is_named(without, tmp_path):
 
     (tmp_path / "a.txt.zst").write_bytes(b"x")
     without("data")
-    with pytest.raises(MissingExtraError, match=r"reading a \.zst file needs zstandard, which is not installed: pip install"):
+    with pytest.raises(
+        MissingExtraError, match=r"reading a \.zst file needs zstandard, which is not installed: pip install"
+    ):
         list(chunks(SourceFile(str(tmp_path / "a.txt.zst"), "text", compression="zstd")))
 
 
@@ -199,7 +226,11 @@ def test_an_import_that_fails_for_another_reason_raises_as_it_did(monkeypatch):
 def test_the_console_script_without_its_extra_says_one_sentence(module):
     code = f"import sys; sys.modules[{module!r}] = None; from hf_sparse_attn.cli import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        check=False,
     )
     sentence = f"error: the command line needs {module}, which is not installed: pip install 'hf_sparse_attn[cli]'\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", sentence)
@@ -223,7 +254,9 @@ def test_a_verb_says_at_once_what_it_will_need(verb, without, tmp_path, monkeypa
     without("report")
     assert guarded(lambda: app(VERBS[verb], standalone_mode=False)) == 2
     err = re.sub(r"\s+", " ", capsys.readouterr().err)
-    assert re.fullmatch(r"error: .* needs matplotlib, which is not installed: pip install 'hf_sparse_attn\[report\]' ?", err)
+    assert re.fullmatch(
+        r"error: .* needs matplotlib, which is not installed: pip install 'hf_sparse_attn\[report\]' ?", err
+    )
     assert not list(tmp_path.iterdir())
 
 

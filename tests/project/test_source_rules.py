@@ -72,7 +72,9 @@ def test_a_module_imports_only_from_layers_above_it(path):
         if parts[0] != "hf_sparse_attn":
             continue
         other = parts[1]
-        assert other in LEVEL, f"{label(path)} imports {name}, which has no place in the order (import it from its module)"
+        assert other in LEVEL, (
+            f"{label(path)} imports {name}, which has no place in the order (import it from its module)"
+        )
         assert other == mine or LEVEL[other] < LEVEL[mine], f"{label(path)} imports {name}: {other} is not above {mine}"
 
 
@@ -83,13 +85,18 @@ def test_kernels_import_only_the_standard_library_torch_triton_and_themselves(pa
         assert name.split(".")[0] in allowed, f"{label(path)} imports {name}"
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level == 0:
-            assert node.module.split(".")[0] != "hf_sparse_attn_kernels", f"{label(path)} must import its own package relatively"
+            assert node.module.split(".")[0] != "hf_sparse_attn_kernels", (
+                f"{label(path)} must import its own package relatively"
+            )
 
 
 def test_no_module_has_the_name_of_a_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = [r for group in project["optional-dependencies"].values() for r in group]
-    names = {"".join(c if c.isalnum() or c in "-_" else " " for c in r).split()[0] for r in (*project["dependencies"], *extras)}
+    names = {
+        "".join(c if c.isalnum() or c in "-_" else " " for c in r).split()[0]
+        for r in (*project["dependencies"], *extras)
+    }
     names = {name.lower().replace("-", "_") for name in names} | {"yaml", "kernels", "flash_attn"}
     assert {"torch", "datasets", "peft", "triton"} <= names
     ours = {part for path in (*MODULES, *KERNEL_MODULES) for part in path.relative_to(ROOT).with_suffix("").parts[1:]}
@@ -104,7 +111,11 @@ def test_importing_the_plugin_stays_cheap():
     code = "import sys, hf_sparse_attn_kernels; print(*[m for m in ('triton', 'transformers') if m in sys.modules]); "
     code += f"import hf_sparse_attn; print(*[m for m in {heavy!r} if m in sys.modules])"
     run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        check=False,
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == []
@@ -113,7 +124,11 @@ def test_importing_the_plugin_stays_cheap():
 def test_importing_a_stock_model_beside_the_plugin_prints_nothing():
     code = "import hf_sparse_attn; from transformers import BertForMaskedLM, GPT2LMHeadModel"
     run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        check=False,
     )
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
@@ -129,17 +144,53 @@ def test_no_file_is_longer_than_300_lines(path):
 
 
 # what torch makes in the default dtype on the default device, which are the user's, unless they are named
-MAKERS = ("zeros", "ones", "empty", "full", "eye", "arange", "range", "linspace", "logspace", "tensor", "scalar_tensor", "rand", "randn")
-MAKERS += ("randint", "randperm", "normal", "empty_strided", "tril_indices", "triu_indices", "sparse_coo_tensor", "frombuffer")
-NAMED = {**{name: {"dtype", "device"} for name in MAKERS}, "as_tensor": {"device"}, "asarray": {"device"}, "Generator": {"device"}}
+MAKERS = (
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "eye",
+    "arange",
+    "range",
+    "linspace",
+    "logspace",
+    "tensor",
+    "scalar_tensor",
+    "rand",
+    "randn",
+)
+MAKERS += (
+    "randint",
+    "randperm",
+    "normal",
+    "empty_strided",
+    "tril_indices",
+    "triu_indices",
+    "sparse_coo_tensor",
+    "frombuffer",
+)
+NAMED = {
+    **{name: {"dtype", "device"} for name in MAKERS},
+    "as_tensor": {"device"},
+    "asarray": {"device"},
+    "Generator": {"device"},
+}
 
 
 def unnamed(tree):
     """The calls of a module that leave a tensor's dtype or device to torch's defaults."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module == "torch":
-            yield from (f"line {node.lineno}: import {alias.name} as torch.{alias.name}" for alias in node.names if alias.name in NAMED)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) == "torch":
+            yield from (
+                f"line {node.lineno}: import {alias.name} as torch.{alias.name}"
+                for alias in node.names
+                if alias.name in NAMED
+            )
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and ast.unparse(node.func.value) == "torch"
+        ):
             missing = NAMED.get(node.func.attr, set()) - {keyword.arg for keyword in node.keywords}
             if missing:
                 yield f"line {node.lineno}: torch.{node.func.attr} names no {' and no '.join(sorted(missing))}"
@@ -151,7 +202,13 @@ def test_every_tensor_names_its_dtype_and_device(path):
 
 
 def test_a_tensor_of_the_defaults_is_found():
-    result = list(unnamed(ast.parse("import torch\nx = torch.zeros(3, dtype=torch.int64)\ny = torch.arange(3)\nfrom torch import ones")))
+    result = list(
+        unnamed(
+            ast.parse(
+                "import torch\nx = torch.zeros(3, dtype=torch.int64)\ny = torch.arange(3)\nfrom torch import ones"
+            )
+        )
+    )
     assert result == [
         "line 4: import ones as torch.ones",
         "line 2: torch.zeros names no device",

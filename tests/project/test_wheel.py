@@ -35,7 +35,8 @@ def build(folder):
     source.mkdir(parents=True)
     leave = shutil.ignore_patterns("__pycache__", "*.pyc")
     for name in (".ci", "hf_sparse_attn", "kernels", "model_cards", "recipes"):
-        shutil.copytree(ROOT / name, source / name, ignore=leave, copy_function=shutil.copyfile)  # modes and times of this copy
+        # modes and times of this copy
+        shutil.copytree(ROOT / name, source / name, ignore=leave, copy_function=shutil.copyfile)
     for name in ("pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE"):
         shutil.copyfile(ROOT / name, source / name)
     run("-m", "build", "--no-isolation", "--outdir", out, source, cwd=folder)
@@ -59,14 +60,18 @@ def test_two_builds_have_the_same_bytes(built, tmp_path):
     finally:
         os.umask(former)
     assert set(built) == set(again) and len(built) == 2
-    assert {name: path.read_bytes() for name, path in built.items()} == {name: path.read_bytes() for name, path in again.items()}
+    assert {name: path.read_bytes() for name, path in built.items()} == {
+        name: path.read_bytes() for name, path in again.items()
+    }
 
 
 def test_archives_hold_the_time_of_the_source(built):
     sdist = next(path for name, path in built.items() if name.endswith(".tar.gz"))
     with tarfile.open(sdist) as archive:
         members = archive.getmembers()
-    assert {member.mtime for member in members} == {EARLIEST} and {(member.uid, member.uname) for member in members} == {(0, "")}
+    assert {member.mtime for member in members} == {EARLIEST} and {
+        (member.uid, member.uname) for member in members
+    } == {(0, "")}
     assert any(member.name.endswith(".ci/build_backend.py") for member in members), "the sdist cannot build itself"
 
 
@@ -125,4 +130,7 @@ def test_the_wheel_alone_loads_trains_generates_and_saves(wheel, tmp_path):
 
 
 def test_the_source_tree_does_not_shadow_the_kernels_package():
-    assert not (ROOT / "kernels" / "__init__.py").exists() and not (ROOT / "kernels" / "torch-ext" / "__init__.py").exists()
+    assert (
+        not (ROOT / "kernels" / "__init__.py").exists()
+        and not (ROOT / "kernels" / "torch-ext" / "__init__.py").exists()
+    )

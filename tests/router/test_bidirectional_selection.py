@@ -90,7 +90,10 @@ def test_selection_beats_the_window_where_the_mass_is_far_away(two_sided, make_r
     router = make_router(min_keys=112, query_samples=16, index_dim=16)
     plan, tiles = make_plan(router.config, inputs.grid(16, 16)), torch.arange(25)
     mass = block_mass(inputs.q, inputs.k, plan.grid, tiles, inputs.scale)
-    ours, theirs = (kept_mass(mass, select(router, inputs, 16).indices)[:, :, 0].mean() for select in (select_blocks, WindowAndSink()))
+    ours, theirs = (
+        kept_mass(mass, select(router, inputs, 16).indices)[:, :, 0].mean()
+        for select in (select_blocks, WindowAndSink())
+    )
     assert ours > theirs + 0.05
 
 

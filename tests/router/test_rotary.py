@@ -59,8 +59,12 @@ def test_rotate_is_that_of_transformers(case, keys):
 def test_unrotate_is_the_inverse_of_rotate(case, keys):
     rotary, _ = case
     for positions in (torch.arange(50), torch.arange(50) * 37 + 5, torch.arange(100).view(2, 1, 50) / 3):
-        torch.testing.assert_close(rotary.unrotate(rotary.rotate(keys, positions), positions), keys, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(rotary.rotate(rotary.unrotate(keys, positions), positions), keys, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            rotary.unrotate(rotary.rotate(keys, positions), positions), keys, rtol=1e-4, atol=1e-5
+        )
+        torch.testing.assert_close(
+            rotary.rotate(rotary.unrotate(keys, positions), positions), keys, rtol=1e-4, atol=1e-5
+        )
     assert (rotary.rotate(keys, torch.arange(50)) - keys).abs().max() > 0.5
 
 
@@ -87,7 +91,9 @@ def test_dimensions_beyond_the_rotary_ones_are_left_alone(llama_rotary):
 
 
 def test_fractional_positions_lie_between_their_neighbours(case):
-    """Half a step further in every pair: twice the turn by ½ is the turn by 1, and the angle to both neighbours is equal."""
+    """Half a step further in every pair: twice the turn by ½ is the turn by 1, and the angle to both neighbours is
+    equal.
+    """
     rotary, _ = case
     x = torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
     low, mid, high = (rotary.rotate(x, torch.full((4,), p)) for p in (6.0, 6.5, 7.0))

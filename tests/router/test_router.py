@@ -42,7 +42,9 @@ def test_selection_is_the_same_on_repeat_and_for_equal_routers(select, make_rout
 
 @pytest.mark.parametrize("query_tile", [16, 1])
 @pytest.mark.parametrize(("q_len", "kv_len"), [(230, 230), (100, 230), (37, 256)])
-def test_forced_links_are_kept_and_the_budget_is_filled_but_never_exceeded(select, make_router, routing_inputs, query_tile, q_len, kv_len):
+def test_forced_links_are_kept_and_the_budget_is_filled_but_never_exceeded(
+    select, make_router, routing_inputs, query_tile, q_len, kv_len
+):
     router, inputs = make_router(rotary=True, noise=0.1), routing_inputs(kv_len, q_len, batch=2)
     selection = select(router, inputs, query_tile)
     plan, kept = make_plan(router.config, selection.grid), selection.kept()
@@ -55,11 +57,18 @@ def test_forced_links_are_kept_and_the_budget_is_filled_but_never_exceeded(selec
 
 
 def mean_pool_scores(q, k, grid, scale):
-    """Log-sum-exp over eight runs of a tile's tokens of (mean query · mean key of a block), heads of a group averaged."""
+    """Log-sum-exp over eight runs of a tile's tokens of (mean query · mean key of a block), heads of a
+    group averaged.
+    """
     batch, groups = k.shape[:2]
     blocks = k[:, :, : k.shape[2] // 16 * 16].unflatten(2, (-1, 16)).mean(3)
     queries = to_tiles(q, grid, groups).mean(2).unflatten(2, (min(8, grid.query_tile), -1)).mean(3)  # [B·G, n, runs, D]
-    return torch.einsum("xnrd,xbd->xnrb", queries, blocks.flatten(0, 1)).mul(scale).logsumexp(2).unflatten(0, (batch, groups))
+    return (
+        torch.einsum("xnrd,xbd->xnrb", queries, blocks.flatten(0, 1))
+        .mul(scale)
+        .logsumexp(2)
+        .unflatten(0, (batch, groups))
+    )
 
 
 @pytest.mark.parametrize("query_tile", [16, 1])
@@ -72,18 +81,24 @@ def test_the_untrained_coarse_score_is_mean_pooled_qk(make_router, routing_input
 
 @pytest.mark.parametrize("stride", [1, 3])  # consecutive positions are pooled by one product, others one by one
 @pytest.mark.parametrize("query_tile", [16, 1])
-def test_with_rotary_the_means_are_unrotated_and_rotated_at_the_centres(make_router, routing_inputs, query_tile, stride):
+def test_with_rotary_the_means_are_unrotated_and_rotated_at_the_centres(
+    make_router, routing_inputs, query_tile, stride
+):
     router, inputs = make_router(rotary=True), replace(routing_inputs(224), positions=torch.arange(224)[None] * stride)
     features, plan, tiles = features_of(router, inputs, query_tile)
     rotary, grid, position = router.rotary, plan.grid, torch.arange(224) * stride
     keys = rotary.unrotate(inputs.k, position).unflatten(2, (-1, 16)).mean(3)
     keys = rotary.rotate(keys, (torch.arange(14) * 16) * stride + 7.5)  # the centre of tokens 0 to 15
     runs = min(8, query_tile)
-    queries = rotary.unrotate(inputs.q, position).unflatten(1, (2, 2)).mean(2).unflatten(2, (grid.tiles, runs, -1)).mean(4)
+    queries = (
+        rotary.unrotate(inputs.q, position).unflatten(1, (2, 2)).mean(2).unflatten(2, (grid.tiles, runs, -1)).mean(4)
+    )
     centres = position.float().unflatten(0, (grid.tiles, runs, -1)).mean(-1)
     queries = rotary.rotate(queries, centres)
     want = torch.einsum("bgnrd,bgmd->bgnrm", queries, keys).mul(inputs.scale).logsumexp(3)
-    torch.testing.assert_close(stage_one_scores(features, plan, tiles), want[..., : int(plan.near.max())], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        stage_one_scores(features, plan, tiles), want[..., : int(plan.near.max())], rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("query_tile", [16, 1])
@@ -122,8 +137,12 @@ def test_exact_fine_scores_are_the_softmax_over_the_candidates_and_the_forced_ke
             assert set(torch.isfinite(estimate[0, group, i]).nonzero()[:, 0].tolist()) == read
             position = torch.arange(tile * 16, tile * 16 + 16)
             scores = inputs.q[0, 2 * group : 2 * group + 2, position] @ inputs.k[0, group].T * inputs.scale
-            visible = torch.isin(torch.arange(400) // 16, torch.tensor(sorted(read))) & (torch.arange(400) <= position[:, None])
-            mass = torch.softmax(scores.masked_fill(~visible, -torch.inf), -1).mean((0, 1)).unflatten(0, (-1, 16)).sum(-1)
+            visible = torch.isin(torch.arange(400) // 16, torch.tensor(sorted(read))) & (
+                torch.arange(400) <= position[:, None]
+            )
+            mass = (
+                torch.softmax(scores.masked_fill(~visible, -torch.inf), -1).mean((0, 1)).unflatten(0, (-1, 16)).sum(-1)
+            )
             torch.testing.assert_close(estimate[0, group, i, sorted(read)], mass[sorted(read)], rtol=1e-4, atol=1e-6)
             chosen = sorted(passed, key=lambda b: -float(mass[b]))[: int(plan.free[tile])]
             kept = plan.best(estimate[:, :, i : i + 1], tiles[i : i + 1], plan.free[tiles[i : i + 1]])[0, group, 0]
@@ -131,8 +150,12 @@ def test_exact_fine_scores_are_the_softmax_over_the_candidates_and_the_forced_ke
 
 
 @pytest.mark.parametrize("query_tile", [16, 1])
-@pytest.mark.parametrize(("run", "coarse", "fine"), [(1, 1, 1), (1 << 14, 1, 1 << 21), (1 << 22, 1 << 20, 1), (1 << 16, 1 << 13, 1 << 15)])
-def test_chunk_sizes_do_not_change_the_selection(select, make_router, routing_inputs, monkeypatch, query_tile, run, coarse, fine):
+@pytest.mark.parametrize(
+    ("run", "coarse", "fine"), [(1, 1, 1), (1 << 14, 1, 1 << 21), (1 << 22, 1 << 20, 1), (1 << 16, 1 << 13, 1 << 15)]
+)
+def test_chunk_sizes_do_not_change_the_selection(
+    select, make_router, routing_inputs, monkeypatch, query_tile, run, coarse, fine
+):
     router, inputs = make_router(rotary=True, noise=0.1), routing_inputs(230, batch=2)
     want = select(router, inputs, query_tile)
     monkeypatch.setattr(selection, "FEATURE_BYTES", run)
@@ -146,7 +169,9 @@ def test_chunk_sizes_do_not_change_the_selection(select, make_router, routing_in
 @pytest.mark.parametrize("query_tile", [16, 1])
 def test_cached_router_keys_give_the_same_selection(select, make_router, routing_inputs, query_tile):
     router, inputs = make_router(rotary=True, noise=0.1), routing_inputs(230, 60, batch=2)
-    pieces = [router.router_keys(inputs.k[:, :, a:b], inputs.positions[:, a:b]) for a, b in ((0, 64), (64, 160), (160, 230))]
+    pieces = [
+        router.router_keys(inputs.k[:, :, a:b], inputs.positions[:, a:b]) for a, b in ((0, 64), (64, 160), (160, 230))
+    ]
     room = torch.full((2, 2, 40, pieces[0].shape[-1]), torch.nan)  # more room than is filled, as in a cache
     room[:, :, :14] = torch.cat(pieces, 2)
     cached = select(router, replace(inputs, router_keys=room), query_tile)
@@ -206,7 +231,8 @@ def test_each_group_and_row_has_its_own_selection(select, make_router, routing_i
     for row in range(2):
         alone = select(router, replace(inputs, q=inputs.q[row : row + 1], k=inputs.k[row : row + 1]))
         assert torch.equal(alone.kept()[0], kept[row])
-    tiles = kept[:, :, -6:, 1:-7].flatten(0, 1)  # one selection collapsed over all queries would be the same in every tile
+    # one selection collapsed over all queries would be the same in every tile
+    tiles = kept[:, :, -6:, 1:-7].flatten(0, 1)
     assert not torch.equal(tiles[:, 0], tiles[:, -1])
 
 
@@ -214,7 +240,9 @@ def test_the_router_starts_alike_for_every_layout_of_heads(make_router, routing_
     for heads, groups in ((2, 2), (6, 2), (8, 1)):
         router, inputs = make_router(heads=heads, groups=groups), routing_inputs(224, heads=heads, groups=groups)
         features, plan, tiles = features_of(router, inputs)
-        want = mean_pool_scores(inputs.q, inputs.k, TileGrid(224, 224, 16, 16), inputs.scale)[..., : int(plan.near.max())]
+        want = mean_pool_scores(inputs.q, inputs.k, TileGrid(224, 224, 16, 16), inputs.scale)[
+            ..., : int(plan.near.max())
+        ]
         torch.testing.assert_close(stage_one_scores(features, plan, tiles), want, rtol=1e-4, atol=1e-4)
         reps = router.representatives(plan.grid, torch.device("cpu"))
         assert reps.shape == (heads // groups, 8) and int(reps.max()) < 16
@@ -227,11 +255,14 @@ def test_the_router_starts_alike_for_every_layout_of_heads(make_router, routing_
 @torch.no_grad()
 @pytest.mark.parametrize("rotary", [False, True])
 @pytest.mark.parametrize(
-    "changes", [{}, {"sink": 0, "local": 0, "min_keys": 48}, {"density": 0.5}, {"index_dim": 16, "candidate_factor": 1.0}]
+    "changes",
+    [{}, {"sink": 0, "local": 0, "min_keys": 48}, {"density": 0.5}, {"index_dim": 16, "candidate_factor": 1.0}],
 )
 @pytest.mark.parametrize("kv_len", [1, 15, 16, 79, 97, 224, 230])
 def test_one_query_is_routed_like_a_tile_of_one(select, make_router, routing_inputs, rotary, changes, kv_len):
-    """The decode step's own code gives the general code's selection and scores, rows at different positions included."""
+    """The decode step's own code gives the general code's selection and scores, rows at different positions
+    included.
+    """
     router = make_router(rotary, noise=0.1, **changes)
     inputs = routing_inputs(kv_len, 1, batch=2)
     inputs = replace(inputs, positions=torch.stack([inputs.positions[0], inputs.positions[0] + 37]))

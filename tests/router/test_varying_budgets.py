@@ -1,4 +1,6 @@
-"""Budgets that vary: a threshold on estimated mass in every path, lists of unequal length, fitting, and what is refused."""
+"""Budgets that vary: a threshold on estimated mass in every path, lists of unequal length, fitting, and what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from hf_sparse_attn.router.selection import FeatureMaker, select_blocks
 from hf_sparse_attn.training import mass_threshold
 from hf_sparse_attn.training.objective import SparseObjective
 
-CASES = {"prefill": (250, 250, 16), "chunk": (250, 40, 16), "tiles of one": (250, 5, 1), "decode": (250, 1, 1)}  # keys, queries, tile
+# keys, queries, tile
+CASES = {"prefill": (250, 250, 16), "chunk": (250, 40, 16), "tiles of one": (250, 5, 1), "decode": (250, 1, 1)}
 MANY = {"min_keys": 96, "density": 0.05, "candidate_factor": 2.0}  # 12 candidates a tile
 
 
@@ -45,7 +48,9 @@ def estimated(router, inputs, tile):
 
 def threshold_in_a_gap(plan, mass):
     """A threshold that about half of the candidates reach, far from the mass of any of them."""
-    result = mass[(mass > -torch.inf) & plan.eligible_mask(torch.arange(plan.grid.tiles)) & plan.open[:, None]].sort().values
+    result = (
+        mass[(mass > -torch.inf) & plan.eligible_mask(torch.arange(plan.grid.tiles)) & plan.open[:, None]].sort().values
+    )
     middle = result[len(result) // 3 : 2 * len(result) // 3].log()
     at = int(middle.diff().argmax())
     return float(((middle[at] + middle[at + 1]) / 2).exp())
@@ -65,7 +70,10 @@ def literal(plan, mass, threshold):
 
 def as_sets(selection):
     shape = selection.indices.shape[:3]
-    lists = {tuple(at): selection.indices[tuple(at)].tolist() for at in torch.cartesian_prod(*map(torch.arange, shape)).tolist()}
+    lists = {
+        tuple(at): selection.indices[tuple(at)].tolist()
+        for at in torch.cartesian_prod(*map(torch.arange, shape)).tolist()
+    }
     assert all(blocks == sorted(blocks) for blocks in lists.values())
     return {at: {b for b in blocks if b >= 0} for at, blocks in lists.items()}
 
@@ -88,7 +96,9 @@ def test_a_tile_keeps_the_candidates_that_reach_the_threshold(case, impl, router
     assert len(counts.unique()) > 2 and counts.amin() < counts.amax() <= make_plan(varying.config, result.grid).width
     result.check(inputs.q, inputs.k, values=True)
     scored = (result.indices >= 0) & plan.open[:, None]
-    torch.testing.assert_close(result.scores[scored], mass.gather(-1, result.indices.clamp(min=0).long())[scored], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(
+        result.scores[scored], mass.gather(-1, result.indices.clamp(min=0).long())[scored], rtol=1e-4, atol=1e-7
+    )
     assert bool(result.scores[~scored].isnan().all())
 
 
@@ -101,7 +111,9 @@ def test_a_bidirectional_tile_keeps_the_candidates_that_reach_the_threshold(make
     assert as_sets(select_blocks(router, inputs)) == literal(plan, mass, threshold)
 
 
-@pytest.mark.parametrize(("q_len", "past", "tile", "size"), [(900, 0, 64, 16), (700, 200, 64, 128), (5, 895, 1, 16), (1, 899, 1, 64)])
+@pytest.mark.parametrize(
+    ("q_len", "past", "tile", "size"), [(900, 0, 64, 16), (700, 200, 64, 128), (5, 895, 1, 16), (1, 899, 1, 64)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_most_that_is_kept_are_all_candidates_and_the_least_the_forced_blocks(
     make_router, routing_inputs, q_len, past, tile, size, dtype
@@ -158,7 +170,10 @@ def test_cached_decoding_equals_the_uncached_forward(varying, token_ids):
 
     want = varying(ids, use_cache=False, sparse_call=SparseCall(decode_from=192)).logits[:, 192:]
     cache = varying(ids[:, :192]).past_key_values
-    steps = [varying(ids[:, at : at + 1], past_key_values=cache, sparse_call=Watching(selection=note)).logits for at in range(192, 230)]
+    steps = [
+        varying(ids[:, at : at + 1], past_key_values=cache, sparse_call=Watching(selection=note)).logits
+        for at in range(192, 230)
+    ]
     torch.testing.assert_close(torch.cat(steps, 1), want, rtol=1e-4, atol=1e-4)
     assert len(torch.cat(kept).unique()) > 2
 
@@ -184,8 +199,12 @@ def attended(selection, impl, dtype=torch.float32, poisoned=False):
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("scores", [1 << 10, 1 << 21])
 @pytest.mark.parametrize("impl", ["torch", "cpp"])
-@pytest.mark.parametrize("grid", [TileGrid(333, 333, 64, 16), TileGrid(100, 361, 64, 32), TileGrid(1, 250, 1, 16)], ids=str)
-def test_lists_of_unequal_length_have_the_results_and_gradients_of_the_reference(grid, impl, scores, random_selection, monkeypatch):
+@pytest.mark.parametrize(
+    "grid", [TileGrid(333, 333, 64, 16), TileGrid(100, 361, 64, 32), TileGrid(1, 250, 1, 16)], ids=str
+)
+def test_lists_of_unequal_length_have_the_results_and_gradients_of_the_reference(
+    grid, impl, scores, random_selection, monkeypatch
+):
     monkeypatch.setattr(torch_attention, "CHUNK_SCORES", scores)
     selection = random_selection(5, 2, 2, grid, 0.4)
     counts = (selection.indices >= 0).sum(-1)
@@ -209,7 +228,9 @@ def test_lists_of_a_fixed_budget_are_cut_along_the_sequence_all_rows_together(gr
     index = torch.where(torch.arange(13).flip(0) < counts[:, None], torch.arange(13), -1).int().expand(4, -1, -1)
     monkeypatch.setattr(torch_attention, "CHUNK_SCORES", 3 * 4 * 64 * 13 * 16)
     chunks = list(torch_attention.tile_chunks(index, grid, 64))
-    assert [(chunk.rows, chunk.tiles) for chunk in chunks] == [(slice(None), slice(at, min(at + 3, 10))) for at in (0, 3, 6, 9)]
+    assert [(chunk.rows, chunk.tiles) for chunk in chunks] == [
+        (slice(None), slice(at, min(at + 3, 10))) for at in (0, 3, 6, 9)
+    ]
     for chunk in chunks:
         assert torch.equal(chunk.lists, index[:, chunk.tiles, -int(counts[chunk.tiles].max()) :])
 
@@ -220,7 +241,9 @@ def test_lists_of_unequal_length_are_cut_by_length_and_each_tile_is_in_one_chunk
     seen = torch.zeros(4, 10, dtype=torch.long)
     for rows, tiles, part in torch_attention.tile_chunks(index, TileGrid(640, 640, 64, 16), 64):
         seen[rows, tiles] += 1
-        assert torch.equal(part, index[rows, tiles, -part.shape[-1] :]) and bool((index[rows, tiles, : -part.shape[-1]] < 0).all())
+        assert torch.equal(part, index[rows, tiles, -part.shape[-1] :]) and bool(
+            (index[rows, tiles, : -part.shape[-1]] < 0).all()
+        )
         assert part.numel() * 64 * 16 <= 3 * 64 * 10 * 16 or len(tiles) == 1
     assert bool((seen == 1).all())
 
@@ -233,9 +256,15 @@ def test_kept_keys_are_those_of_the_blocks(random_selection):
         selection = random_selection(2, 2, 2, grid, 0.5)
         assert torch.equal(selection.kept_keys(), _literal_keys(selection))
     documents = torch.tensor([[0, 0, 120], [0, 120, 333], [1, 5, 300]])
-    parts = [random_selection(i, 1, 2, TileGrid(end - at, end - at, 64, 16), 0.5) for i, (_, at, end) in enumerate(documents.tolist())]
+    parts = [
+        random_selection(i, 1, 2, TileGrid(end - at, end - at, 64, 16), 0.5)
+        for i, (_, at, end) in enumerate(documents.tolist())
+    ]
     width, tiles = max(p.indices.shape[3] for p in parts), max(p.indices.shape[2] for p in parts)
-    padded = [torch.nn.functional.pad(p.indices, (width - p.indices.shape[3], 0, 0, tiles - p.indices.shape[2]), value=-1) for p in parts]
+    padded = [
+        torch.nn.functional.pad(p.indices, (width - p.indices.shape[3], 0, 0, tiles - p.indices.shape[2]), value=-1)
+        for p in parts
+    ]
     whole = BlockSelection(torch.cat(padded), TileGrid(333, 333, 64, 16), documents=documents)
     for row, part in zip(whole.kept_keys(), parts, strict=True):
         assert torch.equal(row[:, : part.grid.tiles], _literal_keys(part)[0]) and not row[:, part.grid.tiles :].any()
@@ -251,7 +280,10 @@ def test_a_uniform_budget_keeps_what_it_asks_for(sparse_llama, real_budget, toke
     assert meter.mean() is None
     with torch.no_grad():
         model(token_ids(2, 160), use_cache=False, sparse_call=meter)
-    assert meter.mean() == 96 and {layer: kept.tolist() for layer, kept in meter.by_layer().items()} == {0: [96, 96], 1: [96, 96]}
+    assert meter.mean() == 96 and {layer: kept.tolist() for layer, kept in meter.by_layer().items()} == {
+        0: [96, 96],
+        1: [96, 96],
+    }
     assert meter.tiles == {0: 8, 1: 8}  # of the ten tiles of a row the last four start at 96 or later
 
 
@@ -317,7 +349,10 @@ def test_a_threshold_is_saved_with_the_model_and_read_again(model, batches, toke
     fit = fit_mass_threshold(model, batches, keys=112)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert routers(again)[0].config == routers(model)[0].config and again.config.sparse_attention["mass_threshold"] == fit.threshold
+    assert (
+        routers(again)[0].config == routers(model)[0].config
+        and again.config.sparse_attention["mass_threshold"] == fit.threshold
+    )
     ids = token_ids(1, 300)
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model.eval()(ids).logits)
@@ -345,7 +380,9 @@ def test_an_impossible_threshold_is_refused(value):
 
 def test_a_budget_cannot_leave_its_threshold_behind(varying):
     for changes in ({"density": 0.5}, {"min_keys": 128}, {"max_keys": 128}):
-        with pytest.raises(ValueError, match=rf"{next(iter(changes))} cannot change alone: mass_threshold=0\.03.*fit_mass_threshold"):
+        with pytest.raises(
+            ValueError, match=rf"{next(iter(changes))} cannot change alone: mass_threshold=0\.03.*fit_mass_threshold"
+        ):
             set_sparse_attention(varying, **changes)
     assert set_sparse_attention(varying, query_samples=4).mass_threshold == 0.03
     with sparse_attention_as(varying, min_keys=128, max_keys=128, mass_threshold=None):
@@ -365,7 +402,9 @@ def test_a_threshold_that_is_fitted_in_a_with_block_ends_with_it(model, batches)
 @pytest.mark.parametrize("name", ["density", "min_keys", "max_keys"])
 def test_annealing_a_budget_under_a_threshold_is_refused_before_the_first_step(varying, name):
     ends = {"density": [0.5, 0.1], "min_keys": [128, 96], "max_keys": [200, 100]}[name]
-    with pytest.raises(ValueError, match=rf"lora\.anneal moves {name}, but sparse_attention\.mass_threshold=0\.03 was fitted"):
+    with pytest.raises(
+        ValueError, match=rf"lora\.anneal moves {name}, but sparse_attention\.mass_threshold=0\.03 was fitted"
+    ):
         SparseObjective(varying, SparseTrainingConfig(anneal={name: ends}))
     SparseObjective(varying, SparseTrainingConfig(anneal={"kl_weight": [0.2, 0.1], "query_samples": [16, 8]}))
 
@@ -388,8 +427,14 @@ def test_a_training_step_attends_to_what_the_threshold_keeps(varying, token_ids)
 def test_times_of_varying_and_uniform_budgets_are_taken_in_turns(model, batches, token_ids):
     set_sparse_attention(model, min_keys=128, max_keys=128)
     row = bench_budgets(model, token_ids(1, 400), 0.02, repeats=2)
-    assert row["length"] == 400 and 64 < row["keys"]["uniform"] <= 128 and row["keys"]["threshold"] != row["keys"]["uniform"]
-    assert set(row["seconds"]) == {f"{p}, {k}" for p in ("select", "attend", "attend in torch") for k in ("uniform", "threshold")}
+    assert (
+        row["length"] == 400
+        and 64 < row["keys"]["uniform"] <= 128
+        and row["keys"]["threshold"] != row["keys"]["uniform"]
+    )
+    assert set(row["seconds"]) == {
+        f"{p}, {k}" for p in ("select", "attend", "attend in torch") for k in ("uniform", "threshold")
+    }
     assert all(result["n"] == 2 and result["min_s"] > 0 for result in row["seconds"].values())
     assert set(row["over_uniform"]) == {"select", "attend", "attend in torch", "select + attend"}
 

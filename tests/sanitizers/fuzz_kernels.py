@@ -1,7 +1,10 @@
-"""Random calls of the C++ operators, right and wrong ones: right ones equal float64, wrong ones raise, and no call leaves its tensors.
+"""Random calls of the C++ operators, right and wrong ones: right ones equal float64, wrong ones raise, and no call
+leaves its tensors.
 
-`make test-sanitizers` runs it on a library that AddressSanitizer and UndefinedBehaviorSanitizer watch, where a read or write next to
-a tensor ends the process. A case is a number: `python tests/sanitizers/fuzz_kernels.py --first 1234 --cases 1` runs it again.
+`make test-sanitizers` runs it on a library that AddressSanitizer and UndefinedBehaviorSanitizer watch, where a read or
+write next to
+a tensor ends the process. A case is a number: `python tests/sanitizers/fuzz_kernels.py --first 1234 --cases 1` runs it
+again.
 """
 
 from __future__ import annotations
@@ -24,7 +27,12 @@ from hf_sparse_attn_kernels import (
     pooled_features,
 )
 from hf_sparse_attn_kernels.cpp_kernels import compiling
-from hf_sparse_attn_kernels.torch_kernels.scoring import block_mass_torch, coarse_scores_torch, fine_mass_torch, pooled_features_torch
+from hf_sparse_attn_kernels.torch_kernels.scoring import (
+    block_mass_torch,
+    coarse_scores_torch,
+    fine_mass_torch,
+    pooled_features_torch,
+)
 
 ops = torch.ops.hf_sparse_attn_cpp
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -55,7 +63,9 @@ class Case:
         return self.laid_out(x)
 
     def laid_out(self, x):
-        """``x`` in memory in another way: at an odd element, with gaps, with another order of dimensions, or expanded."""
+        """``x`` in memory in another way: at an odd element, with gaps, with another order of dimensions,
+        or expanded.
+        """
         kind = self.draw.randrange(6)
         if kind == 0:
             room = x.new_empty(x.numel() + 1)
@@ -75,12 +85,18 @@ class Case:
         value = self.draw.choice([1e3, 1e10, 1e30, -1e30, math.inf, -math.inf, math.nan])
         for x in tensors:
             if self.draw.random() < 0.15 and x.numel():
-                x.view(-1)[self.draw.randrange(x.numel())] = min(max(value, -6e4), 6e4) if x.dtype == torch.float16 else value
+                x.view(-1)[self.draw.randrange(x.numel())] = (
+                    min(max(value, -6e4), 6e4) if x.dtype == torch.float16 else value
+                )
 
     def lists(self, grid, batch):
         """Random lists of every row of a call."""
         block = torch.arange(grid.blocks)
-        last = (grid.last_positions() // grid.block_size)[:, None] if grid.causal else torch.full((grid.tiles, 1), grid.blocks - 1)
+        last = (
+            (grid.last_positions() // grid.block_size)[:, None]
+            if grid.causal
+            else torch.full((grid.tiles, 1), grid.blocks - 1)
+        )
         shape = (batch, self.groups, grid.tiles, grid.blocks)
         keep = (torch.rand(shape, generator=self.generator) < self.draw.random()) & (block <= last)
         return torch.where(keep, block, -1).sort(-1).values.int()[..., self.draw.randint(0, grid.blocks) :].contiguous()
@@ -91,11 +107,15 @@ class Case:
             return BlockSelection(self.lists(self.grid, self.batch), self.grid)
         grid, places = self.grid, []
         for row in range(self.batch):
-            cuts = sorted({0, grid.kv_len, *(self.draw.randint(0, grid.kv_len) for _ in range(self.draw.randint(0, 4)))})
+            cuts = sorted(
+                {0, grid.kv_len, *(self.draw.randint(0, grid.kv_len) for _ in range(self.draw.randint(0, 4)))}
+            )
             places += [(row, first, end) for first, end in itertools.pairwise(cuts) if self.draw.random() < 0.8]
         self.draw.shuffle(places)
         if not places:
-            return BlockSelection(torch.empty(0, self.groups, 0, 1, dtype=torch.int32), grid, None, torch.empty(0, 3, dtype=torch.int64))
+            return BlockSelection(
+                torch.empty(0, self.groups, 0, 1, dtype=torch.int32), grid, None, torch.empty(0, 3, dtype=torch.int64)
+            )
         parts = []
         for _, first, end in places:
             queries = max(end - max(first, grid.q_offset), 0)
@@ -109,7 +129,9 @@ class Case:
         per_head = self.draw.randint(1, min(grid.query_tile, 6))
         reps = torch.randint(0, grid.query_tile, (self.per_group, per_head), generator=self.generator)
         tiles = torch.arange(grid.tiles)[torch.rand(grid.tiles, generator=self.generator) < 0.7]
-        queries = (torch.randn(self.batch, self.groups, len(tiles), *reps.shape, self.width, generator=self.generator) * 0.3).to(self.dtype)
+        queries = (
+            torch.randn(self.batch, self.groups, len(tiles), *reps.shape, self.width, generator=self.generator) * 0.3
+        ).to(self.dtype)
         return queries, reps, tiles
 
 
@@ -136,7 +158,9 @@ def spoiled_tensor(case, x):
     if kind == 2 and x.dim():
         return torch.cat([x, x], dim)
     if kind == 3:
-        return x.to(case.draw.choice([torch.float32, torch.float64, torch.bfloat16, torch.int32, torch.int64, torch.bool]))
+        return x.to(
+            case.draw.choice([torch.float32, torch.float64, torch.bfloat16, torch.int32, torch.int64, torch.bool])
+        )
     if kind == 4 and not x.is_floating_point() and x.dtype != torch.bool and x.numel():
         x = x.clone().contiguous()
         x.view(-1)[case.draw.randrange(x.numel())] = case.draw.choice(
@@ -154,7 +178,9 @@ def compare(name, got, want, dtype):
     assert got.shape == want.shape, f"{name}: {tuple(got.shape)}, not {tuple(want.shape)}"
     most = torch.finfo(dtype).max
     want = torch.where(want.abs() > most, want * math.inf, want)
-    torch.testing.assert_close(got, want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], equal_nan=True, msg=lambda text: f"{name}: {text}")
+    torch.testing.assert_close(
+        got, want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], equal_nan=True, msg=lambda text: f"{name}: {text}"
+    )
 
 
 def attention(case, wrong):
@@ -177,7 +203,9 @@ def attention(case, wrong):
     for dtype, impl in ((case.dtype, "cpp"), (torch.float64, "reference")):
         leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
         extra = None if sinks is None else sinks.clone().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
-        out, lse = block_sparse_attention(*leaves, selection, scale=scale, softcap=softcap, sinks=extra, impl=impl, return_lse=True)
+        out, lse = block_sparse_attention(
+            *leaves, selection, scale=scale, softcap=softcap, sinks=extra, impl=impl, return_lse=True
+        )
         seen = lse.isfinite()
         loss = out.masked_fill(~seen[..., None], 0).sum() + lse.masked_fill(~seen, 0).sum()
         if loss.requires_grad:  # documents of the reference that have no queries leave no graph
@@ -237,7 +265,9 @@ def fine(case, wrong):
     mine = (last - torch.arange(grid.own_blocks - 1, -1, -1)).clamp(min=-1).expand(case.batch, case.groups, -1, -1)
     blocks = torch.cat([listed, mine], -1).flatten(0, 1)
     if wrong:
-        ops.block_mass(*spoiled(case, (queries, reps, keys, tiles, blocks, grid.q_len, grid.query_tile, grid.block_size)))
+        ops.block_mass(
+            *spoiled(case, (queries, reps, keys, tiles, blocks, grid.q_len, grid.query_tile, grid.block_size))
+        )
         return
     inputs = (queries.flatten(0, 1), keys.flatten(0, 1))
     got = fine_mass(*inputs, grid, tiles, blocks, reps, impl="cpp")
@@ -264,7 +294,9 @@ def select(case, wrong):
     queries, reps, tiles = case.samples()
     keys = case.tensor(case.batch, case.groups, grid.kv_len, case.width)
     runs, sink, m = case.draw.choice([1, 4]), case.draw.randint(0, 2), len(tiles)
-    coarse_queries = (torch.randn(case.batch, case.groups, m, runs, case.width, generator=case.generator) * 0.3).to(case.dtype)
+    coarse_queries = (torch.randn(case.batch, case.groups, m, runs, case.width, generator=case.generator) * 0.3).to(
+        case.dtype
+    )
     router_keys = case.tensor(case.batch, case.groups, grid.blocks, case.width)
     last = (grid.last_positions() // grid.block_size)[tiles]
     near = ((grid.first_positions() - case.draw.randint(0, 64)).clamp(min=0) // grid.block_size)[tiles]
@@ -274,7 +306,18 @@ def select(case, wrong):
     width = int((last + 1 - eligible + budgets[5]).max()) if m else 0
     threshold = case.draw.choice([None, 0.05])
     sizes = (grid.q_len, grid.query_tile, grid.block_size, sink)
-    arguments = (coarse_queries, torch.ones(m, runs, dtype=torch.bool), router_keys, queries, reps, keys, tiles, *sizes, budgets, width)
+    arguments = (
+        coarse_queries,
+        torch.ones(m, runs, dtype=torch.bool),
+        router_keys,
+        queries,
+        reps,
+        keys,
+        tiles,
+        *sizes,
+        budgets,
+        width,
+    )
     if wrong:
         ops.select(*spoiled(case, arguments), threshold)
         return
@@ -298,7 +341,9 @@ def run(number):
     try:
         kind(case, wrong)
     except (ValueError, RuntimeError, TypeError, IndexError) as error:
-        if not wrong or (not isinstance(error, ValueError) and "Expected" not in str(error) and "memory" not in str(error)):
+        if not wrong or (
+            not isinstance(error, ValueError) and "Expected" not in str(error) and "memory" not in str(error)
+        ):
             raise
         return kind.__name__, "refused"
     return kind.__name__, "fits after all" if wrong else "right"

@@ -36,7 +36,9 @@ def test_a_write_replaces_the_file_and_leaves_nothing_else(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o644
 
 
-@pytest.mark.parametrize("error", [ValueError("half way"), OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error", [ValueError("half way"), OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()]
+)
 def test_the_previous_file_survives_an_exception_in_the_middle(tmp_path, error):
     path = tmp_path / "result.bin"
     write_text(path, "previous")
@@ -86,7 +88,12 @@ def test_a_folder_is_replaced_only_when_the_block_ends_well(tmp_path):
 def test_stale_weight_files_go_and_other_files_stay(tmp_path):
     target = tmp_path / "model"
     target.mkdir()
-    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json", "README.md"):
+    for name in (
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "README.md",
+    ):
         (target / name).write_text("old")
     with replaced_folder(target) as temporary:
         (temporary / "model.safetensors").write_text("new")
@@ -105,13 +112,18 @@ def test_saving_a_variant_keeps_the_main_weights(sparse_llama, real_budget, tmp_
 
 
 @pytest.mark.parametrize("place", ["save_file", "replace"])
-def test_a_full_disk_while_saving_a_model_keeps_the_previous_one(sparse_llama, real_budget, tmp_path, monkeypatch, place):
+def test_a_full_disk_while_saving_a_model_keeps_the_previous_one(
+    sparse_llama, real_budget, tmp_path, monkeypatch, place
+):
     """Where all of the new files were written already they are kept, too."""
     model = sparse_llama(real_budget, noise=0.1)
     model.save_pretrained(tmp_path / "model")
     before = content(tmp_path / "model")
     with monkeypatch.context() as patch:
-        patch.setattr(*((files.os, "replace") if place == "replace" else (transformers.modeling_utils, "safe_save_file")), full_disk)
+        patch.setattr(
+            *((files.os, "replace") if place == "replace" else (transformers.modeling_utils, "safe_save_file")),
+            full_disk,
+        )
         with pytest.raises(OSError, match="No space left") as raised:
             sparse_llama(real_budget, seed=1).save_pretrained(tmp_path / "model")
     assert content(tmp_path / "model") == before
@@ -145,12 +157,16 @@ model.save_pretrained(sys.argv[1])
 """
 
 
-def test_a_kill_in_the_middle_of_saving_leaves_the_previous_model_loadable(sparse_llama, real_budget, tmp_path, token_ids):
+def test_a_kill_in_the_middle_of_saving_leaves_the_previous_model_loadable(
+    sparse_llama, real_budget, tmp_path, token_ids
+):
     model, folder = sparse_llama(real_budget, noise=0.1), tmp_path / "model"
     model.save_pretrained(folder)
     before = content(folder)
     run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(KILLED), str(folder)], env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False
+        [sys.executable, "-c", textwrap.dedent(KILLED), str(folder)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        check=False,
     )
     assert run.returncode == -signal.SIGKILL
     assert content(folder) == before

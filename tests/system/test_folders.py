@@ -20,7 +20,12 @@ from hf_sparse_attn.data.sources import SourceError
 from hf_sparse_attn.system.files import copied_folder, replaced_folder
 from hf_sparse_attn.system.scratch import LOCK, SUFFIX, UNLOCKED_SECONDS, scratch_folder
 
-SHARDED = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json", "config.json"}
+SHARDED = {
+    "model-00001-of-00002.safetensors",
+    "model-00002-of-00002.safetensors",
+    "model.safetensors.index.json",
+    "config.json",
+}
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -166,13 +171,21 @@ def test_the_umask_holds_for_new_files_and_the_old_mode_for_replaced_ones(tmp_pa
     finally:
         os.umask(old)
     modes = {str(f.relative_to(tmp_path)): stat.S_IMODE(f.stat().st_mode) for f in tmp_path.rglob("*")}
-    assert modes == {"model": 0o750, "model/config.json": 0o600, "model/sub": 0o750, "model/sub/a.json": 0o640, "model/new.json": 0o640}
+    assert modes == {
+        "model": 0o750,
+        "model/config.json": 0o600,
+        "model/sub": 0o750,
+        "model/sub/a.json": 0o640,
+        "model/new.json": 0o640,
+    }
 
 
 # -- errors and kills ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), MemoryError()])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), MemoryError()]
+)
 @pytest.mark.parametrize("count", range(8))
 def test_an_error_at_any_rename_leaves_the_old_files_and_keeps_the_new_ones(tmp_path, monkeypatch, error, count):
     folder = tmp_path / "model"
@@ -248,11 +261,20 @@ def test_what_was_saved_since_a_kill_is_not_replaced_by_what_it_left(tmp_path):
 
 
 def test_shards_of_a_variant_go_with_their_index_and_adapters_keep_the_model(tmp_path):
-    names = {"model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors", "model.safetensors.index.fp16.json"}
+    names = {
+        "model.fp16-00001-of-00002.safetensors",
+        "model.fp16-00002-of-00002.safetensors",
+        "model.safetensors.index.fp16.json",
+    }
     save(tmp_path, {*names, *SHARDED}, "old")
     save(tmp_path, ["adapter_model.safetensors", "adapter_config.json"], "old")
     save(tmp_path, ["model.fp16.safetensors"], "new")
-    assert set(content(tmp_path)) == {"model.fp16.safetensors", "adapter_model.safetensors", "adapter_config.json", *SHARDED}
+    assert set(content(tmp_path)) == {
+        "model.fp16.safetensors",
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        *SHARDED,
+    }
     save(tmp_path, ["adapter_model-00001-of-00001.safetensors"], "new")
     assert "adapter_model.safetensors" not in content(tmp_path) and set(content(tmp_path)) > SHARDED
 
@@ -267,7 +289,10 @@ def test_a_sharded_model_after_a_kill_is_the_old_one_the_new_one_or_refused(spar
             got = AutoModelForCausalLM.from_pretrained(tmp_path / "model", **options)
         except (OSError, ValueError):  # no config.json, no weights
             continue
-        whole = [all(torch.equal(a, b) for a, b in zip(got.parameters(), model.parameters(), strict=True)) for model in (old, new)]
+        whole = [
+            all(torch.equal(a, b) for a, b in zip(got.parameters(), model.parameters(), strict=True))
+            for model in (old, new)
+        ]
         assert any(whole)
 
 
@@ -293,7 +318,13 @@ def test_the_next_save_clears_what_killed_ones_left_and_nothing_else(tmp_path):
     with scratch_folder(tmp_path, "alive") as alive:
         save(tmp_path / "model", ["config.json"], "new")
         assert (alive / LOCK).exists()
-    assert {f.name for f in tmp_path.iterdir()} == {"model", ".model.abc", f".mine{SUFFIX}", f".young{SUFFIX}", f".link{SUFFIX}"}
+    assert {f.name for f in tmp_path.iterdir()} == {
+        "model",
+        ".model.abc",
+        f".mine{SUFFIX}",
+        f".young{SUFFIX}",
+        f".link{SUFFIX}",
+    }
 
 
 def test_a_name_as_long_as_names_may_be(tmp_path):

@@ -14,7 +14,9 @@ from hf_sparse_attn.system.old_names import MOVED, NAMES, PACKAGE
 
 def test_every_new_name_is_a_module():
     missing = [
-        new for new in [*MOVED.values(), *(place for place, _ in NAMES.values())] if not importlib.util.find_spec(f"{PACKAGE}.{new}")
+        new
+        for new in [*MOVED.values(), *(place for place, _ in NAMES.values())]
+        if not importlib.util.find_spec(f"{PACKAGE}.{new}")
     ]
     assert not missing and len(MOVED) > 100
 
@@ -26,7 +28,10 @@ def test_every_new_name_is_a_module():
         ("prefill", r"is hf_sparse_attn\.models\.generate_hooks"),
         ("training.targets", r"is no more: what it tried was not better"),
         ("training.svd", r"is hf_sparse_attn\.training\.index_init"),
-        ("pipeline.recipe", r"hf_sparse_attn\.pipeline of version 0\.1\.0 has moved: .*pipeline\.recipe is experiments\.recipe"),
+        (
+            "pipeline.recipe",
+            r"hf_sparse_attn\.pipeline of version 0\.1\.0 has moved: .*pipeline\.recipe is experiments\.recipe",
+        ),
     ],
 )
 def test_an_old_module_raises_with_its_new_name(old, new):
@@ -52,6 +57,7 @@ def test_the_module_that_adapters_of_0_1_0_name_has_the_model_classes_and_nothin
     old = importlib.import_module("hf_sparse_attn.registration")
     assert old.SparseLlamaForCausalLM is sparse_class(LlamaForCausalLM)
     with pytest.raises(
-        ImportError, match=r"sparse_config_class: hf_sparse_attn\.registration of version 0\.1\.0 is .*models\.registration"
+        ImportError,
+        match=r"sparse_config_class: hf_sparse_attn\.registration of version 0\.1\.0 is .*models\.registration",
     ):
         old.sparse_config_class  # noqa: B018

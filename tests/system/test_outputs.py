@@ -48,7 +48,11 @@ def test_a_link_stays_and_what_it_leads_to_gets_the_text(tmp_path):
     (tmp_path / "a").symlink_to("deep/b")
     check_output(tmp_path / "a")
     write_text(tmp_path / "a", "new")
-    assert (tmp_path / "a").is_symlink() and (tmp_path / "deep" / "b").is_symlink() and (tmp_path / "real.json").read_text() == "new"
+    assert (
+        (tmp_path / "a").is_symlink()
+        and (tmp_path / "deep" / "b").is_symlink()
+        and (tmp_path / "real.json").read_text() == "new"
+    )
     (tmp_path / "fresh").symlink_to("made.json")  # whose folder is there
     write_text(tmp_path / "fresh", "new")
     assert (tmp_path / "fresh").is_symlink() and (tmp_path / "made.json").read_text() == "new"
@@ -57,7 +61,11 @@ def test_a_link_stays_and_what_it_leads_to_gets_the_text(tmp_path):
 def test_links_that_lead_nowhere_are_named(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "gone").symlink_to("not/mounted")
-    for name, said in (("loop", "in a circle"), ("gone", "a link to what is not there"), ("gone/x.json", "gone is a link to what is not")):
+    for name, said in (
+        ("loop", "in a circle"),
+        ("gone", "a link to what is not there"),
+        ("gone/x.json", "gone is a link to what is not"),
+    ):
         for use in (check_output, lambda path: write_text(path, "new")):
             with pytest.raises(OutputError, match=said):
                 use(tmp_path / name)
@@ -207,7 +215,9 @@ def test_a_folder_in_use_is_refused_with_the_process_that_has_it_and_free_afterw
     with sole_use(tmp_path / "run"):
         (tmp_path / "link").symlink_to("run")
         for name in ("run", "link"):
-            with pytest.raises(FolderInUseError, match=rf"in use by process {os.getpid()} on .* since 20.*or give another"):
+            with pytest.raises(
+                FolderInUseError, match=rf"in use by process {os.getpid()} on .* since 20.*or give another"
+            ):
                 sole_use(tmp_path / name).__enter__()
         assert [f.name for f in (tmp_path / "run").iterdir()] == [LOCK]
     assert not list((tmp_path / "run").iterdir())

@@ -1,4 +1,6 @@
-"""``dtype: auto``: what this processor or GPU multiplies, what is said of a dtype that it does not, and what is recorded."""
+"""``dtype: auto``: what this processor or GPU multiplies, what is said of a dtype that it does not, and what is
+recorded.
+"""
 
 from __future__ import annotations
 
@@ -54,8 +56,14 @@ def processor(monkeypatch):
 def test_auto_is_what_the_processor_multiplies(processor, has, name, dtype):
     processor(has)
     created = choice()
-    assert instruction_set() == computed_with() == name and resolve("auto") == created.dtype == dtype and name in created.why
-    assert created.why.endswith("multiplies bfloat16" if dtype == torch.bfloat16 else "has no instructions that multiply bfloat16")
+    assert (
+        instruction_set() == computed_with() == name
+        and resolve("auto") == created.dtype == dtype
+        and name in created.why
+    )
+    assert created.why.endswith(
+        "multiplies bfloat16" if dtype == torch.bfloat16 else "has no instructions that multiply bfloat16"
+    )
 
 
 def test_arm_processors_and_torch_versions_that_list_nothing(processor, monkeypatch):
@@ -70,11 +78,14 @@ def test_arm_processors_and_torch_versions_that_list_nothing(processor, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("limit", "dtype"), [("avx2", "float32"), ("avx512", "float32"), ("avx512_bf16", "bfloat16"), ("none", "bfloat16"), ("", "bfloat16")]
+    ("limit", "dtype"),
+    [("avx2", "float32"), ("avx512", "float32"), ("avx512_bf16", "bfloat16"), ("none", "bfloat16"), ("", "bfloat16")],
 )
 def test_auto_goes_by_the_instruction_set_that_is_asked_for(processor, limit, dtype):
     processor(AMX, limit=limit)
-    assert choice().dtype == getattr(torch, dtype) and (limit in ("avx2", "avx512")) == ("HF_SPARSE_ATTN_CPU" in choice().why)
+    assert choice().dtype == getattr(torch, dtype) and (limit in ("avx2", "avx512")) == (
+        "HF_SPARSE_ATTN_CPU" in choice().why
+    )
     assert computed_with() == (f"AMX, HF_SPARSE_ATTN_CPU={limit}" if limit else "AMX")
 
 
@@ -96,7 +107,11 @@ def test_a_dtype_that_is_named_is_taken_and_warned_of_once(processor, monkeypatc
         assert resolve("auto") == torch.float32
     (record,) = caplog.records
     assert "dtype bfloat16 was asked for" in record.getMessage() and "7.0 times as long" in record.getMessage()
-    assert resolve("float16") == torch.float16 and "8.0 times" in caplog.records[-1].getMessage() and len(caplog.records) == 2
+    assert (
+        resolve("float16") == torch.float16
+        and "8.0 times" in caplog.records[-1].getMessage()
+        and len(caplog.records) == 2
+    )
     processor(BF16)
     caplog.clear()
     assert resolve("bfloat16") == torch.bfloat16 and not caplog.records
@@ -106,10 +121,14 @@ def test_a_dtype_that_is_named_is_taken_and_warned_of_once(processor, monkeypatc
 
 def test_saved_models_keep_their_dtype_unless_it_is_converted_here(processor):
     processor(AVX2)
-    assert [of_saved(d) for d in (torch.bfloat16, torch.float16, torch.float32, torch.float64)] == [torch.float32] * 3 + [torch.float64]
+    assert [of_saved(d) for d in (torch.bfloat16, torch.float16, torch.float32, torch.float64)] == [
+        torch.float32
+    ] * 3 + [torch.float64]
     processor(BF16)
     assert (
-        of_saved(torch.bfloat16) == torch.bfloat16 and of_saved(torch.float32) == torch.float32 and of_saved(torch.float16) == torch.float32
+        of_saved(torch.bfloat16) == torch.bfloat16
+        and of_saved(torch.float32) == torch.float32
+        and of_saved(torch.float16) == torch.float32
     )
 
 
@@ -128,9 +147,15 @@ def test_doctor_says_which_dtype_why_and_how_fast_each_is(processor):
     processor(AVX2)
     done = CliRunner().invoke(app, ["doctor", "--json", "-"], catch_exceptions=False)
     result = json.loads(done.stdout)
-    assert result["dtype"] == "float32" and result["why_dtype"] == "this processor, AVX2, has no instructions that multiply bfloat16"
+    assert (
+        result["dtype"] == "float32"
+        and result["why_dtype"] == "this processor, AVX2, has no instructions that multiply bfloat16"
+    )
     assert result["instruction_set"] == environment()["instruction_set"] == "AVX2"
-    assert result["linear_layer_gflops"].keys() == {"bfloat16", "float32", "float16"} and min(result["linear_layer_gflops"].values()) > 0
+    assert (
+        result["linear_layer_gflops"].keys() == {"bfloat16", "float32", "float16"}
+        and min(result["linear_layer_gflops"].values()) > 0
+    )
 
 
 def test_a_rate_is_the_rate(processor):

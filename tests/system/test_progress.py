@@ -22,9 +22,15 @@ def often(monkeypatch):
 
 
 def test_a_line_says_what_is_done_what_is_left_and_the_rate():
-    assert line("distilling", 3, 12, 0, 90.0, "KL 0.1") == "distilling: 3 of 12, 9 left, 2 a minute, 4.5 min to go, 90 s so far; KL 0.1"
-    assert line("distilling", 3, 12, 3, 90.0) == "distilling: 3 of 12, 9 left, 90 s so far"  # continued: what was done before is no rate
-    assert line("tokenising, MB", 500, 1000, 0, 100.0).startswith("tokenising, MB: 500 of 1000, 500 left, 5.0 a second, 1.7 min to go")
+    assert (
+        line("distilling", 3, 12, 0, 90.0, "KL 0.1")
+        == "distilling: 3 of 12, 9 left, 2 a minute, 4.5 min to go, 90 s so far; KL 0.1"
+    )
+    # continued: what was done before is no rate
+    assert line("distilling", 3, 12, 3, 90.0) == "distilling: 3 of 12, 9 left, 90 s so far"
+    assert line("tokenising, MB", 500, 1000, 0, 100.0).startswith(
+        "tokenising, MB: 500 of 1000, 500 left, 5.0 a second, 1.7 min to go"
+    )
     assert line("copying", 5, None, 0, 10000.0) == "copying: 5, 0.03 a minute, 2.8 h so far"
 
 
@@ -88,7 +94,11 @@ def test_a_bar_says_what_is_done_and_begins_where_the_work_was_left(monkeypatch)
         shown.update(task, advance=1)
         shown.update(task, completed=6, info="loss 0.5")
     drawn = screen.getvalue().split("\r")
-    assert any("reading" in frame and " 3/8 " in frame for frame in drawn) and " 6/8 " in drawn[-1] and "loss 0.5" in drawn[-1]
+    assert (
+        any("reading" in frame and " 3/8 " in frame for frame in drawn)
+        and " 6/8 " in drawn[-1]
+        and "loss 0.5" in drawn[-1]
+    )
 
 
 def test_messages_have_colours_on_a_terminal_only(monkeypatch, capsys):
@@ -105,4 +115,8 @@ def test_distilling_says_how_far_it_is(sparse_llama, real_budget, token_ids, cap
     batches = [{"input_ids": token_ids(1, 200, seed=seed)} for seed in range(2)]
     distill(sparse_llama(real_budget), batches)
     first, *_, last = capsys.readouterr().err.splitlines()
-    assert first == "distilling: 0 of 2, 2 left" and last.startswith("distilling: 2 of 2, 0 left, ") and "recovered share" in last
+    assert (
+        first == "distilling: 0 of 2, 2 left"
+        and last.startswith("distilling: 2 of 2, 0 left, ")
+        and "recovered share" in last
+    )

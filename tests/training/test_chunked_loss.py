@@ -13,7 +13,14 @@ from hf_sparse_attn.training import chunked_loss
 
 # peft asks transformers for a property that the newest versions call by another name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-SMALL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16}
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "head_dim": 16,
+}
 
 
 @pytest.fixture
@@ -37,7 +44,9 @@ def gradients(model, **batch):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("options", [{}, {"num_items_in_batch": 50}, {"num_items_in_batch": torch.tensor(200)}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"num_items_in_batch": 50}, {"num_items_in_batch": torch.tensor(200)}], ids=str
+)
 def test_loss_and_gradients_are_those_of_the_stock_model(stock_llama, batch, tied, options):
     model = stock_llama(tie_word_embeddings=tied)
     want_loss, want = gradients(model, **batch, **options)
@@ -75,7 +84,9 @@ def test_without_labels_everything_is_as_before(stock_llama, token_ids):
 
 
 def test_a_frozen_head_and_adapters(stock_llama, batch):
-    model = get_peft_model(stock_llama(), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False))
+    model = get_peft_model(
+        stock_llama(), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    )
     want_loss, want = gradients(model, **batch)
     got_loss, got = gradients(chunk_loss(model), **batch)
     assert got_loss == pytest.approx(want_loss, rel=1e-6) and len(want) == 4
@@ -121,7 +132,11 @@ def test_hidden_states_are_never_an_entry_of_the_output(stock_llama, batch):
     out = model(**batch)
     assert out.logits is None and "logits" not in out and [tuple(x.shape) for x in out.to_tuple()] == [()]
     with_hidden = model(**batch, return_dict=False, output_hidden_states=True)
-    assert len(with_hidden) == 2 and with_hidden[0].requires_grad and [h.shape for h in with_hidden[1]] == [(2, 70, 64)] * 3
+    assert (
+        len(with_hidden) == 2
+        and with_hidden[0].requires_grad
+        and [h.shape for h in with_hidden[1]] == [(2, 70, 64)] * 3
+    )
 
 
 @torch.no_grad()
@@ -134,7 +149,11 @@ def test_without_gradients_logits_are_there_for_who_reads_them(stock_llama, batc
     mine = head.forward
     head.forward = lambda hidden: sizes.append(hidden.shape[:-1].numel()) or mine(hidden)
     chunk_loss(model)
-    for logits in (lambda: model(**batch)["logits"], lambda: model(**batch).logits, lambda: model(**batch, return_dict=False)[1]):
+    for logits in (
+        lambda: model(**batch)["logits"],
+        lambda: model(**batch).logits,
+        lambda: model(**batch, return_dict=False)[1],
+    ):
         sizes.clear()
         got = logits()
         assert isinstance(got, torch.Tensor) and (got.shape, got.dtype, got.device) == (

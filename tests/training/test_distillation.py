@@ -67,7 +67,9 @@ def test_the_same_seed_gives_the_same_routers(sparse_llama, real_budget, batches
 
 
 @pytest.mark.parametrize(("stop_at", "save_every"), [(1, 1), (3, 1), (4, 2), (2, 3)])
-def test_an_interrupted_run_resumes_to_bit_identical_weights(sparse_llama, real_budget, batches, tmp_path, stop_at, save_every):
+def test_an_interrupted_run_resumes_to_bit_identical_weights(
+    sparse_llama, real_budget, batches, tmp_path, stop_at, save_every
+):
     settings = DistillationConfig(lr=5e-3, warmup_steps=2, save_every=save_every)
     whole, again = sparse_llama(real_budget), sparse_llama(real_budget)
     want = distill(whole, batches, settings, progress=False)
@@ -94,25 +96,42 @@ def test_a_finished_run_is_not_run_again(sparse_llama, real_budget, batches, tmp
     done, again = sparse_llama(real_budget), sparse_llama(real_budget)
     distill(done, batches[:2], SETTINGS, checkpoint=tmp_path / "c.pt", progress=False)
     report = distill(
-        again, batches[:2], SETTINGS, checkpoint=tmp_path / "c.pt", progress=False, on_batch=lambda row: pytest.fail("ran again")
+        again,
+        batches[:2],
+        SETTINGS,
+        checkpoint=tmp_path / "c.pt",
+        progress=False,
+        on_batch=lambda row: pytest.fail("ran again"),
     )
     assert report.resumed_at == 2
     one, two = router_state(done), router_state(again)
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_a_checkpoint_of_another_model_or_other_settings_is_refused(model, sparse_llama, real_budget, batches, tmp_path):
+def test_a_checkpoint_of_another_model_or_other_settings_is_refused(
+    model, sparse_llama, real_budget, batches, tmp_path
+):
     path = tmp_path / "c.pt"
     distill(model, batches[:1], SETTINGS, checkpoint=path, progress=False)
-    with pytest.raises(ValueError, match=r"c\.pt is a checkpoint of another run, different in the backbone's weights: remove it"):
+    with pytest.raises(
+        ValueError, match=r"c\.pt is a checkpoint of another run, different in the backbone's weights: remove it"
+    ):
         distill(sparse_llama(real_budget, seed=1), batches[:1], SETTINGS, checkpoint=path, progress=False)
     with pytest.raises(ValueError, match=r"distillation\.lr \(0\.005 then, 0\.001 now\)"):
         distill(sparse_llama(real_budget), batches[:1], DistillationConfig(), checkpoint=path, progress=False)
     with pytest.raises(ValueError, match=r"sparse_attention\.sink \(16 then, 32 now\)"):
-        distill(sparse_llama({**real_budget, "sink": 32, "min_keys": 96}), batches[:1], SETTINGS, checkpoint=path, progress=False)
+        distill(
+            sparse_llama({**real_budget, "sink": 32, "min_keys": 96}),
+            batches[:1],
+            SETTINGS,
+            checkpoint=path,
+            progress=False,
+        )
     rotary = {"rope_type": "default", "rope_theta": 500.0}
     with pytest.raises(ValueError, match=r"the model's config\.rope_parameters"):
-        distill(sparse_llama(real_budget, rope_parameters=rotary), batches[:1], SETTINGS, checkpoint=path, progress=False)
+        distill(
+            sparse_llama(real_budget, rope_parameters=rotary), batches[:1], SETTINGS, checkpoint=path, progress=False
+        )
 
 
 def test_a_checkpoint_that_names_the_target_is_read_if_that_was_the_mass(sparse_llama, real_budget, batches, tmp_path):
@@ -123,8 +142,13 @@ def test_a_checkpoint_that_names_the_target_is_read_if_that_was_the_mass(sparse_
         state["identity"]["distillation"]["target"] = target
         torch.save(state, path)
         if target == "mass":
-            assert distill(sparse_llama(real_budget), batches[:1], SETTINGS, checkpoint=path, progress=False).resumed_at == 1
-    with pytest.raises(ValueError, match=r"distillation\.target is 'output': routers learn the block mass .*leave target out"):
+            assert (
+                distill(sparse_llama(real_budget), batches[:1], SETTINGS, checkpoint=path, progress=False).resumed_at
+                == 1
+            )
+    with pytest.raises(
+        ValueError, match=r"distillation\.target is 'output': routers learn the block mass .*leave target out"
+    ):
         distill(sparse_llama(real_budget), batches[:1], SETTINGS, checkpoint=path, progress=False)
     assert DistillationConfig(target="mass") == DistillationConfig()
     with pytest.raises(ValueError, match=r"distillation\.target is 'max'"):
@@ -162,7 +186,14 @@ def test_a_checkpoint_is_written_after_a_minute_whatever_save_every_says(model, 
         written.append((tmp_path / "c.pt").exists())
 
     monkeypatch.setattr(distillation.time, "monotonic", lambda: clock[0])
-    distill(model, batches, DistillationConfig(save_every=100), checkpoint=tmp_path / "c.pt", progress=False, on_batch=pass_time)
+    distill(
+        model,
+        batches,
+        DistillationConfig(save_every=100),
+        checkpoint=tmp_path / "c.pt",
+        progress=False,
+        on_batch=pass_time,
+    )
     assert written == [False, False, False, True, True, True]  # due at 75 seconds, after the third batch
 
 
@@ -173,7 +204,9 @@ STILL = DistillationConfig(lr=1e-12, index_lr=1e-12)
 
 def adapted(model, **options):
     peft = pytest.importorskip("peft")
-    return peft.get_peft_model(model, lora_config(model, r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **options))
+    return peft.get_peft_model(
+        model, lora_config(model, r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **options)
+    )
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -192,7 +225,11 @@ def test_a_trained_stage_two_is_not_started_anew(sparse_llama, real_budget, batc
     before = {name: weight for name, weight in router_state(again).items() if "index" in name}
     distill(again, batches[:1], STILL, progress=False)
     after = router_state(again)
-    moved = {name for name, weight in before.items() if "original_module" not in name and float((after[name] - weight).abs().max()) > 1e-6}
+    moved = {
+        name
+        for name, weight in before.items()
+        if "original_module" not in name and float((after[name] - weight).abs().max()) > 1e-6
+    }
     untaught = {name for name in before if "layers.0." in name} if way == "one layer only" else set()
     assert moved == untaught  # an untaught low-rank index is started by the data
 
@@ -206,7 +243,11 @@ def test_a_batch_that_is_not_finite_stops_distillation_and_is_named(model, batch
             todo[1]["input_ids"][1, 70] = 5
         else:
             model.model.layers[1].self_attn.q_proj.weight *= 1e38
-    match = r"layer 0 has queries.*token 70 of the document, in batch 1 " if broken == "embedding" else r"layer 1 has queries.*in batch 0 "
+    match = (
+        r"layer 0 has queries.*token 70 of the document, in batch 1 "
+        if broken == "embedding"
+        else r"layer 1 has queries.*in batch 0 "
+    )
     with pytest.raises(NonFiniteError, match=match):
         distill(model, todo, SETTINGS, checkpoint=tmp_path / "c.pt", progress=False)
     assert all(bool(weight.isfinite().all()) for weight in router_state(model).values())
@@ -232,7 +273,7 @@ def test_layers_with_the_same_index_learn_each_for_itself(model, batches):
     assert all(not torch.equal(weight, before[name]) for name, weight in router_state(model).items())
 
 
-# -- batches as users have them -----------------------------------------------------------------------------------------
+# -- batches as users have them ----------------------------------------------------------------------------------------
 
 
 def test_rows_of_a_dataset_lists_and_arrays_train_as_tensors_do(sparse_llama, real_budget, batches):
@@ -258,7 +299,10 @@ def test_rows_of_a_dataset_lists_and_arrays_train_as_tensors_do(sparse_llama, re
             r"batch 1, field 'text', holds no numbers \('a'\).*remove_columns",
         ),
         ({"input_ids": [[3, 4], [5]]}, "batch 1, field 'input_ids', holds rows of several lengths"),
-        ({"input_ids": torch.ones(1, 240)}, r"batch 1, field 'input_ids', is torch.float32 \(1, 240\): must be integers \[B, N\]"),
+        (
+            {"input_ids": torch.ones(1, 240)},
+            r"batch 1, field 'input_ids', is torch.float32 \(1, 240\): must be integers \[B, N\]",
+        ),
         ({"input_ids": torch.full((1, 240), 97)}, "batch 1.*holds token 97: the model's vocabulary is 0 to 96"),
         ({"input_ids": torch.full((1, 240), -100)}, "batch 1.*holds token -100"),
         ({"labels": torch.ones(1, 240)}, "batch 1 has no inputs"),
@@ -299,7 +343,12 @@ def test_documents_without_anything_to_select_are_refused(model, token_ids):
 
 def test_documents_below_dense_below_are_refused(sparse_llama, real_budget, token_ids):
     with pytest.raises(ValueError, match=r"dense_below \(300\)"):
-        distill(sparse_llama({**real_budget, "dense_below": 300}), [{"input_ids": token_ids(1, 240)}], SETTINGS, progress=False)
+        distill(
+            sparse_llama({**real_budget, "dense_below": 300}),
+            [{"input_ids": token_ids(1, 240)}],
+            SETTINGS,
+            progress=False,
+        )
 
 
 def test_no_batches_and_no_routers_are_refused(model, stock_llama, batches):
@@ -310,7 +359,8 @@ def test_no_batches_and_no_routers_are_refused(model, stock_llama, batches):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("steps_per_batch", 0), ("tiles_per_step", 0), ("queries_per_step", -1), ("save_every", 0), ("lr", 0.0)]
+    ("name", "value"),
+    [("steps_per_batch", 0), ("tiles_per_step", 0), ("queries_per_step", -1), ("save_every", 0), ("lr", 0.0)],
 )
 def test_impossible_settings_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name}.*{value}"):
@@ -367,12 +417,21 @@ def test_the_teacher_is_the_dense_softmax_over_all_visible_keys(make_router, rou
     tiles = plan.open.nonzero()[:, 0]
     scores = inputs.q @ inputs.k.repeat_interleave(2, 1).transpose(-1, -2) * inputs.scale
     p = torch.softmax(scores.masked_fill(~torch.ones(240, 240).tril().bool(), -torch.inf), -1)
-    mass = p.unflatten(1, (2, 2)).mean(2).unflatten(2, (-1, query_tile)).mean(3).unflatten(3, (-1, 16)).sum(-1)[:, :, tiles]
+    mass = (
+        p.unflatten(1, (2, 2))
+        .mean(2)
+        .unflatten(2, (-1, query_tile))
+        .mean(3)
+        .unflatten(3, (-1, 16))
+        .sum(-1)[:, :, tiles]
+    )
     (teacher, _, mask), (fine_teacher, _, fine_mask) = seen
     width = teacher.shape[-1]  # up to the last block that any tile may select
     torch.testing.assert_close(teacher, mass[..., :width], rtol=1e-4, atol=1e-6)
     eligible = plan.eligible_mask(tiles)
-    assert torch.equal(mask.expand_as(teacher), eligible[:, :width].expand_as(teacher)) and not bool(eligible[:, width:].any())
+    assert torch.equal(mask.expand_as(teacher), eligible[:, :width].expand_as(teacher)) and not bool(
+        eligible[:, width:].any()
+    )
     assert bool((fine_teacher.masked_fill(~fine_mask, 0).sum(-1) <= mass.sum(-1)).all())
     assert 0 < loss.window <= loss.oracle <= 1 and 0 < loss.kept <= loss.oracle
     free = plan.free[tiles]

@@ -32,12 +32,19 @@ def environment():
     paths = [str(ROOT), str(ROOT / "kernels/torch-ext"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         **os.environ,
-        **{"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"},
+        **{
+            "PYTHONPATH": os.pathsep.join(paths),
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+            "TOKENIZERS_PARALLELISM": "false",
+        },
     }
 
 
 def run(command, seconds=150):
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment(), timeout=seconds, check=False)
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=environment(), timeout=seconds, check=False
+    )
     return done.returncode, done.stdout + done.stderr
 
 
@@ -73,7 +80,12 @@ def arguments(work, llama_folder, real_budget):
             "rows": rows,
             "batch-size": batch_size,
         }
-        values |= {"save-every": save_every, "lr": 5e-3, "sparse": json.dumps(real_budget), "training": json.dumps(TRAINING)}
+        values |= {
+            "save-every": save_every,
+            "lr": 5e-3,
+            "sparse": json.dumps(real_budget),
+            "training": json.dumps(TRAINING),
+        }
         return [text for name, value in values.items() for text in (f"--{name}", str(value))]
 
     return make
@@ -96,7 +108,9 @@ def alone(work, arguments, llama_folder, real_budget):
 
 @pytest.fixture(scope="module")
 def dead(work, arguments):
-    """(exit code, seconds, what was said, steps that were saved) of a run whose second process was killed in the fourth step."""
+    """(exit code, seconds, what was said, steps that were saved) of a run whose second process was killed in the fourth
+    step.
+    """
     start = time.monotonic()
     job = ["killed", {"name": "train_with_accelerate.py", "arguments": arguments("loop-ddp", 1), "step": 3}]
     code, said = launch("ddp", [job])
@@ -119,7 +133,8 @@ def launched(alone, arguments, llama_folder, real_budget, request):
             if config == "ddp":
                 request.getfixturevalue("dead")  # its run is the one that goes on here
                 jobs += [[job, {**common, "out": str(make_folders(alone, job))}] for job in ("plain", "split")]
-                jobs += [["distill", {**common, "out": str(make_folders(alone, "distill")), "batches": [1] * 5}]] * 2  # and resumed
+                # and resumed
+                jobs += [["distill", {**common, "out": str(make_folders(alone, "distill")), "batches": [1] * 5}]] * 2
             if config == "zero3":
                 jobs.append(["chunked", {**common, "out": str(make_folders(alone, "chunked"))}])
             done[config] = launch(config, jobs)
@@ -141,7 +156,9 @@ def make_folders(parent, name):
 
 @pytest.mark.parametrize("config", LAUNCHED)
 def test_a_bare_loop_has_the_curve_of_one_process(launched, config):
-    """With accumulation, dense steps, and a last step that has rows for one process only; under ddp resumed after a kill."""
+    """With accumulation, dense steps, and a last step that has rows for one process only;
+    under ddp resumed after a kill.
+    """
     folder = launched(config)
     want, got = (curve(folder / f"loop-{name}", "loss", "kl") for name in ("alone", config))
     assert want.shape == (STEPS, 2) and want[:, 1].min() > 1e-3
@@ -151,7 +168,10 @@ def test_a_bare_loop_has_the_curve_of_one_process(launched, config):
 @pytest.mark.parametrize("config", LAUNCHED)
 def test_trainer_has_the_curve_of_one_process(launched, config):
     folder = launched(config)
-    want, got = (curve(folder / f"trainer-{name}", "task_loss", "loss", "kl", "grad_norm", "kept_mass") for name in ("alone", config))
+    want, got = (
+        curve(folder / f"trainer-{name}", "task_loss", "loss", "kl", "grad_norm", "kept_mass")
+        for name in ("alone", config)
+    )
     assert want.shape == (6, 5) and want[:, 2].min() > 1e-2
     torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE)
 
@@ -241,7 +261,9 @@ def test_distilled_routers_are_alike_and_those_of_one_process_with_whole_batches
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("trl"), reason="needs trl: pip install 'hf_sparse_attn[trl]'")
-def test_sft_packed_without_padding_has_the_same_curve_in_two_processes(work, arguments, llama_folder, word_tokenizer, random_words):
+def test_sft_packed_without_padding_has_the_same_curve_in_two_processes(
+    work, arguments, llama_folder, word_tokenizer, random_words
+):
     """With gradient checkpointing, TRL's default."""
     folder = make_folders(work, "sft")
     for file in llama_folder.iterdir():

@@ -22,7 +22,14 @@ from hf_sparse_attn.training.trainer import SparseTrainer, last_checkpoint
 # peft asks transformers for a property that the newest versions call by another name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-SETTINGS = {"rank": 4, "alpha": 8, "lr": 5e-3, "router_lr": 5e-3, "kl_tile_share": 2, "training_arguments": {"use_cpu": True}}
+SETTINGS = {
+    "rank": 4,
+    "alpha": 8,
+    "lr": 5e-3,
+    "router_lr": 5e-3,
+    "kl_tile_share": 2,
+    "training_arguments": {"use_cpu": True},
+}
 
 
 @pytest.fixture
@@ -58,7 +65,9 @@ def test_the_loss_falls_and_the_backbone_stays(model, batches):
     assert sparse[-1] < 0.9 * sparse[0] and log[-1]["kl"] < log[0]["kl"]
     names = trained_weights(peft_model)
     assert all(".lora_" in name or ".router." in name for name in names) and not peft_model.training
-    assert sum(".lora_" in name for name in names) == 2 * 2 * 4 and sum(".router." in name for name in names) == len(before)
+    assert sum(".lora_" in name for name in names) == 2 * 2 * 4 and sum(".router." in name for name in names) == len(
+        before
+    )
     stock = peft_model.unload()
     assert backbone_hash(stock) == backbone
 
@@ -125,7 +134,9 @@ def test_windows_that_fit_the_budget_still_train_the_backbone(model, token_ids):
     before = router_state(model)
     peft_model, log = train(model, [{"input_ids": token_ids(1, 60)[0]}] * 3)
     assert [row["kl"] for row in log] == [0.0] * 3 and log[2]["loss"] < log[0]["loss"]
-    assert all(torch.equal(weight, before[name]) for name, weight in router_state(peft_model.merge_and_unload()).items())
+    assert all(
+        torch.equal(weight, before[name]) for name, weight in router_state(peft_model.merge_and_unload()).items()
+    )
 
 
 @pytest.mark.parametrize("every", [0, 1, 2, 3])
@@ -167,7 +178,9 @@ class Stopped(Exception):
 
 
 @pytest.mark.parametrize("stop_at", [2, 3, 5])
-@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": False, "accumulation": 2}], ids=["checkpointing", "accumulation"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"gradient_checkpointing": False, "accumulation": 2}], ids=["checkpointing", "accumulation"]
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(model, batches, stop_at, changes, tmp_path, monkeypatch):
     first, second, rows = model_again(model), model_again(model), batches * 2 if changes else batches
     whole, whole_log = train(first, rows, **changes)
@@ -197,7 +210,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(model, batches, stop_at, chan
 
 
 def without_times(log):
-    return [{name: value for name, value in row.items() if name not in ("tokens_per_second", "peak_memory_bytes")} for row in log]
+    return [
+        {name: value for name, value in row.items() if name not in ("tokens_per_second", "peak_memory_bytes")}
+        for row in log
+    ]
 
 
 def test_a_checkpoint_that_was_cut_off_is_passed_over(model, batches, tmp_path):
@@ -212,7 +228,8 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(model, batches, tmp_path):
 
 
 def test_a_finished_run_is_not_trained_again(model, batches, tmp_path, monkeypatch):
-    peft_model, log = train(model_again(model), batches, tmp_path / "run", steps=3)  # rows are left: Trainer would go on
+    # rows are left: Trainer would go on
+    peft_model, log = train(model_again(model), batches, tmp_path / "run", steps=3)
     monkeypatch.setattr(SparseTrainer, "compute_loss", lambda *_, **__: pytest.fail("trained again"))
     again, again_log = train(model, batches, tmp_path / "run", steps=3)
     assert again_log == log and len(log) == 3
@@ -231,7 +248,9 @@ def test_a_run_killed_after_its_last_checkpoint_trains_no_step_too_many(model, b
 
 def test_a_folder_of_other_settings_or_another_model_is_refused(model, batches, sparse_llama, real_budget, tmp_path):
     train(model_again(model), batches[:1], tmp_path / "run")
-    with pytest.raises(ValueError, match=r"run holds checkpoints of another run, different in settings\.lr \(\S+ then, 0\.001 now\)"):
+    with pytest.raises(
+        ValueError, match=r"run holds checkpoints of another run, different in settings\.lr \(\S+ then, 0\.001 now\)"
+    ):
         train(model_again(model), batches[:1], tmp_path / "run", lr=1e-3)
     others = {
         "the model's frozen weights": sparse_llama(real_budget, seed=1),
@@ -253,7 +272,8 @@ def test_merging_gives_a_plain_sparse_model_with_the_trained_routers(model, batc
     peft_model, _ = train(model, batches[:3])
     adapted = logits(peft_model, ids)
     trained = {
-        name.split("base_model.model.")[1].replace("modules_to_save.default.", ""): w for name, w in trained_weights(peft_model).items()
+        name.split("base_model.model.")[1].replace("modules_to_save.default.", ""): w
+        for name, w in trained_weights(peft_model).items()
     }
     merged = peft_model.merge_and_unload()
     assert type(merged).__name__ == "SparseLlamaForCausalLM" and len(routers(merged)) == 2
@@ -262,7 +282,9 @@ def test_merging_gives_a_plain_sparse_model_with_the_trained_routers(model, batc
     for name, weight in router_state(merged).items():
         assert torch.equal(weight, trained[name]) and not torch.equal(weight, before[name])
     torch.testing.assert_close(logits(merged, ids), adapted, rtol=1e-4, atol=1e-4)
-    assert merged.config.sparse_attention["bookkeeping"]["trained"] and all(r.config.bookkeeping.trained for r in routers(merged))
+    assert merged.config.sparse_attention["bookkeeping"]["trained"] and all(
+        r.config.bookkeeping.trained for r in routers(merged)
+    )
     merged.save_pretrained(tmp_path / "model")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     assert torch.equal(logits(again, ids), logits(merged, ids))
@@ -273,7 +295,10 @@ def test_the_adapter_holds_the_routers_and_goes_on_the_untrained_model(model, ba
     peft_model, _ = train(model, batches[:3])
     peft_model.save_pretrained(tmp_path / "adapter")
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert sum(".router." in name for name in saved) == len(router_state(untrained)) and sum("lora_" in name for name in saved) == 16
+    assert (
+        sum(".router." in name for name in saved) == len(router_state(untrained))
+        and sum("lora_" in name for name in saved) == 16
+    )
     assert len(saved) == 16 + len(router_state(untrained))
     again = PeftModel.from_pretrained(untrained, tmp_path / "adapter").eval()
     assert torch.equal(logits(again, ids), logits(peft_model, ids))
@@ -297,7 +322,9 @@ def test_the_adapter_of_a_model_from_a_stock_folder_can_be_saved(llama_folder, r
 # -- refusals -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["rank", "alpha", "lr", "router_lr", "kl_tile_share", "max_grad_norm", "save_every", "batch_size"])
+@pytest.mark.parametrize(
+    "name", ["rank", "alpha", "lr", "router_lr", "kl_tile_share", "max_grad_norm", "save_every", "batch_size"]
+)
 @pytest.mark.parametrize("value", [0, -1, float("nan")])
 def test_impossible_settings_are_refused(name, value):
     with pytest.raises(ValueError, match=rf"lora\.{name} is {value}: must be > 0"):

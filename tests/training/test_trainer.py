@@ -1,4 +1,6 @@
-"""The joint stage inside Trainer: exact weights of the KL, checkpointing, annealing, logs, compile, losses that are not finite."""
+"""The joint stage inside Trainer: exact weights of the KL, checkpointing, annealing, logs, compile, losses that are not
+finite.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from hf_sparse_attn.training.router_loss import tile_loss
 from hf_sparse_attn.training.trainer import NonFiniteLossError, SparseTrainerMixin, last_checkpoint
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",  # peft asks transformers for a property with a new name
+    # peft asks transformers for a property with a new name
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",  # torch's compiler reads it
 )
 LENGTH = 160
@@ -47,7 +50,14 @@ def rows(token_ids):
 
 def arguments(folder, **changes):
     values = {
-        **{"max_steps": 2, "per_device_train_batch_size": 1, "learning_rate": 1e-3, "logging_steps": 1, "report_to": [], "use_cpu": True},
+        **{
+            "max_steps": 2,
+            "per_device_train_batch_size": 1,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "report_to": [],
+            "use_cpu": True,
+        },
         **{"save_strategy": "no", "disable_tqdm": True, "train_sampling_strategy": "sequential", "max_grad_norm": 1e9},
     }
     return TrainingArguments(str(folder), **{**values, **changes})
@@ -78,7 +88,9 @@ class Gradients(TrainerCallback):
 
 
 def kl_by_definition(model, ids, config, step):
-    """Mean over layers of the KL of the batch ``ids`` [B, N], from the layers' queries and keys in a pass of their own."""
+    """Mean over layers of the KL of the batch ``ids`` [B, N], from the layers' queries and keys in a pass
+    of their own.
+    """
     kls = []
 
     def observe(router, inputs):
@@ -107,7 +119,9 @@ def test_the_kl_is_weighted_as_the_task_loss_is(model, rows, batch, accumulation
     want = {name: p.grad.clone() for name, p in model.named_parameters() if ".router." in name}
     model.zero_grad()
     seen = Gradients()
-    trainer = trainer_of(model, rows, tmp_path, max_steps=1, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
+    trainer = trainer_of(
+        model, rows, tmp_path, max_steps=1, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation
+    )
     trainer.add_callback(seen)
     trainer.train()
     assert want.keys() == seen.steps[0].keys() and len(want) == 8
@@ -153,7 +167,9 @@ def test_packed_documents_weigh_by_their_tokens(model, token_ids):
 # -- checkpointing --------------------------------------------------------------------------------------------------
 
 
-def test_checkpointing_changes_nothing_and_repeats_neither_routing_nor_kl(sparse_llama, real_budget, rows, tmp_path, monkeypatch):
+def test_checkpointing_changes_nothing_and_repeats_neither_routing_nor_kl(
+    sparse_llama, real_budget, rows, tmp_path, monkeypatch
+):
     calls = {"select": 0, "kl": 0}
 
     def counted(name, function):
@@ -168,11 +184,14 @@ def test_checkpointing_changes_nothing_and_repeats_neither_routing_nor_kl(sparse
     seen = []
     for checkpointing in (False, True):
         model = sparse_llama(real_budget, noise=0.1)
-        trainer = trainer_of(model, rows, tmp_path, {"dense_every": 3}, max_steps=3, activation_checkpointing=checkpointing)
+        trainer = trainer_of(
+            model, rows, tmp_path, {"dense_every": 3}, max_steps=3, activation_checkpointing=checkpointing
+        )
         loss = losses(trainer)
         seen.append((loss, {name: p.detach() for name, p in model.named_parameters()}, dict(calls)))
         calls.update(select=0, kl=0)
-    assert seen[0][0] == seen[1][0] and seen[0][2] == seen[1][2] == {"select": 4, "kl": 6}  # two layers; the third step is dense
+    # two layers; the third step is dense
+    assert seen[0][0] == seen[1][0] and seen[0][2] == seen[1][2] == {"select": 4, "kl": 6}
     assert all(torch.equal(weight, seen[1][1][name]) for name, weight in seen[0][1].items())
 
 
@@ -180,12 +199,19 @@ def test_checkpointing_changes_nothing_and_repeats_neither_routing_nor_kl(sparse
 
 
 def test_routers_have_a_learning_rate_of_their_own_and_no_decay(model, rows, tmp_path):
-    trainer = trainer_of(model, rows, tmp_path, {"router_lr": 3e-3}, weight_decay=0.1, warmup_steps=0, lr_scheduler_type="constant")
+    trainer = trainer_of(
+        model, rows, tmp_path, {"router_lr": 3e-3}, weight_decay=0.1, warmup_steps=0, lr_scheduler_type="constant"
+    )
     trainer.train()
     mine = {id(p) for router in routers(model) for p in router.parameters()}
     groups = [({id(p) for p in group["params"]} & mine, group) for group in trainer.optimizer.param_groups]
     result = [group for inside, group in groups if inside]
-    assert len(result) == 1 and len(result[0]["params"]) == 8 and result[0]["lr"] == 3e-3 and result[0]["weight_decay"] == 0
+    assert (
+        len(result) == 1
+        and len(result[0]["params"]) == 8
+        and result[0]["lr"] == 3e-3
+        and result[0]["weight_decay"] == 0
+    )
     assert {group["lr"] for inside, group in groups if not inside} == {1e-3}
     assert sum(len(group["params"]) for _, group in groups) == sum(1 for _ in model.parameters())
 
@@ -201,11 +227,16 @@ def test_budgets_and_the_weight_of_the_kl_are_annealed(model, rows, tmp_path, mo
     created, original = [], objective.TrainingForward.__post_init__
 
     def note(self):
-        created.append((self.step, round(self.kl_weight, 4), routers(model)[0].config.density, routers(model)[0].config.min_keys))
+        created.append(
+            (self.step, round(self.kl_weight, 4), routers(model)[0].config.density, routers(model)[0].config.min_keys)
+        )
         original(self)
 
     monkeypatch.setattr(objective.TrainingForward, "__post_init__", note)
-    settings = {"anneal": {"density": [1.0, 0.05], "min_keys": [160, 80], "kl_weight": [0.4, 0.1]}, "anneal_share": 0.75}
+    settings = {
+        "anneal": {"density": [1.0, 0.05], "min_keys": [160, 80], "kl_weight": [0.4, 0.1]},
+        "anneal_share": 0.75,
+    }
     trainer = trainer_of(model, rows, tmp_path, settings, max_steps=4)
     trainer.train()
     assert created == [(0, 0.4, 1.0, 160), (1, 0.25, 0.525, 120), (2, 0.1, 0.05, 80), (3, 0.1, 0.05, 80)]
@@ -256,9 +287,9 @@ def test_plain_trainer_leaves_routers_frozen_and_says_so_once(model, rows, tmp_p
     with caplog.at_level(logging.WARNING, logger="hf_sparse_attn"):
         trainer = Trainer(model, arguments(tmp_path, max_steps=3, weight_decay=0.1), train_dataset=rows)
         result = losses(trainer)
-    assert len(result) == 3 and [r.getMessage()[:36] for r in caplog.records if r.name == "hf_sparse_attn.attention.gradients"] == [
-        "the routers of this sparse model sta"
-    ]
+    assert len(result) == 3 and [
+        r.getMessage()[:36] for r in caplog.records if r.name == "hf_sparse_attn.attention.gradients"
+    ] == ["the routers of this sparse model sta"]
     for router, weights in zip(active_routers(model), before, strict=True):
         assert all(torch.equal(p, old) for p, old in zip(router.parameters(), weights, strict=True))
 
@@ -281,7 +312,13 @@ def test_a_padding_free_collator_keeps_documents_apart(model, token_ids, tmp_pat
     def loss(documents):
         trainer = SparseTrainer(
             model,
-            arguments(tmp_path, max_steps=1, learning_rate=0.0, per_device_train_batch_size=len(documents), remove_unused_columns=False),
+            arguments(
+                tmp_path,
+                max_steps=1,
+                learning_rate=0.0,
+                per_device_train_batch_size=len(documents),
+                remove_unused_columns=False,
+            ),
             data_collator=collator,
             train_dataset=[{"input_ids": ids} for ids in documents],
             sparse_training=SparseTrainingConfig(kl_tile_share=2, router_lr=1e-30, dense_every=0),
@@ -359,12 +396,18 @@ def test_a_model_that_the_trainer_makes_is_the_one_that_learns(sparse_llama, rea
         return created[-1]
 
     config = SparseTrainingConfig(kl_tile_share=2, dense_every=0, anneal={"min_keys": [112, 80]})
-    trainer = SparseTrainer(args=arguments(tmp_path, max_steps=3), model_init=model_init, train_dataset=rows, sparse_training=config)
+    trainer = SparseTrainer(
+        args=arguments(tmp_path, max_steps=3), model_init=model_init, train_dataset=rows, sparse_training=config
+    )
     for run in range(2):
         before = router_state(sparse_llama(real_budget, noise=0.1))
         trainer.train()
         assert trainer.model is trainer.objective.model is created[-1] and len(created) == 2 + run
-        assert all(not torch.equal(weight, before[name]) for name, weight in router_state(trainer.model).items() if "index" not in name)
+        assert all(
+            not torch.equal(weight, before[name])
+            for name, weight in router_state(trainer.model).items()
+            if "index" not in name
+        )
         assert trainer.model.config.sparse_attention["min_keys"] == 80
         logged = [row for row in trainer.state.log_history if "task_loss" in row]
         assert [row["step"] for row in logged] == [1, 2, 3]
@@ -414,7 +457,10 @@ def test_a_reference_gets_the_routers_and_does_not_count(model, stock_llama, spa
             else own_trainer(policy, rows, tmp_path, reference=reference, max_steps=1)
         )
         if reference is not None:
-            assert all(torch.equal(a.wq, b.wq) and not a.wq.requires_grad for a, b in zip(routers(reference), routers(policy), strict=True))
+            assert all(
+                torch.equal(a.wq, b.wq) and not a.wq.requires_grad
+                for a, b in zip(routers(reference), routers(policy), strict=True)
+            )
             assert reference.config.sparse_attention == policy.config.sparse_attention
         created.add_callback(gradients := Gradients())
         created.train()
@@ -441,12 +487,16 @@ def test_a_reference_of_another_shape_is_refused(model, stock_llama, rows, tmp_p
 
 
 @pytest.mark.parametrize("scaled", [True, False])
-def test_micro_batches_of_a_loss_of_its_own_weigh_the_same(sparse_llama, real_budget, rows, tmp_path, scaled, monkeypatch):
+def test_micro_batches_of_a_loss_of_its_own_weigh_the_same(
+    sparse_llama, real_budget, rows, tmp_path, scaled, monkeypatch
+):
     """Whether the trainer divides its loss by their number, or Transformers does."""
     monkeypatch.setattr(Own, "loss_is_scaled_for_ga", scaled, raising=False)
     seen = []
     for chosen, steps in (([rows[0], rows[0]], 2), ([rows[0]], 1)):
-        trainer = own_trainer(sparse_llama(real_budget, noise=0.1), chosen, tmp_path, gradient_accumulation_steps=steps, max_steps=1)
+        trainer = own_trainer(
+            sparse_llama(real_budget, noise=0.1), chosen, tmp_path, gradient_accumulation_steps=steps, max_steps=1
+        )
         if not hasattr(Trainer, "loss_is_scaled_for_ga"):  # before 5.19 there are two attributes
             trainer.model_accepts_loss_kwargs, trainer.compute_loss_func = False, "any" if scaled else None
         trainer.add_callback(gradients := Gradients())

@@ -1,4 +1,6 @@
-"""One stage: ``python -m hf_sparse_attn.benchmarks.gpu {machine,limits,models,causes,launches} OUT [--dry] [--seconds S]``."""
+"""One stage: ``python -m hf_sparse_attn.benchmarks.gpu {machine,limits,models,causes,launches} OUT [--dry] [--seconds
+S]``.
+"""
 
 from __future__ import annotations
 
@@ -38,13 +40,24 @@ def machine(path: Path, dry: bool) -> int:
     known: dict[str, object] = {"dry": dry, "environment": environment(), "profiler": shutil.which("ncu")}
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        known |= {"card": properties.name, "memory_bytes": properties.total_memory, "multiprocessors": properties.multi_processor_count}
-        listing = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False) if shutil.which("nvidia-smi") else None
+        known |= {
+            "card": properties.name,
+            "memory_bytes": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+        }
+        listing = (
+            subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False)
+            if shutil.which("nvidia-smi")
+            else None
+        )
         known["nvidia_smi"] = None if listing is None else listing.stdout
     write_json(path, known)
     if dry or torch.cuda.is_available():
         return 0
-    print("there is no GPU here (torch.cuda.is_available() is False): nothing was measured. Try it with --dry", file=sys.stderr)
+    print(
+        "there is no GPU here (torch.cuda.is_available() is False): nothing was measured. Try it with --dry",
+        file=sys.stderr,
+    )
     return 2
 
 

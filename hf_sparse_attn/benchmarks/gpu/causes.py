@@ -21,7 +21,12 @@ from .rows import Entry
 LENGTH = 32768
 WARM_UP = 2  # launches before the one that is read
 SECONDS = 45  # that the profiler may take for one operation
-KERNELS = {"forward": "forward_kernel", "backward": "dkv_kernel", "scores": "coarse_kernel|mass_kernel", "selection": "sort|topk|Sort"}
+KERNELS = {
+    "forward": "forward_kernel",
+    "backward": "dkv_kernel",
+    "scores": "coarse_kernel|mass_kernel",
+    "selection": "sort|topk|Sort",
+}
 METRICS = (
     "gpu__time_duration.sum",
     "dram__bytes_read.sum",
@@ -46,7 +51,11 @@ def counters(name: str, dry: bool) -> dict[str, Any]:
     Raises:
         RuntimeError: there is no profiler, or it failed.
     """
-    row: dict[str, Any] = {"benchmark": "counters", "operation": name, "least_bytes": least_bytes(name, shape(LENGTH, dry=dry))}
+    row: dict[str, Any] = {
+        "benchmark": "counters",
+        "operation": name,
+        "least_bytes": least_bytes(name, shape(LENGTH, dry=dry)),
+    }
     if dry:
         operation(name, dry)()
         return row
@@ -55,7 +64,9 @@ def counters(name: str, dry: bool) -> dict[str, Any]:
         raise RuntimeError("Nsight Compute (ncu) is not on the PATH")
     command = [profiler, "--clock-control", "none", "--csv", "--page", "raw", "--metrics", ",".join(METRICS)]
     command += ["--kernel-name", f"regex:{KERNELS[name]}", "--launch-skip", "0", "--launch-count", "12"]
-    run = subprocess.run([*command, sys.executable, "-m", __name__, name], capture_output=True, text=True, timeout=SECONDS, check=False)
+    run = subprocess.run(
+        [*command, sys.executable, "-m", __name__, name], capture_output=True, text=True, timeout=SECONDS, check=False
+    )
     kernels = read_counters(run.stdout)
     if not kernels:
         raise RuntimeError(f"ncu read no kernel (exit code {run.returncode}): {(run.stdout + run.stderr)[-400:]}")
@@ -63,7 +74,9 @@ def counters(name: str, dry: bool) -> dict[str, Any]:
 
 
 def read_counters(text: str) -> list[dict[str, Any]]:
-    """The kernels of a raw page that ncu printed as CSV: name, and value by metric in the unit of the second line, as ncu gives it."""
+    """The kernels of a raw page that ncu printed as CSV:
+    name, and value by metric in the unit of the second line, as ncu gives it.
+    """
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if start is None:
@@ -90,7 +103,9 @@ def _number(value: str) -> float | None:
 
 
 def least_bytes(name: str, sizes: LayerShape) -> int:
-    """Bytes that an operation must move through the device's memory at least: its inputs read and its results written once."""
+    """Bytes that an operation must move through the device's memory at least:
+    its inputs read and its results written once.
+    """
     width = getattr(torch, sizes.dtype).itemsize
     queries = sizes.batch * sizes.heads * sizes.length * sizes.head_dim * width
     keys = sizes.batch * sizes.groups * sizes.length * sizes.head_dim * width

@@ -1,4 +1,6 @@
-"""Better launch parameters: a small grid for each kernel and head dim, every output checked, the best proposed as a table."""
+"""Better launch parameters: a small grid for each kernel and head dim, every output checked, the best proposed as a
+table.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def entries(dry: bool) -> Iterator[Entry]:
 
 
 def best_launch(kernel: str, head_dim: int, dry: bool) -> dict[str, Any]:
-    """Times by launch of one kernel, in a pass that runs it, and the fastest one whose results are those of the table's launch."""
+    """Times by launch of one kernel, in a pass that runs it, and the fastest one whose results are those of the table's
+    launch.
+    """
     sizes = shape(LENGTH, dry=dry)
     sizes = sizes if dry else replace(sizes, head_dim=head_dim, heads=HEADS[0], groups=HEADS[1])
     run, key, known = _prepared(kernel, sizes)
@@ -76,7 +80,11 @@ def _prepared(kernel: str, sizes: LayerShape) -> tuple[Callable[[], list[Tensor]
     selection: BlockSelection = layer.select()
     arch = table.architecture(layer.q.device.type, layer.q.device.index)
     known = table.launches(arch, layer.q.dtype, sizes.head_dim)
-    key = ("interpreter", 2, 64) if arch == "interpreter" else (arch, layer.q.dtype.itemsize, max(64, table.padded(sizes.head_dim)))
+    key = (
+        ("interpreter", 2, 64)
+        if arch == "interpreter"
+        else (arch, layer.q.dtype.itemsize, max(64, table.padded(sizes.head_dim)))
+    )
     grad = layer.random_gradient()
 
     def forward() -> list[Tensor]:

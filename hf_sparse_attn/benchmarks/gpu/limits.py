@@ -26,14 +26,17 @@ ROUNDS, LONG_ROUNDS, LONG = 20, 7, 65536
 DRY_KEYS = 192  # at least what is forced with blocks of 64
 COPY_BYTES, PRODUCT = 4 << 30, 8192
 
-_dense: dict[tuple[Any, ...], dict[str, list[float]]] = {}  # times of the dense kernels, which do not depend on the density
+# times of the dense kernels, which do not depend on the density
+_dense: dict[tuple[Any, ...], dict[str, list[float]]] = {}
 
 
 def shape(length: int, density: float = 0.1, block_size: int = 16, *, dry: bool, keys: int | None = None) -> LayerShape:
     """The layer that is measured; dry, one of the same kind with a few hundred tokens on the CPU."""
     if dry:
         return LayerShape(256, DRY_KEYS, heads=2, groups=1, head_dim=16, block_size=block_size, dtype="float32")
-    return LayerShape(length, keys, density, heads=HEADS[0], groups=HEADS[1], head_dim=HEAD_DIM, block_size=block_size, device="cuda")
+    return LayerShape(
+        length, keys, density, heads=HEADS[0], groups=HEADS[1], head_dim=HEAD_DIM, block_size=block_size, device="cuda"
+    )
 
 
 def rounds(length: int, dry: bool) -> int:
@@ -54,7 +57,10 @@ def _all_entries(dry: bool) -> Iterator[tuple[str, Entry]]:
     yield "ceilings", ("ceilings", partial(ceilings, dry))
     for block_size in (16, 64):
         row = shape(LENGTHS[0], block_size=block_size, dry=dry)
-        yield f"dense {block_size}", (f"dense share, {LENGTHS[0]} tokens, blocks of {block_size}", partial(dense_share, row, dry))
+        yield (
+            f"dense {block_size}",
+            (f"dense share, {LENGTHS[0]} tokens, blocks of {block_size}", partial(dense_share, row, dry)),
+        )
     for length, density in itertools.product(LENGTHS, (0.1, 0.05)):
         row = shape(length, density, dry=dry)
         yield "prefill", (f"prefill, {length} tokens, {density:.0%} kept", partial(_prefill, row, rounds(length, dry)))
@@ -65,17 +71,28 @@ def _all_entries(dry: bool) -> Iterator[tuple[str, Entry]]:
     for length in (LENGTHS[0], LENGTHS[-1]):
         row = shape(length, dry=dry, keys=DECODE_KEYS)
         yield "decode", (f"decode, {length} tokens, {DECODE_KEYS} kept", partial(_decode, row, rounds(length, dry)))
-        yield "router", (f"router, {length} tokens", partial(bench_router, shape(length, dry=dry), repeats=rounds(length, dry)))
+        yield (
+            "router",
+            (f"router, {length} tokens", partial(bench_router, shape(length, dry=dry), repeats=rounds(length, dry))),
+        )
     for length in SHORTER:
-        yield "prefill", (f"prefill, {length} tokens, 10% kept", partial(_prefill, shape(length, dry=dry), rounds(length, dry)))
+        yield (
+            "prefill",
+            (f"prefill, {length} tokens, 10% kept", partial(_prefill, shape(length, dry=dry), rounds(length, dry))),
+        )
     for length in LENGTHS[:2]:
         row = shape(length, block_size=64, dry=dry)
-        yield "prefill", (f"prefill, {length} tokens, 10% kept, blocks of 64", partial(_prefill, row, rounds(length, dry)))
+        yield (
+            "prefill",
+            (f"prefill, {length} tokens, 10% kept, blocks of 64", partial(_prefill, row, rounds(length, dry))),
+        )
 
 
 @torch.no_grad()
 def ceilings(dry: bool) -> dict[str, Any]:
-    """What the device reaches: bytes a second of a copy (read and written ones), operations a second of a bfloat16 product."""
+    """What the device reaches: bytes a second of a copy (read and written ones), operations a second of a bfloat16
+    product.
+    """
     device, size, n = ("cpu", 1 << 20, 128) if dry else ("cuda", COPY_BYTES, PRODUCT)
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -87,14 +104,18 @@ def ceilings(dry: bool) -> dict[str, Any]:
 
 @torch.no_grad()
 def dense_share(sizes: LayerShape, dry: bool) -> dict[str, Any]:
-    """The sparse kernel with every block kept against the best dense kernel: the share of its rate that sparsity starts from."""
+    """The sparse kernel with every block kept against the best dense kernel:
+    the share of its rate that sparsity starts from.
+    """
     layer = Layer(sizes)
     grid = TileGrid(sizes.length, sizes.length, layer.router.config.query_tile, sizes.block_size)
     indices = grid.visible_blocks(layer.q.device).expand(sizes.batch, sizes.groups, -1, -1).contiguous()
     selection = BlockSelection(indices, grid)
     layer.verify(layer.attend(selection), selection)
     peers = dense_peers(layer)
-    times = alternate({"every block": lambda: layer.attend(selection), **peers}, rounds(sizes.length, dry), sizes.device)
+    times = alternate(
+        {"every block": lambda: layer.attend(selection), **peers}, rounds(sizes.length, dry), sizes.device
+    )
     best = fastest(times, peers)
     flops = 4 * sizes.batch * sizes.heads * sizes.head_dim * sizes.dense_pairs
     return {

@@ -18,14 +18,22 @@ Entry = tuple[str, Callable[[], dict[str, Any]]]
 
 
 def run_entries(path: Path, entries: Iterable[Entry], seconds: float, **more: Any) -> dict[str, Any]:
-    """Measure ``entries``, (label, function that returns a row), until ``seconds`` have passed; ``path`` is written after each.
+    """Measure ``entries``, (label, function that returns a row), until ``seconds`` have passed; ``path`` is written
+    after each.
 
     Returns:
-        What the file holds: ``environment``, ``seconds`` taken, ``rows``, ``failed`` (label and error) and ``not_run`` (labels), and
-        ``more``.
+        What the file holds: ``environment``, ``seconds`` taken, ``rows``, ``failed`` (label and error) and ``not_run``
+        (labels), and ``more``.
     """
     start = time.monotonic()
-    result: dict[str, Any] = {"environment": environment(), **more, "seconds": 0.0, "rows": [], "failed": [], "not_run": []}
+    result: dict[str, Any] = {
+        "environment": environment(),
+        **more,
+        "seconds": 0.0,
+        "rows": [],
+        "failed": [],
+        "not_run": [],
+    }
     for label, measure in entries:
         if time.monotonic() - start > seconds:
             result["not_run"].append(label)

@@ -49,7 +49,9 @@ TINY = Shape("tiny", 32, 64, 2, 1, 16, 1, 1, 97)
 
 
 def entries(dry: bool) -> Iterator[Entry]:
-    """What is measured, the most important first; models are made anew for each row, so that their memory is its own."""
+    """What is measured, the most important first; models are made anew for each row, so that their memory
+    is its own.
+    """
     small, large = (TINY, TINY) if dry else (SMALL, LARGE)
     long, longest = (256, 256) if dry else (32768, 131072)
     for shape, length in ((small, long),) if dry else itertools.product((small, large), (long, longest)):
@@ -60,7 +62,10 @@ def entries(dry: bool) -> Iterator[Entry]:
     rows = ((1, "static"),) if dry else ((4, None), (1, None), (1, "static"))
     for batch, cache in rows:
         kind = "static cache, CUDA graphs" if cache else "dynamic cache"
-        yield f"{small.name}, {long} tokens, batch {batch}: generate, {kind}", partial(generated, small, long, batch, cache, dry)
+        yield (
+            f"{small.name}, {long} tokens, batch {batch}: generate, {kind}",
+            partial(generated, small, long, batch, cache, dry),
+        )
 
 
 def make(shape: Shape, dry: bool) -> PreTrainedModel:
@@ -92,11 +97,19 @@ def random_ids(shape: Shape, rows: int, length: int, dry: bool, seed: int = 0) -
 
 
 def _sizes(shape: Shape, length: int, batch: int = 1) -> dict[str, Any]:
-    return {"model": shape.name, "layers": shape.layers, "all_layers": shape.all_layers, "length": length, "batch": batch}
+    return {
+        "model": shape.name,
+        "layers": shape.layers,
+        "all_layers": shape.all_layers,
+        "length": length,
+        "batch": batch,
+    }
 
 
 def generation_steps(shape: Shape, length: int, dry: bool) -> dict[str, Any]:
-    """`bench_model`: one forward pass over a prompt and steps after it, against stock SDPA and the best dense decode."""
+    """`bench_model`: one forward pass over a prompt and steps after it, against stock SDPA and the best
+    dense decode.
+    """
     model = make(shape, dry)
     decoded = 1 if dry else DECODED
     ids = random_ids(shape, 1, length + 2 * decoded, dry)
@@ -122,7 +135,13 @@ def distilling(shape: Shape, length: int, dry: bool) -> dict[str, Any]:
     distill(model, windows, DistillationConfig(), progress=False, on_batch=lambda _: times.append(time.monotonic()))
     seconds = min(b - a for a, b in itertools.pairwise(times))  # the first compiles kernels
     whole = seconds * shape.all_layers / shape.layers * WINDOWS / 60
-    return {"benchmark": "distilling", **_sizes(shape, length), "seconds_a_window": seconds, "windows": WINDOWS, "minutes": whole}
+    return {
+        "benchmark": "distilling",
+        **_sizes(shape, length),
+        "seconds_a_window": seconds,
+        "windows": WINDOWS,
+        "minutes": whole,
+    }
 
 
 def generated(shape: Shape, length: int, batch: int, cache: str | None, dry: bool) -> dict[str, Any]:

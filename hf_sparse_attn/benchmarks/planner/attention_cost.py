@@ -1,4 +1,6 @@
-"""The arithmetic and memory of sparse attention in one layer of a training step, counted from the budgets of its tiles."""
+"""The arithmetic and memory of sparse attention in one layer of a training step, counted from the budgets
+of its tiles.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,12 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class LayerWork:
-    """One layer of one step: operations of pairs and of the router's products, and bytes beside those of dense attention.
+    """One layer of one step: operations of pairs and of the router's products, and bytes beside those of dense
+    attention.
 
     Attributes:
-        dense_pairs, kept_pairs: pairs of a query and a key per head that attention reads; under a ``mass_threshold`` the latter on average.
+        dense_pairs, kept_pairs: pairs of a query and a key per head that attention reads; under a ``mass_threshold``
+            the latter on average.
         routing: operations of both stages for all tiles, once.
         teaching: operations of the KL on its tiles: the teacher, and stage 2 forward and backward.
         selection_bytes: of the selection, kept until the backward pass.
@@ -47,7 +51,9 @@ class LayerWork:
 
 
 @lru_cache(maxsize=64)
-def layer_work(config: SparseAttentionConfig, shape: AttentionShape, length: int, tile_share: int, dtype_bytes: int) -> LayerWork:
+def layer_work(
+    config: SparseAttentionConfig, shape: AttentionShape, length: int, tile_share: int, dtype_bytes: int
+) -> LayerWork:
     """The work of a causal layer on rows of ``length`` tokens; the KL is computed on one tile in ``tile_share``."""
     plan = make_plan(config, TileGrid(length, length, config.query_tile, config.block_size))
     rows, hg, d = shape.batch * shape.groups, shape.heads // shape.groups, shape.head_dim

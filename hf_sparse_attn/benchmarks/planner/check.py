@@ -19,7 +19,9 @@ PLANNED = {SPARSE: "sparse", DENSE: "dense", STOCK: "stock"}  # kinds of the ben
 
 
 def named_device(name: str, config: Any, dtype: torch.dtype, lora: AdaptationConfig | None = None) -> Device:
-    """The GPU of that name, or "cpu", measured here on sizes of the model that ``config`` is of. Raises ValueError for others."""
+    """The GPU of that name, or "cpu", measured here on sizes of the model that ``config`` is of.
+    Raises ValueError for others.
+    """
     return measure_cpu(config, dtype, lora) if name == "cpu" else gpu(name)
 
 
@@ -28,8 +30,12 @@ def device_here(model: PreTrainedModel, lora: AdaptationConfig | None = None) ->
     return device_at(model.device, model.config, model.dtype, lora)
 
 
-def device_at(where: torch.device, config: PreTrainedConfig, dtype: torch.dtype, lora: AdaptationConfig | None = None) -> Device | None:
-    """The device at ``where`` (a CPU is measured on sizes like those of ``config``), None for a GPU that is not in the table."""
+def device_at(
+    where: torch.device, config: PreTrainedConfig, dtype: torch.dtype, lora: AdaptationConfig | None = None
+) -> Device | None:
+    """The device at ``where`` (a CPU is measured on sizes like those of ``config``), None for a GPU that is not in the
+    table.
+    """
     if where.type == "cpu":
         return named_device("cpu", config, dtype, lora)
     known = torch.cuda.get_device_name(where).replace(" ", "")
@@ -39,12 +45,17 @@ def device_at(where: torch.device, config: PreTrainedConfig, dtype: torch.dtype,
 
 
 def faster_here(before: Device, model: PreTrainedModel, lora: AdaptationConfig | None = None) -> Device:
-    """The device that ``model`` is on: of a CPU the better rates of ``before`` and of now, so that a busy moment does not count."""
+    """The device that ``model`` is on: of a CPU the better rates of ``before`` and of now, so that a busy moment does
+    not count.
+    """
     return faster(before, measure_cpu(model.config, model.dtype, lora)) if before.name == "cpu" else before
 
 
-def compare_plan(model: PreTrainedModel, device: Device, row: dict[str, Any], training: AdaptationConfig) -> dict[str, Any]:
-    """For each kind of a `bench_training` row what was predicted and its relative error: memory at the peak of a step, time.
+def compare_plan(
+    model: PreTrainedModel, device: Device, row: dict[str, Any], training: AdaptationConfig
+) -> dict[str, Any]:
+    """For each kind of a `bench_training` row what was predicted and its relative error: memory at the peak of a step,
+    time.
 
     Raises:
         ValueError: the model's step cannot be planned.

@@ -40,7 +40,9 @@ def heads_of(config: Any) -> tuple[int, int, int]:
 
 
 def measure_cpu(config: Any, dtype: torch.dtype, lora: AdaptationConfig | None = None) -> Device:
-    """This CPU, by a measurement of two to four seconds on the sizes of a model (``config``, stock or sparse) trained with ``lora``."""
+    """This CPU, by a measurement of two to four seconds on the sizes of a model (``config``, stock or sparse) trained
+    with ``lora``.
+    """
     config = stock_config(config)
     heads, groups, head_dim = heads_of(config)
     name = str(dtype).removeprefix("torch.")
@@ -88,7 +90,9 @@ def _teach(layer: Layer) -> None:
     weights = list(layer.router.requires_grad_(True).parameters())
     plan = make_plan(layer.router.config, layer.inputs.grid(layer.router.config.query_tile, layer.shape.block_size))
     count = -(-int(plan.open.sum()) // TAUGHT_SHARE)
-    loss = tile_loss(layer.router, layer.inputs, layer.router.config.query_tile, count, torch.Generator(device="cpu").manual_seed(0))
+    loss = tile_loss(
+        layer.router, layer.inputs, layer.router.config.query_tile, count, torch.Generator(device="cpu").manual_seed(0)
+    )
     assert loss is not None
     torch.autograd.grad(loss.coarse + loss.fine, weights)
 
@@ -104,7 +108,10 @@ def _seconds(function: Callable[[], object], least: float = 0.15) -> float:
 
 def _product_rate(dtype: torch.dtype, hidden: int) -> float:
     """Operations per second of a layer's products, forward and to the gradient of its input."""
-    x, y = (torch.randn(PRODUCT_TOKENS, width, dtype=torch.float32, device="cpu").to(dtype) for width in (hidden, 3 * hidden))
+    x, y = (
+        torch.randn(PRODUCT_TOKENS, width, dtype=torch.float32, device="cpu").to(dtype)
+        for width in (hidden, 3 * hidden)
+    )
     w = torch.randn(3 * hidden, hidden, dtype=torch.float32, device="cpu").to(dtype)
 
     def both() -> tuple[Tensor, Tensor]:
@@ -114,7 +121,11 @@ def _product_rate(dtype: torch.dtype, hidden: int) -> float:
 
 
 def _bandwidth(
-    config: Any, dtype: torch.dtype, products: dict[torch.dtype, float], attention: tuple[float, float], lora: AdaptationConfig
+    config: Any,
+    dtype: torch.dtype,
+    products: dict[torch.dtype, float],
+    attention: tuple[float, float],
+    lora: AdaptationConfig,
 ) -> float:
     """Bytes per second of what is neither product nor attention, from steps of the model's first layer with few words.
 
@@ -131,7 +142,13 @@ def _bandwidth(
     if lora.chunked_loss:
         chunk_loss(model)
     model.train()
-    ids = torch.randint(WORDS, (1, LAYER_TOKENS), generator=torch.Generator(device="cpu").manual_seed(0), dtype=torch.int64, device="cpu")
+    ids = torch.randint(
+        WORDS,
+        (1, LAYER_TOKENS),
+        generator=torch.Generator(device="cpu").manual_seed(0),
+        dtype=torch.int64,
+        device="cpu",
+    )
     weights = [p for p in model.parameters() if p.requires_grad]
 
     def step() -> object:
@@ -141,7 +158,9 @@ def _bandwidth(
     heads, _, head_dim = heads_of(config)
     pairs = 4 * heads * head_dim * LAYER_TOKENS * (LAYER_TOKENS + 1) // 2
     known = pairs * (2 / attention[0] + 2.5 / attention[1])
-    known += sum(op.flops * count / products.get(op.dtype, min(products.values())) for op, count in simulated.operations.items())
+    known += sum(
+        op.flops * count / products.get(op.dtype, min(products.values())) for op, count in simulated.operations.items()
+    )
     moved = sum(op.bytes * count for op, count in simulated.operations.items() if not op.flops)
     return moved / max(seconds - known, LEAST_SHARE * seconds)
 

@@ -1,4 +1,6 @@
-"""What a device can do: memory, rates of products, of memory and of attention. GPUs by their data sheets; the CPU: `calibration`."""
+"""What a device can do: memory, rates of products, of memory and of attention. GPUs by their data sheets; the CPU:
+`calibration`.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ class Device:
     """Rates in operations and bytes per second, as they are reached, not peaks; memory in bytes.
 
     ``attention`` are the rates of forward and backward pass of dense causal attention, ``sparse_attention`` those of
-    attention over selected blocks, counted in operations of useful pairs (4·D forward, 10·D backward, per pair and head).
-    ``routing`` and ``teaching`` are those of selecting and of the KL, in products of both stages.
+    attention over selected blocks, counted in operations of useful pairs (4·D forward, 10·D backward, per pair and
+    head). ``routing`` and ``teaching`` are those of selecting and of the KL, in products of both stages.
     """
 
     name: str
@@ -74,13 +76,16 @@ def gpu(name: str) -> Device:
         LAUNCH_SECONDS,
         RESERVED_BYTES,
         FRAGMENTATION,
-        f"assumed: {MATMUL:.0%} of the peak in products, {ATTENTION:.0%} in dense and {SPARSE_ATTENTION:.0%} in sparse attention, "
+        f"assumed: {MATMUL:.0%} of the peak in products, {ATTENTION:.0%} in dense and {SPARSE_ATTENTION:.0%} in "
+        "sparse attention, "
         f"{ROUTING:.0%} in the router, {BANDWIDTH:.0%} of the memory's bandwidth",
     )
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes that this machine can give without swapping, within the limit of a container (Linux; elsewhere a 64-bit maximum)."""
+    """Bytes that this machine can give without swapping, within the limit of a container (Linux;
+    elsewhere a 64-bit maximum).
+    """
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
     except FileNotFoundError:
@@ -89,13 +94,16 @@ def available_memory(root: Path = Path("/")) -> int:
     groups = root / "sys/fs/cgroup"
     limits = (
         _within(groups, "memory.max", "memory.current", "inactive_file"),
-        _within(groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),  # of cgroup v1
+        # of cgroup v1
+        _within(groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     )
     return min(free, *limits)
 
 
 def _within(group: Path, limit: str, used: str, reclaimable: str) -> int:
-    """Bytes that a control group has left, of which it gives file caches back; a 64-bit maximum where it sets no limit."""
+    """Bytes that a control group has left, of which it gives file caches back;
+    a 64-bit maximum where it sets no limit.
+    """
     try:
         most = int((group / limit).read_text())
         statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())

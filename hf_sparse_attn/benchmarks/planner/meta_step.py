@@ -42,7 +42,9 @@ class Operation:
 
 @dataclass
 class Simulated:
-    """What a step needs: by phase the largest live bytes, split by the phase that allocated them, and its operations."""
+    """What a step needs: by phase the largest live bytes, split by the phase that allocated them, and its
+    operations.
+    """
 
     peaks: dict[str, dict[str, float]] = field(default_factory=dict)
     operations: Counter[Operation] = field(default_factory=Counter)
@@ -54,7 +56,10 @@ class Simulated:
     def beyond(self, less: Simulated, times: float) -> Simulated:
         """This step with the layers that it has more than ``less`` repeated ``times`` more."""
         peaks = {
-            phase: {label: self.peaks[phase][label] + times * (self.peaks[phase][label] - less.peaks[phase][label]) for label in labels}
+            phase: {
+                label: self.peaks[phase][label] + times * (self.peaks[phase][label] - less.peaks[phase][label])
+                for label in labels
+            }
             for phase, labels in self.peaks.items()
         }
         operations: Counter[Operation] = Counter(self.operations)
@@ -155,7 +160,8 @@ def meta_model(config: Any, dtype: torch.dtype, lora: AdaptationConfig) -> Any:
 
 
 def simulate_step(config: Any, dtype: torch.dtype, lora: AdaptationConfig, batch: int, length: int) -> Simulated:
-    """A training step of the stock model of ``config`` on ``batch`` rows of ``length`` tokens, dense causal attention left out.
+    """A training step of the stock model of ``config`` on ``batch`` rows of ``length`` tokens, dense causal attention
+    left out.
 
     Raises:
         ValueError: the model's forward depends on values (a mixture of experts, say), or see `meta_model`.
@@ -175,12 +181,17 @@ def simulate_step(config: Any, dtype: torch.dtype, lora: AdaptationConfig, batch
         with quiet(), meter:
             _run(model, base, meter, ids)
     except (NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"{type(base).__name__} cannot be planned, its forward pass depends on values: {error}") from error
+        raise ValueError(
+            f"{type(base).__name__} cannot be planned, its forward pass depends on values: {error}"
+        ) from error
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
     result = meter.result
     result.trained, result.trained_bytes = sum(p.numel() for p in trained), sum(p.nbytes for p in trained)
-    result.parameters, result.weight_bytes = sum(p.numel() for p in frozen), sum(t.nbytes for t in (*frozen, *model.buffers()))
+    result.parameters, result.weight_bytes = (
+        sum(p.numel() for p in frozen),
+        sum(t.nbytes for t in (*frozen, *model.buffers())),
+    )
     return result
 
 

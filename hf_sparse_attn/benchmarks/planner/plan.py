@@ -145,14 +145,27 @@ def plan_training(
     model = _describe(stock, batch, _settings(config, sparse_attention))
     simulated = _simulate(stock, model.layers, dtype, training, batch, length)
     share = training.kl_tile_share if training.kl_weight > 0 else 0
-    step = _Step(model, simulated, layer_work(model.sparse, model.shape, length, share, dtype.itemsize), attention, length, training)
+    step = _Step(
+        model,
+        simulated,
+        layer_work(model.sparse, model.shape, length, share, dtype.itemsize),
+        attention,
+        length,
+        training,
+    )
     sizes = (attention, length, batch, str(dtype).removeprefix("torch."), device.name)
     needs = (_parameters(step), _static(step), _peak(step, padded), _time(step, device))
-    settings = {"gradient_checkpointing": training.gradient_checkpointing, "chunked_loss": training.chunked_loss, "rank": training.rank}
+    settings = {
+        "gradient_checkpointing": training.gradient_checkpointing,
+        "chunked_loss": training.chunked_loss,
+        "rank": training.rank,
+    }
     return TrainingPlan(*sizes, *needs, device.fragmentation, device.reserved_bytes, settings)
 
 
-def _simulate(stock: Any, layers: int, dtype: torch.dtype, training: AdaptationConfig, batch: int, length: int) -> Simulated:
+def _simulate(
+    stock: Any, layers: int, dtype: torch.dtype, training: AdaptationConfig, batch: int, length: int
+) -> Simulated:
     """The step of all layers; of many from two with few."""
     if layers <= MORE:
         return simulate_step(stock, dtype, training, batch, length)
@@ -177,7 +190,13 @@ def _describe(stock: Any, batch: int, sparse: SparseAttentionConfig) -> _Model:
     text = stock.get_text_config()
     layers, window = int(text.num_hidden_layers), int(getattr(text, "sliding_window", None) or 0)
     return _Model(
-        shape, layers, len(layer_routers) - len(sparse.dense_layers), layers - len(layer_routers) if window else 0, window, weights, sparse
+        shape,
+        layers,
+        len(layer_routers) - len(sparse.dense_layers),
+        layers - len(layer_routers) if window else 0,
+        window,
+        weights,
+        sparse,
     )
 
 
@@ -204,7 +223,8 @@ def _peak(step: _Step, padded: bool) -> dict[str, int]:
     for phase, labels in step.simulated.peaks.items():
         needs = {names[label]: int(size) for label, size in labels.items() if size}
         if step.learns:
-            needs["router gradients"] = 4 * model.router_weights * (2 if phase == BACKWARD else 1)  # carried, then handed over, too
+            # carried, then handed over, too
+            needs["router gradients"] = 4 * model.router_weights * (2 if phase == BACKWARD else 1)
         if phase == FORWARD and step.attention != "stock":
             teaching, routing = work.teaching_bytes if step.learns else 0, work.routing_bytes if sparse else 0
             needs["KL" if step.learns else "routing"] = max(teaching, routing)
@@ -220,11 +240,18 @@ def _time(step: _Step, device: Device) -> dict[str, float]:
     for op, count in step.simulated.operations.items():
         by_products = op.flops / device.products.get(op.dtype, slowest)
         by_bytes = op.bytes / device.bytes_per_s
-        time["products" if by_products > by_bytes else "element-wise"] += count * max(by_products, by_bytes, device.operation_seconds)
+        time["products" if by_products > by_bytes else "element-wise"] += count * max(
+            by_products, by_bytes, device.operation_seconds
+        )
     sparse_layers = model.sparse_layers if step.attention == "sparse" else 0
     layers = (
         ("dense attention", model.layers - sparse_layers - model.window_layers, work.dense_pairs, device.attention),
-        ("attention in a window", model.window_layers, min(step.length * model.window, work.dense_pairs), device.attention),
+        (
+            "attention in a window",
+            model.window_layers,
+            min(step.length * model.window, work.dense_pairs),
+            device.attention,
+        ),
         ("sparse attention", sparse_layers, work.kept_pairs, device.sparse_attention),
     )
     forwards = 2 if step.training.gradient_checkpointing else 1
@@ -242,8 +269,9 @@ def _time(step: _Step, device: Device) -> dict[str, float]:
 def longest_length(device: Device, most: int = LONGEST, **options: Any) -> int:
     """The longest rows that fit, to a thirty-second, in multiples of 256 tokens up to ``most``; 0 if none do.
 
-    Memory is nearly a straight line in the length, or grows with its square: the next length that is planned is where the
-    line through two plans meets what the device has, in turn with the geometric mean of one that fits and one that does not.
+    Memory is nearly a straight line in the length, or grows with its square: the next length that is planned is where
+    the line through two plans meets what the device has, in turn with the geometric mean of one that fits and one that
+    does not.
 
     ``options`` are those of `plan_training`.
     """
@@ -288,6 +316,8 @@ def check_memory(plan: TrainingPlan, device: Device) -> None:
         fixes.append("chunked_loss: true")
     have = room(device)
     raise NotEnoughMemoryError(
-        f"a {plan.attention} step on {plan.batch} × {plan.length} tokens needs {plan.total_bytes / 1e9:.1f} GB, {device.name} has "
-        f"{have / 1e9:.1f} GB: {(plan.total_bytes - have) / 1e9:.1f} GB are missing. Use {', '.join(fixes)}, or a larger device"
+        f"a {plan.attention} step on {plan.batch} × {plan.length} tokens needs {plan.total_bytes / 1e9:.1f} GB, "
+        f"{device.name} has "
+        f"{have / 1e9:.1f} GB: {(plan.total_bytes - have) / 1e9:.1f} GB are missing. Use {', '.join(fixes)}, or a "
+        "larger device"
     )

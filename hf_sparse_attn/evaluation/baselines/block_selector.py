@@ -102,15 +102,19 @@ class BlockSelector(ABC):
         want, whole = (*keys.shape[:2], len(tiles), grid.blocks), grid.kv_len // grid.block_size
         if scores.shape not in (want, (*want[:3], whole)):
             raise SelectorError(
-                f"{who} gave scores of shape {list(scores.shape)}: must be {list(want)} (batch, KV heads, tiles, blocks), "
+                f"{who} gave scores of shape {list(scores.shape)}: must be {list(want)} (batch, KV heads, tiles, "
+                "blocks), "
                 f"or {whole} in the last place, the whole blocks"
             )
         if scores.dtype != torch.float32 or scores.device != keys.device:
-            raise SelectorError(f"{who} gave scores in {scores.dtype} on {scores.device}: must be torch.float32 on {keys.device}")
+            raise SelectorError(
+                f"{who} gave scores in {scores.dtype} on {scores.device}: must be torch.float32 on {keys.device}"
+            )
         if bool(scores.isnan().any()):
             row, head, tile, block = scores.isnan().nonzero()[0].tolist()
             raise SelectorError(
-                f"{who} gave NaN as the score of block {block} for tile {int(tiles[tile])} of KV head {head} in row {row} of "
+                f"{who} gave NaN as the score of block {block} for tile {int(tiles[tile])} of KV head {head} in row "
+                f"{row} of "
                 f"layer {call.router.layer}: must be a number; a block that is worth nothing gets -inf"
             )
         return torch.nn.functional.pad(scores, (0, grid.blocks - scores.shape[-1]), value=-torch.inf)

@@ -22,10 +22,12 @@ class QuerySelector(BlockSelector):
     def of_queries(self, q: Tensor, blocks: Tensor) -> Tensor:
         """Scores of the blocks [B, G, w, S, D] for the scaled queries [B, G, L, D]: float32 [B, G, L, w]."""
 
-    # score of a tile = log Σ exp(score of a query), over the tile's queries and the heads of the KV group, as in stage 1
+    # score of a tile = log Σ exp(score of a query), over the tile's queries and the heads of the KV group, as in stage
+    # 1
     def scores(self, call: ScoringCall, tiles: Tensor) -> Tensor:
         q = call.queries(tiles)
-        by_query: Tensor = self.of_queries(q.flatten(2, 4), call.blocks).unflatten(2, q.shape[2:5])  # [B, G, m, Hg, T, w]
+        # [B, G, m, Hg, T, w]
+        by_query: Tensor = self.of_queries(q.flatten(2, 4), call.blocks).unflatten(2, q.shape[2:5])
         return by_query.masked_fill(~call.is_token(tiles)[:, None, :, None], -torch.inf).logsumexp((3, 4))
 
     def tiles_at_a_time(self, call: ScoringCall) -> int:

@@ -29,10 +29,14 @@ def register_selector(selector: Class) -> Class:
         raise SelectorError(f"{selector.__name__}.name is {name!r}: must be a text without commas or spaces around it")
     missing = sorted(getattr(selector, "__abstractmethods__", ()))
     if missing or not any("__call__" in vars(base) for base in selector.__mro__):
-        raise SelectorError(f"{selector.__name__} has no {', '.join(missing) or '__call__'}: derive it from BlockSelector")
+        raise SelectorError(
+            f"{selector.__name__} has no {', '.join(missing) or '__call__'}: derive it from BlockSelector"
+        )
     holder = TAKEN.get(name) or (_path(_classes[name]) if name in _classes else None)
     if holder is not None:
-        raise SelectorError(f"{_path(selector)}: the name {name!r} is that of {holder}; give another, or unregister_selector({name!r})")
+        raise SelectorError(
+            f"{_path(selector)}: the name {name!r} is that of {holder}; give another, or unregister_selector({name!r})"
+        )
     _classes[name] = selector
     return selector
 
@@ -62,7 +66,10 @@ def make_selectors(names: Iterable[str] | None = None) -> dict[str, Selector]:
 
 def _known(name: str) -> str:
     if name not in _classes:
-        raise SelectorError(f"there is no selector {name!r}; known: {', '.join(_classes)}. One of your own needs register_selector first")
+        raise SelectorError(
+            f"there is no selector {name!r}; known: {', '.join(_classes)}. One of your own needs register_selector "
+            "first"
+        )
     return name
 
 

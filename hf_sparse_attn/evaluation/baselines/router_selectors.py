@@ -29,7 +29,8 @@ class StageOne(BlockSelector):
 
     name = "stage 1 alone"
 
-    # score_b = log Σ_r exp(s · (W_q q̄_r) · (W_k [max, min, mean of b])), over runs r of the tile's tokens: `coarse_scores`
+    # score_b = log Σ_r exp(s · (W_q q̄_r) · (W_k [max, min, mean of b])), over runs r of the tile's tokens:
+    # `coarse_scores`
     def scores(self, call: ScoringCall, tiles: Tensor) -> Tensor:
         maker = FeatureMaker(call.router, call.inputs, call.plan.grid)
         parts = [stage_one_scores(maker.features(run), call.plan, run) for run in maker.runs(tiles)]
@@ -61,7 +62,8 @@ class MeanPool(StageOne):
     def __init__(self) -> None:
         self.start = UntrainedRouters()
 
-    # score_b = log Σ_r exp(s · q̄_r · mean_b): q̄_r the mean over heads and tokens of a run, both taken without RoPE and
+    # score_b = log Σ_r exp(s · q̄_r · mean_b): q̄_r the mean over heads and tokens of a run, both taken without RoPE
+    # and
     # turned to their middle positions
     def scores(self, call: ScoringCall, tiles: Tensor) -> Tensor:
         router, inputs = self.start.of(call.router), _without_summaries(call.inputs)

@@ -44,7 +44,9 @@ def capture(model: PreTrainedModel, ids: Tensor, layer: int) -> RoutingInputs:
         model.base_model(ids, use_cache=False, sparse_call=_Capture(layer))
     except Captured as ended:
         return ended.inputs
-    raise ValueError(f"{type(model).__name__} has no sparse layer {layer}: it has {[router.layer for router in routers(model)]}")
+    raise ValueError(
+        f"{type(model).__name__} has no sparse layer {layer}: it has {[router.layer for router in routers(model)]}"
+    )
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,15 @@ class Contender:
 
 
 @torch.no_grad()
-def measure(contenders: Mapping[str, Contender], baseline: str, inputs: RoutingInputs, layers: int, repeats: int) -> dict[str, Any]:
+def measure(
+    contenders: Mapping[str, Contender], baseline: str, inputs: RoutingInputs, layers: int, repeats: int
+) -> dict[str, Any]:
     """Milliseconds and megabytes of every contender, each in turn with the baseline, and of dense attention.
 
-    Selection and attention of one layer's prefill, times the model's sparse ``layers``; a contender with dense layers takes the
-    dense time for those. ``over_default`` is the ratio of the times, median, least and most over the rounds. ``mb`` is the peak of
-    one layer above its inputs, beside the routers' weights and the cached stage-1 keys of all layers.
+    Selection and attention of one layer's prefill, times the model's sparse ``layers``; a contender with dense layers
+    takes the dense time for those. ``over_default`` is the ratio of the times, median, least and most over the rounds.
+    ``mb`` is the peak of one layer above its inputs, beside the routers' weights and the cached stage-1 keys of all
+    layers.
     """
     dense = _run_dense(inputs)
     figures: dict[str, Any] = {}

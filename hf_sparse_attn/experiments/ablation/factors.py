@@ -21,8 +21,8 @@ class Level:
     """One value of a factor: what it changes of the default settings, routers, training or selection.
 
     ``sparse`` holds fields of `SparseAttentionConfig`; ``training`` multiplies the batches
-    of the distillation, ``keys`` the budget; ``selection`` is a selection in place of the router's own. ``full``: of the full grid
-    only.
+    of the distillation, ``keys`` the budget; ``selection`` is a selection in place of the router's own. ``full``: of
+    the full grid only.
     """
 
     factor: str

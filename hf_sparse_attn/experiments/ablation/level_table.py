@@ -16,9 +16,9 @@ Readings = Sequence[Mapping[str, Any]]  # of Reading.to_dict
 def ablation_table(readings: Readings, costs: Mapping[str, Any], defaults: Mapping[str, str]) -> list[dict[str, Any]]:
     """One row per factor for its default and one per level, in the order they were read.
 
-    ``readings`` hold those of the baseline (factor and level "default") and of the levels; a factor that brings its own default
-    (level "default") is compared with that. ``costs`` are those of `measure` by "factor level" and "default"; a level without any
-    has the default's. ``defaults`` name each factor's default.
+    ``readings`` hold those of the baseline (factor and level "default") and of the levels; a factor that brings its own
+    default (level "default") is compared with that. ``costs`` are those of `measure` by "factor level" and "default"; a
+    level without any has the default's. ``defaults`` name each factor's default.
     """
     cells: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for reading in readings:
@@ -33,7 +33,9 @@ def ablation_table(readings: Readings, costs: Mapping[str, Any], defaults: Mappi
     return rows
 
 
-def _row(factor: str, level: str, readings: Readings, baseline: Readings, cost: Mapping[str, Any] | None, default: bool) -> dict[str, Any]:
+def _row(
+    factor: str, level: str, readings: Readings, baseline: Readings, cost: Mapping[str, Any] | None, default: bool
+) -> dict[str, Any]:
     row: dict[str, Any] = {"factor": factor, "level": level, "default": default}
     row |= {"n": len({r["document"] for r in readings}), "seeds": len({r["seed"] for r in readings})}
     for name in FIGURES:

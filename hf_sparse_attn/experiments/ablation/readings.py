@@ -35,7 +35,12 @@ class Reading:
 
 
 def read(
-    model: PreTrainedModel, windows: Sequence[Window], dense: Sequence[Tensor], call: SparseCall, level: Level, seed: int
+    model: PreTrainedModel,
+    windows: Sequence[Window],
+    dense: Sequence[Tensor],
+    call: SparseCall,
+    level: Level,
+    seed: int,
 ) -> list[Reading]:
     """Every window under ``call``; ``dense`` holds the last hidden states of dense attention for each."""
     results = []
@@ -53,8 +58,11 @@ def by_seed(readings: Sequence[Mapping[str, Any]], name: str) -> dict[int, dict[
     return values
 
 
-def difference(readings: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
-    """How much a figure lies above the baseline's: mean with a 95 % interval over resampled windows, paired by window and seed.
+def difference(
+    readings: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]], name: str
+) -> dict[str, Any]:
+    """How much a figure lies above the baseline's: mean with a 95 % interval over resampled windows, paired by window
+    and seed.
 
     ``seeds`` are the means of the single seeds, whose spread is what training alone does.
 
@@ -62,9 +70,13 @@ def difference(readings: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping
         ValueError: the baseline lacks a seed or window.
     """
     mine, base = by_seed(readings, name), by_seed(baseline, name)
-    lacking = [(seed, document) for seed, values in mine.items() for document in values if document not in base.get(seed, {})]
+    lacking = [
+        (seed, document) for seed, values in mine.items() for document in values if document not in base.get(seed, {})
+    ]
     if lacking:
         raise ValueError(f"the baseline lacks seed and window {lacking[0]}: read it at the same seeds and windows")
-    above = np.array([[value - base[seed][document] for document, value in values.items()] for seed, values in mine.items()])
+    above = np.array(
+        [[value - base[seed][document] for document, value in values.items()] for seed, values in mine.items()]
+    )
     means = above.mean(0)
     return {**loss_above(means, np.zeros_like(means)), "seeds": above.mean(1).tolist()}

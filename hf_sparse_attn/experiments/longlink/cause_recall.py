@@ -68,7 +68,9 @@ class _CauseMass(SparseCall):
 
 
 def using_heads(model: PreTrainedModel, planted: Planted) -> dict[Head, float]:
-    """Mean dense mass of questions on the blocks of their causes, of the heads where it is at least half: found without any router."""
+    """Mean dense mass of questions on the blocks of their causes, of the heads where it is at least half:
+    found without any router.
+    """
     rows = ByRow(planted)
     observer = _CauseMass(rows)
     _passes(model, planted, rows, observer)
@@ -77,7 +79,8 @@ def using_heads(model: PreTrainedModel, planted: Planted) -> dict[Head, float]:
 
 
 class LinkObserver(SparseCall):
-    """Recall of several selections, and the average precision of the router's ranking, on a dense pass; of ``heads`` only.
+    """Recall of several selections, and the average precision of the router's ranking, on a dense pass; of ``heads``
+    only.
 
     Both count the causes whose blocks are not forced in the tile of the question.
     """
@@ -96,10 +99,17 @@ class LinkObserver(SparseCall):
             return
         tile, size = router.config.query_tile, router.config.block_size
         plan = make_plan(router.config, inputs.grid(tile, size), inputs.q.device)
-        eligible = plan.eligible_mask(torch.arange(plan.grid.tiles, device=inputs.q.device, dtype=torch.int64)) & plan.open[:, None]
+        eligible = (
+            plan.eligible_mask(torch.arange(plan.grid.tiles, device=inputs.q.device, dtype=torch.int64))
+            & plan.open[:, None]
+        )
         ranked = _estimates(candidates(router, inputs, tile).every)
         teacher = block_mass(
-            inputs.q, inputs.k, plan.grid, torch.arange(plan.grid.tiles, device=inputs.q.device, dtype=torch.int64), inputs.scale
+            inputs.q,
+            inputs.k,
+            plan.grid,
+            torch.arange(plan.grid.tiles, device=inputs.q.device, dtype=torch.int64),
+            inputs.scale,
         )
         kept = {name: selector(router, inputs, tile).kept() for name, selector in self.selectors.items()}
         places = list(self._places(inputs, eligible, tile, size))
@@ -116,7 +126,9 @@ class LinkObserver(SparseCall):
             share = torch.cat([blocks.mean().expand(int(hit.sum())) for blocks, hit in chosen])
             self.recall[name].add_batch(predictions=links_kept.tolist(), references=share.tolist())
 
-    def _places(self, inputs: RoutingInputs, eligible: Tensor, tile: int, size: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    def _places(
+        self, inputs: RoutingInputs, eligible: Tensor, tile: int, size: int
+    ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """(row, tile, its blocks that are not forced, which of these hold a cause) of every tile with such a cause."""
         for row, links in enumerate(self.rows.rows(inputs)):
             for t, blocks in _wanted(links, tile, size).items():
@@ -142,8 +154,12 @@ def _estimates(every: BlockSelection) -> Tensor:
     return out[..., 1:]
 
 
-def link_scores(model: PreTrainedModel, planted: Planted, selectors: Mapping[str, Selector], heads: Mapping[Head, float]) -> dict[str, Any]:
-    """Recall of every selection at the model's budget, and the router's average precision, over ``heads`` (of `using_heads`)."""
+def link_scores(
+    model: PreTrainedModel, planted: Planted, selectors: Mapping[str, Selector], heads: Mapping[Head, float]
+) -> dict[str, Any]:
+    """Recall of every selection at the model's budget, and the router's average precision, over ``heads`` (of
+    `using_heads`).
+    """
     rows = ByRow(planted)
     observer = LinkObserver(rows, selectors, heads)
     _passes(model, planted, rows, observer)
@@ -156,7 +172,9 @@ def link_scores(model: PreTrainedModel, planted: Planted, selectors: Mapping[str
 
 
 class Without:
-    """A selection without some blocks: those of the causes of each question's tile, or as many others of the kept ones at random."""
+    """A selection without some blocks: those of the causes of each question's tile, or as many others of the kept ones
+    at random.
+    """
 
     def __init__(self, selector: Selector, rows: ByRow, causes: bool, seed: int = 0) -> None:
         self.selector, self.rows, self.causes = selector, rows, causes
@@ -185,7 +203,9 @@ class Without:
 
 
 def necessity(model: PreTrainedModel, planted: Planted, selector: Selector) -> dict[str, float]:
-    """Accuracy with the selection, without the blocks of the causes, and without as many others: only the first cut costs needed links."""
+    """Accuracy with the selection, without the blocks of the causes, and without as many others:
+    only the first cut costs needed links.
+    """
     accuracies, sequences = {}, sequences_at_once(planted)
     bounds = {"chance": chance(planted.config), "ceiling": ceiling(planted.config)}
     for name, cut in (("whole", None), ("without causes", True), ("without others", False)):
@@ -194,13 +214,19 @@ def necessity(model: PreTrainedModel, planted: Planted, selector: Selector) -> d
         metric = NormalisedAccuracy()
         for rows.start in range(0, planted.config.sequences, sequences):
             part = _part(planted, rows.start, sequences)
-            metric.add_batch(predictions=predicted(model, part, SparseCall(selector=chosen)), references=right_tokens(part))
+            metric.add_batch(
+                predictions=predicted(model, part, SparseCall(selector=chosen)), references=right_tokens(part)
+            )
         accuracies[name] = float(metric.compute(**bounds)["accuracy"])
     return accuracies
 
 
 def _part(planted: Planted, start: int, count: int) -> Planted:
     """Some of the sequences, counted from 0 again."""
-    links = [replace(link, sequence=link.sequence - start) for link in planted.links if start <= link.sequence < start + count]
+    links = [
+        replace(link, sequence=link.sequence - start)
+        for link in planted.links
+        if start <= link.sequence < start + count
+    ]
     part = slice(start, start + count)
     return replace(planted, input_ids=planted.input_ids[part], labels=planted.labels[part], links=tuple(links))

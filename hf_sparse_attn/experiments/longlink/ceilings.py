@@ -16,11 +16,13 @@ def chance(config: LongLinkConfig) -> float:
 def ceiling(config: LongLinkConfig) -> float:
     """Accuracy of the best reader.
 
-    What it reads and the answer agree where the link holds, no cause's value was replaced and no cause is missing; else one of the two is
-    uniform and independent of the other, so that they agree by chance.
+    What it reads and the answer agree where the link holds, no cause's value was replaced and no cause is missing; else
+    one of the two is uniform and independent of the other, so that they agree by chance.
     """
     if config.family == "null":
         return chance(config)
-    whole = (1 - config.corruption) ** VALUES.get(config.family, 1) * (1 - config.missing) ** CAUSES.get(config.family, 1)
+    whole = (1 - config.corruption) ** VALUES.get(config.family, 1) * (1 - config.missing) ** CAUSES.get(
+        config.family, 1
+    )
     right = config.strength * whole
     return right + (1 - right) * chance(config)

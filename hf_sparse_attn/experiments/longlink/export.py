@@ -27,7 +27,9 @@ def links_of(planted: Planted) -> Dataset:
 
 
 def save(planted: Planted, folder: str | Path) -> None:
-    """Write ``sequences``, ``links`` and the settings into ``folder``, whose files appear once all of them are complete."""
+    """Write ``sequences``, ``links`` and the settings into ``folder``, whose files appear once all of them are
+    complete.
+    """
     with replaced_folder(folder, SETTINGS) as temporary:
         sequences_of(planted).save_to_disk(temporary / "sequences")
         links_of(planted).save_to_disk(temporary / "links")
@@ -49,7 +51,11 @@ def load(folder: str | Path) -> Planted:
         table = tuple(Link(**{**row, "causes": tuple(row["causes"])}) for row in links)
         ids, labels = (np.array(sequences[name], dtype=np.int64) for name in ("input_ids", "labels"))
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise LongLinkError(f"{folder} holds no whole LongLink set ({error}): write it anew with hf-sparse-attn synth") from error
+        raise LongLinkError(
+            f"{folder} holds no whole LongLink set ({error}): write it anew with hf-sparse-attn synth"
+        ) from error
     if ids.shape != (config.sequences, config.length) or len(table) != config.sequences * config.links:
-        raise LongLinkError(f"{folder} holds {ids.shape} tokens and {len(table)} links, not what its settings say: write it anew")
+        raise LongLinkError(
+            f"{folder} holds {ids.shape} tokens and {len(table)} links, not what its settings say: write it anew"
+        )
     return Planted(config, settings["seed"], ids, labels, table)

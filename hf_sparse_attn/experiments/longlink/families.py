@@ -21,8 +21,10 @@ class LongLinkConfig:
     * delayed: key with value, later the key is asked.
     * two_hops: key with another key, that one with a value, later the first key is asked.
     * conjunction: key with a value, twice; the answer is the sum modulo the number of values.
-    * lag: a level shift of one sensor; the next sensor follows after a lag that is the same in the whole sequence, give or take ``jitter``.
-    * count: how often an event happened, modulo nothing: 0 to ``values`` − 1 times. Expected weak: no single block holds the answer.
+    * lag: a level shift of one sensor; the next sensor follows after a lag that is the same in the whole sequence, give
+    or take ``jitter``.
+    * count: how often an event happened, modulo nothing: 0 to ``values`` − 1 times. Expected weak: no single block
+    holds the answer.
     * null: as delayed, but what stands at the cause belongs to other keys and the answers are random.
     * counterfactual: as delayed, in pairs that differ in the value of one cause, and in its answer.
 
@@ -67,11 +69,15 @@ class LongLinkConfig:
                 self._refuse(name, "a share in [0, 1]")
         room = self.length - 2 - self.first
         if not 2 <= self.min_distance <= self.longest <= room:
-            self._refuse("min_distance", f">= 2 and, with max_distance ({self.longest}), up to length − 2 − first = {room}")
+            self._refuse(
+                "min_distance", f">= 2 and, with max_distance ({self.longest}), up to length − 2 − first = {room}"
+            )
         if self.keys < self.needed_keys:
             self._refuse("keys", f">= {self.needed_keys}: every link and distractor of a sequence has its own")
         if self.family == "count" and (self.corruption or self.missing):
-            self._refuse("family", "another one with corruption or missing tokens: a count has no ceiling in closed form then")
+            self._refuse(
+                "family", "another one with corruption or missing tokens: a count has no ceiling in closed form then"
+            )
         if self.family == "counterfactual" and self.sequences % 2:
             self._refuse("sequences", "even for the counterfactual family: they come in pairs")
         if self.only_unseen and self.unseen is None:

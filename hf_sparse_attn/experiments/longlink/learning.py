@@ -1,4 +1,6 @@
-"""A small model that learns LongLink from scratch, dense, on sequences that grow longer; its routers are distilled afterwards."""
+"""A small model that learns LongLink from scratch, dense, on sequences that grow longer;
+its routers are distilled afterwards.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,12 @@ from ...training.distillation import distill
 from .families import LongLinkConfig
 from .planting import plant
 
-DISTILLATION: dict[str, Any] = {"lr": 1e-2, "index_lr": 2e-3, "tiles_per_step": 32}  # a small model bears, and needs, large steps
+# a small model bears, and needs, large steps
+DISTILLATION: dict[str, Any] = {"lr": 1e-2, "index_lr": 2e-3, "tiles_per_step": 32}
 STEP_TOKENS = 4096
 WARM_UP = 0.1  # of the steps
-# by the longest sequence: at 1e5 too few of a head's pairs keep their phase over 8192 tokens to tell the keys apart (dense
+# by the longest sequence: at 1e5 too few of a head's pairs keep their phase over 8192 tokens to tell the keys apart
+# (dense
 # accuracy .58 there), at 1e7 too few over 16384 (.90)
 ROPE_THETA = ((8192, 1e7), (math.inf, 1e8))
 EVALUATED = 1 << 20  # seeds of sets for each seed of a training, which uses those from its own multiple on
@@ -70,7 +74,9 @@ class LearningConfig:
 
 
 def learn(config: LongLinkConfig, learning: LearningConfig, *, progress: bool = True) -> PreTrainedModel:
-    """A dense Llama that was trained on ``config``'s links, at the lengths of the stages; the last one should be ``config.length``."""
+    """A dense Llama that was trained on ``config``'s links, at the lengths of the stages;
+    the last one should be ``config.length``.
+    """
     torch.manual_seed(learning.seed)
     tokens = config.tokens.count
     model = LlamaForCausalLM(
@@ -132,12 +138,22 @@ def _step(model: PreTrainedModel, batch: tuple[torch.Tensor, torch.Tensor], opti
 
 
 def with_routers(
-    model: PreTrainedModel, sparse: SparseAttentionConfig, config: LongLinkConfig, learning: LearningConfig, *, progress: bool = True
+    model: PreTrainedModel,
+    sparse: SparseAttentionConfig,
+    config: LongLinkConfig,
+    learning: LearningConfig,
+    *,
+    progress: bool = True,
 ) -> PreTrainedModel:
     """The same model with routers distilled on sets of ``config``, in place."""
     sparsify(model, sparse)
     length = learning.stages[-1].length
     stage = Stage(length, max(1, STEP_TOKENS // length), learning.distilled)
     sets = [_batch(config, stage, learning.seed * EVALUATED + EVALUATED // 2 + at)[0] for at in range(stage.steps)]
-    distill(model, [{"input_ids": ids} for ids in sets], DistillationConfig(seed=learning.seed, **DISTILLATION), progress=progress)
+    distill(
+        model,
+        [{"input_ids": ids} for ids in sets],
+        DistillationConfig(seed=learning.seed, **DISTILLATION),
+        progress=progress,
+    )
     return model

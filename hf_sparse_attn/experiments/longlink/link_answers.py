@@ -31,7 +31,9 @@ def predicted(model: PreTrainedModel, planted: Planted, call: SparseCall) -> np.
     predictions: list[torch.Tensor] = []
     by_sequence = [[link.effect for link in planted.links if link.sequence == at] for at in range(len(ids))]
     for start in range(0, len(ids), rows):
-        hidden = model.base_model(ids[start : start + rows].to(model.device), use_cache=False, sparse_call=call).last_hidden_state
+        hidden = model.base_model(
+            ids[start : start + rows].to(model.device), use_cache=False, sparse_call=call
+        ).last_hidden_state
         for row, effects in zip(hidden, by_sequence[start : start + rows], strict=True):
             predictions.append(model.get_output_embeddings()(row[effects]).argmax(-1).cpu())
     tokens: np.ndarray = torch.cat(predictions).numpy()
@@ -55,12 +57,15 @@ def by_distance(planted: Planted, tokens: np.ndarray) -> list[dict[str, Any]]:
     """Accuracy of the links in each doubling of the distance."""
     octaves = np.array([int(math.log2(link.distance)) for link in planted.links])
     return [
-        {"from": 1 << octave, "to": 2 << octave, **accuracy(planted, tokens, octaves == octave)} for octave in sorted(set(octaves.tolist()))
+        {"from": 1 << octave, "to": 2 << octave, **accuracy(planted, tokens, octaves == octave)}
+        for octave in sorted(set(octaves.tolist()))
     ]
 
 
 def reach(rows: Sequence[dict[str, Any]], least: float) -> int | None:
-    """D50 or D90: the distance up to which the normalised accuracy is at least ``least`` in every octave; None if in none."""
+    """D50 or D90: the distance up to which the normalised accuracy is at least ``least`` in every octave;
+    None if in none.
+    """
     far = None
     for row in rows:
         if row["normalised"] is None or row["normalised"] < least:
@@ -70,7 +75,9 @@ def reach(rows: Sequence[dict[str, Any]], least: float) -> int | None:
 
 
 def pairs_told_apart(planted: Planted, tokens: np.ndarray) -> float:
-    """Of a counterfactual set the share of pairs of which both changed links, the first of each sequence, were answered right."""
+    """Of a counterfactual set the share of pairs of which both changed links, the first of each sequence, were answered
+    right.
+    """
     first = {link.sequence: at for at, link in reversed(list(enumerate(planted.links)))}
     pairs = np.array([[first[at], first[at + 1]] for at in range(0, planted.config.sequences, 2)])
     metric = AnswerMatch()

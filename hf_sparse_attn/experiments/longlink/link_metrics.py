@@ -15,12 +15,15 @@ from ...evaluation.metrics import INTEGER, NUMBER, ArrayMetric
 class NormalisedAccuracy(ArrayMetric):
     """Share of right answers, and where it lies between guessing and the ceiling: ``compute(…, chance=…, ceiling=…)``.
 
-    ``error`` is the standard error of the share, ``normalised`` (accuracy − chance) / (ceiling − chance), None where those are one.
+    ``error`` is the standard error of the share, ``normalised`` (accuracy − chance) / (ceiling − chance), None where
+    those are one.
     """
 
     columns: ClassVar[dict[str, Any]] = {"predictions": INTEGER, "references": INTEGER}
 
-    def _compute(self, predictions: Sequence[int], references: Sequence[int], chance: float, ceiling: float) -> dict[str, Any]:
+    def _compute(
+        self, predictions: Sequence[int], references: Sequence[int], chance: float, ceiling: float
+    ) -> dict[str, Any]:
         if ceiling < chance:
             raise ValueError(f"the ceiling {ceiling} lies below chance {chance}: no reader is worse than guessing")
         right = np.asarray(predictions) == np.asarray(references)
@@ -34,10 +37,14 @@ class NormalisedAccuracy(ArrayMetric):
 class AveragePrecision(ArrayMetric):
     """Mean over rankings of the area under precision over recall.
 
-    A row of ``predictions`` holds the scores of one ranking, that of ``references`` 1 for what should come first, else 0.
+    A row of ``predictions`` holds the scores of one ranking, that of ``references`` 1 for what should come first, else
+    0.
     """
 
-    columns: ClassVar[dict[str, Any]] = {"predictions": datasets.Sequence(NUMBER), "references": datasets.Sequence(INTEGER)}
+    columns: ClassVar[dict[str, Any]] = {
+        "predictions": datasets.Sequence(NUMBER),
+        "references": datasets.Sequence(INTEGER),
+    }
 
     def _compute(self, predictions: Sequence[Sequence[float]], references: Sequence[Sequence[int]]) -> dict[str, Any]:
         rankings = zip(predictions, references, strict=True)
@@ -46,7 +53,8 @@ class AveragePrecision(ArrayMetric):
 
 
 def average_precision(scores: np.ndarray, wanted: np.ndarray) -> float:
-    """Mean precision at the ranks of the ``wanted`` entries (1 or 0) of ``scores``, best first; tied scores share their middle rank.
+    """Mean precision at the ranks of the ``wanted`` entries (1 or 0) of ``scores``, best first; tied scores share their
+    middle rank.
 
     Raises:
         ValueError: nothing is wanted.
@@ -61,7 +69,8 @@ def average_precision(scores: np.ndarray, wanted: np.ndarray) -> float:
 
 
 class ChanceAdjustedRecall(ArrayMetric):
-    """(r − r0) / (1 − r0) of the recall r: ``predictions`` 1 where a link was kept, ``references`` the share of blocks that were, r0.
+    """(r − r0) / (1 − r0) of the recall r: ``predictions`` 1 where a link was kept, ``references`` the share of blocks
+    that were, r0.
 
     Of a selection that keeps everything it is 1.
     """

@@ -15,7 +15,9 @@ TRIES = 200  # of placing a link
 
 @dataclass(frozen=True)
 class Link:
-    """A planted link: slots of its ``causes`` and of the question (``effect``, whose answer is the next token), and what was planted."""
+    """A planted link: slots of its ``causes`` and of the question (``effect``, whose answer is the next token), and
+    what was planted.
+    """
 
     sequence: int
     family: str
@@ -68,9 +70,11 @@ class _Sequence:
             self._plant(keys, at, lag)
         for key in keys[config.needed_keys - config.distractors : config.needed_keys]:
             self._distract(key)
-        self.ids[self.lost & (self.labels == IGNORE_INDEX) & ~np.isin(np.arange(config.length), [link.effect for link in self.links])] = (
-            MISSING
-        )
+        self.ids[
+            self.lost
+            & (self.labels == IGNORE_INDEX)
+            & ~np.isin(np.arange(config.length), [link.effect for link in self.links])
+        ] = MISSING
 
     def _distance(self, half: bool = False) -> int:
         """A distance; at most ``half`` of the longest where all links of a sequence must find room at the same one."""
@@ -83,7 +87,8 @@ class _Sequence:
             if unseen == config.only_unseen:
                 return min(distance, longest)
         raise LongLinkError(
-            f"LongLink's unseen distances {config.unseen} leave hardly one between {config.min_distance} and {config.longest}"
+            f"LongLink's unseen distances {config.unseen} leave hardly one between {config.min_distance} and "
+            f"{config.longest}"
         )
 
     def _plant(self, keys: list[int], at: int, lag: int) -> None:
@@ -101,7 +106,9 @@ class _Sequence:
         queried_key = (key + 1) % config.keys if config.family == "lag" else key
         self.ids[effect], self.ids[effect + 1] = config.tokens.ask(queried_key), config.tokens.value(answer)
         self.labels[effect + 1] = self.ids[effect + 1]
-        self.links.append(Link(self.index, config.family, causes, effect, effect - causes[0], queried_key, value, answer))
+        self.links.append(
+            Link(self.index, config.family, causes, effect, effect - causes[0], queried_key, value, answer)
+        )
 
     def _causes_needed(self, value: int) -> int:
         if self.config.family == "count":
@@ -109,19 +116,30 @@ class _Sequence:
         return 2 if self.config.family in ("two_hops", "conjunction") else 1
 
     def _place(self, count: int, lag: int) -> tuple[tuple[int, ...], int]:
-        """Free slots of ``count`` causes, rising, and of the question; the slot behind it is free, too. All are taken."""
+        """Free slots of ``count`` causes, rising, and of the question; the slot behind it is free, too.
+        All are taken.
+        """
         config, rng = self.config, self.rng
         for _ in range(TRIES):
-            wanted = lag + int(rng.integers(-config.jitter, config.jitter + 1)) if config.family == "lag" else self._distance()
+            wanted = (
+                lag + int(rng.integers(-config.jitter, config.jitter + 1))
+                if config.family == "lag"
+                else self._distance()
+            )
             distance = min(max(wanted, 1), config.length - 2 - config.first)
             effect = int(rng.integers(config.first + distance, config.length - 1))
-            gaps = [distance, *rng.choice(np.arange(1, distance), count - 1, replace=False).tolist()] if count <= distance else []
+            gaps = (
+                [distance, *rng.choice(np.arange(1, distance), count - 1, replace=False).tolist()]
+                if count <= distance
+                else []
+            )
             slots = sorted(effect - gap for gap in gaps)
             if len(slots) == count and self.free[[*slots, effect, effect + 1]].all():
                 self.free[[*slots, effect, effect + 1]] = False
                 return tuple(slots), effect
         raise LongLinkError(
-            f"{config.links} links do not fit into {config.length} tokens at distances from {config.min_distance} to {config.longest}: "
+            f"{config.links} links do not fit into {config.length} tokens at distances from {config.min_distance} to "
+            f"{config.longest}: "
             "ask for fewer links, or for longer sequences"
         )
 
@@ -147,7 +165,9 @@ class _Sequence:
     def _distract(self, key: int) -> None:
         slots = self.free.nonzero()[0]
         if not len(slots):
-            raise LongLinkError(f"{self.config.distractors} distractors do not fit into {self.config.length} tokens: ask for fewer")
+            raise LongLinkError(
+                f"{self.config.distractors} distractors do not fit into {self.config.length} tokens: ask for fewer"
+            )
         at = int(self.rng.choice(slots))
         self.free[at] = False
         tokens, value = self.config.tokens, int(self.rng.integers(self.config.values))

@@ -1,4 +1,6 @@
-"""A LongLink study of a model: answers and routing under every selection, by distance, under noise, on null and counterfactual sets."""
+"""A LongLink study of a model: answers and routing under every selection, by distance, under noise, on null and
+counterfactual sets.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ OWN = "two stages"
 
 
 def study(model: PreTrainedModel, config: LongLinkConfig, seed: int) -> dict[str, Any]:
-    """Figures of a sparse ``model`` that learned the links of ``config``, at its present budget, on the sets of ``seed``."""
+    """Figures of a sparse ``model`` that learned the links of ``config``, at its present budget, on the sets of
+    ``seed``.
+    """
     planted = plant(config, seed)
     selectors = make_selectors()
     heads = using_heads(model, planted)
@@ -48,7 +52,9 @@ def study(model: PreTrainedModel, config: LongLinkConfig, seed: int) -> dict[str
         "heads": [{"layer": layer, "head": head, "mass": mass} for (layer, head), mass in heads.items()],
         "answers": rows,
         "routing": link_scores(model, planted, selectors, heads),
-        "routing_of_single_queries": _single_queries(model, planted, {name: selectors[name] for name in (OWN, "oracle")}, heads),
+        "routing_of_single_queries": _single_queries(
+            model, planted, {name: selectors[name] for name in (OWN, "oracle")}, heads
+        ),
         "unseen": _unseen(model, config, seed),
         "necessity": necessity(model, planted, selectors[OWN]),
         "null": _null(model, config, seed, selectors, heads),
@@ -72,7 +78,9 @@ class _KeptShare(SparseCall):
 
 def density(model: PreTrainedModel, planted: Planted) -> float:
     """Kept over visible keys of the router's selection, over all tiles, heads and layers, of the first sequences."""
-    few = replace(planted, input_ids=planted.input_ids[:2], links=tuple(link for link in planted.links if link.sequence < 2))
+    few = replace(
+        planted, input_ids=planted.input_ids[:2], links=tuple(link for link in planted.links if link.sequence < 2)
+    )
     kept = _KeptShare()
     predicted(model, few, kept)
     return kept.keys / kept.visible
@@ -108,7 +116,11 @@ def _unseen(model: PreTrainedModel, config: LongLinkConfig, seed: int) -> dict[s
 
 
 def _null(
-    model: PreTrainedModel, config: LongLinkConfig, seed: int, selectors: Mapping[str, Selector], heads: Mapping[Head, float]
+    model: PreTrainedModel,
+    config: LongLinkConfig,
+    seed: int,
+    selectors: Mapping[str, Selector],
+    heads: Mapping[Head, float],
 ) -> dict[str, Any]:
     links = (config.keys - config.distractors) // 2
     many = NULL_SEQUENCES * config.sequences
@@ -123,12 +135,19 @@ def _counterfactual(model: PreTrainedModel, config: LongLinkConfig, seed: int) -
 
 
 def _noise(
-    model: PreTrainedModel, config: LongLinkConfig, seed: int, selectors: Mapping[str, Selector], heads: Mapping[Head, float]
+    model: PreTrainedModel,
+    config: LongLinkConfig,
+    seed: int,
+    selectors: Mapping[str, Selector],
+    heads: Mapping[Head, float],
 ) -> list[dict[str, Any]]:
     """Accuracy and recall along each kind of noise, and with more look-alikes; all else as in ``config``."""
-    kinds = [(name, values) for name, values in NOISE if config.family != "count" or name == "strength"]  # others have no ceiling there
+    # others have no ceiling there
+    kinds = [(name, values) for name, values in NOISE if config.family != "count" or name == "strength"]
     levels = [(name, level) for name, values in kinds for level in values]
-    levels += [("distractors", level) for level in LOOKALIKES if config.needed_keys - config.distractors + level <= config.keys]
+    levels += [
+        ("distractors", level) for level in LOOKALIKES if config.needed_keys - config.distractors + level <= config.keys
+    ]
     done: dict[LongLinkConfig, dict[str, Any]] = {}
     rows = []
     for name, level in counted(levels, "kinds of noise"):

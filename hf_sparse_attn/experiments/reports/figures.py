@@ -68,7 +68,9 @@ def loss_plot(table: Rows) -> str:
             for j, row in enumerate(rows):
                 label = row["selection"] if i == 0 else None
                 at = i + (j - (len(rows) - 1) / 2) * width
-                axis.bar(at, row["prefill"] - dense, 0.92 * width, color=COLOURS.get(row["selection"], OTHER), label=label)
+                axis.bar(
+                    at, row["prefill"] - dense, 0.92 * width, color=COLOURS.get(row["selection"], OTHER), label=label
+                )
         axis.set_xticks(range(len(cells)), [f"{keys} of\n{length} keys" for length, keys in cells])
         axis.set_ylabel("log-loss above dense (nats)")
         _legend(axis)
@@ -82,7 +84,9 @@ def _first_cell(table: Rows, name: str) -> Rows:
     return [row for row in cells if (row["length"], row["keys"]) == (cells[0]["length"], cells[0]["keys"])]
 
 
-def _lines(rows: Rows, values: Callable[[dict[str, Any]], tuple[Sequence[float], Sequence[float]]], x: str, y: str) -> str:
+def _lines(
+    rows: Rows, values: Callable[[dict[str, Any]], tuple[Sequence[float], Sequence[float]]], x: str, y: str
+) -> str:
     def draw(axis: Any) -> None:
         for row in rows:
             axis.plot(*values(row), label=row["selection"], color=COLOURS.get(row["selection"], OTHER), lw=1.6)
@@ -130,7 +134,9 @@ def head_plot(table: Rows) -> str | None:
     def draw(*axes: Any) -> None:
         for axis, row in zip(axes, shown, strict=True):
             layers = [int(layer) for layer in row["head_mass"]]
-            image = axis.imshow(np.array(list(row["head_mass"].values())).T, vmin=0, vmax=1, aspect="auto", cmap="viridis")
+            image = axis.imshow(
+                np.array(list(row["head_mass"].values())).T, vmin=0, vmax=1, aspect="auto", cmap="viridis"
+            )
             axis.set_title(f"{row['selection']},\n{row['keys']} of {row['length']} keys")
             ticks = range(0, len(layers), max(1, len(layers) // 6))
             axis.set_xticks(list(ticks), [str(layers[at]) for at in ticks])
@@ -159,7 +165,13 @@ def training_plot(log: Sequence[dict[str, Any]]) -> str:
 def speed_plot(speed: dict[str, Any]) -> str:
     """Tokens a second of prefill and decode, against stock attention."""
     model = speed["model"]
-    names = [("prefill", "stock"), ("prefill", "sparse"), ("decode", "stock"), ("decode", "best_dense"), ("decode", "sparse")]
+    names = [
+        ("prefill", "stock"),
+        ("prefill", "sparse"),
+        ("decode", "stock"),
+        ("decode", "best_dense"),
+        ("decode", "sparse"),
+    ]
 
     def draw(axis: Any) -> None:
         for i, (kind, name) in enumerate(names):
@@ -174,7 +186,12 @@ def speed_plot(speed: dict[str, Any]) -> str:
 
 def quality_plots(table: Rows) -> dict[str, str | None]:
     """The plots of a quality table that its template shows."""
-    return {"loss": loss_plot(table), "mass": mass_plot(table), "position": position_plot(table), "heads": head_plot(table)}
+    return {
+        "loss": loss_plot(table),
+        "mass": mass_plot(table),
+        "position": position_plot(table),
+        "heads": head_plot(table),
+    }
 
 
 def ablation_plot(table: Rows) -> str:
@@ -191,7 +208,10 @@ def ablation_plot(table: Rows) -> str:
             if "over_default" in row:
                 time.plot([row["over_default"]["min"], row["over_default"]["max"]], [at, at], color=OTHER, lw=2)
                 time.plot(row["over_default"]["median"], at, "o", ms=4, color="#444444")
-        for axis, zero, label in ((quality, 0, "KL above the default's (nats a token)"), (time, 1, "time, over the default's")):
+        for axis, zero, label in (
+            (quality, 0, "KL above the default's (nats a token)"),
+            (time, 1, "time, over the default's"),
+        ):
             axis.axvline(zero, color="#444444", lw=0.8)
             axis.set_xlabel(label)
             axis.set_ylim(-0.7, len(rows) - 0.3)  # a row without a time must not shift the others
@@ -210,8 +230,14 @@ def distance_plot(answers: Rows) -> str:
         for row in answers:
             octaves = [octave for octave in row["by_distance"] if octave["normalised"] is not None]
             x = [(octave["from"] * octave["to"]) ** 0.5 for octave in octaves]
-            style = {"color": "#111111", "ls": "--"} if row["selection"] == "dense" else {"color": COLOURS.get(row["selection"], OTHER)}
-            axis.plot(x, [octave["normalised"] for octave in octaves], marker="o", ms=3, label=row["selection"], **style)
+            style = (
+                {"color": "#111111", "ls": "--"}
+                if row["selection"] == "dense"
+                else {"color": COLOURS.get(row["selection"], OTHER)}
+            )
+            axis.plot(
+                x, [octave["normalised"] for octave in octaves], marker="o", ms=3, label=row["selection"], **style
+            )
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.set_xlabel("distance (tokens)")
@@ -230,9 +256,16 @@ def noise_plot(noise: Rows) -> str:
             rows = [row for row in noise if row["noise"] == kind]
             levels = [row["level"] for row in rows]
             axis.plot(levels, [row["ceiling"] for row in rows], color=OTHER, ls=":", label="ceiling")
-            for name, style in (("dense", {"color": "#111111", "ls": "--"}), ("two stages", {"color": COLOURS["two stages"]})):
-                axis.plot(levels, [row["answers"][name]["accuracy"] for row in rows], marker="o", ms=3, label=name, **style)
-            axis.plot(levels, [row["routing"]["recall"] for row in rows], color="#b03060", marker="x", ms=4, label="recall")
+            for name, style in (
+                ("dense", {"color": "#111111", "ls": "--"}),
+                ("two stages", {"color": COLOURS["two stages"]}),
+            ):
+                axis.plot(
+                    levels, [row["answers"][name]["accuracy"] for row in rows], marker="o", ms=3, label=name, **style
+                )
+            axis.plot(
+                levels, [row["routing"]["recall"] for row in rows], color="#b03060", marker="x", ms=4, label="recall"
+            )
             axis.set_xlabel(kind)
             axis.set_ylim(0, 1.05)
         _legend(axes[0])
@@ -242,7 +275,9 @@ def noise_plot(noise: Rows) -> str:
 
 def share_plot(rows: Rows) -> str:
     """How far the KL comes from window + sink to the oracle, against the length, by selection."""
-    names = [name for name in dict.fromkeys(row["selection"] for row in rows) if name not in ("oracle", "window + sink")]
+    names = [
+        name for name in dict.fromkeys(row["selection"] for row in rows) if name not in ("oracle", "window + sink")
+    ]
 
     def draw(axis: Any) -> None:
         for name in names:
@@ -252,9 +287,13 @@ def share_plot(rows: Rows) -> str:
                 [m - row["share"]["low"] for m, row in zip(mean, style, strict=True)],
                 [row["share"]["high"] - row["share"]["share"] for row in style],
             ]
-            axis.errorbar(x, mean, np.maximum(spread, 0), marker="o", ms=3, capsize=2, label=name, color=COLOURS.get(name))
+            axis.errorbar(
+                x, mean, np.maximum(spread, 0), marker="o", ms=3, capsize=2, label=name, color=COLOURS.get(name)
+            )
         axis.set_xscale("log", base=2)
-        axis.set_xticks(sorted({row["length"] for row in rows}), [str(length) for length in sorted({row["length"] for row in rows})])
+        axis.set_xticks(
+            sorted({row["length"] for row in rows}), [str(length) for length in sorted({row["length"] for row in rows})]
+        )
         axis.axhline(1, color=OTHER, lw=0.8)
         axis.set_xlabel("tokens")
         axis.set_ylabel("share of the KL, 1 = oracle")
@@ -264,7 +303,9 @@ def share_plot(rows: Rows) -> str:
 
 
 def budget_plot(calibration: dict[str, Any]) -> str:
-    """Shares of the keys (or keys) that a calibration lets every layer and KV head keep, one panel for each length bucket."""
+    """Shares of the keys (or keys) that a calibration lets every layer and KV head keep, one panel for each length
+    bucket.
+    """
     in_keys = calibration["mass"] is None
     most = max(share for rows in calibration["shares"].values() for row in rows for share in row) if in_keys else 1
     ends = calibration["ends"]

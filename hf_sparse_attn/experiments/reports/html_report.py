@@ -9,7 +9,17 @@ from typing import Any
 import yaml
 
 from ...system.files import write_text
-from .figures import Rows, ablation_plot, budget_plot, distance_plot, noise_plot, quality_plots, share_plot, speed_plot, training_plot
+from .figures import (
+    Rows,
+    ablation_plot,
+    budget_plot,
+    distance_plot,
+    noise_plot,
+    quality_plots,
+    share_plot,
+    speed_plot,
+    training_plot,
+)
 from .rendering import render
 from .words import explained
 
@@ -36,23 +46,39 @@ def write_task_report(path: str | Path, results: dict[str, Any]) -> None:
 
 
 def write_evaluation_report(path: str | Path, results: dict[str, Any]) -> None:
-    """Write the HTML report of what the verb ``eval`` measured: the table of the gaps, plots, limits, the command that gives it again."""
+    """Write the HTML report of what the verb ``eval`` measured:
+    the table of the gaps, plots, limits, the command that gives it again.
+    """
     documents = dict.fromkeys(window["document"] for window in results["windows"])
     table = results["table"]
-    _write(path, "evaluation.html", r=results, table_rows=table, words=_names(table), plots=quality_plots(table), documents=documents)
+    _write(
+        path,
+        "evaluation.html",
+        r=results,
+        table_rows=table,
+        words=_names(table),
+        plots=quality_plots(table),
+        documents=documents,
+    )
 
 
 def write_harness_report(path: str | Path, results: dict[str, Any]) -> None:
-    """Write the HTML report of what the verb ``lm-eval`` measured: scores by task, limits, the command that gives it again."""
+    """Write the HTML report of what the verb ``lm-eval`` measured:
+    scores by task, limits, the command that gives it again.
+    """
     _write(path, "harness.html", r=results, words=_first_cells(results))
 
 
 def write_calibration_report(path: str | Path, results: dict[str, Any]) -> None:
-    """Write the HTML report of what the verb ``calibrate`` found: figures, budgets by layer and head, limits, the command."""
+    """Write the HTML report of what the verb ``calibrate`` found:
+    figures, budgets by layer and head, limits, the command.
+    """
     calibration = results["calibration"]
     verified = calibration["verified"]
     words = explained(verified["losses"])
-    _write(path, "calibration.html", r=results, c=calibration, v=verified, words=words, budgets=budget_plot(calibration))
+    _write(
+        path, "calibration.html", r=results, c=calibration, v=verified, words=words, budgets=budget_plot(calibration)
+    )
 
 
 def write_longlink_report(path: str | Path, results: dict[str, Any]) -> None:
@@ -62,9 +88,14 @@ def write_longlink_report(path: str | Path, results: dict[str, Any]) -> None:
 
 
 def write_ablation_report(path: str | Path, results: dict[str, Any]) -> None:
-    """Write the HTML report of an ablation: the table by factor, the plot of quality against time, limits, environment."""
+    """Write the HTML report of an ablation: the table by factor, the plot of quality against time, limits,
+    environment.
+    """
     table = results["table"]
-    factors = {factor: [row for row in table if row["factor"] == factor] for factor in dict.fromkeys(row["factor"] for row in table)}
+    factors = {
+        factor: [row for row in table if row["factor"] == factor]
+        for factor in dict.fromkeys(row["factor"] for row in table)
+    }
     documents = dict.fromkeys(reading["document"] for reading in results["default-default"]["readings"])
     plots = {"table": ablation_plot(table)}
     _write(path, "ablation.html", r=results, factors=factors, documents=documents, plots=plots, **_origin(results))

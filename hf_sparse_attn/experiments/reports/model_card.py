@@ -43,7 +43,8 @@ class Base:
 
 def _template() -> Traversable:
     packaged = files("hf_sparse_attn").joinpath("model_cards", "template.md.jinja")
-    return packaged if packaged.is_file() else Path(__file__).parents[3] / "model_cards" / "template.md.jinja"  # the source tree
+    # the source tree
+    return packaged if packaged.is_file() else Path(__file__).parents[3] / "model_cards" / "template.md.jinja"
 
 
 def base_of(results: Mapping[str, Any]) -> Base:
@@ -56,7 +57,9 @@ def base_of(results: Mapping[str, Any]) -> Base:
 
 
 def without_folders(source: str) -> str:
-    """A source of texts or of a model as others may see it: of a path, which says something of the machine only, the last part."""
+    """A source of texts or of a model as others may see it:
+    of a path, which says something of the machine only, the last part.
+    """
     match = SOURCE.fullmatch(source)
     assert match is not None
     if match["kind"]:
@@ -75,7 +78,9 @@ def one_line(value: Any) -> Any:
 
 
 def as_text(value: Any) -> Any:
-    """All texts in ``value`` so that Markdown shows them as they are: no HTML, no links, no further cells of a table."""
+    """All texts in ``value`` so that Markdown shows them as they are:
+    no HTML, no links, no further cells of a table.
+    """
     if isinstance(value, str):
         escaped = html.escape(value, quote=False).replace("](", "]\\(").replace("`", "\\`")
         return re.sub(r"(?<!\\)\|", r"\\|", escaped)
@@ -116,28 +121,39 @@ def eval_results(table: list[dict[str, Any]], windows: list[dict[str, Any]]) -> 
             if f"{path}_share" in row:
                 share = row[f"{path}_share"]
                 interval = {end: share[end] for end in ("low", "high") if row["n"] > 1}  # of one window there is none
-                add(row, "share-of-oracle", f"share of the way from window to oracle at {path}", share["share"], **interval)
+                add(
+                    row,
+                    "share-of-oracle",
+                    f"share of the way from window to oracle at {path}",
+                    share["share"],
+                    **interval,
+                )
         if "recovered_share" in row:
             add(row, "recovered-share", "recovered share of softmax mass", row["recovered_share"]["share"])
     return list(results.values())
 
 
 def model_card(results: Mapping[str, Any], name: str) -> ModelCard:
-    """The card of results of a run, or of the verbs ``eval`` and ``lm-eval``; ``name`` is what those without a recipe call the model.
+    """The card of results of a run, or of the verbs ``eval`` and ``lm-eval``; ``name`` is what those without a recipe
+    call the model.
 
     Raises:
         ValueError: the results lack something that a card must say, or are of a task that leaves no model.
     """
     task = results.get("recipe", {}).get("task", "causal_lm")
     if task not in PIPELINES:
-        raise ValueError(f"a run of task {task} leaves no model behind, so there is nothing to make a card of; its report is report.html")
+        raise ValueError(
+            f"a run of task {task} leaves no model behind, so there is nothing to make a card of; its report is "
+            "report.html"
+        )
     results = one_line(results)
     quality = results.get("quality", results)
     needed = (*(() if "tables" in results else (("table", quality), ("windows", quality))), ("environment", results))
     missing = [key for key, where in needed if key not in where]
     if missing:
         raise ValueError(
-            f"these results hold no {' and no '.join(missing)}: a card is made from what the verbs run, eval and lm-eval write"
+            f"these results hold no {' and no '.join(missing)}: a card is made from what the verbs run, eval and "
+            "lm-eval write"
         )
     base, table, windows = base_of(results), quality.get("table", []), quality.get("windows", [])
     name = results["recipe"]["name"] if "recipe" in results else one_line(name)
@@ -188,7 +204,9 @@ def _energy(steps: list[dict[str, Any]]) -> float | None:
 
 
 def write_card(path: str | Path, results: Mapping[str, Any]) -> ModelCard:
-    """Write the `model_card` of ``results``; no figure in it is typed by hand. Raises ValueError as `model_card` does."""
+    """Write the `model_card` of ``results``; no figure in it is typed by hand.
+    Raises ValueError as `model_card` does.
+    """
     card = model_card(results, Path(path).absolute().parent.name)
     write_text(path, str(card))
     return card

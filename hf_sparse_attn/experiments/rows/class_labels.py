@@ -1,4 +1,6 @@
-"""Documents with a class each: of sources LABEL=SOURCE, or of tables with a column of classes; cut into windows of one length."""
+"""Documents with a class each: of sources LABEL=SOURCE, or of tables with a column of classes;
+cut into windows of one length.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ def read_labelled(sources: Sequence[str], label: str | None) -> list[Labelled]:
         for source in sources:
             named = NAMED.fullmatch(source)
             if named is None:
-                raise SourceError(f"source {source!r} names no class: write LABEL=SOURCE, or set data.label to a column of a table")
+                raise SourceError(
+                    f"source {source!r} names no class: write LABEL=SOURCE, or set data.label to a column of a table"
+                )
             documents += [Labelled(d.name, d.text, named[1]) for d in read_documents([named[2]])]
         return documents
     return [document for file in source_files(sources) for document in _rows(file, label)]
@@ -66,7 +70,8 @@ def read_labelled(sources: Sequence[str], label: str | None) -> list[Labelled]:
 def _rows(file: SourceFile, label: str) -> list[Labelled]:
     if not file.is_table:
         raise SourceError(
-            f"{file.path} is no table, so it has no column {label!r}: name TABLE#TEXT_COLUMN, or write LABEL=SOURCE without data.label"
+            f"{file.path} is no table, so it has no column {label!r}: name TABLE#TEXT_COLUMN, or write LABEL=SOURCE "
+            "without data.label"
         )
     labels, rows = replace(file, column=label), []
     for (at, text), kind in zip(TableRows(file), open_table(labels), strict=True):
@@ -78,7 +83,8 @@ def _rows(file: SourceFile, label: str) -> list[Labelled]:
 
 
 def split_labelled(documents: Sequence[Labelled], share: float, seed: int) -> tuple[list[Labelled], list[Labelled]]:
-    """(what trains, what is evaluated): ``share`` of each class's documents, at random, and the others; no document in both.
+    """(what trains, what is evaluated): ``share`` of each class's documents, at random, and the others; no document in
+    both.
 
     Raises:
         SourceError: a class has fewer than two documents.
@@ -88,7 +94,9 @@ def split_labelled(documents: Sequence[Labelled], share: float, seed: int) -> tu
     for label in classes_of(documents):
         of_class = [d for d in documents if d.label == label]
         if len(of_class) < 2:
-            raise SourceError(f"class {label!r} has one document only: it takes two, one that trains and one that is evaluated")
+            raise SourceError(
+                f"class {label!r} has one document only: it takes two, one that trains and one that is evaluated"
+            )
         order = generator.permutation(len(of_class))
         cut = min(max(1, round(share * len(of_class))), len(of_class) - 1)
         train += [of_class[i] for i in sorted(order[:cut])]
@@ -100,26 +108,40 @@ def classes_of(documents: Sequence[Labelled]) -> list[str]:
     """The classes in alphabetical order. Raises SourceError if there is one only."""
     classes = sorted({d.label for d in documents})
     if len(classes) < 2:
-        raise SourceError(f"all {len(documents)} documents have the class {', '.join(map(repr, classes)) or 'none'}: it takes two classes")
+        raise SourceError(
+            f"all {len(documents)} documents have the class {', '.join(map(repr, classes)) or 'none'}: it takes two "
+            "classes"
+        )
     return classes
 
 
 def labelled_windows(
     documents: Sequence[Labelled], tokenizer: PreTrainedTokenizerBase, length: int, classes: Sequence[str], most: int
 ) -> list[LabelledWindow]:
-    """Windows of ``length`` tokens, special ones included, at most ``most`` of a document; a shorter one is padded behind.
+    """Windows of ``length`` tokens, special ones included, at most ``most`` of a document; a shorter one is padded
+    behind.
 
     Raises:
         SourceError: the tokenizer has no padding token, or a class that is not in ``classes``.
     """
     if tokenizer.pad_token_id is None:
-        raise SourceError(f"{type(tokenizer).__name__} has no padding token, which rows of different lengths need: set one")
+        raise SourceError(
+            f"{type(tokenizer).__name__} has no padding token, which rows of different lengths need: set one"
+        )
     windows = []
     for document in documents:
         if document.label not in classes:
-            raise SourceError(f"{document.name} has the class {document.label!r}, which no training document has: {', '.join(classes)}")
+            raise SourceError(
+                f"{document.name} has the class {document.label!r}, which no training document has: "
+                f"{', '.join(classes)}"
+            )
         parts = tokenizer(
-            document.text, truncation=True, max_length=length, return_overflowing_tokens=True, padding="max_length", verbose=False
+            document.text,
+            truncation=True,
+            max_length=length,
+            return_overflowing_tokens=True,
+            padding="max_length",
+            verbose=False,
         )
         for at, (ids, mask) in enumerate(zip(parts["input_ids"][:most], parts["attention_mask"][:most], strict=True)):
             if at and sum(mask) < LEAST_SHARE * length:

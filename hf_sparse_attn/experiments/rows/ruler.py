@@ -1,8 +1,10 @@
-"""The synthetic tasks of RULER (Hsieh et al. 2024, arXiv:2404.06654) on a haystack of one's own, as questions with one right answer.
+"""The synthetic tasks of RULER (Hsieh et al. 2024, arXiv:2404.06654) on a haystack of one's own, as questions with one
+right answer.
 
-Retrieval of numbers hidden in a text, variables that are assigned to each other, the most common and the most frequent words of a list.
-Made anew from the paper's description, with made-up words and no other text than the windows. Where RULER takes several answers in any
-order, they are asked for in the order in which the text has them, so that an answer can be read token by token.
+Retrieval of numbers hidden in a text, variables that are assigned to each other, the most common and the most frequent
+words of a list. Made anew from the paper's description, with made-up words and no other text than the windows. Where
+RULER takes several answers in any order, they are asked for in the order in which the text has them, so that an answer
+can be read token by token.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 NEEDLES = 4  # of the tasks with several
 HOPS = 4  # of a chain of variables
 COMMON, MOST_FREQUENT = 10, 3  # words that are asked for
-COMMON_TIMES, RARE_SHARE = 30, 10  # a common word stands at most so many times in the list, and ten times as often as a rare one
+# a common word stands at most so many times in the list, and ten times as often as a rare one
+COMMON_TIMES, RARE_SHARE = 30, 10
 ZETA = 2.0  # exponent of the words' frequencies in "fwe"
 LEAST_HAYSTACK = 64  # tokens
 
@@ -64,12 +67,21 @@ def _niah(keys: int, values: int, queried: int) -> Callable[[np.random.Generator
     def make(rng: np.random.Generator) -> _Task:
         needles = [(key, _number(rng)) for key in _words(rng, keys) for _ in range(values)]
         needles = [needles[at] for at in rng.permutation(len(needles))]
-        wanted = {needles[at][0] for at in rng.permutation(len(needles))[:1]} if queried == 1 else {key for key, _ in needles}
+        wanted = (
+            {needles[at][0] for at in rng.permutation(len(needles))[:1]}
+            if queried == 1
+            else {key for key, _ in needles}
+        )
         needed = [(at, key, number) for at, (key, number) in enumerate(needles) if key in wanted]
         names = " and ".join(dict.fromkeys(key for _, key, _ in needed))
         which = f"numbers of {names}, in the order of the text, are" if len(needed) > 1 else f"number of {names} is"
         answer = " " + ", ".join(number for _, _, number in needed)
-        return _Task([_needle(key, number) for key, number in needles], f"\n\nIn the text above the {which}:", answer, needed[0][0])
+        return _Task(
+            [_needle(key, number) for key, number in needles],
+            f"\n\nIn the text above the {which}:",
+            answer,
+            needed[0][0],
+        )
 
     return make
 
@@ -134,12 +146,18 @@ def _question(window: Window, task: str, parts: Sequence[Tensor], answer: Tensor
 def _hidden(window: Window, tokens: Tokens, task: str, rng: np.random.Generator) -> Question:
     """The facts between the sentences of the window, in their order."""
     instance = TASKS[task](rng)
-    facts, question, answer = [tokens(f"\n{fact}\n") for fact in instance.facts], tokens(instance.question), tokens(instance.answer)
+    facts, question, answer = (
+        [tokens(f"\n{fact}\n") for fact in instance.facts],
+        tokens(instance.question),
+        tokens(instance.answer),
+    )
     taken = sum(map(len, (*facts, question, answer)))
     room = window.ids.shape[1] - taken
     if room < LEAST_HAYSTACK:
         least = taken + LEAST_HAYSTACK
-        raise SourceError(f"window {window.document!r} of {window.ids.shape[1]} tokens is too short for {task}: give at least {least}")
+        raise SourceError(
+            f"window {window.document!r} of {window.ids.shape[1]} tokens is too short for {task}: give at least {least}"
+        )
     text = window.ids[0, :room]
     stops = torch.isin(text[:-1], torch.cat([tokens(stop) for stop in (".", ".\n", "\n", "\n\n")])).nonzero()[:, 0] + 1
     places = stops.numpy() if len(stops) >= len(facts) else np.arange(1, room)
@@ -170,7 +188,9 @@ def _listed(window: Window, tokens: Tokens, task: str, rng: np.random.Generator)
         return sum(map(len, of(count))) > length
 
     if over(least):
-        raise SourceError(f"window {window.document!r} of {length} tokens is too short for {task}, a list of at least {least} words")
+        raise SourceError(
+            f"window {window.document!r} of {length} tokens is too short for {task}, a list of at least {least} words"
+        )
     body, question, answer = of(bisect_left(range(length), True, lo=least, key=over) - 1)
     left = length - len(body) - len(question) - len(answer)
     return _question(window, task, [window.ids[0, :left], body, question], answer, left)

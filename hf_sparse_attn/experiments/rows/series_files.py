@@ -1,4 +1,6 @@
-"""CSV and Parquet files, plain, compressed or in a zip -> tables of pandas whose time stamps and names are as they stand."""
+"""CSV and Parquet files, plain, compressed or in a zip -> tables of pandas whose time stamps and names are as they
+stand.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def read_tables(source: str, names: Sequence[str]) -> list[tuple[str, str, pd.Da
     pattern, _, member = source.partition("::")
     paths = package_files(pattern) if pattern.startswith(("pypi:", "deb:")) else local_files(pattern)
     if not paths:
-        raise SourceError(f"source {source!r}: no such file; series are read from CSV or Parquet files, or FILE.zip::MEMBER")
+        raise SourceError(
+            f"source {source!r}: no such file; series are read from CSV or Parquet files, or FILE.zip::MEMBER"
+        )
     return [_table(path, member, names) for path in paths]
 
 
@@ -82,7 +86,9 @@ def _csv(shown: str, raw: bytes, kind: str, names: Sequence[str]) -> pd.DataFram
     if twice := [name for name in header if name and header.count(name) > 1]:
         raise SourceError(f"{shown} has {header.count(twice[0])} columns {twice[0]!r}: name them apart")
     if header and all(_is_number(name) for name in header):
-        raise SourceError(f"{shown} has no line of column names, it starts with {', '.join(header[:5])}: put one before it")
+        raise SourceError(
+            f"{shown} has no line of column names, it starts with {', '.join(header[:5])}: put one before it"
+        )
     columns = [name or f"Unnamed: {at}" for at, name in enumerate(header)]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", pd.errors.ParserWarning)
@@ -97,7 +103,9 @@ def _csv(shown: str, raw: bytes, kind: str, names: Sequence[str]) -> pd.DataFram
             low_memory=False,
         )
     if caught:  # fields that the header has no name for are left out
-        raise SourceError(f"{shown}: its rows have more fields than the {len(header)} of its header: name them all, or leave them out")
+        raise SourceError(
+            f"{shown}: its rows have more fields than the {len(header)} of its header: name them all, or leave them out"
+        )
     return table if separator == "," else _with_comma(table, names)
 
 

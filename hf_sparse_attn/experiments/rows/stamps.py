@@ -17,7 +17,9 @@ from ...data.sources import SourceError
 if TYPE_CHECKING:
     import pandas as pd
 
-FIX = "set series.time_format, such as '%d.%m.%Y %H:%M:%S' (strftime), or leave series.time out if the rows are in order"
+FIX = (
+    "set series.time_format, such as '%d.%m.%Y %H:%M:%S' (strftime), or leave series.time out if the rows are in order"
+)
 ZONE = r"(?:\s*(?P<zone>Z|UTC|GMT|[+-]\d{2}(?::?\d{2})?))?"
 SECONDS = r"(?::(?P<second>\d{2})(?:[.,](?P<fraction>\d{1,9}))?)?"
 CLOCK = rf"(?:[T ,:]\s*(?P<hour>\d{{1,2}})(?::(?P<minute>\d{{2}}){SECONDS})?(?:\s*(?P<half>[AP])\.?M\.?)?)?"
@@ -29,9 +31,12 @@ MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", 
 WEEKDAY = re.compile(r"(?:mon|tue|wed|thu|fri|sat|sun)[a-z]*,?\s+", re.IGNORECASE)
 NAME = rf"(?P<name>{'|'.join(MONTHS)})[a-z]*\.?"
 NAMED = (
-    re.compile(rf"(?P<day>\d{{1,2}})[ /-]+{NAME}[ ,/-]+(?P<year>\d{{4}})(?P<rest>\D.*)?", re.IGNORECASE),  # 5 Jan 2024 10:00
-    re.compile(rf"{NAME}\s+(?P<day>\d{{1,2}}),?\s+(?P<year>\d{{4}})(?P<rest>\D.*)?", re.IGNORECASE),  # Jan 5, 2024 10:00
-    re.compile(rf"{NAME}\s+(?P<day>\d{{1,2}})(?P<rest> [\d:.]+)\s+(?P<year>\d{{4}})", re.IGNORECASE),  # Jan  5 10:00:00 2024
+    # 5 Jan 2024 10:00
+    re.compile(rf"(?P<day>\d{{1,2}})[ /-]+{NAME}[ ,/-]+(?P<year>\d{{4}})(?P<rest>\D.*)?", re.IGNORECASE),
+    # Jan 5, 2024 10:00
+    re.compile(rf"{NAME}\s+(?P<day>\d{{1,2}}),?\s+(?P<year>\d{{4}})(?P<rest>\D.*)?", re.IGNORECASE),
+    # Jan  5 10:00:00 2024
+    re.compile(rf"{NAME}\s+(?P<day>\d{{1,2}})(?P<rest> [\d:.]+)\s+(?P<year>\d{{4}})", re.IGNORECASE),
 )
 COMPACT = re.compile(r"(\d{4})-?(\d{2})-?(\d{2})T(\d{2})(\d{2})(\d{2})?((?:[.,]\d+)?)(.*)")
 WEEK = re.compile(r"(\d{4}-?W\d{2}(?:-?\d)?)(\D.*)?")
@@ -72,7 +77,9 @@ class TimeColumn:
         if numbers.isna().any() and texts.str.fullmatch(r"[+-]?\d+(,\d+)?").all():  # a comma before the fraction
             numbers = pd.to_numeric(texts.str.replace(",", "."))
         if numbers.notna().all():
-            if (padded := texts.str.fullmatch(r"0\d.*")).any() or texts.str.fullmatch(r"\d\d?[.,](18|19|20|21)\d\d").all():
+            if (padded := texts.str.fullmatch(r"0\d.*")).any() or texts.str.fullmatch(
+                r"\d\d?[.,](18|19|20|21)\d\d"
+            ).all():
                 self._refuse(padded | ~padded.any(), "may be a date or a time, or a number")
             return self._numbers(numbers)
         if numbers.notna().mean() > 0.5:
@@ -85,7 +92,9 @@ class TimeColumn:
         try:
             times = pd.to_datetime(texts, format=self.form, utc=True, errors="coerce")
         except (ValueError, TypeError) as error:
-            raise SourceError(f"series.time_format {self.form!r} is no format of time stamps: {error}; {FIX}") from error
+            raise SourceError(
+                f"series.time_format {self.form!r} is no format of time stamps: {error}; {FIX}"
+            ) from error
         if times.isna().any():
             self._refuse(times.isna(), f"is not written as series.time_format {self.form!r} says", "correct either")
         return times
@@ -115,7 +124,9 @@ class TimeColumn:
             self._refuse(unknown, "is no time stamp")
         if year_last.any():
             if not year_last.all():
-                self._refuse(year_last, f"is written in another way than {texts[~year_last].iloc[0]!r}", "write all in one")
+                self._refuse(
+                    year_last, f"is written in another way than {texts[~year_last].iloc[0]!r}", "write all in one"
+                )
             day, month = ("one", "two") if self._day_first(texts, parts) else ("two", "one")
             parts = parts.assign(year=parts["last"], month=parts[month], day=parts[day])
         zoned = parts["zone"].notna()
@@ -125,7 +136,10 @@ class TimeColumn:
         clock = self._hours(parts) + ":" + parts["minute"].fillna("00") + ":" + parts["second"].fillna("00")
         zone = parts["zone"].fillna("Z").str.upper().replace({"UTC": "Z", "GMT": "Z"})
         times = pd.to_datetime(
-            dates + "T" + clock + "." + parts["fraction"].fillna("0") + zone, format="ISO8601", utc=True, errors="coerce"
+            dates + "T" + clock + "." + parts["fraction"].fillna("0") + zone,
+            format="ISO8601",
+            utc=True,
+            errors="coerce",
         )
         if times.isna().any():
             self._refuse(times.isna(), "is no time stamp")
@@ -134,7 +148,9 @@ class TimeColumn:
     def _day_first(self, texts: pd.Series, parts: pd.DataFrame) -> bool:
         one, two = parts["one"].astype(int), parts["two"].astype(int)
         if (one > 12).any() and (two > 12).any():
-            self._refuse(two > 12, f"has the month first, and {texts[one > 12].iloc[0]!r} the day", "write all in one way")
+            self._refuse(
+                two > 12, f"has the month first, and {texts[one > 12].iloc[0]!r} the day", "write all in one way"
+            )
         if not (one > 12).any() and not (two > 12).any() and (one != two).any():
             self._refuse(one != two, "may have the day or the month first: no stamp tells which")
         return bool((one > 12).any())

@@ -1,4 +1,6 @@
-"""Tables of numbers over time: one normalised array for each machine, cut into a part that trains and what follows it."""
+"""Tables of numbers over time: one normalised array for each machine, cut into a part that trains and what
+follows it.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MOST_MISSING = 0.2  # share of a channel that may be filled with the value before
-MOST_REPEATED = 0.01  # share of a machine's rows that may have the stamp of another, as an hour of local time does in autumn
+# share of a machine's rows that may have the stamp of another, as an hour of local time does in autumn
+MOST_REPEATED = 0.01
 
 
 @dataclass(frozen=True)
 class Series:
-    """The steps of one machine: ``values`` float32 [steps, channels], normalised by mean and deviation of what trains."""
+    """The steps of one machine: ``values`` float32 [steps, channels], normalised by mean and deviation of
+    what trains.
+    """
 
     machine: str
     values: Tensor
@@ -57,7 +62,13 @@ class SeriesTable:
         """What a run records of its data."""
         steps = {s.machine: len(s.values) for s in self.series}
         numbers = {"mean": self.mean, "deviation": self.deviation, "filled": self.filled}
-        return {"steps": steps, "channels": self.channels, **numbers, "reordered": self.reordered, "repeated": self.repeated}
+        return {
+            "steps": steps,
+            "channels": self.channels,
+            **numbers,
+            "reordered": self.reordered,
+            "repeated": self.repeated,
+        }
 
 
 def read_series(
@@ -68,16 +79,22 @@ def read_series(
     channels: Sequence[str],
     time_format: str | None = None,
 ) -> SeriesTable:
-    """The series of ``sources``: CSV or Parquet files, or ``FILE.zip::MEMBER``, of which the first ``split`` of each machine's steps train.
+    """The series of ``sources``: CSV or Parquet files, or ``FILE.zip::MEMBER``, of which the first ``split`` of each
+    machine's steps train.
 
-    Missing numbers get the value before them (the first ones the value after). Rows are sorted by the column ``time``, written as
-    ``time_format`` says (`stamps.TimeColumn`); of rows with one time stamp the first is kept.
+    Missing numbers get the value before them (the first ones the value after). Rows are sorted by the column ``time``,
+    written as ``time_format`` says (`stamps.TimeColumn`); of rows with one time stamp the first is kept.
 
     Raises:
-        SourceError: a file cannot be read, lacks a column, holds no numbers, too few of them, or the same number throughout; a time stamp
-            is none or ambiguous; more than ``MOST_REPEATED`` of a machine's rows have the stamp of another row, but other numbers.
+        SourceError: a file cannot be read, lacks a column, holds no numbers, too few of them, or the same number
+            throughout; a time stamp is none or ambiguous; more than ``MOST_REPEATED`` of a machine's rows have the
+            stamp of another row, but other numbers.
     """
-    tables = [entry for source in sources for entry in read_tables(source, [name for name in (time, machine) if name is not None])]
+    tables = [
+        entry
+        for source in sources
+        for entry in read_tables(source, [name for name in (time, machine) if name is not None])
+    ]
     names = list(channels) or [name for name in tables[0][2].columns if name not in (time, machine)]
     tables = [(path, stem, _numeric(path, table, names)) for path, stem, table in tables]
     parts, reordered, repeated = _machines(tables, time, machine, time_format)
@@ -87,7 +104,9 @@ def read_series(
     mean, deviation = known.mean(0), known.std(0)
     flat = [channel for channel, wide in zip(names, deviation, strict=True) if not wide > 0]
     if flat:
-        raise SourceError(f"channel {flat[0]!r} holds the same number throughout what trains: leave it out with series.channels")
+        raise SourceError(
+            f"channel {flat[0]!r} holds the same number throughout what trains: leave it out with series.channels"
+        )
     series = [
         Series(name, torch.from_numpy(((values - mean) / deviation).astype(np.float32)), cut)
         for (name, values), cut in zip(filled, cuts, strict=True)
@@ -95,7 +114,9 @@ def read_series(
     return SeriesTable(series, names, mean.tolist(), deviation.tolist(), missing, reordered, repeated)
 
 
-def _complete(parts: Sequence[tuple[str, pd.DataFrame]], names: Sequence[str]) -> tuple[list[tuple[str, NDArray[np.float64]]], list[float]]:
+def _complete(
+    parts: Sequence[tuple[str, pd.DataFrame]], names: Sequence[str]
+) -> tuple[list[tuple[str, NDArray[np.float64]]], list[float]]:
     """(machine, numbers [steps, channels], none of them missing) of each machine; share of each channel that was."""
     arrays, missing = [], np.zeros(len(names))
     for name, table in parts:
@@ -105,18 +126,26 @@ def _complete(parts: Sequence[tuple[str, pd.DataFrame]], names: Sequence[str]) -
     total = sum(len(values) for _, values in arrays)
     for channel, share in zip(names, missing / total, strict=True):
         if share > MOST_MISSING:
-            raise SourceError(f"channel {channel!r} lacks {share:.0%} of its {total} numbers, at most {MOST_MISSING:.0%}: leave it out")
+            raise SourceError(
+                f"channel {channel!r} lacks {share:.0%} of its {total} numbers, at most {MOST_MISSING:.0%}: leave it "
+                "out"
+            )
     filled = [(name, _filled(values)) for name, values in arrays]
     for name, values in filled:
         if np.isnan(values).any():
-            raise SourceError(f"{name} holds no number at all in channel {names[int(np.isnan(values).any(0).argmax())]!r}: leave one out")
+            raise SourceError(
+                f"{name} holds no number at all in channel {names[int(np.isnan(values).any(0).argmax())]!r}: leave "
+                "one out"
+            )
     return filled, (missing / total).tolist()
 
 
 def _machines(
     tables: Sequence[tuple[str, str, pd.DataFrame]], time: str | None, machine: str | None, time_format: str | None
 ) -> tuple[list[tuple[str, pd.DataFrame]], int, int]:
-    """(name, table in the order of time) of each machine, without a column that names it of each file; rows moved; rows dropped."""
+    """(name, table in the order of time) of each machine, without a column that names it of each file; rows moved;
+    rows dropped.
+    """
     import pandas as pd  # heavy, and needed for series only
 
     if time is not None:
@@ -129,7 +158,9 @@ def _machines(
             continue
         lacking = table[machine].isna() | (table[machine].astype(object) == "")
         if lacking.any():
-            raise SourceError(f"{path}: {lacking.sum()} rows name no machine in column {machine!r}: fill it, or leave them out")
+            raise SourceError(
+                f"{path}: {lacking.sum()} rows name no machine in column {machine!r}: fill it, or leave them out"
+            )
         for name, part in table.groupby(table[machine].astype(str)):
             parts.setdefault((0, str(name)), []).append(part)
     whole = [(name, pd.concat(stamps, ignore_index=True)) for (_, name), stamps in parts.items()]
@@ -144,7 +175,10 @@ def _machines(
     reordered, repeated = sum(moved for _, moved, _ in ordered), sum(dropped for *_, dropped in ordered)
     if reordered or repeated:
         logger.warning(
-            "%d rows were put into the order of column %r, and %d that had the time stamp of another row dropped", reordered, time, repeated
+            "%d rows were put into the order of column %r, and %d that had the time stamp of another row dropped",
+            reordered,
+            time,
+            repeated,
         )
     return [(name, table) for (name, _), (table, *_) in zip(whole, ordered, strict=True)], reordered, repeated
 
@@ -157,7 +191,8 @@ def _ordered(where: str, table: pd.DataFrame, time: str) -> tuple[pd.DataFrame, 
     other = int((again & ~ordered.duplicated()).sum())
     if other > MOST_REPEATED * len(ordered):
         raise SourceError(
-            f"{where}: {other} of {len(ordered)} rows have the time stamp of another row in column {time!r}, but other numbers: name a finer "
+            f"{where}: {other} of {len(ordered)} rows have the time stamp of another row in column {time!r}, but "
+            "other numbers: name a finer "
             "column in series.time, one of machines in series.machine, or no series.time if the rows are in order"
         )
     return ordered[~again], moved, int(again.sum())
@@ -176,7 +211,8 @@ def _numeric(path: str, table: pd.DataFrame, names: Sequence[str]) -> pd.DataFra
             at = int(wrong.to_numpy().argmax())
             held = str(table[name].iloc[at])
             raise SourceError(
-                f"{path}, row {at}: channel {name!r} holds {held!r}, not numbers: name others in series.channels, or repair it"
+                f"{path}, row {at}: channel {name!r} holds {held!r}, not numbers: name others in series.channels, or "
+                "repair it"
             )
         columns[name] = values
     return table.assign(**columns)
@@ -210,7 +246,8 @@ class SeriesRows:
         if not self.series:
             longest = max(s.trained for s in table.series)
             raise SourceError(
-                f"a row needs {need} steps ({context} + {horizon}), the longest training part has {longest}: shorten the context"
+                f"a row needs {need} steps ({context} + {horizon}), the longest training part has {longest}: shorten "
+                "the context"
             )
         generator = np.random.default_rng(seed)
         room = np.array([s.trained - need + 1 for s in self.series])
@@ -236,7 +273,8 @@ def evaluation_rows(table: SeriesTable, context: int, horizon: int, count: int) 
     if not usable:
         longest = max(len(s.values) - s.trained for s in table.series)
         raise SourceError(
-            f"a window needs {need} steps ({context} + {horizon}), the longest evaluation part has {longest}: lower data.split"
+            f"a window needs {need} steps ({context} + {horizon}), the longest evaluation part has {longest}: lower "
+            "data.split"
         )
     rows = []
     for at in range(count):

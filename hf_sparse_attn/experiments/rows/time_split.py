@@ -27,7 +27,10 @@ def split_texts(sources: Sequence[str], share: float, folder: Path) -> tuple[lis
     train, rest = [], []
     for at, file in enumerate(source_files(sources)):
         if file.format != "text":
-            raise SourceError(f"{file.path} is {file.format}: only plain texts and logs can be split; name data.eval instead of data.split")
+            raise SourceError(
+                f"{file.path} is {file.format}: only plain texts and logs can be split; name data.eval instead of "
+                "data.split"
+            )
         name = Path(file.path).name
         for compression in (".gz", ".zst"):
             name = name.removesuffix(compression)
@@ -65,5 +68,6 @@ def _copy(file: SourceFile, share: float, first: Path, second: Path) -> None:
     write_atomically(first, lambda train: write_atomically(second, lambda rest: write(train, rest)))
     if cut < 0 or not taken:
         raise SourceError(
-            f"{file.path} has no line end behind {share:.0%} of its {size} bytes, so nothing is left to evaluate: lower data.split"
+            f"{file.path} has no line end behind {share:.0%} of its {size} bytes, so nothing is left to evaluate: "
+            "lower data.split"
         )

@@ -22,7 +22,9 @@ Row = dict[str, Any]  # what one question gave under one selection
 
 @torch.no_grad()
 def read_answer(model: PreTrainedModel, question: Question, call: SparseCall) -> tuple[float, list[int]]:
-    """(mean negative log-likelihood in nats of the answer's tokens, the tokens that are the most likely ones in their places)."""
+    """(mean negative log-likelihood in nats of the answer's tokens, the tokens that are the most likely ones in their
+    places).
+    """
     ids = question.input_ids[None].to(model.device)
     at = (question.labels >= 0).nonzero()[:, 0]
     hidden = model.base_model(ids, use_cache=False, sparse_call=call).last_hidden_state[0, at - 1]
@@ -42,7 +44,8 @@ def evaluate_answers(
 ) -> list[Row]:
     """Every question densely and under every selection at every budget (keys): one row each.
 
-    Rows in ``done``, those of an earlier call that was stopped, are not read again; ``on_row`` is called after each new one.
+    Rows in ``done``, those of an earlier call that was stopped, are not read again; ``on_row`` is called after each new
+    one.
     """
     have = {_key(row): row for row in done}
     rows: list[Row] = []
@@ -71,11 +74,12 @@ def _key(row: Row) -> tuple[Any, ...]:
 
 
 def answer_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Means over questions by task, length, budget and selection, with their number and the standard error of the accuracy.
+    """Means over questions by task, length, budget and selection, with their number and the standard error of the
+    accuracy.
 
-    ``accuracy`` is the share of right tokens, ``exact`` that of answers whose tokens are all right, which is what greedy decoding
-    would give. ``below_dense`` is how much less of them than dense attention, ``loss_above_dense`` (nats a token of the answer) how much
-    more log-loss; both with a 95 % interval over resampled questions, paired.
+    ``accuracy`` is the share of right tokens, ``exact`` that of answers whose tokens are all right, which is what
+    greedy decoding would give. ``below_dense`` is how much less of them than dense attention, ``loss_above_dense``
+    (nats a token of the answer) how much more log-loss; both with a 95 % interval over resampled questions, paired.
     """
     cells: dict[tuple[str, int, int | None, str], list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -87,7 +91,10 @@ def answer_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for cell, score in scores.items():
         task, length, keys, selection = cell
         dense = (task, length, None, "dense")
-        means = {"loss": float(losses[cell].mean()), **{name: score[name] for name in ("accuracy", "accuracy_error", "exact")}}
+        means = {
+            "loss": float(losses[cell].mean()),
+            **{name: score[name] for name in ("accuracy", "accuracy_error", "exact")},
+        }
         below, above = loss_above(exact[dense], exact[cell]), loss_above(losses[cell], losses[dense])
         named = {"task": task, "length": length, "keys": keys, "selection": selection, "n": score["n"]}
         table.append({**named, **means, "below_dense": below, "loss_above_dense": above})

@@ -1,4 +1,6 @@
-"""Ways to share out one average number of keys over tiles, KV heads and layers, fitted on other text than they are measured on."""
+"""Ways to share out one average number of keys over tiles, KV heads and layers, fitted on other text than they are
+measured on.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def oracle_candidates(router: SparseRouter, inputs: RoutingInputs, query_tile: i
     """Every eligible block with its dense softmax mass."""
     plan = make_plan(router.config, inputs.grid(query_tile, router.config.block_size), inputs.q.device)
     tiles = torch.arange(plan.grid.tiles, device=inputs.q.device, dtype=torch.int64)
-    mass = torch.cat([block_mass(inputs.q, inputs.k, plan.grid, part, inputs.scale) for part in tiles.split(ORACLE_TILES)], 2)
+    mass = torch.cat(
+        [block_mass(inputs.q, inputs.k, plan.grid, part, inputs.scale) for part in tiles.split(ORACLE_TILES)], 2
+    )
     indices = plan.grid.visible_blocks(tiles.device).expand(mass.shape)
     order = indices.clamp(min=0).long()
     every = BlockSelection(indices.contiguous(), plan.grid, mass.gather(-1, order).masked_fill(indices < 0, torch.nan))
@@ -54,7 +58,9 @@ class ByHead:
     def __call__(self, router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection:
         scored = candidates(router, inputs, query_tile)
         forced = ((scored.every.indices >= 0) & ~scored.free).sum(-1)
-        blocks = (self.keys[router.layer] / scored.every.grid.block_size).round().long().to(forced.device)[:, None] - forced
+        blocks = (self.keys[router.layer] / scored.every.grid.block_size).round().long().to(forced.device)[
+            :, None
+        ] - forced
         return scored.keep(scored.free & (ranks(scored.mass) < blocks[..., None]))
 
 
@@ -74,7 +80,9 @@ class Allocations:
     Tiles count from content position ``first`` on. ``fits`` says what was found.
     """
 
-    def __init__(self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]], budgets: Sequence[int], first: int = 0) -> None:
+    def __init__(
+        self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]], budgets: Sequence[int], first: int = 0
+    ) -> None:
         todo = list(batches)
         self.fits: list[dict[str, Any]] = []
         selectors: dict[str, dict[int, Selector]] = {name: {} for name in FITTED}
@@ -111,21 +119,28 @@ class Allocations:
         return rows
 
 
-def fitted_selectors(config: SparseAttentionConfig, names: Sequence[str], budgets: Sequence[int]) -> dict[str, Selector]:
-    """Those of the `FITTED` selections ``names`` that a model with this config can show without a fit: its own threshold.
+def fitted_selectors(
+    config: SparseAttentionConfig, names: Sequence[str], budgets: Sequence[int]
+) -> dict[str, Selector]:
+    """Those of the `FITTED` selections ``names`` that a model with this config can show without a fit: its own
+    threshold.
 
     Raises:
         ValueError: another one is named, or the model has no threshold that was fitted for the ``budgets``.
     """
     wanted = [name for name in names if name in FITTED]
     if set(wanted) - {THRESHOLD}:
-        raise ValueError(f"{', '.join(map(repr, wanted))} must be fitted first: name them in quality.selections of a recipe")
+        raise ValueError(
+            f"{', '.join(map(repr, wanted))} must be fitted first: name them in quality.selections of a recipe"
+        )
     if not wanted:
         return {}
     if config.mass_threshold is None or config.min_keys != config.max_keys or set(budgets) != {config.min_keys}:
         raise ValueError(
-            f"{THRESHOLD!r} shows the model's own mass_threshold at the fixed budget that it was fitted for, but mass_threshold is "
-            f"{config.mass_threshold}, min_keys {config.min_keys}, max_keys {config.max_keys} and the budgets are {list(budgets)}: "
+            f"{THRESHOLD!r} shows the model's own mass_threshold at the fixed budget that it was fitted for, but "
+            "mass_threshold is "
+            f"{config.mass_threshold}, min_keys {config.min_keys}, max_keys {config.max_keys} and the budgets are "
+            f"{list(budgets)}: "
             "fit one with hf_sparse_attn.fit_mass_threshold(model, batches, keys=…)"
         )
     return {THRESHOLD: AtThreshold(config.mass_threshold)}

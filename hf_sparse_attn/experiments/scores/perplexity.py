@@ -18,8 +18,8 @@ def comparison(after: Windows, before: Windows | None = None, reference: Windows
     """One row per length, budget and selection of ``after``: mean log-losses in nats a token and their perplexities.
 
     ``over_reference`` is the perplexity after the joint stage over that of ``reference`` (dense LoRA, read densely),
-    with a 95 % interval over resampled windows; only windows that both have. ``decode_over_reference`` is the same of the
-    tokens that were fed through the cache, where no query knows what later ones of its tile select.
+    with a 95 % interval over resampled windows; only windows that both have. ``decode_over_reference`` is the same of
+    the tokens that were fed through the cache, where no query knows what later ones of its tile select.
     """
     dense = {(w["length"], w["document"]): w for w in reference or ()}
     old = {(_key(w), w["document"]): w["prefill"] for w in before or ()}
@@ -38,7 +38,9 @@ def _order(cell: tuple[Key, Any]) -> tuple[int, int]:
     return length, keys or 0
 
 
-def _row(key: Key, windows: Windows, old: Mapping[Any, float], dense: Mapping[Any, Mapping[str, Any]]) -> dict[str, Any]:
+def _row(
+    key: Key, windows: Windows, old: Mapping[Any, float], dense: Mapping[Any, Mapping[str, Any]]
+) -> dict[str, Any]:
     length, keys, selection = key
     after = _mean(w["prefill"] for w in windows)
     row: dict[str, Any] = {"length": length, "keys": keys, "selection": selection, "n": len(windows)}

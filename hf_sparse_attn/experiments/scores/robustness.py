@@ -16,7 +16,8 @@ Readings = Sequence[Mapping[str, Any]]  # of Reading.to_dict, with "domain", "le
 def robustness_table(readings: Readings) -> list[dict[str, Any]]:
     """One row per domain, length and selection: mean KL from dense attention and log-loss, in nats a token.
 
-    ``share`` is how far the KL comes from window + sink (0) to the oracle (1), with a 95 % interval over resampled windows, paired.
+    ``share`` is how far the KL comes from window + sink (0) to the oracle (1), with a 95 % interval over resampled
+    windows, paired.
 
     Raises:
         ValueError: a domain and length lack the oracle or window + sink on some window.
@@ -30,9 +31,12 @@ def robustness_table(readings: Readings) -> list[dict[str, Any]]:
         bounds = by_selection.get(LOWER, {}), by_selection.get(UPPER, {})
         for selection, cell_rows in by_selection.items():
             if any(document not in bound for document in cell_rows for bound in bounds):
-                raise ValueError(f"{domain}, {length} tokens: {selection!r} has windows that {LOWER!r} or {UPPER!r} lacks")
+                raise ValueError(
+                    f"{domain}, {length} tokens: {selection!r} has windows that {LOWER!r} or {UPPER!r} lacks"
+                )
             lower, mine, upper = (
-                np.array([source[document]["kl"] for document in cell_rows]) for source in (bounds[0], cell_rows, bounds[1])
+                np.array([source[document]["kl"] for document in cell_rows])
+                for source in (bounds[0], cell_rows, bounds[1])
             )
             loss = float(np.mean([reading["loss"] for reading in cell_rows.values()]))
             row = {"domain": domain, "length": length, "keys": keys, "selection": selection, "n": len(cell_rows)}

@@ -23,14 +23,22 @@ Scores = list[dict[str, Any]]
 
 @torch.no_grad()
 def evaluate_rows(
-    model: PreTrainedModel, rows: Sequence[tuple[str, Row]], score: Score, budgets: Sequence[int], selectors: Mapping[str, Selector]
+    model: PreTrainedModel,
+    rows: Sequence[tuple[str, Row]],
+    score: Score,
+    budgets: Sequence[int],
+    selectors: Mapping[str, Selector],
 ) -> Scores:
-    """``score`` of every named row (inputs without the batch dimension), dense and under every selector at every budget (keys)."""
+    """``score`` of every named row (inputs without the batch dimension), dense and under every selector at every budget
+    (keys).
+    """
     scores: Scores = []
 
     def add(name: str, row: Row, keys: int | None, selection: str, call: SparseCall) -> None:
         batch = {key: value[None].to(model.device) for key, value in row.items()}
-        scores.append({"row": name, "keys": keys, "selection": selection, **score(model(**batch, sparse_call=call), batch)})
+        scores.append(
+            {"row": name, "keys": keys, "selection": selection, **score(model(**batch, sparse_call=call), batch)}
+        )
 
     with bar(True) as shown:
         task = shown.add_task("evaluating", total=len(rows), info="")
@@ -62,7 +70,9 @@ def class_score(output: Any, row: Row) -> dict[str, Any]:
 
 
 def forecast_table(scores: Scores, reference: Scores | None = None) -> list[dict[str, Any]]:
-    """Means by budget and selection; ``over_reference``: mean squared error over that of dense fine-tuning, 95 % paired interval."""
+    """Means by budget and selection; ``over_reference``:
+    mean squared error over that of dense fine-tuning, 95 % paired interval.
+    """
     yardstick = {s["row"]: s["mse"] for s in reference or ()}
     table = []
     for (keys, selection), cell_scores in _cells(scores).items():
@@ -77,7 +87,11 @@ def forecast_table(scores: Scores, reference: Scores | None = None) -> list[dict
             pairs = np.array([(s["mse"], yardstick[s["row"]]) for s in cell_scores])
             picked = pairs[np.random.default_rng(0).integers(0, len(pairs), (RESAMPLES, len(pairs)))].mean(1)
             low, high = np.quantile(picked[:, 0] / picked[:, 1], [0.025, 0.975])
-            row["over_reference"] = {"ratio": float(pairs[:, 0].mean() / pairs[:, 1].mean()), "low": float(low), "high": float(high)}
+            row["over_reference"] = {
+                "ratio": float(pairs[:, 0].mean() / pairs[:, 1].mean()),
+                "low": float(low),
+                "high": float(high),
+            }
         table.append(row)
     return table
 

@@ -39,9 +39,13 @@ class AblationRun(LanguageRun):
     def steps(self) -> list[Step]:
         settings = self.recipe.ablate
         if len(self.recipe.quality) != 1 or len(self.recipe.quality[0].budgets) != 1:
-            raise RecipeError("an ablation has one entry of quality with one budget: quality[0].length, windows, budgets")
+            raise RecipeError(
+                "an ablation has one entry of quality with one budget: quality[0].length, windows, budgets"
+            )
         if settings["seeds"] < 1 or settings["repeats"] < 1:
-            raise RecipeError(f"ablate.seeds is {settings['seeds']} and ablate.repeats {settings['repeats']}: must be >= 1")
+            raise RecipeError(
+                f"ablate.seeds is {settings['seeds']} and ablate.repeats {settings['repeats']}: must be >= 1"
+            )
         self.levels = levels(settings["factors"], full=settings["full"])
         self._dense: list[Tensor] = []
         joint = bool(self.recipe.lora["steps"]) and (not settings["factors"] or JOINT_KL in settings["factors"])
@@ -55,11 +59,19 @@ class AblationRun(LanguageRun):
         ]
 
     def finish(self, results: dict[str, Any]) -> None:
-        read = [*(results[level.slug]["readings"] for level in (DEFAULT, *self.levels)), results.get("joint", {}).get("readings", [])]
+        read = [
+            *(results[level.slug]["readings"] for level in (DEFAULT, *self.levels)),
+            results.get("joint", {}).get("readings", []),
+        ]
         head_dim = results["cost"]["head_dim"]
-        defaults = {factor: default_of(factor, self._config(DEFAULT), head_dim) for factor in {level.factor for level in self.levels}}
+        defaults = {
+            factor: default_of(factor, self._config(DEFAULT), head_dim)
+            for factor in {level.factor for level in self.levels}
+        }
         defaults[JOINT_KL] = f"weight {self.recipe.adaptation.kl_weight}"
-        results["table"] = ablation_table([r for readings in read for r in readings], results["cost"]["levels"], defaults)
+        results["table"] = ablation_table(
+            [r for readings in read for r in readings], results["cost"]["levels"], defaults
+        )
         write_ablation_report(self.folder / "report.html", results)
 
     def _config(self, level: Level) -> SparseAttentionConfig:
@@ -68,7 +80,8 @@ class AblationRun(LanguageRun):
 
     def _untrained(self, level: Level) -> PreTrainedModel:
         sparse = self._config(level)
-        return AutoModelForCausalLM.from_pretrained(self.state / "base", sparse_attention=sparse, dtype=self.dtype).eval()  # type: ignore[no-any-return]
+        model = AutoModelForCausalLM.from_pretrained(self.state / "base", sparse_attention=sparse, dtype=self.dtype)
+        return model.eval()  # type: ignore[no-any-return]
 
     def _of_level(self, level: Level, seed: int) -> PreTrainedModel:
         """The model at a level, with routers that were trained for it."""
@@ -90,7 +103,9 @@ class AblationRun(LanguageRun):
         model = self._untrained(level)
         config = replace(self.recipe.distillation, seed=self.recipe.seed + seed)
         report = distill(model, batches(windows), config, checkpoint=self.state / f"{level.slug}-{seed}.pt")
-        write_atomically(self.state / f"{level.slug}-{seed}.safetensors", lambda path: save_file(router_state(model), path))
+        write_atomically(
+            self.state / f"{level.slug}-{seed}.safetensors", lambda path: save_file(router_state(model), path)
+        )
         return {"documents": [window.document for window in windows], "log": report.log}
 
     def _windows(self) -> list[Window]:
@@ -124,7 +139,10 @@ class AblationRun(LanguageRun):
         if level.selection in SELECTIONS_OF_STAGES:
             return make_selectors([level.selection])[level.selection]
         fit = self._load("fit")
-        kept = {int(layer): torch.tensor(keys, dtype=torch.float64, device="cpu") for layer, keys in fit["kept_by_layer_and_head"].items()}
+        kept = {
+            int(layer): torch.tensor(keys, dtype=torch.float64, device="cpu")
+            for layer, keys in fit["kept_by_layer_and_head"].items()
+        }
         fitted: dict[str, Selector] = {
             THRESHOLD: AtThreshold(fit["threshold"]),
             BY_HEAD: ByHead(kept),
@@ -134,7 +152,9 @@ class AblationRun(LanguageRun):
     def _fit(self) -> dict[str, Any]:
         """What the budgets that vary are fitted to, with the routers of the first seed on text that is not measured."""
         entry = self.recipe.quality[0]
-        return Allocations(self._distilled(), batches(self._fit_windows(entry)), entry.budgets, entry.length // 2).fits[0]
+        return Allocations(self._distilled(), batches(self._fit_windows(entry)), entry.budgets, entry.length // 2).fits[
+            0
+        ]
 
     def _joint(self) -> dict[str, Any]:
         """The joint stage with the routers' KL and without it, each against its own dense reading."""
@@ -151,7 +171,11 @@ class AblationRun(LanguageRun):
         for level in (DEFAULT, *self.levels):
             model = self._of_level(level, 0)
             layer_routers = routers(model)
-            middle, layers, head_dim = layer_routers[len(layer_routers) // 2], len(layer_routers), layer_routers[0].head_dim
+            middle, layers, head_dim = (
+                layer_routers[len(layer_routers) // 2],
+                len(layer_routers),
+                layer_routers[0].head_dim,
+            )
             if inputs is None:
                 inputs = capture(model, self._windows()[0].ids, middle.layer)
             share = len(middle.config.dense_layers) / layers

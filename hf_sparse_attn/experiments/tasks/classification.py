@@ -18,7 +18,8 @@ from ..rows.class_labels import LabelledWindow, classes_of, labelled_windows, re
 from ..scores.task_scores import Row, class_score, class_table, evaluate_rows
 from .selection_scores import TaskRun
 
-DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout")  # of attention weights, which sparse attention does not have
+# of attention weights, which sparse attention does not have
+DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout")
 MOST_WINDOWS = 4  # of a document: long ones must not outweigh the others
 
 
@@ -32,12 +33,16 @@ class ClassificationRun(TaskRun):
     def _convert(self) -> dict[str, Any]:
         source, gguf = local_model(self.recipe.model["source"])
         if gguf:
-            raise RecipeError(f"{self.recipe.model['source']} is a GGUF file: classification takes a checkpoint of Transformers")
+            raise RecipeError(
+                f"{self.recipe.model['source']} is a GGUF file: classification takes a checkpoint of Transformers"
+            )
         tokenizer = AutoTokenizer.from_pretrained(source)
         _, _, classes = self._documents
         names = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
         torch.manual_seed(self.recipe.seed)  # of the new head
-        model = AutoModelForSequenceClassification.from_pretrained(source, dtype=self.dtype, num_labels=len(classes), **names)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            source, dtype=self.dtype, num_labels=len(classes), **names
+        )
         before = model.config.max_position_embeddings
         model = extended_positions(model, self._one_length())
         for name in DROPOUTS:
@@ -94,7 +99,10 @@ class ClassificationRun(TaskRun):
         full = [w for w in self._windows[0] if bool(w.attention_mask.all())]
         count = self.recipe.distill["batches"]
         if len(full) < count:
-            raise RecipeError(f"distill.batches is {count}, but only {len(full)} windows that train are {self._one_length()} tokens long")
+            raise RecipeError(
+                f"distill.batches is {count}, but only {len(full)} windows that train are {self._one_length()} tokens "
+                "long"
+            )
         chosen = [full[i] for i in np.random.default_rng(self.recipe.seed).permutation(len(full))[:count]]
         return [{"input_ids": w.input_ids[None]} for w in chosen], [w.name for w in chosen]
 
@@ -108,7 +116,10 @@ class ClassificationRun(TaskRun):
         """Also what the model finds that reads no more than its base model could."""
         result, short = super()._evaluate(model), self._load("convert")["positions_before"]
         if short < self._one_length():
-            rows = [(name, {key: x[:short] if x.ndim else x for key, x in row.items()}) for name, row in self._evaluation_rows()]
+            rows = [
+                (name, {key: x[:short] if x.ndim else x for key, x in row.items()})
+                for name, row in self._evaluation_rows()
+            ]
             result["short_scores"] = evaluate_rows(model, rows, class_score, (), {})
             result["short"] = short
         return result
@@ -126,7 +137,10 @@ class ClassificationRun(TaskRun):
                 rows.append(_cells(f"{row['selection']}{', ' if title else ''}{title}", row))
         for row in class_table(results["evaluation"].get("short_scores", []), len(classes)):
             rows.append(_cells(f"dense, first {results['evaluation']['short']} tokens only", row))
-        known = f"Windows of at most {self._one_length()} tokens of documents that did not train; classes: {', '.join(classes)}."
+        known = (
+            f"Windows of at most {self._one_length()} tokens of documents that did not train; classes: "
+            f"{', '.join(classes)}."
+        )
         columns = ["selection", "keys", "n", "log-loss", "accuracy ± standard error", "macro F1"]
         return [{"title": "Classes", "note": known, "columns": columns, "rows": rows}]
 
@@ -138,7 +152,8 @@ def _cells(selection: str, row: dict[str, Any]) -> list[str]:
 
 
 def extended_positions(model: PreTrainedModel, length: int) -> PreTrainedModel:
-    """A BERT-like ``model`` with ``length`` positions: its learned ones over and over (Beltagy et al. 2020, Longformer, section 5).
+    """A BERT-like ``model`` with ``length`` positions: its learned ones over and over (Beltagy et al. 2020, Longformer,
+    section 5).
 
     Raises:
         RecipeError: it has fewer positions, and no table of them that could be continued.
@@ -149,7 +164,8 @@ def extended_positions(model: PreTrainedModel, length: int) -> PreTrainedModel:
     table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
     if not isinstance(table, nn.Embedding) or table.num_embeddings != known or table.padding_idx is not None:
         raise RecipeError(
-            f"{type(model).__name__} reads {known} tokens and has no table of learned positions to continue: lower the context"
+            f"{type(model).__name__} reads {known} tokens and has no table of learned positions to continue: lower "
+            "the context"
         )
     state = {
         name: value.repeat(-(-length // known), 1)[:length] if value is table.weight else value

@@ -81,7 +81,14 @@ class TrainingRun(Run):
     def _adapted(self, name: str, config: AdaptationConfig) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
         """(the distilled model with the trained LoRA merged, the training log); every process trains."""
         folder = self.state / name
-        _, log = adapt(self._distilled(), self._rows(), config, steps=self.recipe.lora["steps"], folder=folder, task_type=self.task_type)
+        _, log = adapt(
+            self._distilled(),
+            self._rows(),
+            config,
+            steps=self.recipe.lora["steps"],
+            folder=folder,
+            task_type=self.task_type,
+        )
         return load_adapter(self._distilled(), folder / "adapter").merge_and_unload().eval(), log
 
     def _adapted_densely(self) -> tuple[PreTrainedModel, list[dict[str, Any]]]:

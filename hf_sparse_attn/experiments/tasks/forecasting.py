@@ -31,7 +31,9 @@ class ForecastingRun(TaskRun):
         data, series = self.recipe.data, self.recipe.series
         if data["split"] is None:
             raise RecipeError("task forecasting cuts every series in time: set data.split and no data.eval")
-        return read_series(data["train"], data["split"], series["time"], series["machine"], series["channels"], series["time_format"])
+        return read_series(
+            data["train"], data["split"], series["time"], series["machine"], series["channels"], series["time_format"]
+        )
 
     @property
     def context(self) -> int:
@@ -52,14 +54,19 @@ class ForecastingRun(TaskRun):
 
     def _shape(self) -> dict[str, int]:
         series = self.recipe.series
-        shape = {"num_input_channels": len(self.table.channels), "context_length": self.context, "prediction_length": series["horizon"]}
+        shape = {
+            "num_input_channels": len(self.table.channels),
+            "context_length": self.context,
+            "prediction_length": series["horizon"],
+        }
         return {**shape, "patch_length": series["patch"], "patch_stride": series["patch"]}
 
     def _checked(self, model: PreTrainedModel) -> PreTrainedModel:
         for name, value in self._shape().items():
             if getattr(model.config, name) != value:
                 raise RecipeError(
-                    f"{self.recipe.model['source']} has {name} {getattr(model.config, name)}, the recipe and its data {value}"
+                    f"{self.recipe.model['source']} has {name} {getattr(model.config, name)}, the recipe and its data "
+                    f"{value}"
                 )
         return model
 
@@ -67,23 +74,33 @@ class ForecastingRun(TaskRun):
         """A new model, trained densely: there are no pretrained weights for other people's sensors."""
         settings = self.recipe.series["pretrain"]
         if settings.get("max_steps", 0) < 1:
-            raise RecipeError(f"model.source is {NEW}: series.pretrain.max_steps must say for how many steps it is trained")
+            raise RecipeError(
+                f"model.source is {NEW}: series.pretrain.max_steps must say for how many steps it is trained"
+            )
         torch.manual_seed(self.recipe.seed)
-        config = PatchTSTConfig(**{**self._shape(), "scaling": "std", "norm_type": "layernorm", **self.recipe.series["model"]})
+        config = PatchTSTConfig(
+            **{**self._shape(), "scaling": "std", "norm_type": "layernorm", **self.recipe.series["model"]}
+        )
         model: Any = PatchTSTForPrediction(config).to(dtype=self.dtype)  # type: ignore[call-arg]
-        trainer_arguments = {"output_dir": str(self.state / "pretrain"), "seed": self.recipe.seed, "dataloader_pin_memory": False}
+        trainer_arguments = {
+            "output_dir": str(self.state / "pretrain"),
+            "seed": self.recipe.seed,
+            "dataloader_pin_memory": False,
+        }
         arguments = TrainingArguments(**{**trainer_arguments, "report_to": [], "save_total_limit": 2, **settings})
         count = settings["max_steps"] * arguments.train_batch_size * arguments.gradient_accumulation_steps
         rows = SeriesRows(self.table, self.context, config.prediction_length, count, self.recipe.seed)
         trainer = Trainer(model, arguments, collate_rows, rows)
         checkpoint = last_checkpoint(self.state / "pretrain", below=settings["max_steps"])
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        return model.cpu(), [{"step": row["step"], "loss": row["loss"]} for row in trainer.state.log_history if "loss" in row]
+        return model.cpu(), [
+            {"step": row["step"], "loss": row["loss"]} for row in trainer.state.log_history if "loss" in row
+        ]
 
     def _base(self) -> PreTrainedModel:
         config = sparse_config(PatchTSTConfig.from_pretrained(self.state / "base"), self.recipe.sparse_attention)
-        model: Any = sparse_class(PatchTSTForPrediction).from_pretrained(self.state / "base", config=config, dtype=self.dtype)  # type: ignore[attr-defined]
-        return model.eval()  # type: ignore[no-any-return]
+        cls: Any = sparse_class(PatchTSTForPrediction)
+        return cls.from_pretrained(self.state / "base", config=config, dtype=self.dtype).eval()  # type: ignore[no-any-return]
 
     def _model(self) -> PreTrainedModel:
         return sparse_class(PatchTSTForPrediction).from_pretrained(self.folder / "model").eval()  # type: ignore[attr-defined, no-any-return]
@@ -94,7 +111,13 @@ class ForecastingRun(TaskRun):
         return SeriesRows(self.table, self.context, self.recipe.series["horizon"], count, self.recipe.seed + 1)
 
     def _distillation_batches(self) -> tuple[list[dict[str, Tensor]], list[str]]:
-        rows = SeriesRows(self.table, self.context, self.recipe.series["horizon"], self.recipe.distill["batches"], self.recipe.seed + 2)
+        rows = SeriesRows(
+            self.table,
+            self.context,
+            self.recipe.series["horizon"],
+            self.recipe.distill["batches"],
+            self.recipe.seed + 2,
+        )
         names = [f"{rows.series[which].machine}[{start}]" for which, start in rows.places]
         return [{"past_values": rows[i]["past_values"][None].to(self.dtype)} for i in range(len(rows))], names
 
@@ -102,7 +125,9 @@ class ForecastingRun(TaskRun):
         return evaluation_rows(self.table, self.context, self.recipe.series["horizon"], self.recipe.quality[0].windows)  # type: ignore[return-value]
 
     def _baselines(self) -> list[dict[str, Any]]:
-        """Forecasts that read nothing but the past of their own channel: the last value, and that of one period before."""
+        """Forecasts that read nothing but the past of their own channel:
+        the last value, and that of one period before.
+        """
         series, scores = self.recipe.series, []
         for name, row in self._evaluation_rows():
             past, horizon = row["past_values"], series["horizon"]
@@ -118,9 +143,15 @@ class ForecastingRun(TaskRun):
 
     def tables(self, results: dict[str, Any]) -> list[dict[str, Any]]:
         reference = results.get("reference", {}).get("scores")
-        before = {(r["keys"], r["selection"]): r for r in forecast_table(results["before"]["scores"])} if "before" in results else {}
+        before = (
+            {(r["keys"], r["selection"]): r for r in forecast_table(results["before"]["scores"])}
+            if "before" in results
+            else {}
+        )
         rows = []
-        for row in forecast_table(self._baselines(), reference) + forecast_table(results["evaluation"]["scores"], reference):
+        for row in forecast_table(self._baselines(), reference) + forecast_table(
+            results["evaluation"]["scores"], reference
+        ):
             over, old = row.get("over_reference"), before.get((row["keys"], row["selection"]))
             rows.append(
                 [

@@ -62,8 +62,10 @@ def check_read(keys: Iterable[str], task: str) -> None:
         sections = sorted(name for name in READS[task] if name.partition(".")[0] == section)
         others = [name for name, reads in READS.items() if key in reads]
         raise ValueError(
-            f"{key} is stated, but task {task!r} does not read it: remove it, or set task to one that reads it: {', '.join(others)}. "
-            f"{task} reads {', '.join(sections) if sections else f'nothing of {section}'}; all its keys: {', '.join(sorted(READS[task]))}"
+            f"{key} is stated, but task {task!r} does not read it: remove it, or set task to one that reads it: "
+            f"{', '.join(others)}. "
+            f"{task} reads {', '.join(sections) if sections else f'nothing of {section}'}; all its keys: "
+            f"{', '.join(sorted(READS[task]))}"
         )
 
 

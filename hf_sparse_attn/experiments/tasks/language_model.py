@@ -58,7 +58,10 @@ class LanguageRun(TrainingRun):
         """Base checkpoint -> ordinary checkpoint in the run's folder."""
         source, gguf = local_model(self.recipe.model["source"])
         parameters = write_checkpoint(source, gguf, self.state / "base", self.dtype)
-        return {"parameters": parameters, "license": self.recipe.model["license"] or model_licence(self.recipe.model["source"])}
+        return {
+            "parameters": parameters,
+            "license": self.recipe.model["license"] or model_licence(self.recipe.model["source"]),
+        }
 
     def _convert(self) -> dict[str, Any]:
         """The checkpoint, the parts of the texts, and what a step of the joint stage needs."""
@@ -68,7 +71,9 @@ class LanguageRun(TrainingRun):
         return {**checkpoint, **self._plan()}
 
     def _plan(self) -> dict[str, Any]:
-        """What a step of the joint stage will need here, by its plan; raises NotEnoughMemoryError if that is more than there is."""
+        """What a step of the joint stage will need here, by its plan;
+        raises NotEnoughMemoryError if that is more than there is.
+        """
         settings, adaptation = self.recipe.lora, self.recipe.adaptation
         if not settings["steps"] or self.processes.num_processes > 1:  # what several processes shard is not planned
             return {}
@@ -76,7 +81,11 @@ class LanguageRun(TrainingRun):
         device = device_at(torch.device("cuda" if torch.cuda.is_available() else "cpu"), config, self.dtype, adaptation)
         if device is None:
             return {}
-        options: dict[str, Any] = {"batch": adaptation.batch_size, "dtype": self.dtype, "sparse_attention": self.recipe.sparse_attention}
+        options: dict[str, Any] = {
+            "batch": adaptation.batch_size,
+            "dtype": self.dtype,
+            "sparse_attention": self.recipe.sparse_attention,
+        }
         try:
             plan = plan_training(config, device, settings["context"], training=adaptation, **options)
         except ValueError as error:
@@ -98,20 +107,31 @@ class LanguageRun(TrainingRun):
             return {"minutes": minutes, "left_out": [], "unsized": str(error), "size": size_of(self.recipe)}
         total = MARGIN * sum(predicted.values()) / 60
         rates = {"products": work.device.products[self.dtype], "attention": work.device.attention[0]}
-        known = {"minutes": minutes, "whole_minutes": whole, "predicted_minutes": total, "predicted_seconds": predicted, "rates": rates}
+        known = {
+            "minutes": minutes,
+            "whole_minutes": whole,
+            "predicted_minutes": total,
+            "predicted_seconds": predicted,
+            "rates": rates,
+        }
         return {**known, "left_out": left_out, "size": size_of(recipe)}
 
     def _sized(self, size: dict[str, Any]) -> None:
         self.recipe = at_size(self.recipe, size["size"])
         if size["left_out"] and self.processes.is_main_process:
-            text = f"  all would take {size['whole_minutes']:.0f} min here, so this is left out: {'; '.join(size['left_out'])}"
+            text = (
+                f"  all would take {size['whole_minutes']:.0f} min here, so this is left out: "
+                f"{'; '.join(size['left_out'])}"
+            )
             self.console.print(text)
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(self.state / "base")
 
     def _base(self) -> PreTrainedModel:
-        model = AutoModelForCausalLM.from_pretrained(self.state / "base", sparse_attention=self.recipe.sparse_attention, dtype=self.dtype)
+        model = AutoModelForCausalLM.from_pretrained(
+            self.state / "base", sparse_attention=self.recipe.sparse_attention, dtype=self.dtype
+        )
         return model.eval()  # type: ignore[no-any-return]
 
     def _sources(self) -> tuple[list[str], list[str]]:
@@ -133,10 +153,14 @@ class LanguageRun(TrainingRun):
             windows = self._train_windows(settings["context"], settings["batches"])
             return batches(windows), [w.document for w in windows]
         rows = self._packed_rows(settings["context"], streaming=True)
-        rows_of_batches = [{name: row[name][None] for name in ("input_ids", "position_ids")} for row in islice(rows, settings["batches"])]
+        rows_of_batches = [
+            {name: row[name][None] for name in ("input_ids", "position_ids")}
+            for row in islice(rows, settings["batches"])
+        ]
         if len(rows_of_batches) < settings["batches"]:
             raise SourceError(
-                f"the texts hold {len(rows_of_batches)} packed rows of {settings['context']} tokens, distill.batches asks for {settings['batches']}: "
+                f"the texts hold {len(rows_of_batches)} packed rows of {settings['context']} tokens, distill.batches "
+                f"asks for {settings['batches']}: "
                 "add texts or ask for fewer"
             )
         return rows_of_batches, [f"packed row {i}" for i in range(len(rows_of_batches))]
@@ -220,19 +244,33 @@ class LanguageRun(TrainingRun):
                 self.console.print(f"  {result.line()}")
 
             chosen = {name: known[name] for name in entry.selections}
-            evaluate_windows(model, windows, entry.budgets, chosen, decode_tokens=entry.decode_tokens, done=list(done), on_result=note)
+            evaluate_windows(
+                model,
+                windows,
+                entry.budgets,
+                chosen,
+                decode_tokens=entry.decode_tokens,
+                done=list(done),
+                on_result=note,
+            )
             if fitted is not None:
-                varying.append({"length": entry.length, "fits": fitted.fits, "times": fitted.times(model, windows[0].ids)})
+                varying.append(
+                    {"length": entry.length, "fits": fitted.fits, "times": fitted.times(model, windows[0].ids)}
+                )
         measured = {"windows": [r.to_dict() for r in done], "table": quality_table(done)}
         return {**measured, "varying": varying} if varying else measured
 
     def _fitted(self, model: PreTrainedModel, entry: Quality) -> Allocations:
-        """The selections whose average number of keys is fitted, on text that is not measured and where log-loss is read."""
+        """The selections whose average number of keys is fitted, on text that is not measured and where log-loss is
+        read.
+        """
         return Allocations(model, batches(self._fit_windows(entry)), entry.budgets, entry.length // 2)
 
     def _fit_windows(self, entry: Quality) -> Any:
         documents = read_documents(self.recipe.data["fit"] or self._sources()[0])
-        return token_windows(documents, self._tokenizer(), entry.length, entry.fit_windows, self.recipe.sparse_attention.block_size)
+        return token_windows(
+            documents, self._tokenizer(), entry.length, entry.fit_windows, self.recipe.sparse_attention.block_size
+        )
 
     def _speed(self) -> dict[str, Any]:
         settings = self.recipe.speed
@@ -242,7 +280,9 @@ class LanguageRun(TrainingRun):
         attention = bench_attention(shape, repeats=settings["attention_repeats"])
         need = settings["length"] + 2 * settings["decode_tokens"]  # sparse and best dense steps take turns
         ids = torch.cat([w.ids for w in self._eval_windows(2048, -(-need // 2048))], 1)[:, :need]
-        model = bench_model(self._model(), ids, settings["keys"], decode_tokens=settings["decode_tokens"], repeats=settings["repeats"])
+        model = bench_model(
+            self._model(), ids, settings["keys"], decode_tokens=settings["decode_tokens"], repeats=settings["repeats"]
+        )
         return {"attention": attention, "model": model}
 
     def _answer(self) -> dict[str, Any]:

@@ -23,7 +23,10 @@ class LongLinkRun(Run):
 
     def finish(self, results: dict[str, Any]) -> None:
         steps = [results[step.name] for step in self.steps()]
-        cost = {"seconds": sum(s["seconds"] for s in steps), "peak_process_bytes": max(s["peak_process_bytes"] for s in steps)}
+        cost = {
+            "seconds": sum(s["seconds"] for s in steps),
+            "peak_process_bytes": max(s["peak_process_bytes"] for s in steps),
+        }
         command = f"hf-sparse-attn run recipes/{self.recipe.name}.yaml"
         document = {**results["study"], **cost, "environment": results["environment"], "command": command}
         write_longlink_report(self.folder / "report.html", document)
@@ -34,9 +37,14 @@ class LongLinkRun(Run):
 
     def _routers(self) -> dict[str, Any]:
         model = AutoModelForCausalLM.from_pretrained(self.state / "dense").eval()
-        with_routers(model, self.recipe.sparse_attention, self.config, self.learning).save_pretrained(self.state / "sparse")
+        with_routers(model, self.recipe.sparse_attention, self.config, self.learning).save_pretrained(
+            self.state / "sparse"
+        )
         return {"batches": self.learning.distilled}
 
     def _study(self) -> dict[str, Any]:
         model = AutoModelForCausalLM.from_pretrained(self.state / "sparse").eval()
-        return {"sparse_attention": model.config.sparse_attention, **study(model, self.config, EVALUATED * (self.recipe.seed + 7))}
+        return {
+            "sparse_attention": model.config.sparse_attention,
+            **study(model, self.config, EVALUATED * (self.recipe.seed + 7)),
+        }

@@ -25,16 +25,21 @@ class QuestionRun(LanguageRun):
 
     def steps(self) -> list[Step]:
         named = {step.name: step for step in super().steps()}
-        named["quality"] = Step("quality", lambda: {**self._quality(), "answers": self._answers(self._model(), "quality")})
+        named["quality"] = Step(
+            "quality", lambda: {**self._quality(), "answers": self._answers(self._model(), "quality")}
+        )
         if "before" in named:
-            named["before"] = Step("before", lambda: {**self._before(), "answers": self._answers(self._distilled(), "before")})
+            named["before"] = Step(
+                "before", lambda: {**self._before(), "answers": self._answers(self._distilled(), "before")}
+            )
         return list(named.values())
 
     def _rows(self) -> Any:
         settings, adaptation = self.recipe.lora, self.recipe.adaptation
         count = settings["steps"] * adaptation.batch_size * adaptation.accumulation * self.processes.num_processes
         windows, tasks = self._train_windows(settings["context"], count), self.recipe.data["questions"]
-        by_task = [self._ask(windows[at :: len(tasks)], task, self.recipe.seed) for at, task in enumerate(tasks)]  # in turn
+        # in turn
+        by_task = [self._ask(windows[at :: len(tasks)], task, self.recipe.seed) for at, task in enumerate(tasks)]
         questions = [by_task[at % len(tasks)][at // len(tasks)] for at in range(count)]
         return [{"input_ids": q.input_ids, "labels": q.labels} for q in questions]
 
@@ -48,7 +53,9 @@ class QuestionRun(LanguageRun):
         done = json.loads(partial.read_text()) if partial.exists() else []
         rows: list[dict[str, Any]] = []
         per_length = [(entry, self._questions(entry)) for entry in self.recipe.quality]
-        total = sum(len(questions) * (1 + len(entry.budgets) * len(entry.selections)) for entry, questions in per_length)
+        total = sum(
+            len(questions) * (1 + len(entry.budgets) * len(entry.selections)) for entry, questions in per_length
+        )
         with bar(self.processes.is_main_process) as shown:
             task = shown.add_task("answers", total=total, completed=len(done), info="")
 
@@ -64,4 +71,8 @@ class QuestionRun(LanguageRun):
 
     def _questions(self, entry: Quality) -> list[Question]:
         windows = self._eval_windows(entry.length, entry.windows)
-        return [question for task in self.recipe.data["questions"] for question in self._ask(windows, task, self.recipe.seed + 1)]
+        return [
+            question
+            for task in self.recipe.data["questions"]
+            for question in self._ask(windows, task, self.recipe.seed + 1)
+        ]

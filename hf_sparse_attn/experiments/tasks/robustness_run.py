@@ -33,11 +33,16 @@ class RobustnessRun(LanguageRun):
     def steps(self) -> list[Step]:
         settings, quality = self.recipe.robustness, self.recipe.quality
         self.domains: dict[str, list[str]] = settings["domains"]
-        if any(len(entry.budgets) != 1 for entry in quality) or len({entry.length for entry in quality}) != len(quality):
+        if any(len(entry.budgets) != 1 for entry in quality) or len({entry.length for entry in quality}) != len(
+            quality
+        ):
             raise RecipeError("robustness has one entry of quality for each length, with one budget")
         self.first, context = next(iter(self.domains)), self.recipe.distill["context"]
         self.contexts = sorted({context, *settings["contexts"]})
-        trained = [*((domain, context) for domain in self.domains), *((self.first, other) for other in self.contexts if other != context)]
+        trained = [
+            *((domain, context) for domain in self.domains),
+            *((self.first, other) for other in self.contexts if other != context),
+        ]
         return [
             Step("convert", self._checkpoint),
             Step("texts", self._split),
@@ -48,13 +53,22 @@ class RobustnessRun(LanguageRun):
 
     def finish(self, results: dict[str, Any]) -> None:
         context = self.recipe.distill["context"]
-        results["domains"] = robustness_table([r for domain in self.domains for r in results[f"domain-{domain}"]["readings"]])
-        results["lengths"] = robustness_table([r for entry in self.recipe.quality for r in results[f"length-{entry.length}"]["readings"]])
+        results["domains"] = robustness_table(
+            [r for domain in self.domains for r in results[f"domain-{domain}"]["readings"]]
+        )
+        results["lengths"] = robustness_table(
+            [r for entry in self.recipe.quality for r in results[f"length-{entry.length}"]["readings"]]
+        )
         results["own"] = {domain: _name(domain, context) for domain in self.domains}
         write_robustness_report(self.folder / "report.html", results)
 
     def _split(self) -> dict[str, Any]:
-        return {"texts": {domain: split_texts(texts, TRAINED, self.state / "texts" / domain) for domain, texts in self.domains.items()}}
+        return {
+            "texts": {
+                domain: split_texts(texts, TRAINED, self.state / "texts" / domain)
+                for domain, texts in self.domains.items()
+            }
+        }
 
     def _windows(self, domain: str, trained: bool, length: int, count: int) -> list[Window]:
         documents = read_documents(self._load("texts")["texts"][domain][0 if trained else 1])
@@ -86,7 +100,13 @@ class RobustnessRun(LanguageRun):
             for window, reference in zip(windows, dense, strict=True):
                 hidden = last_hidden(model, window.ids, SparseCall(selector=selector))
                 prediction = predictions(model, window.ids, hidden, reference, whole=False)
-                known = {"domain": domain, "length": entry.length, "keys": keys, "selection": name, "document": window.document}
+                known = {
+                    "domain": domain,
+                    "length": entry.length,
+                    "keys": keys,
+                    "selection": name,
+                    "document": window.document,
+                }
                 readings.append({**known, "kl": prediction.kl, "loss": prediction.loss})
             self.console.print(f"  {domain}, {entry.length} tokens, {name}: KL {readings[-1]['kl']:.4f}")
 

@@ -76,6 +76,7 @@ class TaskRun(TrainingRun):
         lengths = {recipe.distill["context"], recipe.lora["context"], *(entry.length for entry in recipe.quality)}
         if len(lengths) != 1 or len(recipe.quality) != 1:
             raise RecipeError(
-                f"rows of task {recipe.task} have one length: distill.context, lora.context and quality[0].length, got {sorted(lengths)}"
+                f"rows of task {recipe.task} have one length: distill.context, lora.context and quality[0].length, "
+                f"got {sorted(lengths)}"
             )
         return int(lengths.pop())

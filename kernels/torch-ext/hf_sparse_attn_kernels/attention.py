@@ -49,16 +49,18 @@ def block_sparse_attention(
         softcap: if given, a score s becomes ``softcap · tanh(s / softcap)`` before masking.
         sinks: ``[H]``, one more logit per head in the denominator of the softmax, without a value.
         impl: "reference" (dense mask, any dtype: the specification), "torch" (gathered, bounded memory, any torch
-            device), "cpp" (compiled at first use, CPU), "triton" (GPU) or None for the default. A named implementation never
-            falls back to another.
-        return_lse: also return the log-sum-exp of the scores (sinks included), ``[B, H, Q]``, −inf for a row that sees nothing.
+            device), "cpp" (compiled at first use, CPU), "triton" (GPU) or None for the default. A named implementation
+            never falls back to another.
+        return_lse: also return the log-sum-exp of the scores (sinks included), ``[B, H, Q]``, −inf for a row that sees
+            nothing.
 
     Returns:
         (out ``[B, H, Q, D]``, lse or None). A row that sees no key, or belongs to no document, is all zeros.
 
     Raises:
-        ValueError: unknown ``impl``, inputs that it does not support, tensors whose shapes, dtypes or devices do not fit each other,
-            or a selection that does not fit (on a CPU also one whose lists are not ascending or name blocks that their tile does not see).
+        ValueError: unknown ``impl``, inputs that it does not support, tensors whose shapes, dtypes or devices do not
+            fit each other, or a selection that does not fit (on a CPU also one whose lists are not ascending or name
+            blocks that their tile does not see).
     """
     check_attention(q, k, v, sinks)
     if softcap is not None and softcap <= 0:
@@ -102,7 +104,9 @@ def _by_document(
         slots = slice(first, first + part.grid.kv_len)
         end = slots.stop - selection.grid.q_offset
         at = (slice(row, row + 1), slice(None), slice(end - part.grid.q_len, end))
-        part_out, part_lse = attend(q[at], k[row : row + 1, :, slots], v[row : row + 1, :, slots], part, options, return_lse)
+        part_out, part_lse = attend(
+            q[at], k[row : row + 1, :, slots], v[row : row + 1, :, slots], part, options, return_lse
+        )
         out[at] = part_out
         if lse is not None and part_lse is not None:
             lse[at] = part_lse

@@ -18,7 +18,8 @@ VARIABLE = "HF_SPARSE_ATTN_CACHE"
 
 
 def cache_folder() -> Path:
-    """``$HF_SPARSE_ATTN_CACHE`` with ``~`` for the home, else ``~/.cache/hf_sparse_attn``, or without a home a temporary folder; absolute.
+    """``$HF_SPARSE_ATTN_CACHE`` with ``~`` for the home, else ``~/.cache/hf_sparse_attn``, or without a home a
+    temporary folder; absolute.
 
     A variable that is set to nothing counts as not set. The folder is not made.
 
@@ -31,7 +32,10 @@ def cache_folder() -> Path:
     except RuntimeError as error:
         if named:
             raise ValueError(f"{VARIABLE}={named!r}: this home is not known here; name the folder without ~") from error
-    say_once(f"there is no home folder for ~/.cache/hf_sparse_attn: {temporary_folder()} is used; set {VARIABLE} to keep things for good")
+    say_once(
+        f"there is no home folder for ~/.cache/hf_sparse_attn: {temporary_folder()} is used; set {VARIABLE} to keep "
+        "things for good"
+    )
     return temporary_folder()
 
 
@@ -42,9 +46,11 @@ def temporary_folder() -> Path:
 
 
 def places(name: str) -> Iterator[Path]:
-    """Folders ``name`` for what will run as this user's code, best first: in the cache, in `temporary_folder`, of this process alone.
+    """Folders ``name`` for what will run as this user's code, best first: in the cache, in `temporary_folder`, of this
+    process alone.
 
-    Each is made, and only given where nobody else can write. Take the next one where writing fails; why is said once, when it is taken.
+    Each is made, and only given where nobody else can write. Take the next one where writing fails; why is said once,
+    when it is taken.
     """
     for root in (cache_folder(), temporary_folder()):
         folder, reason = root / name, None
@@ -57,7 +63,10 @@ def places(name: str) -> Iterator[Path]:
         if reason is None:
             yield folder
             reason = f"{folder} cannot be written"
-        say_once(f"{reason}: {name} are kept elsewhere, for a short time only; set {VARIABLE} to a folder that is yours alone")
+        say_once(
+            f"{reason}: {name} are kept elsewhere, for a short time only; set {VARIABLE} to a folder that is yours "
+            "alone"
+        )
     alone = Path(tempfile.mkdtemp(prefix="hf_sparse_attn-"))
     atexit.register(shutil.rmtree, alone, ignore_errors=True)
     yield alone
@@ -84,7 +93,11 @@ def _open_to_others(path: Path) -> str | None:
 def is_trusted(file: Path) -> bool:
     """Whether ``file`` is a plain file of this user's or root's that nobody else can write."""
     status = file.lstat()
-    return stat.S_ISREG(status.st_mode) and status.st_uid in (os.getuid(), 0) and not status.st_mode & (stat.S_IWOTH | stat.S_IWGRP)
+    return (
+        stat.S_ISREG(status.st_mode)
+        and status.st_uid in (os.getuid(), 0)
+        and not status.st_mode & (stat.S_IWOTH | stat.S_IWGRP)
+    )
 
 
 @cache

@@ -17,17 +17,23 @@ Sizes = tuple[int | None, ...]  # None: as many as it has
 
 
 def expect(name: str, x: Tensor, sizes: Sizes, like: Tensor, dtype: torch.dtype | None = None) -> None:
-    """Raise ValueError unless ``x`` has these sizes, is on the device of ``like`` and of ``dtype`` or that of ``like``."""
+    """Raise ValueError unless ``x`` has these sizes, is on the device of ``like`` and of ``dtype`` or that
+    of ``like``.
+    """
     wanted = like.dtype if dtype is None else dtype
     fits = x.dtype == wanted and x.device == like.device and len(x.shape) == len(sizes)
     if fits and all(want is None or have == want for have, want in zip(x.shape, sizes, strict=True)):
         return
     listed = ", ".join("*" if size is None else str(size) for size in sizes)
-    raise ValueError(f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}: must be {wanted} ({listed}) on {like.device}")
+    raise ValueError(
+        f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}: must be {wanted} ({listed}) on {like.device}"
+    )
 
 
 def expect_within(name: str, x: Tensor, least: int, end: int) -> None:
-    """Raise ValueError unless all of ``x`` is in [least, end); read on CPUs only, where nothing has to be waited for."""
+    """Raise ValueError unless all of ``x`` is in [least, end);
+    read on CPUs only, where nothing has to be waited for.
+    """
     if x.device.type != "cpu" or not x.numel():
         return
     low, high = (int(value) for value in x.aminmax())
@@ -49,9 +55,12 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> No
         raise ValueError(f"q, k and v must have one floating-point dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
-    if not (q.dim() == 4 and k.dim() == 4 and k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]):
+    if not (
+        q.dim() == 4 and k.dim() == 4 and k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
+    ):
         raise ValueError(
-            f"q is {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}: must be [B, H, Q, D] and twice [B, G, N, D] "
+            f"q is {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}: must be [B, H, Q, D] and twice [B, G, "
+            "N, D] "
             "with the same B and D"
         )
     if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.device != q.device or not sinks.is_floating_point()):
@@ -101,7 +110,9 @@ def check_heads(q: Tensor, k: Tensor) -> None:
     """Raise ValueError unless the query heads of ``q`` [B, H, Q, D] share the KV heads of ``k`` [B, G, N, D] evenly."""
     heads, groups = q.shape[1], k.shape[1]
     if heads % groups if groups else heads:
-        raise ValueError(f"{heads} query heads cannot share {groups} KV heads: the first must be a multiple of the second")
+        raise ValueError(
+            f"{heads} query heads cannot share {groups} KV heads: the first must be a multiple of the second"
+        )
 
 
 def check_features(features: TileFeatures, plan: TilePlan, tiles: Tensor) -> None:
@@ -116,7 +127,8 @@ def check_features(features: TileFeatures, plan: TilePlan, tiles: Tensor) -> Non
     check_coarse_scores(features.coarse_queries, features.real, features.router_keys, "coarse_queries")
     expect_within("reps", features.reps, 0, grid.query_tile)
     needed = max(
-        (budget.near if grid.causal else grid.kv_len // grid.block_size) * (budget.eligible > budget.free) for budget in plan.budgets
+        (budget.near if grid.causal else grid.kv_len // grid.block_size) * (budget.eligible > budget.free)
+        for budget in plan.budgets
     )
     if features.router_keys.shape[2] < needed:
         raise ValueError(f"router_keys is {tuple(features.router_keys.shape)}: must have at least {needed} blocks")

@@ -29,7 +29,9 @@ def default_choice(device_type: str) -> tuple[str, str]:
 
 @contextmanager
 def preferred(impl: str) -> Iterator[None]:
-    """Within a ``with`` block operations for which no implementation is named run ``impl`` where it can, else "torch"."""
+    """Within a ``with`` block operations for which no implementation is named run ``impl`` where it can,
+    else "torch".
+    """
     global _preferred
     before, _preferred = _preferred, impl
     try:
@@ -59,7 +61,9 @@ def only_causal(impl: str) -> str:
     return f'impl="{impl}": bidirectional attention is not supported by the scores; supported: causal. Use impl="torch"'
 
 
-def choose(impl: str | None, supported: tuple[str, ...], device_type: str, lacking: Mapping[str, Callable[[], str | None]]) -> str:
+def choose(
+    impl: str | None, supported: tuple[str, ...], device_type: str, lacking: Mapping[str, Callable[[], str | None]]
+) -> str:
     """``impl`` if it is named and can run, else the default, else "torch".
 
     ``lacking[name]()`` says why an implementation cannot run on the inputs at hand, or None.

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .selection import TileGrid, ordered_topk
 
-LAUNCH_CHUNKS = 64  # times as large are chunks on an accelerator, where a launch costs more than memory that leaves the caches
+# times as large are chunks on an accelerator, where a launch costs more than memory that leaves the caches
+LAUNCH_CHUNKS = 64
 
 
 def chunk_of(size: int, device: torch.device) -> int:
@@ -20,12 +21,15 @@ def chunk_of(size: int, device: torch.device) -> int:
 
 
 def largest(counts: Tensor, bound: int) -> int:
-    """The largest of ``counts``; on an accelerator, which reading it would wait for, the ``bound`` on it that is known."""
+    """The largest of ``counts``; on an accelerator, which reading it would wait for, the ``bound`` on it
+    that is known.
+    """
     return int(counts.max()) if counts.device.type == "cpu" else bound
 
 
 class TileBudget(NamedTuple):
-    """Budget of one query tile, in blocks: ``[0, sink)`` and ``[near, last]`` are forced, ``free`` of the others may be kept.
+    """Budget of one query tile, in blocks: ``[0, sink)`` and ``[near, last]`` are forced, ``free`` of the others may be
+    kept.
 
     The others are the ``eligible`` blocks; stage 1 passes ``candidates`` of them on. A causal tile sees nothing after
     ``last``: they are ``[sink, near)``. Without causality they lie on both sides, and a partial last block of the whole
@@ -91,7 +95,10 @@ class TilePlan:
         """Most blocks that a tile may keep."""
         seen = (budget.last + 1 if self.grid.causal else self.grid.blocks for budget in self.budgets)
         most = (budget.free if self.threshold is None else budget.candidates for budget in self.budgets)
-        return max((blocks - budget.eligible + more for blocks, budget, more in zip(seen, self.budgets, most, strict=True)), default=0)
+        return max(
+            (blocks - budget.eligible + more for blocks, budget, more in zip(seen, self.budgets, most, strict=True)),
+            default=0,
+        )
 
     def most(self, field: str) -> int:
         """The largest ``field`` of a tile's budget."""
@@ -99,7 +106,9 @@ class TilePlan:
 
     @property
     def open(self) -> Tensor:
-        """Boolean [n]: tiles that have more eligible blocks than they may keep, so that there is something to select."""
+        """Boolean [n]: tiles that have more eligible blocks than they may keep, so that there is something
+        to select.
+        """
         return self.eligible > self.free
 
     def forced_blocks(self, tiles: Tensor) -> Tensor:
@@ -117,7 +126,13 @@ class TilePlan:
         sink = torch.where((sink < near) | (sink > last), sink, -1)
         whole = self.grid.kv_len // self.grid.block_size
         columns = [torch.where(part < whole, part, -1) for part in (sink, close)]
-        return torch.cat([*columns, torch.arange(whole, self.grid.blocks, device=near.device, dtype=torch.int64).expand(len(tiles), -1)], 1)
+        return torch.cat(
+            [
+                *columns,
+                torch.arange(whole, self.grid.blocks, device=near.device, dtype=torch.int64).expand(len(tiles), -1),
+            ],
+            1,
+        )
 
     def eligible_mask(self, tiles: Tensor) -> Tensor:
         """Boolean [m, nb]: blocks that may be selected."""
@@ -125,7 +140,11 @@ class TilePlan:
         before = block < self.near[tiles][:, None]
         if self.grid.causal:
             return (block >= self.sink) & before
-        return (block >= self.sink) & (before | (block > self.last[tiles][:, None])) & (block < self.grid.kv_len // self.grid.block_size)
+        return (
+            (block >= self.sink)
+            & (before | (block > self.last[tiles][:, None]))
+            & (block < self.grid.kv_len // self.grid.block_size)
+        )
 
     def nearness(self, tiles: Tensor) -> Tensor:
         """float32 [m, nb]: the higher, the nearer a block is to the tile."""
@@ -133,10 +152,11 @@ class TilePlan:
         return -((self.near[tiles] + self.last[tiles])[:, None].float() / 2 - block).abs()
 
     def best(self, scores: Tensor, tiles: Tensor, count: Tensor, most: int | None = None) -> Tensor:
-        """The ``count`` [m] best eligible blocks by ``scores`` [B, G, m, nb or fewer]: int64 [B, G, m, max count], −1 = empty.
+        """The ``count`` [m] best eligible blocks by ``scores`` [B, G, m, nb or fewer]: int64 [B, G, m, max count], −1 =
+        empty.
 
-        A block without a score (NaN) counts as 0. ``most`` bounds ``count``, None: it is at most the number of candidates. On an
-        accelerator the result has so many columns.
+        A block without a score (NaN) counts as 0. ``most`` bounds ``count``, None: it is at most the number of
+        candidates. On an accelerator the result has so many columns.
         """
         mask = self.eligible_mask(tiles)[:, : scores.shape[-1]]
         width = min(largest(count, self.most("candidates") if most is None else most), scores.shape[-1])
@@ -144,7 +164,9 @@ class TilePlan:
         return torch.where(torch.arange(width, device=tiles.device, dtype=torch.int64) < count[:, None], index, -1)
 
     def chosen(self, mass: Tensor, tiles: Tensor) -> Tensor:
-        """Blocks that stage 2 decides for by its ``mass`` [B, G, m, nb] of the candidates, −inf elsewhere; as `best` gives them."""
+        """Blocks that stage 2 decides for by its ``mass`` [B, G, m, nb] of the candidates, −inf elsewhere;
+        as `best` gives them.
+        """
         if self.threshold is None:
             return self.best(mass, tiles, self.free[tiles], self.most("free"))
         best = self.best(mass, tiles, self.candidates[tiles])

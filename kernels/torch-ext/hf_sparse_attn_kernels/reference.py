@@ -10,7 +10,9 @@ from .selection import BlockSelection
 
 
 def visible_mask(selection: BlockSelection) -> Tensor:
-    """Boolean ``[B, G, Q, N]``: True where a query may read a key: the link is kept and, if causal, the key is not later."""
+    """Boolean ``[B, G, Q, N]``: True where a query may read a key:
+    the link is kept and, if causal, the key is not later.
+    """
     grid = selection.grid
     device = selection.indices.device
     q_pos = torch.arange(grid.q_offset, grid.kv_len, device=device, dtype=torch.int64)

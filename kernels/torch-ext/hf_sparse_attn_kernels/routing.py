@@ -1,4 +1,6 @@
-"""`select_blocks`: both stages of the router on features that were made for them, one operation with several implementations."""
+"""`select_blocks`: both stages of the router on features that were made for them, one operation with several
+implementations.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ class TileFeatures:
     """What the two stages score, for m of a call's query tiles. Queries are scaled; all is in the dtype of the keys.
 
     Stage 1: ``coarse_queries`` [B, G, m, runs, R], of which ``real`` boolean [m, runs] have tokens; ``router_keys``
-    [B, G, at least N // S, R]. Stage 2: ``queries`` [B, G, m, Hg, r, E], the tokens ``reps`` (int64 [Hg, r]) of the tiles;
-    ``keys`` [B, G, N, E].
+    [B, G, at least N // S, R]. Stage 2: ``queries`` [B, G, m, Hg, r, E], the tokens ``reps`` (int64 [Hg, r]) of the
+    tiles; ``keys`` [B, G, N, E].
     """
 
     coarse_queries: Tensor
@@ -39,24 +41,34 @@ class TileFeatures:
 
     def part(self, which: slice) -> TileFeatures:
         """Those of some of the tiles."""
-        return replace(self, coarse_queries=self.coarse_queries[:, :, which], real=self.real[which], queries=self.queries[:, :, which])
+        return replace(
+            self,
+            coarse_queries=self.coarse_queries[:, :, which],
+            real=self.real[which],
+            queries=self.queries[:, :, which],
+        )
 
 
-def select_blocks(features: TileFeatures, plan: TilePlan, tiles: Tensor, *, impl: str | None = None) -> tuple[Tensor, Tensor]:
-    """Coarse scores -> candidates -> softmax mass of their keys and the forced ones -> the best blocks within the budget.
+def select_blocks(
+    features: TileFeatures, plan: TilePlan, tiles: Tensor, *, impl: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Coarse scores -> candidates -> softmax mass of their keys and the forced ones -> the best blocks within the
+    budget.
 
     Args:
         features: of the tiles ``tiles``.
         plan: budgets of all tiles of the call.
         tiles: int64 [m], ascending.
-        impl: "torch" or "triton" (their scores, top-k by torch), "cpp" (all of it in one pass, CPU), None for the default.
+        impl: "torch" or "triton" (their scores, top-k by torch), "cpp" (all of it in one pass, CPU), None for the
+            default.
 
     Returns:
-        (kept blocks int32 [B, G, m, width of the plan], ascending, −1 = empty; float32 scores of the same shape: the mass
-        estimated for each, NaN for an empty entry and for a tile that keeps all its blocks without scoring them.)
+        (kept blocks int32 [B, G, m, width of the plan], ascending, −1 = empty; float32 scores of the same shape: the
+        mass estimated for each, NaN for an empty entry and for a tile that keeps all its blocks without scoring them.)
 
     Raises:
-        ValueError: ``impl`` is unknown, or was named and does not support the inputs, or these fit neither each other nor the plan.
+        ValueError: ``impl`` is unknown, or was named and does not support the inputs, or these fit neither each other
+            nor the plan.
     """
     inputs = (features.keys, features.router_keys)
     causal = plan.grid.causal
@@ -79,14 +91,23 @@ def select_blocks(features: TileFeatures, plan: TilePlan, tiles: Tensor, *, impl
 
 def stage_one_scores(features: TileFeatures, plan: TilePlan, tiles: Tensor, impl: str | None = None) -> Tensor:
     """Stage-1 scores of the blocks that any of the tiles may select: float32 [B, G, m, most near or all]."""
-    router_keys = features.router_keys[:, :, : largest(plan.near[tiles], plan.most("near")) if plan.grid.causal else None]
+    router_keys = features.router_keys[
+        :, :, : largest(plan.near[tiles], plan.most("near")) if plan.grid.causal else None
+    ]
     return coarse_scores(features.coarse_queries, features.real, router_keys, 1.0, impl=impl)
 
 
 def stage_two_mass(
-    features: TileFeatures, plan: TilePlan, tiles: Tensor, coarse: Tensor, scratch: Scratch | None = None, impl: str | None = None
+    features: TileFeatures,
+    plan: TilePlan,
+    tiles: Tensor,
+    coarse: Tensor,
+    scratch: Scratch | None = None,
+    impl: str | None = None,
 ) -> Tensor:
-    """Mass of each tile's candidates by the scores ``coarse`` and of its forced blocks: float32 [B, G, m, nb], −inf for other blocks."""
+    """Mass of each tile's candidates by the scores ``coarse`` and of its forced blocks:
+    float32 [B, G, m, nb], −inf for other blocks.
+    """
     candidates = plan.best(coarse, tiles, plan.candidates[tiles])
     blocks = torch.cat([candidates, plan.forced_blocks(tiles).expand(*candidates.shape[:2], -1, -1)], -1)
     return by_block(mass_of_blocks(features, plan, tiles, blocks, scratch, impl), blocks, plan.grid.blocks)
@@ -100,9 +121,15 @@ def by_block(values: Tensor, index: Tensor, blocks: int) -> Tensor:
 
 
 def mass_of_blocks(
-    features: TileFeatures, plan: TilePlan, tiles: Tensor, blocks: Tensor, scratch: Scratch | None = None, impl: str | None = None
+    features: TileFeatures,
+    plan: TilePlan,
+    tiles: Tensor,
+    blocks: Tensor,
+    scratch: Scratch | None = None,
+    impl: str | None = None,
 ) -> Tensor:
-    """Stage-2 softmax mass of ``blocks`` int64 [B, G, m, L] (−1 = empty, a tile's own last): float32 of that shape, rows sum to 1.
+    """Stage-2 softmax mass of ``blocks`` int64 [B, G, m, L] (−1 = empty, a tile's own last): float32 of that shape,
+    rows sum to 1.
 
     With `torch` it has a gradient with respect to ``features.queries``.
     """
@@ -111,7 +138,9 @@ def mass_of_blocks(
     step = max(1, chunk_of(FINE_BYTES, keys.device) // (scores * keys.element_size()))
     parts = [
         fine_mass(q, keys, plan.grid, part, index, features.reps, scratch=scratch, impl=impl)
-        for part, index, q in zip(tiles.split(step), blocks.flatten(0, 1).split(step, 1), queries.split(step, 1), strict=True)
+        for part, index, q in zip(
+            tiles.split(step), blocks.flatten(0, 1).split(step, 1), queries.split(step, 1), strict=True
+        )
     ]
     return torch.cat(parts, 1).view_as(blocks)
 
@@ -135,11 +164,13 @@ def _select_tiles(features: TileFeatures, plan: TilePlan, tiles: Tensor, impl: s
     return torch.cat(kept, 2), torch.cat(scores, 2)
 
 
-# -- one query per row: a tile of 64 spreads the cost of many small operations over 64 queries, a decode step cannot ---------------
+# -- one query per row: a tile of 64 spreads the cost of many small operations over 64 queries, a decode step cannot ---
 
 
 def _select_single(features: TileFeatures, plan: TilePlan) -> tuple[Tensor, Tensor]:
-    """The same stages in as few tensor operations as it takes: nothing is masked, what does not depend on data is plain integers."""
+    """The same stages in as few tensor operations as it takes:
+    nothing is masked, what does not depend on data is plain integers.
+    """
     budget = plan.budgets[0]
     rows = (*features.keys.shape[:2], 1)
     device = features.keys.device
@@ -160,8 +191,12 @@ def _select_single(features: TileFeatures, plan: TilePlan) -> tuple[Tensor, Tens
     return indices.int().view(*rows, -1), scores.view(*rows, -1)
 
 
-def _above(threshold: float, blocks: Tensor, mass: Tensor, candidates: int, rows: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Of ``blocks`` [B·G, L] the candidates (the first ones) with at least ``threshold`` of the mass, and all others."""
+def _above(
+    threshold: float, blocks: Tensor, mass: Tensor, candidates: int, rows: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """Of ``blocks`` [B·G, L] the candidates (the first ones) with at least ``threshold`` of the mass, and
+    all others.
+    """
     cut = ~(mass >= threshold)  # NaN is not enough
     cut[:, candidates:] = False
     indices, order = torch.where(cut, -1, blocks).sort(-1)
@@ -186,7 +221,8 @@ def _coarse_single(features: TileFeatures, budget: TileBudget) -> Tensor:
     """Stage-1 scores of the eligible blocks: float32 [B·G, eligible]."""
     queries = features.coarse_queries[:, :, 0].flatten(0, 1)
     eligible = features.router_keys.flatten(0, 1)[:, budget.sink : budget.near]
-    if eligible.dtype == torch.float32:  # a vector times a matrix is fast from the left in float32, from the right in bfloat16
+    # a vector times a matrix is fast from the left in float32, from the right in bfloat16
+    if eligible.dtype == torch.float32:
         return torch.bmm(queries, eligible.transpose(1, 2))[:, 0]
     return torch.bmm(eligible, queries.transpose(1, 2))[..., 0]
 

@@ -1,7 +1,8 @@
-"""Scores of key blocks, each one operation with several implementations: pooled features, both stages' scores, the teacher.
+"""Scores of key blocks, each one operation with several implementations: pooled features, both stages' scores, the
+teacher.
 
-The `torch` implementation is the specification and the only one with gradients; where no gradient is wanted, `cpp` is the
-default on CPUs and `triton` on GPUs.
+The `torch` implementation is the specification and the only one with gradients; where no gradient is wanted, `cpp` is
+the default on CPUs and `triton` on GPUs.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ class _Backend(Protocol):
 
     def pooled_features(self, k: Tensor, block_size: int) -> Tensor: ...
     def coarse_scores(self, queries: Tensor, real: Tensor, router_keys: Tensor, scale: float) -> Tensor: ...
-    def fine_mass(self, queries: Tensor, keys: Tensor, grid: TileGrid, tiles: Tensor, blocks: Tensor, reps: Tensor) -> Tensor: ...
+    def fine_mass(
+        self, queries: Tensor, keys: Tensor, grid: TileGrid, tiles: Tensor, blocks: Tensor, reps: Tensor
+    ) -> Tensor: ...
     def block_mass(self, q: Tensor, k: Tensor, grid: TileGrid, tiles: Tensor, scale: float) -> Tensor: ...
 
 
@@ -44,15 +47,17 @@ def pooled_features(k: Tensor, block_size: int, *, impl: str | None = None) -> T
     """Max, min and mean over each whole block: ``k`` [B, G, N, D] -> [B, G, N // block_size, 3·D].
 
     Raises:
-        ValueError: ``impl`` is unknown, or was named and does not support the inputs, or these do not fit each other (so for all
-            operations here).
+        ValueError: ``impl`` is unknown, or was named and does not support the inputs, or these do not fit each other
+            (so for all operations here).
     """
     check_pooled_features(k, block_size)
     backend = _backend(impl, k, block_size=block_size)
     return pooled_features_torch(k, block_size) if backend is None else backend.pooled_features(k, block_size)
 
 
-def coarse_scores(queries: Tensor, real: Tensor, router_keys: Tensor, scale: float, *, impl: str | None = None) -> Tensor:
+def coarse_scores(
+    queries: Tensor, real: Tensor, router_keys: Tensor, scale: float, *, impl: str | None = None
+) -> Tensor:
     """Stage 1: log-sum-exp over a tile's runs of the scaled products with every block's key: float32 [B, G, m, nb].
 
     ``queries`` [B, G, m, runs, R], runs a power of two up to 16; ``real`` boolean [m, runs]: the run has tokens (a
@@ -76,11 +81,11 @@ def fine_mass(
 ) -> Tensor:
     """Stage 2: softmax mass of ``blocks`` [B·G, m, L] (int64, −1 = empty): float32 [B·G, m, L], each row sums to 1.
 
-    ``queries`` [B·G, m, Hg, r, E] at the tokens ``reps`` (int64 [Hg, r]) of the tiles ``tiles`` (int64 [m], ascending), and ``keys``
-    [B·G, N, E], live in one space and dtype, scaled. The last columns of ``blocks`` are the tile's own blocks; only there
-    can a key be later than a query. Without causality (`torch` only) a partial last block may stand in the last column only.
-    Averaged over the queries that are tokens of the call. ``scratch`` lends the `torch` implementation memory where no
-    gradient is wanted.
+    ``queries`` [B·G, m, Hg, r, E] at the tokens ``reps`` (int64 [Hg, r]) of the tiles ``tiles`` (int64 [m], ascending),
+    and ``keys`` [B·G, N, E], live in one space and dtype, scaled. The last columns of ``blocks`` are the tile's own
+    blocks; only there can a key be later than a query. Without causality (`torch` only) a partial last block may stand
+    in the last column only. Averaged over the queries that are tokens of the call. ``scratch`` lends the `torch`
+    implementation memory where no gradient is wanted.
     """
     check_fine_mass(queries, keys, grid, tiles, blocks, reps)
     if not blocks.numel():
@@ -92,7 +97,8 @@ def fine_mass(
 
 
 def block_mass(q: Tensor, k: Tensor, grid: TileGrid, tiles: Tensor, scale: float, *, impl: str | None = None) -> Tensor:
-    """The teacher: softmax mass of dense attention per block, for the query tiles ``tiles`` (int64 [m], ascending) of ``grid``.
+    """The teacher: softmax mass of dense attention per block, for the query tiles ``tiles`` (int64 [m], ascending) of
+    ``grid``.
 
     Causal unless ``grid`` says otherwise, then `torch` only.
 

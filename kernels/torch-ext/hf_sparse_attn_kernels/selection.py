@@ -32,12 +32,15 @@ class TileGrid:
 
     def __post_init__(self) -> None:
         if self.q_len < 0 or self.kv_len < self.q_len:
-            raise ValueError(f"q_len={self.q_len} queries cannot be the last of kv_len={self.kv_len} keys: need 0 <= q_len <= kv_len")
+            raise ValueError(
+                f"q_len={self.q_len} queries cannot be the last of kv_len={self.kv_len} keys: need 0 <= q_len <= kv_len"
+            )
         if self.query_tile < 1 or self.block_size < 1:
             raise ValueError(f"query_tile={self.query_tile} and block_size={self.block_size} must be positive")
         if self.query_tile != 1 and self.query_tile % self.block_size and self.block_size % self.query_tile:
             raise ValueError(
-                f"query_tile={self.query_tile} and block_size={self.block_size}: one must divide the other (or query_tile be 1)"
+                f"query_tile={self.query_tile} and block_size={self.block_size}: one must divide the other (or "
+                "query_tile be 1)"
             )
 
     @property
@@ -91,10 +94,11 @@ class BlockSelection:
     ``indices`` ``[B, G, n, K]`` int32, ascending, −1 = empty (so empty entries come first). ``scores`` ``[B, G, n, K]``
     float32 is the router's estimate of the softmax mass of each link, NaN where a link was kept without being scored.
 
-    ``documents`` int64 ``[R, 3]`` holds (batch row, first slot, end slot) of the R documents of a padded or packed batch;
-    they do not overlap. ``indices`` is then ``[R, G, n, K]`` with n the most tiles of any document (surplus tiles all −1);
-    tiles and blocks are counted from each document's first slot, and ``grid`` describes the slots of the whole call.
-    The queries of a document are those of its slots that lie among the call's queries. None: a document is a batch row.
+    ``documents`` int64 ``[R, 3]`` holds (batch row, first slot, end slot) of the R documents of a padded or packed
+    batch; they do not overlap. ``indices`` is then ``[R, G, n, K]`` with n the most tiles of any document (surplus
+    tiles all −1); tiles and blocks are counted from each document's first slot, and ``grid`` describes the slots of the
+    whole call. The queries of a document are those of its slots that lie among the call's queries. None: a document is
+    a batch row.
     """
 
     indices: Tensor
@@ -117,15 +121,20 @@ class BlockSelection:
                 f"kv_len={grid.kv_len}, but got q {tuple(q.shape)} and k {tuple(k.shape)} (indices must be {want})"
             )
         if indices.dtype != torch.int32 or indices.device != k.device:
-            raise ValueError(f"BlockSelection.indices is {indices.dtype} on {indices.device}: must be torch.int32 on {k.device}")
+            raise ValueError(
+                f"BlockSelection.indices is {indices.dtype} on {indices.device}: must be torch.int32 on {k.device}"
+            )
         if self.documents is not None and (self.documents.shape[1:] != (3,) or self.documents.dtype != torch.int64):
             raise ValueError(
-                f"BlockSelection.documents is {self.documents.dtype} {tuple(self.documents.shape)}: must be int64 [R, 3] "
+                f"BlockSelection.documents is {self.documents.dtype} {tuple(self.documents.shape)}: must be int64 [R, "
+                "3] "
                 "with (batch row, first slot, end slot)"
             )
         heads, groups = q.shape[1], k.shape[1]
         if heads % groups if groups else heads:
-            raise ValueError(f"{heads} query heads cannot share {groups} KV heads: the first must be a multiple of the second")
+            raise ValueError(
+                f"{heads} query heads cannot share {groups} KV heads: the first must be a multiple of the second"
+            )
         if os.environ.get("HF_SPARSE_ATTN_DEBUG") == "1" if values is None else values:
             self._check_values(k.shape[0])
 
@@ -133,20 +142,24 @@ class BlockSelection:
         """(batch row, first slot, selection) of every document that has queries; reads ``documents`` back to the host.
 
         Raises:
-            ValueError: a document does not lie in the slots of the call (and in its ``batch`` rows), or has too few lists.
+            ValueError: a document does not lie in the slots of the call (and in its ``batch`` rows), or has too few
+                lists.
         """
         assert self.documents is not None
         for index, (row, first, end) in enumerate(self.documents.tolist()):
             if not (0 <= first < end <= self.grid.kv_len and row >= 0 and (batch is None or row < batch)):
                 raise ValueError(
-                    f"BlockSelection.documents holds {[row, first, end]}: must lie in {batch} rows of {self.grid.kv_len} slots "
+                    f"BlockSelection.documents holds {[row, first, end]}: must lie in {batch} rows of "
+                    f"{self.grid.kv_len} slots "
                     "and share no slot with another document"
                 )
             queries = end - max(first, self.grid.q_offset)
             if queries > 0:
                 grid = replace(self.grid, q_len=queries, kv_len=end - first)
                 if self.indices.shape[2] < grid.tiles:
-                    raise ValueError(f"BlockSelection.indices holds {self.indices.shape[2]} tiles, but a document has {grid.tiles}")
+                    raise ValueError(
+                        f"BlockSelection.indices holds {self.indices.shape[2]} tiles, but a document has {grid.tiles}"
+                    )
                 yield row, first, BlockSelection(self.indices[index : index + 1, :, : grid.tiles], grid)
 
     def _check_values(self, batch: int) -> None:
@@ -158,28 +171,41 @@ class BlockSelection:
         taken = torch.zeros(batch, self.grid.kv_len, dtype=torch.bool, device="cpu")
         for row, first, end in self.documents.tolist():
             if bool(taken[row, first:end].any()):
-                raise ValueError(f"BlockSelection.documents holds {[row, first, end]}: must share no slot with another document")
+                raise ValueError(
+                    f"BlockSelection.documents holds {[row, first, end]}: must share no slot with another document"
+                )
             taken[row, first:end] = True
 
     def check_blocks(self) -> None:
-        """Raise ValueError unless every list is ascending and unique and holds blocks that its tile sees; reads the indices back."""
+        """Raise ValueError unless every list is ascending and unique and holds blocks that its tile sees;
+        reads the indices back.
+        """
         idx = self.indices
         if idx.numel() == 0:
             return
         wrong = (idx[..., 1:] <= idx[..., :-1]) & (idx[..., :-1].maximum(idx[..., 1:]) >= 0)
         if bool(wrong.any()):
             at = tuple(wrong.nonzero()[0, :3].tolist())
-            raise ValueError(f"BlockSelection.indices{list(at)} is {idx[at].tolist()}: must be ascending and unique, with -1 (empty) first")
+            raise ValueError(
+                f"BlockSelection.indices{list(at)} is {idx[at].tolist()}: must be ascending and unique, with -1 "
+                "(empty) first"
+            )
         end = self.grid.blocks - 1
         last_block = (self.grid.last_positions(idx.device) // self.grid.block_size).view(1, 1, -1)
         late = idx[..., -1] > (last_block if self.grid.causal else end)
         if bool(late.any()):
             block = int(idx[..., -1][late][0])
-            why = "starts after its tile's last query: causal attention cannot read it" if self.grid.causal else f"is after the last, {end}"
+            why = (
+                "starts after its tile's last query: causal attention cannot read it"
+                if self.grid.causal
+                else f"is after the last, {end}"
+            )
             raise ValueError(f"BlockSelection.indices holds block {block}, which {why}")
 
     def kept_keys(self) -> Tensor:
-        """Keys of the blocks that each tile keeps, forced ones included: int64 ``[B, G, n]``. A partial last block counts what it holds."""
+        """Keys of the blocks that each tile keeps, forced ones included: int64 ``[B, G, n]``.
+        A partial last block counts what it holds.
+        """
         size, idx = self.grid.block_size, self.indices
         count = (idx >= 0).sum(-1) * size
         if idx.shape[-1] == 0:
@@ -206,7 +232,9 @@ def join_documents(selections: Sequence[BlockSelection], documents: Tensor, q_le
     """
     grids = {(s.grid.query_tile, s.grid.block_size, s.grid.causal) for s in selections}
     if len(grids) != 1:
-        raise ValueError(f"documents are joined whose (query_tile, block_size, causal) are {sorted(grids)}: must be the same for all")
+        raise ValueError(
+            f"documents are joined whose (query_tile, block_size, causal) are {sorted(grids)}: must be the same for all"
+        )
     lists = [s.indices for s in selections]
     tiles, width = (max(x.shape[dim] for x in lists) for dim in (2, 3))
     indices = lists[0].new_full((len(lists), lists[0].shape[1], tiles, width), -1)

@@ -12,7 +12,9 @@ from .selection import TileGrid
 
 
 class Scratch:
-    """Memory that the chunks of a loop use again: the system maps and clears a large new tensor page by page, every time."""
+    """Memory that the chunks of a loop use again: the system maps and clears a large new tensor page by page, every
+    time.
+    """
 
     def __init__(self) -> None:
         self._flat: dict[str, Tensor] = {}
@@ -43,12 +45,15 @@ def wide(x: Tensor) -> Tensor:
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """[B, G, N, D] -> [B·G, N, D] whose rows are contiguous; a copy only where they are not (a cache with room to grow is a view)."""
+    """[B, G, N, D] -> [B·G, N, D] whose rows are contiguous;
+    a copy only where they are not (a cache with room to grow is a view).
+    """
     return (x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()).flatten(0, 1)
 
 
 def _as_blocks(x: Tensor, count: int, block_size: int) -> tuple[Tensor, int] | None:
-    """All of ``x`` [BG, N, D] as one matrix of blocks and its blocks per row, if memory holds ``count`` blocks of every row so.
+    """All of ``x`` [BG, N, D] as one matrix of blocks and its blocks per row, if memory holds ``count`` blocks of every
+    row so.
 
     A cache with room to grow has memory behind a partial last block; what stands there is not part of ``x``.
     """
@@ -67,7 +72,8 @@ def _as_blocks(x: Tensor, count: int, block_size: int) -> tuple[Tensor, int] | N
 def gather_visible(x: Tensor, index: Tensor, block_size: int) -> Tensor:
     """Rows of ``x`` [B, G, N, D] in the blocks ``index`` [B·G, K], for a query at N − 1: [B·G, K·block_size, D].
 
-    The last column must name the block of that query; the last ``-N % block_size`` rows, which come after it, are zeros.
+    The last column must name the block of that query; the last ``-N % block_size`` rows, which come after it, are
+    zeros.
     """
     d, n = x.shape[-1], x.shape[2]
     rows = as_rows(x)

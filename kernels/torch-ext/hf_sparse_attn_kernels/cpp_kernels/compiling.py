@@ -2,7 +2,8 @@
 
 `torch.utils.cpp_extension.load` is not used: it needs ninja on the path, and the lock file of a build that was killed
 blocks every later one. Here a library is kept under the hash of its content: what was cut off, changed or put there by
-another user is compiled again, and never loaded. One process compiles at a time, and the system unlocks what it held if it is killed.
+another user is compiled again, and never loaded. One process compiles at a time, and the system unlocks what it held if
+it is killed.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ SOURCE = Path(__file__).parent / "source"
 FLAGS = ("-std=c++20", "-O3", "-fopenmp", "-fPIC", "-shared")
 COMPILER_SECONDS = 1800  # far more than any machine needs
 LEVEL_VARIABLE = "HF_SPARSE_ATTN_CPU"
-SANITIZE_VARIABLE = "HF_SPARSE_ATTN_SANITIZE"  # 1: for `make test-sanitizers`; the process must have loaded libasan first
+# 1: for `make test-sanitizers`; the process must have loaded libasan first
+SANITIZE_VARIABLE = "HF_SPARSE_ATTN_SANITIZE"
 SANITIZED = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 V3 = {"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}
 V4 = {*V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
@@ -57,7 +59,9 @@ def constant_when_traced(function: Function) -> Function:
 
 
 def compiler() -> str | None:
-    """Command of the C++ compiler, quoted for a shell: ``$CXX``, a path or a command with options, else c++, g++ or clang++."""
+    """Command of the C++ compiler, quoted for a shell:
+    ``$CXX``, a path or a command with options, else c++, g++ or clang++.
+    """
     named = os.environ.get("CXX", "").strip()
     if not named:
         return next((shlex.quote(path) for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
@@ -81,7 +85,9 @@ def processor_levels() -> tuple[str, ...]:
 
 
 def level() -> str | None:
-    """What is compiled for: ``$HF_SPARSE_ATTN_CPU`` (one of LEVELS, or "none"), else the best that this processor has."""
+    """What is compiled for: ``$HF_SPARSE_ATTN_CPU`` (one of LEVELS, or "none"), else the best that this
+    processor has.
+    """
     return os.environ.get(LEVEL_VARIABLE) or next(iter(processor_levels()), None)
 
 
@@ -91,7 +97,10 @@ def lacking() -> str | None:
     if wanted == "none":
         return f"{LEVEL_VARIABLE}=none forbids it; unset it"
     if wanted is None:
-        return f"{platform.system()} on {platform.machine()} is not supported; supported: Linux on x86-64 with AVX2 or AVX-512"
+        return (
+            f"{platform.system()} on {platform.machine()} is not supported; supported: Linux on x86-64 with AVX2 "
+            "or AVX-512"
+        )
     if wanted not in runnable:
         return f"{LEVEL_VARIABLE}={wanted!r} is not supported; supported here: {', '.join((*runnable, 'none'))}"
     if not any(SOURCE.glob("*.cpp")):  # the Hub's builds without native code hold Python files only
@@ -108,7 +117,8 @@ def folder() -> Path:
 
 
 def library(program: str, flags: tuple[str, ...]) -> Path:
-    """The library that ``program`` compiles with ``flags``: ``cpu-<digest of all that it depends on>-<digest of its content>.so``.
+    """The library that ``program`` compiles with ``flags``: ``cpu-<digest of all that it depends on>-<digest of its
+    content>.so``.
 
     Raises:
         RuntimeError: the compiler failed; the message holds what it printed.
@@ -128,7 +138,9 @@ def library(program: str, flags: tuple[str, ...]) -> Path:
             return compiled
         except OSError as error:
             failed = error
-    raise RuntimeError(f"the CPU kernels cannot be kept anywhere ({failed}); set {VARIABLE} to a folder that can be written")
+    raise RuntimeError(
+        f"the CPU kernels cannot be kept anywhere ({failed}); set {VARIABLE} to a folder that can be written"
+    )
 
 
 def _kept(target: Path) -> Path | None:
@@ -146,7 +158,9 @@ def _named(target: Path, content: bytes) -> Path:
 
 @contextmanager
 def _lock(place: Path) -> Iterator[bool]:
-    """Wait until no other process compiles into ``place``; gives whether that is certain, as it is not on every network disk."""
+    """Wait until no other process compiles into ``place``;
+    gives whether that is certain, as it is not on every network disk.
+    """
     import fcntl
 
     with (place / "lock").open("w") as file:
@@ -168,7 +182,9 @@ def _clear(place: Path, library_file: Path) -> None:
 
 
 def _compile(program: str, flags: tuple[str, ...], target: Path) -> Path:
-    """Compile into a folder beside ``target``; on disk as a whole before it gets the name that holds its digest, which is returned."""
+    """Compile into a folder beside ``target``; on disk as a whole before it gets the name that holds its digest, which
+    is returned.
+    """
     from torch.utils.cpp_extension import include_paths, library_paths
 
     logger.warning("compiling the CPU kernels of sparse attention, once for this machine: about 25 s (%s)", target)
@@ -179,9 +195,13 @@ def _compile(program: str, flags: tuple[str, ...], target: Path) -> Path:
         command = [*shlex.split(program), *FLAGS, *flags, *places, *sources, "-lc10", "-ltorch_cpu", "-o", str(built)]
         try:
             alone = {**os.environ, "LD_PRELOAD": ""}  # a sanitizer is for this process
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=COMPILER_SECONDS, env=alone)
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, timeout=COMPILER_SECONDS, env=alone
+            )
         except subprocess.TimeoutExpired as error:
-            raise RuntimeError(f"compiling the CPU kernels took more than {COMPILER_SECONDS} s ({' '.join(command)})") from error
+            raise RuntimeError(
+                f"compiling the CPU kernels took more than {COMPILER_SECONDS} s ({' '.join(command)})"
+            ) from error
         if "No space left on device" in done.stderr:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(built))
         if done.returncode:

@@ -49,7 +49,9 @@ def pooled_features(k: Tensor, block_size: int) -> Tensor:
 def coarse_scores(queries: Tensor, real: Tensor, router_keys: Tensor, scale: float) -> Tensor:
     """See `hf_sparse_attn_kernels.coarse_scores`."""
     scaled = queries if scale == 1.0 else queries * scale
-    scores: Tensor = torch.ops.hf_sparse_attn_cpp.coarse_scores(scaled.contiguous(), real.contiguous(), unit_stride(router_keys))
+    scores: Tensor = torch.ops.hf_sparse_attn_cpp.coarse_scores(
+        scaled.contiguous(), real.contiguous(), unit_stride(router_keys)
+    )
     return scores
 
 
@@ -71,7 +73,9 @@ def _mass(queries: Tensor, keys: Tensor, grid: TileGrid, tiles: Tensor, blocks: 
     return mass
 
 
-def _fake_select(coarse_queries: Tensor, real: Tensor, router_keys: Tensor, queries: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _fake_select(
+    coarse_queries: Tensor, real: Tensor, router_keys: Tensor, queries: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
     shape = (*queries.shape[:3], rest[-2])
     return queries.new_empty(shape, dtype=torch.int32), queries.new_empty(shape, dtype=torch.float32)
 
@@ -80,7 +84,9 @@ def _fake_coarse(queries: Tensor, real: Tensor, router_keys: Tensor) -> Tensor:
     return queries.new_empty((*queries.shape[:3], router_keys.shape[2]), dtype=torch.float32)
 
 
-def _fake_mass(queries: Tensor, reps: Tensor, keys: Tensor, tiles: Tensor, blocks: Tensor | None, *sizes: int) -> Tensor:
+def _fake_mass(
+    queries: Tensor, reps: Tensor, keys: Tensor, tiles: Tensor, blocks: Tensor | None, *sizes: int
+) -> Tensor:
     width = -(-keys.shape[2] // sizes[-1]) if blocks is None else blocks.shape[-1]
     return queries.new_empty((*queries.shape[:3], width), dtype=torch.float32)
 

@@ -26,7 +26,10 @@ def unsupported(*inputs: Tensor, block_size: int) -> str | None:
     for x in inputs:
         if x.device.type != "cpu":
             return f'impl="cpp": the tensors are on device "{x.device}"; supported: cpu. Move them to the CPU {OTHER}'
-        checks: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (("dtype", x.dtype, DTYPES), ("block_size", block_size, BLOCK_SIZES))
+        checks: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
+            ("dtype", x.dtype, DTYPES),
+            ("block_size", block_size, BLOCK_SIZES),
+        )
         for name, value, supported in checks:
             if value not in supported:
                 listed = ", ".join(map(str, supported))

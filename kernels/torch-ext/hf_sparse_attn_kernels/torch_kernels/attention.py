@@ -16,13 +16,26 @@ from torch import Tensor
 from ..options import ScoreOptions
 from ..reference import weighted_values
 from ..selection import BlockSelection, TileGrid
-from ..tiles import Scratch, all_finite, as_rows, as_tiles, from_tiles, gather_blocks, gather_visible, scatter_blocks, to_tiles, wide
+from ..tiles import (
+    Scratch,
+    all_finite,
+    as_rows,
+    as_tiles,
+    from_tiles,
+    gather_blocks,
+    gather_visible,
+    scatter_blocks,
+    to_tiles,
+    wide,
+)
 
 CHUNK_SCORES = 1 << 21  # scores of one chunk: 4 MB in bf16, 8 MB in float32; of 2^20 to 2^24 the fastest or close to it
 
 
 class Chunk(NamedTuple):
-    """Query tiles that are attended together: some rows of (batch, group), some tiles, and their ``lists`` of blocks [rows, tiles, K]."""
+    """Query tiles that are attended together: some rows of (batch, group), some tiles, and their ``lists`` of blocks
+    [rows, tiles, K].
+    """
 
     rows: slice
     tiles: slice | Tensor
@@ -32,8 +45,10 @@ class Chunk(NamedTuple):
 def tile_chunks(index: Tensor, grid: TileGrid, rows_per_tile: int) -> Iterator[Chunk]:
     """Cut the lists ``index`` [BG, n, K] so that a chunk has about CHUNK_SCORES scores, without the empty columns.
 
-    Lists that are as long for every row and never shorter than those before are cut along the sequence, all rows together.
-    Others, of budgets that vary, are cut row by row and by length: what fills up the shorter lists of a chunk costs as much as keys.
+    Lists that are as long for every row and never shorter than those before are cut along the sequence, all rows
+    together.
+    Others, of budgets that vary, are cut row by row and by length: what fills up the shorter lists of a chunk costs as
+    much as keys.
     """
     counts = (index >= 0).sum(-1)
     if bool((counts != counts[:1]).any() | (counts.diff(dim=1) < 0).any()):
@@ -60,7 +75,9 @@ def _by_length(index: Tensor, counts: Tensor, per_block: int) -> Iterator[Chunk]
             start += len(tiles)
 
 
-def gather_chunk(keys: Tensor, values: Tensor, index: Tensor, grid: TileGrid, scratch: Scratch) -> tuple[Tensor, Tensor]:
+def gather_chunk(
+    keys: Tensor, values: Tensor, index: Tensor, grid: TileGrid, scratch: Scratch
+) -> tuple[Tensor, Tensor]:
     """Keys and values [BG, N, D] of the blocks ``index`` [BG, n, K]: [BG, n, K·S, D] each."""
     size = grid.block_size
     shape = (*index.shape[:-1], index.shape[-1] * size)
@@ -71,22 +88,28 @@ def gather_chunk(keys: Tensor, values: Tensor, index: Tensor, grid: TileGrid, sc
 def chunk_mask(index: Tensor, grid: TileGrid, tiles: slice | Tensor) -> Tensor:
     """Where scores of a chunk must be hidden: boolean [BG, n, T or 1, K'·S] over the last K' blocks.
 
-    Blocks are ascending, so only the last ``own_blocks`` columns can hold keys after a query, and only the last one keys
-    after the end; if the chunk has empty entries all its columns are masked.
+    Blocks are ascending, so only the last ``own_blocks`` columns can hold keys after a query, and only the last one
+    keys after the end; if the chunk has empty entries all its columns are masked.
     """
-    columns = index.shape[-1] if bool((index < 0).any()) else min(grid.own_blocks if grid.causal else 1, index.shape[-1])
+    columns = (
+        index.shape[-1] if bool((index < 0).any()) else min(grid.own_blocks if grid.causal else 1, index.shape[-1])
+    )
     last = index[..., -columns:]
     offset = torch.arange(grid.block_size, device=index.device, dtype=torch.int64)
     k_pos = (last.long()[..., None] * grid.block_size + offset).flatten(-2)[:, :, None, :]
     if grid.causal:
-        q_pos = grid.first_positions(index.device)[tiles][:, None] + torch.arange(grid.query_tile, device=index.device, dtype=torch.int64)
+        q_pos = grid.first_positions(index.device)[tiles][:, None] + torch.arange(
+            grid.query_tile, device=index.device, dtype=torch.int64
+        )
         hidden = k_pos > q_pos[None, :, :, None]
     else:
         hidden = k_pos >= grid.kv_len
     return hidden | (last < 0).repeat_interleave(grid.block_size, -1)[:, :, None, :]
 
 
-def chunk_scores(q: Tensor, keys: Tensor, hidden: Tensor, options: ScoreOptions, dtype: torch.dtype, scratch: Scratch) -> Tensor:
+def chunk_scores(
+    q: Tensor, keys: Tensor, hidden: Tensor, options: ScoreOptions, dtype: torch.dtype, scratch: Scratch
+) -> Tensor:
     """Masked scores [BG, n, Hg, T, K·S] in ``dtype`` of ``q`` [BG, n, Hg, T, D] and ``keys`` [BG, n, K·S, D]."""
     rows, n, hg, t, d = q.shape
     out = scratch.take("scores", (rows * n, hg * t, keys.shape[2]), q)
@@ -103,7 +126,9 @@ def chunk_lse(scores: Tensor, sinks: Tensor | None) -> Tensor:
 
 
 def probabilities(scores: Tensor, hidden: Tensor, sinks: Tensor | None) -> Tensor:
-    """Softmax over the last dimension and the ``sinks`` [BG, 1, Hg, 1], in place; a row that sees nothing is all zeros."""
+    """Softmax over the last dimension and the ``sinks`` [BG, 1, Hg, 1], in place;
+    a row that sees nothing is all zeros.
+    """
     p = torch.softmax(scores, -1, out=scores) if sinks is None else scores.sub_(_norm(scores, sinks)).exp_()
     if hidden.shape[-1] < scores.shape[-1]:
         return p  # some columns are visible to every row
@@ -119,12 +144,17 @@ def _norm(scores: Tensor, sinks: Tensor) -> Tensor:
 def softmax_backward(
     scores: Tensor, hidden: Tensor, sinks: Tensor | None, dp: Tensor, dlse: Tensor | None, options: ScoreOptions
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """From the gradient ``dp`` [BG, n, Hg·T, K·S] of the probabilities and ``dlse`` [BG, n, Hg·T, 1] of the log-sum-exp.
+    """From the gradient ``dp`` [BG, n, Hg·T, K·S] of the probabilities and ``dlse`` [BG, n, Hg·T, 1] of the
+    log-sum-exp.
 
-    Returns the probabilities, the gradient of q·k (both shaped like ``dp``) and that of the sinks [BG, Hg]. All is in the
-    dtype of ``scores``, as in eager attention: only what enters a matmul is rounded.
+    Returns the probabilities, the gradient of q·k (both shaped like ``dp``) and that of the sinks [BG, Hg]. All is in
+    the dtype of ``scores``, as in eager attention: only what enters a matmul is rounded.
     """
-    slope = None if options.softcap is None else 1 - (scores.clamp(-options.softcap, options.softcap) / options.softcap) ** 2
+    slope = (
+        None
+        if options.softcap is None
+        else 1 - (scores.clamp(-options.softcap, options.softcap) / options.softcap) ** 2
+    )
     weight = None if sinks is None else (sinks - chunk_lse(scores, sinks)).exp()
     p = probabilities(scores, hidden, sinks).flatten(2, 3)
     delta = (p * dp).sum(-1, keepdim=True)
@@ -200,7 +230,9 @@ class GatheredAttention(torch.autograd.Function):
         keys, values = as_rows(k), as_rows(v)
         index, scratch = indices.flatten(0, 1), Scratch()
         dq = torch.empty_like(q_tiles)
-        dk, dv = (x.new_zeros(b * groups, grid.blocks * grid.block_size, x.shape[-1], dtype=accum) for x in (keys, values))
+        dk, dv = (
+            x.new_zeros(b * groups, grid.blocks * grid.block_size, x.shape[-1], dtype=accum) for x in (keys, values)
+        )
         row_sinks = _row_sinks(sinks, b, groups)
         dsinks: list[Tensor] = []
         for rows, tiles, part in tile_chunks(index, grid, q_tiles.shape[2] * grid.query_tile):
@@ -209,19 +241,25 @@ class GatheredAttention(torch.autograd.Function):
             do, some = do_tiles[rows, tiles].flatten(2, 3), _of(row_sinks, rows)
             dlse = None if dlse_tiles is None else dlse_tiles[rows, tiles].flatten(2, 3)
             scores = chunk_scores(q_tiles[rows, tiles], chunk_k, hidden, options, accum, scratch)
-            p, ds, dsink = softmax_backward(scores, hidden, some, (do @ chunk_v.transpose(-1, -2)).to(accum), dlse, options)
+            p, ds, dsink = softmax_backward(
+                scores, hidden, some, (do @ chunk_v.transpose(-1, -2)).to(accum), dlse, options
+            )
             product = ds.to(q.dtype) @ chunk_k
             if not all_finite(product):
                 some_q, chunk_k = wide(q_tiles[rows, tiles]), wide(chunk_k)
                 scores = chunk_scores(some_q, chunk_k, hidden, options, some_q.dtype, Scratch())
-                p, ds, dsink = softmax_backward(scores, hidden, some, wide(do) @ wide(chunk_v).transpose(-1, -2), dlse, options)
+                p, ds, dsink = softmax_backward(
+                    scores, hidden, some, wide(do) @ wide(chunk_v).transpose(-1, -2), dlse, options
+                )
                 product, p, ds = (ds @ chunk_k).to(q.dtype), p.to(accum), ds.to(accum)
             if dsink is not None:
                 dsinks.append(dsink.new_zeros(b * groups, dsink.shape[1]))
                 dsinks[-1][rows] = dsink
             dq[rows, tiles] = product.view_as(dq[rows, tiles])
             # a key's gradient is the sum of many tiles' products: in low precision each would be rounded
-            scatter_blocks(dk[rows], part, ds.transpose(-1, -2) @ q_tiles[rows, tiles].flatten(2, 3).to(accum), grid.block_size)
+            scatter_blocks(
+                dk[rows], part, ds.transpose(-1, -2) @ q_tiles[rows, tiles].flatten(2, 3).to(accum), grid.block_size
+            )
             scatter_blocks(dv[rows], part, p.transpose(-1, -2) @ do.to(accum), grid.block_size)
         grads = (x[:, : grid.kv_len].to(like.dtype).view_as(like) for x, like in ((dk, k), (dv, v)))
         sum_sinks = torch.stack(dsinks).sum(0).view(b, -1).sum(0).to(sinks.dtype) if dsinks else None
@@ -261,11 +299,14 @@ def hide_after(scores: Tensor, n: int, block_size: int) -> None:
 def _attend_single(
     q: Tensor, k: Tensor, v: Tensor, index: Tensor, grid: TileGrid, options: ScoreOptions, return_lse: bool
 ) -> tuple[Tensor, Tensor | None] | None:
-    """Forward pass of one query per row whose lists ``index`` [B·G, K] end with its own block: nothing to mask but empty entries.
+    """Forward pass of one query per row whose lists ``index`` [B·G, K] end with its own block: nothing to mask but
+    empty entries.
 
     None where it is not as simple as that: another list, or a result that is not finite.
     """
-    if not bool(((index[:, -1] == grid.blocks - 1) & ((index[:, 1:] > index[:, :-1]) | (index[:, 1:] < 0)).all(-1)).all()):
+    if not bool(
+        ((index[:, -1] == grid.blocks - 1) & ((index[:, 1:] > index[:, :-1]) | (index[:, 1:] < 0)).all(-1)).all()
+    ):
         return None
     fewest, width = (int(count) for count in (index >= 0).sum(-1).aminmax())
     index = index[:, -width:]

@@ -1,4 +1,6 @@
-"""Scores of key blocks in plain torch, the specification of what `scoring` offers; differentiable where the inputs are."""
+"""Scores of key blocks in plain torch, the specification of what `scoring` offers;
+differentiable where the inputs are.
+"""
 
 from __future__ import annotations
 
@@ -34,17 +36,28 @@ def coarse_scores_torch(queries: Tensor, real: Tensor, router_keys: Tensor, scal
 
 
 def fine_mass_torch(
-    queries: Tensor, keys: Tensor, grid: TileGrid, tiles: Tensor, blocks: Tensor, reps: Tensor, scratch: Scratch | None = None
+    queries: Tensor,
+    keys: Tensor,
+    grid: TileGrid,
+    tiles: Tensor,
+    blocks: Tensor,
+    reps: Tensor,
+    scratch: Scratch | None = None,
 ) -> Tensor:
     """See `fine_mass`."""
     rows, m, e = *queries.shape[:2], queries.shape[-1]
     keys = as_rows(keys[None])
     q_pos = (grid.first_positions(blocks.device)[tiles][:, None, None] + reps).flatten(1)
     real = ((q_pos >= grid.q_offset) & (q_pos < grid.kv_len)).float()
-    share = real / real.sum(-1, keepdim=True).clamp(min=1)  # of each query in its tile's mean; nothing where none is a token
+    # of each query in its tile's mean; nothing where none is a token
+    share = real / real.sum(-1, keepdim=True).clamp(min=1)
     memory = None if scratch is None else scratch.take("keys", (rows, m, blocks.shape[-1] * grid.block_size, e), keys)
     gathered = gather_blocks(keys, blocks, grid.block_size, memory)
-    mass = None if scratch is None else _unshifted_mass(queries.flatten(2, 3), gathered, grid, blocks, q_pos, share, scratch)
+    mass = (
+        None
+        if scratch is None
+        else _unshifted_mass(queries.flatten(2, 3), gathered, grid, blocks, q_pos, share, scratch)
+    )
     if torch.is_grad_enabled() and queries.requires_grad and not keys.requires_grad:
         mass = _LearnedMass.apply(queries.flatten(2, 3), gathered, grid, blocks, q_pos, share)
     elif mass is None:
@@ -54,7 +67,9 @@ def fine_mass_torch(
     return mass.float().view(*blocks.shape, grid.block_size).sum(-1)
 
 
-def _shifted_mass(queries: Tensor, keys: Tensor, grid: TileGrid, blocks: Tensor, q_pos: Tensor, share: Tensor) -> Tensor:
+def _shifted_mass(
+    queries: Tensor, keys: Tensor, grid: TileGrid, blocks: Tensor, q_pos: Tensor, share: Tensor
+) -> Tensor:
     """Mass of every gathered key [rows, m, L·S, 1] by a softmax."""
     scores = torch.matmul(keys, queries.transpose(2, 3))
     _hide(scores, grid, blocks, q_pos)
@@ -63,13 +78,16 @@ def _shifted_mass(queries: Tensor, keys: Tensor, grid: TileGrid, blocks: Tensor,
 
 
 def _hide(scores: Tensor, grid: TileGrid, blocks: Tensor, q_pos: Tensor) -> None:
-    """Hide from ``scores`` [rows, m, L·S, Hg·r] what is later than its query [m, Hg·r] or in an empty entry of ``blocks``.
+    """Hide from ``scores`` [rows, m, L·S, Hg·r] what is later than its query [m, Hg·r] or in an empty entry of
+    ``blocks``.
 
     Without causality only what lies behind the last key.
     """
     own_blocks = blocks[..., -(grid.own_blocks if grid.causal else 1) :]
     last = q_pos[:, None] if grid.causal else torch.full_like(q_pos[:, None], grid.kv_len - 1)
-    k_pos = (own_blocks[..., None] * grid.block_size + torch.arange(grid.block_size, device=blocks.device, dtype=torch.int64)).flatten(2)
+    k_pos = (
+        own_blocks[..., None] * grid.block_size + torch.arange(grid.block_size, device=blocks.device, dtype=torch.int64)
+    ).flatten(2)
     scores[:, :, -k_pos.shape[-1] :].masked_fill_(k_pos[..., None] > last, -torch.inf)
     if blocks.device.type != "cpu" or bool((blocks < 0).any()):
         scores.masked_fill_((blocks < 0).repeat_interleave(grid.block_size, -1)[..., None], -torch.inf)
@@ -78,7 +96,8 @@ def _hide(scores: Tensor, grid: TileGrid, blocks: Tensor, q_pos: Tensor) -> None
 def _unshifted_mass(
     queries: Tensor, keys: Tensor, grid: TileGrid, blocks: Tensor, q_pos: Tensor, share: Tensor, scratch: Scratch
 ) -> Tensor | None:
-    """Mass of every gathered key [rows, m, L·S] by products and one exponential, or None where that would leave the range.
+    """Mass of every gathered key [rows, m, L·S] by products and one exponential, or None where that would leave the
+    range.
 
     Few queries are thin operands: with the keys as rows the product runs at almost twice the rate, but a softmax over
     rows is slow. So the exponentials are taken as they are; scores beyond ±60 or so need the shifted softmax.
@@ -99,11 +118,14 @@ class _LearnedMass(torch.autograd.Function):
     """Mass of every gathered key with gradient to the queries: of the scores only the exponentials are kept, in place.
 
     The gradient of a score is weight · norm · (g − the weighted mean of g), so three products of the exponentials with
-    narrow matrices give the gradient of the queries, and nothing of the size of the scores is made in the backward pass.
+    narrow matrices give the gradient of the queries, and nothing of the size of the scores is made in the backward
+    pass.
     """
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor, grid: TileGrid, blocks: Tensor, q_pos: Tensor, share: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, queries: Tensor, keys: Tensor, grid: TileGrid, blocks: Tensor, q_pos: Tensor, share: Tensor
+    ) -> Tensor:
         scores = torch.matmul(keys, queries.transpose(2, 3))
         _hide(scores, grid, blocks, q_pos)
         weights = scores.exp_()
@@ -150,7 +172,9 @@ def block_mass_torch(q: Tensor, k: Tensor, grid: TileGrid, tiles: Tensor, scale:
 
 
 def _mass_of(q_tiles: Tensor, keys: Tensor, grid: TileGrid, first: Tensor, scale: float) -> Tensor:
-    """Softmax mass of each of the ``keys`` [BG, V, D], averaged over the tokens of each tile of ``q_tiles`` [BG, m, Hg, T, D]."""
+    """Softmax mass of each of the ``keys`` [BG, V, D], averaged over the tokens of each tile of ``q_tiles`` [BG, m, Hg,
+    T, D].
+    """
     rows, m, hg, t = q_tiles.shape[:4]
     scores = torch.bmm(q_tiles.flatten(1, 3), keys.transpose(1, 2))
     scores = (scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale).view(rows, m, hg, t, keys.shape[1])

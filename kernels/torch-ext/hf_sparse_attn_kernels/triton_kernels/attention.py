@@ -36,7 +36,9 @@ def forward(
     softcap: float,
     splits: int,
 ) -> tuple[Tensor, Tensor]:
-    """(out [B, H, Q, D] contiguous, lse [B, H, Q] float32); softcap 0 = none, splits 0 = as many as the launch table says."""
+    """(out [B, H, Q, D] contiguous, lse [B, H, Q] float32);
+    softcap 0 = none, splits 0 = as many as the launch table says.
+    """
     q, k, v, indices = unit_stride(q), unit_stride(k), unit_stride(v), indices.contiguous()
     b, heads, q_len, d = q.shape
     groups, kv_len = k.shape[1:3]
@@ -91,7 +93,9 @@ def forward(
     if splits > 1:
         count = lse.numel()
         power = 1 << (splits - 1).bit_length()
-        combine_kernel[(count,)](part, part_lse, out, lse, count, D=d, DP=padded(d), SPLITS=splits, SP=power, **SIMPLE.options)
+        combine_kernel[(count,)](
+            part, part_lse, out, lse, count, D=d, DP=padded(d), SPLITS=splits, SP=power, **SIMPLE.options
+        )
     return out, lse
 
 
@@ -131,7 +135,17 @@ def backward(
     fill = torch.empty if documents is None else torch.zeros
     dq, dk, dv = (fill(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta_kernel[(-(-q_len // 64), heads, b)](
-        out, grad_out, grad_lse.contiguous(), delta, *_strides(grad_out), heads, q_len, D=d, DP=padded(d), BLOCK_M=64, **SIMPLE.options
+        out,
+        grad_out,
+        grad_lse.contiguous(),
+        delta,
+        *_strides(grad_out),
+        heads,
+        q_len,
+        D=d,
+        DP=padded(d),
+        BLOCK_M=64,
+        **SIMPLE.options,
     )
     if not (rows and tiles):
         return dq, dk, dv, delta
@@ -139,7 +153,23 @@ def backward(
     block_m = row_tile(table.dq, query_tile * heads // groups)
     parts = -(-query_tile * (heads // groups) // block_m)
     dq_kernel[(tiles * parts, groups, rows)](
-        *(q, k, v, grad_out, dq, lse, delta, indices, docs, *_strides(q, k, v, grad_out), groups, q_len, kv_len, tiles, width),
+        *(
+            q,
+            k,
+            v,
+            grad_out,
+            dq,
+            lse,
+            delta,
+            indices,
+            docs,
+            *_strides(q, k, v, grad_out),
+            groups,
+            q_len,
+            kv_len,
+            tiles,
+            width,
+        ),
         *(scale, softcap),
         **shape,
         **flags,
@@ -154,7 +184,23 @@ def backward(
     lists = (inverse.tiles, inverse.starts, inverse.work, inverse.slots)
     sizes = (groups, q_len, kv_len, blocks, bins, inverse.chunk, inverse.slot_count)
     dkv_kernel[(len(inverse.work), block_size // block_n)](
-        *(q, k, v, grad_out, dk, dv, part, lse, delta, docs, *lists, *_strides(q, k, v, grad_out), *sizes, scale, softcap),
+        *(
+            q,
+            k,
+            v,
+            grad_out,
+            dk,
+            dv,
+            part,
+            lse,
+            delta,
+            docs,
+            *lists,
+            *_strides(q, k, v, grad_out),
+            *sizes,
+            scale,
+            softcap,
+        ),
         **shape,
         **flags,
         BLOCK_M=table.dkv.block_m,
@@ -175,7 +221,9 @@ def backward(
 
 
 @backward.register_fake
-def _(grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(
+    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     return dq, dk, dv, q.new_empty(q.shape[:3], dtype=torch.float32)
 
@@ -190,7 +238,8 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
     dq, dk, dv, delta = backward(grad_out, grad_lse, q, k, v, out, lse, indices, documents, *ctx.options, 0)
     dsinks = None
     if sinks is not None:
-        weight = torch.exp(sinks.float()[:, None] - lse).masked_fill(lse == -torch.inf, 0)  # −inf: a query of no document
+        # −inf: a query of no document
+        weight = torch.exp(sinks.float()[:, None] - lse).masked_fill(lse == -torch.inf, 0)
         dsinks = -(weight * delta).sum((0, 2)).to(sinks.dtype)
     return dq, dk, dv, None, None, dsinks, None, None, None, None, None, None
 
@@ -207,10 +256,11 @@ def block_sparse_attention_triton(
     return_lse: bool = False,
     splits: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
-    """See `block_sparse_attention`; ``splits`` forces the number of programs that share the list of a query (tiles of 1).
+    """See `block_sparse_attention`; ``splits`` forces the number of programs that share the list of a query (tiles of
+    1).
 
-    A key or value that is not finite never reaches a query that does not see it. A query that does see one gets NaN, for a
-    value in one of the tile's own blocks in all columns.
+    A key or value that is not finite never reaches a query that does not see it. A query that does see one gets NaN,
+    for a value in one of the tile's own blocks in all columns.
     """
     grid = selection.grid
     sizes = (grid.query_tile, grid.block_size, grid.causal)

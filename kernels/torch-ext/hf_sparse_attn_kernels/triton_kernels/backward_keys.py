@@ -54,10 +54,12 @@ def dkv_kernel(
     HAS_DOCS: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """Program (work item, part of the block): dK and dV of a key block from at most ``chunk`` of the tiles that kept it.
+    """Program (work item, part of the block): dK and dV of a key block from at most ``chunk`` of the tiles that kept
+    it.
 
-    The tables are those of `InverseIndex`. A block with one work item is stored in dK, dV [B, G, N, D] (contiguous), one
-    with several in the workspace [2, slots, S, D] that `reduce_kernel` sums. Rows are (tile, head of the group, token).
+    The tables are those of `InverseIndex`. A block with one work item is stored in dK, dV [B, G, N, D] (contiguous),
+    one with several in the workspace [2, slots, S, D] that `reduce_kernel` sums. Rows are (tile, head of the group,
+    token).
     """
     ROWS: tl.constexpr = T * HG
     bin = tl.load(work_ptr + tl.program_id(0) * 2)

@@ -1,7 +1,8 @@
-"""Backward kernels of the queries. The weights are recomputed from the stored log-sum-exp; nothing is summed by atomics.
+"""Backward kernels of the queries. The weights are recomputed from the stored log-sum-exp; nothing is summed by
+atomics.
 
-With P the softmax weights, dP = dO·Vᵀ and delta = rowsum(dO ∘ O) − dLSE: dS = P ∘ (dP − delta), times 1 − (s / softcap)² for
-capped scores s; dQ = scale · dS·K, dK = scale · dSᵀ·Q, dV = Pᵀ·dO (`backward_keys`).
+With P the softmax weights, dP = dO·Vᵀ and delta = rowsum(dO ∘ O) − dLSE: dS = P ∘ (dP − delta), times 1 − (s /
+softcap)² for capped scores s; dQ = scale · dS·K, dK = scale · dSᵀ·Q, dV = Pᵀ·dO (`backward_keys`).
 """
 
 import triton
@@ -25,7 +26,18 @@ from .primitives import (
 
 @triton.jit
 def delta_kernel(
-    out_ptr, do_ptr, dlse_ptr, delta_ptr, do_sb, do_sh, do_sn, heads, q_len, D: tl.constexpr, DP: tl.constexpr, BLOCK_M: tl.constexpr
+    out_ptr,
+    do_ptr,
+    dlse_ptr,
+    delta_ptr,
+    do_sb,
+    do_sh,
+    do_sn,
+    heads,
+    q_len,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
     """Program (row block, head, batch row): delta [B, H, Q] = rowsum(dO ∘ O) − dLSE; all contiguous but dO."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -33,7 +45,9 @@ def delta_kernel(
     batch = tl.program_id(2).to(tl.int64)
     at = (batch * heads + tl.program_id(1)) * q_len + rows
     out = load_rows(out_ptr, at, D, valid, D, DP).to(tl.float32)
-    do = load_rows(do_ptr + batch * do_sb + tl.program_id(1).to(tl.int64) * do_sh, rows, do_sn, valid, D, DP).to(tl.float32)
+    do = load_rows(do_ptr + batch * do_sb + tl.program_id(1).to(tl.int64) * do_sh, rows, do_sn, valid, D, DP).to(
+        tl.float32
+    )
     dlse = tl.load(dlse_ptr + at, mask=valid, other=0.0)
     tl.store(delta_ptr + at, tl.sum(out * do, 1) - dlse, mask=valid)
 
@@ -79,7 +93,9 @@ def dq_kernel(
     HAS_DOCS: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """Program (tile · row part, group, document): dQ [B, H, Q, D], contiguous. Same walk over the list as `forward_kernel`."""
+    """Program (tile · row part, group, document): dQ [B, H, Q, D], contiguous.
+    Same walk over the list as `forward_kernel`.
+    """
     PARTS: tl.constexpr = (T * HG + BLOCK_M - 1) // BLOCK_M
     OWN: tl.constexpr = T // S if CAUSAL and T > S else 1
     PER_STEP: tl.constexpr = BLOCK_N // S if BLOCK_N > S else 1
@@ -87,7 +103,9 @@ def dq_kernel(
     part = tl.program_id(0) % PARTS
     index = tiles - 1 - tl.program_id(0) // PARTS
     group = tl.program_id(1)
-    row, first, keys, start, head, q_pos, q_row, valid = tile_queries(part, index, docs_ptr, q_len, kv_len, HG, T, BLOCK_M, HAS_DOCS)
+    row, first, keys, start, head, q_pos, q_row, valid = tile_queries(
+        part, index, docs_ptr, q_len, kv_len, HG, T, BLOCK_M, HAS_DOCS
+    )
     if start >= keys:
         return
 

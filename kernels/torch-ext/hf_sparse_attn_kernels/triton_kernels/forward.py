@@ -69,7 +69,8 @@ def forward_kernel(
     HAS_SINKS: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """Program (tile · row part · split, group, document): ``out`` [SPLITS, B, H, Q, D] and ``lse`` [SPLITS, B, H, Q], contiguous.
+    """Program (tile · row part · split, group, document): ``out`` [SPLITS, B, H, Q, D] and ``lse`` [SPLITS, B, H, Q],
+    contiguous.
 
     Rows are the tile's tokens × the heads of the group. Whole blocks before the tile's own need no mask; the tail
     (the tile's own blocks and what does not fill a key tile) is masked. With SPLITS > 1 each program takes a part of
@@ -83,7 +84,9 @@ def forward_kernel(
     part = tl.program_id(0) // SPLITS % PARTS
     index = tiles - 1 - tl.program_id(0) // (SPLITS * PARTS)  # the longest lists first
     group = tl.program_id(1)
-    row, first, keys, start, head, q_pos, q_row, valid = tile_queries(part, index, docs_ptr, q_len, kv_len, HG, T, BLOCK_M, HAS_DOCS)
+    row, first, keys, start, head, q_pos, q_row, valid = tile_queries(
+        part, index, docs_ptr, q_len, kv_len, HG, T, BLOCK_M, HAS_DOCS
+    )
     if start >= keys:
         return
 
@@ -139,9 +142,19 @@ def forward_kernel(
 
 @triton.jit
 def combine_kernel(
-    part_ptr, part_lse_ptr, out_ptr, lse_ptr, rows, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr, SP: tl.constexpr
+    part_ptr,
+    part_lse_ptr,
+    out_ptr,
+    lse_ptr,
+    rows,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SP: tl.constexpr,
 ):
-    """Program (row): merge ``part`` [SPLITS, rows, D] and its log-sum-exps [SPLITS, rows]; SP is SPLITS up to a power of two."""
+    """Program (row): merge ``part`` [SPLITS, rows, D] and its log-sum-exps [SPLITS, rows];
+    SP is SPLITS up to a power of two.
+    """
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SP)
     at = split.to(tl.int64) * rows + row

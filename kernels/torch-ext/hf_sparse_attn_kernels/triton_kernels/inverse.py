@@ -1,4 +1,6 @@
-"""Which tiles kept a key block: the transposed lists that the dK/dV kernel walks, built on the device without a host sync."""
+"""Which tiles kept a key block: the transposed lists that the dK/dV kernel walks, built on the device without a host
+sync.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,10 @@ class InverseIndex:
 
     tiles: int32 [R·G·n·K], tile indices sorted by bin, ascending within one (entries of no bin come last).
     starts: int32 [bins + 1], where each bin's run starts in ``tiles``.
-    work: int32 [W, 2], (bin, number): item ``number`` of a bin covers its tiles from number · chunk on; bin = bins: nothing to do.
-    slots: int32 [bins], where the partial sums of a bin with several items start in the workspace of ``slot_count`` blocks.
+    work: int32 [W, 2], (bin, number): item ``number`` of a bin covers its tiles from number · chunk on; bin = bins:
+    nothing to do.
+    slots: int32 [bins], where the partial sums of a bin with several items start in the workspace of ``slot_count``
+    blocks.
     popular: int32 [P], the bins with several items, then ``bins``.
     """
 
@@ -30,7 +34,9 @@ class InverseIndex:
     slot_count: int
 
 
-def _bins_in_use(blocks: int, groups: int, block_size: int, documents: Tensor | None, rows: int, device: torch.device) -> Tensor:
+def _bins_in_use(
+    blocks: int, groups: int, block_size: int, documents: Tensor | None, rows: int, device: torch.device
+) -> Tensor:
     """Boolean [bins]: the block has a slot of its document."""
     if documents is None:
         return torch.ones(rows * groups * blocks, dtype=torch.bool, device=device)
@@ -42,7 +48,9 @@ def _bins_in_use(blocks: int, groups: int, block_size: int, documents: Tensor | 
 def invert(
     indices: Tensor, blocks: int, block_size: int, batch: int, documents: Tensor | None, chunk_tiles: int | None = None
 ) -> InverseIndex:
-    """Transpose ``indices`` [R, G, n, K] by a stable sort; shapes depend on shapes only, so the result is graph-safe."""
+    """Transpose ``indices`` [R, G, n, K] by a stable sort;
+    shapes depend on shapes only, so the result is graph-safe.
+    """
     rows, groups, tiles, width = indices.shape
     bins, device = rows * groups * blocks, indices.device
     bin_of_row = torch.arange(0, bins, blocks, device=device, dtype=torch.int32).view(rows, groups, 1, 1)
@@ -51,7 +59,9 @@ def invert(
     starts = torch.searchsorted(ordered, torch.arange(bins + 1, device=device, dtype=torch.int32), out_int32=True)
     counts = starts.diff()
     chunk = max(chunk_tiles or CHUNK_TILES, -(-4 * tiles * width // blocks) if chunk_tiles is None else 1)
-    pieces = torch.where(_bins_in_use(blocks, groups, block_size, documents, rows, device), (counts + chunk - 1) // chunk, 0)
+    pieces = torch.where(
+        _bins_in_use(blocks, groups, block_size, documents, rows, device), (counts + chunk - 1) // chunk, 0
+    )
     items = torch.where(_bins_in_use(blocks, groups, block_size, documents, rows, device), pieces.clamp(min=1), 0)
     ends = items.cumsum(0)
     in_use = bins if documents is None else min(bins, groups * (batch * blocks + rows))

@@ -22,7 +22,9 @@ class Launch:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What Triton's launcher and compiler are told; fused multiply-adds are asked for, as the default is about to change."""
+        """What Triton's launcher and compiler are told;
+        fused multiply-adds are asked for, as the default is about to change.
+        """
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
@@ -35,8 +37,10 @@ class Launches:
     dkv: Launch
 
 
-# Starting points; those of 2-byte types compile without spills on sm_90 (tests/aot), those of float32 spill. None has been timed.
-# Keys: (architecture or family, bytes an element, head dim up to a power of two); "gfx" is for 64 to 99 KB of shared memory.
+# Starting points; those of 2-byte types compile without spills on sm_90 (tests/aot), those of float32 spill. None has
+# been timed.
+# Keys: (architecture or family, bytes an element, head dim up to a power of two); "gfx" is for 64 to 99 KB of shared
+# memory.
 TABLE = {
     ("sm90", 2, 64): Launches(Launch(64, 64, 4, 3), Launch(64, 64, 4, 2), Launch(64, 64, 4, 2)),
     ("sm90", 2, 128): Launches(Launch(128, 64, 8, 3), Launch(128, 64, 8, 2), Launch(64, 32, 8, 2)),
@@ -55,7 +59,8 @@ TABLE = {
     ("gfx", 4, 256): Launches(Launch(16, 16, 4, 1), Launch(16, 16, 4, 1), Launch(16, 16, 4, 1)),
     ("interpreter", 2, 64): Launches(Launch(128, 64), Launch(128, 64), Launch(128, 64)),
 }
-FAMILIES = {"sm80": "sm90", "sm90": "sm90", "sm100": "sm90"}  # sm_86, sm_89 and sm_120 have 99 KB of shared memory: "gfx"
+# sm_86, sm_89 and sm_120 have 99 KB of shared memory: "gfx"
+FAMILIES = {"sm80": "sm90", "sm90": "sm90", "sm100": "sm90"}
 SIMPLE = Launch(64, 16)  # kernels without a matrix product
 LONG_DECODE = 2  # key tiles that a split of a decode step should at least have
 

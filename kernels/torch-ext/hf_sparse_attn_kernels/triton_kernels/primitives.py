@@ -11,7 +11,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def dot(a, b, acc=None):
-    """``a @ b + acc`` in float32. The interpreter multiplies bfloat16 bit patterns, so there the operands are widened first."""
+    """``a @ b + acc`` in float32. The interpreter multiplies bfloat16 bit patterns, so there the operands are widened
+    first.
+    """
     if INTERPRET:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -30,7 +32,9 @@ def cast(x, TYPE: tl.constexpr):
 
 @triton.jit
 def document(docs_ptr, r, q_len, kv_len, HAS_DOCS: tl.constexpr):
-    """(batch row, first slot, keys, content position of the first query) of document r; it has queries if the last is below keys."""
+    """(batch row, first slot, keys, content position of the first query) of document r;
+    it has queries if the last is below keys.
+    """
     if HAS_DOCS:
         row = tl.load(docs_ptr + r * 3)
         first = tl.load(docs_ptr + r * 3 + 1).to(tl.int32)
@@ -43,11 +47,21 @@ def document(docs_ptr, r, q_len, kv_len, HAS_DOCS: tl.constexpr):
 
 
 @triton.jit
-def tile_queries(part, index, docs_ptr, q_len, kv_len, HG: tl.constexpr, T: tl.constexpr, BLOCK_M: tl.constexpr, HAS_DOCS: tl.constexpr):
+def tile_queries(
+    part,
+    index,
+    docs_ptr,
+    q_len,
+    kv_len,
+    HG: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    HAS_DOCS: tl.constexpr,
+):
     """Rows of the program (.., group, document) for row part ``part`` of tile ``index``: tokens × heads of the group.
 
-    Returns (batch row, first slot, keys, content position of the tile, [BLOCK_M] each: head, content position, row of the
-    call's queries, and whether it is a query of the document). None is if the tile lies behind the document's end.
+    Returns (batch row, first slot, keys, content position of the tile, [BLOCK_M] each: head, content position, row of
+    the call's queries, and whether it is a query of the document). None is if the tile lies behind the document's end.
     """
     row, first, keys, q_start = document(docs_ptr, tl.program_id(2), q_len, kv_len, HAS_DOCS)
     start = (q_start // T + index) * T
@@ -60,7 +74,9 @@ def tile_queries(part, index, docs_ptr, q_len, kv_len, HG: tl.constexpr, T: tl.c
 
 @triton.jit
 def load_queries(base, head, stride_head, q_row, stride_row, valid, D: tl.constexpr, DP: tl.constexpr):
-    """Rows ``q_row`` of heads ``head`` [n] of one batch row: [n, DP]; zeros where not ``valid`` and in the columns from D on."""
+    """Rows ``q_row`` of heads ``head`` [n] of one batch row: [n, DP];
+    zeros where not ``valid`` and in the columns from D on.
+    """
     d = tl.arange(0, DP)
     at = head.to(tl.int64)[:, None] * stride_head + q_row.to(tl.int64)[:, None] * stride_row + d[None, :]
     return tl.load(base + at, mask=valid[:, None] & (d < D)[None, :], other=0.0)
@@ -100,7 +116,9 @@ def empty_entries(list_ptr, width):
 
 @triton.jit
 def listed_keys(list_ptr, column, flat, width, S: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
-    """Content positions of keys ``flat`` ... of the blocks listed from ``column`` on: (int32 [BLOCK_N], boolean: it is listed)."""
+    """Content positions of keys ``flat`` ... of the blocks listed from ``column`` on: (int32 [BLOCK_N], boolean:
+    it is listed).
+    """
     offset = tl.arange(0, BLOCK_N)
     if S >= BLOCK_N:  # one block holds the whole key tile: a scalar load
         at = column + flat // S
@@ -144,7 +162,9 @@ def load_lse(lse_ptr, at, valid):
 
 @triton.jit
 def score_gradient(p, s, dp, delta, softcap, SOFTCAP: tl.constexpr):
-    """Gradient of the scores before the cap; ``s`` is capped, in units of log 2; ``delta`` broadcasts against the rest."""
+    """Gradient of the scores before the cap; ``s`` is capped, in units of log 2;
+    ``delta`` broadcasts against the rest.
+    """
     ds = p * (dp - delta)
     if SOFTCAP:
         t = s * (LN2 / softcap)

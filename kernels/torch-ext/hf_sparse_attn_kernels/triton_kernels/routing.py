@@ -15,13 +15,17 @@ from .scoring import coarse_kernel, features_kernel, mass_kernel, row_lse_kernel
 
 @torch.library.custom_op("hf_sparse_attn_kernels::pooled_features", mutates_args=())
 def pooled_features(k: Tensor, block_size: int) -> Tensor:
-    """Max, min and mean over each whole block: ``k`` [B, G, N, D] -> [B, G, N // block_size, 3·D], in one pass over ``k``."""
+    """Max, min and mean over each whole block: ``k`` [B, G, N, D] -> [B, G, N // block_size, 3·D], in one pass over
+    ``k``.
+    """
     k = unit_stride(k)
     b, groups, n, d = k.shape
     blocks = n // block_size
     out = torch.empty((b, groups, blocks, 3 * d), dtype=k.dtype, device=k.device)
     if blocks:
-        features_kernel[(blocks, groups, b)](k, out, *k.stride()[:3], groups, blocks, D=d, DP=padded(d), S=block_size, **SIMPLE.options)
+        features_kernel[(blocks, groups, b)](
+            k, out, *k.stride()[:3], groups, blocks, D=d, DP=padded(d), S=block_size, **SIMPLE.options
+        )
     return out
 
 
@@ -34,8 +38,8 @@ def _(k: Tensor, block_size: int) -> Tensor:
 def coarse_scores(queries: Tensor, real: Tensor, router_keys: Tensor, scale: float) -> Tensor:
     """Log-sum-exp over a tile's runs of the scaled scores: float32 [B, G, m, nb].
 
-    ``queries`` [B, G, m, runs, R] float32, runs a power of two up to 16; ``real`` boolean [m, runs], runs that have tokens (a
-    single run always has); ``router_keys`` [B, G, nb, R] float32.
+    ``queries`` [B, G, m, runs, R] float32, runs a power of two up to 16; ``real`` boolean [m, runs], runs that have
+    tokens (a single run always has); ``router_keys`` [B, G, nb, R] float32.
     """
     queries, real, router_keys = queries.contiguous(), real.contiguous(), unit_stride(router_keys)
     b, groups, tiles, runs, d = queries.shape

@@ -7,8 +7,12 @@ from .primitives import LN2, LOG2E, cast, dot, load_rows
 
 
 @triton.jit
-def features_kernel(k_ptr, out_ptr, k_sb, k_sh, k_sn, groups, blocks, D: tl.constexpr, DP: tl.constexpr, S: tl.constexpr):
-    """Program (whole block, group, batch row): max, min and mean of its keys, ``out`` [B, G, blocks, 3·D] contiguous."""
+def features_kernel(
+    k_ptr, out_ptr, k_sb, k_sh, k_sn, groups, blocks, D: tl.constexpr, DP: tl.constexpr, S: tl.constexpr
+):
+    """Program (whole block, group, batch row): max, min and mean of its keys, ``out`` [B, G, blocks, 3·D]
+    contiguous.
+    """
     block, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     within = tl.arange(0, S)
     base = k_ptr + batch * k_sb + group.to(tl.int64) * k_sh + block.to(tl.int64) * S * k_sn
@@ -40,7 +44,9 @@ def coarse_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Program (tile part, block part, batch row · group): ``scores`` [B, G, tiles, blocks], log-sum-exp over a tile's real runs."""
+    """Program (tile part, block part, batch row · group):
+    ``scores`` [B, G, tiles, blocks], log-sum-exp over a tile's real runs.
+    """
     row = tl.program_id(2).to(tl.int64)
     m = tl.program_id(0) * (BLOCK_T * RUNS) + tl.arange(0, BLOCK_T * RUNS)
     valid = m < tiles * RUNS
@@ -139,7 +145,9 @@ def row_lse_kernel(
     l = tl.zeros([BLOCK_M], tl.float32)
     keys = width * S if LISTED else tl.max(tl.where(real, q_pos, -1), 0) + 1
     for step in range(0, tl.cdiv(keys, BLOCK_N)):
-        s = candidate_scores(q, q_pos, real, k_base, k_sn, list_ptr, step * BLOCK_N, width, kv_len, scale, D, DP, S, BLOCK_N, LISTED)
+        s = candidate_scores(
+            q, q_pos, real, k_base, k_sn, list_ptr, step * BLOCK_N, width, kv_len, scale, D, DP, S, BLOCK_N, LISTED
+        )
         top = tl.maximum(m, tl.max(s, 1))
         shift = tl.where(top == -float("inf"), 0.0, top)
         l = l * tl.exp2(m - shift) + tl.sum(tl.exp2(s - shift[:, None]), 1)
@@ -175,7 +183,9 @@ def mass_kernel(
     BLOCK_N: tl.constexpr,
     LISTED: tl.constexpr,
 ):
-    """Second pass, program (block part, tile, batch row · group): ``mass`` [B·G, tiles, width], the mean over the real queries."""
+    """Second pass, program (block part, tile, batch row · group):
+    ``mass`` [B·G, tiles, width], the mean over the real queries.
+    """
     row = tl.program_id(2).to(tl.int64)
     at = (row * tiles + tl.program_id(1)) * count
     k_base = k_ptr + row // groups * k_sb + row % groups * k_sh
@@ -187,7 +197,9 @@ def mass_kernel(
         q_pos, real = tile_rows(tiles_ptr, reps_ptr, rows, count, q_start, kv_len, T)
         q = load_rows(q_ptr + at * D, rows, D, real, D, DP)
         flat = tl.program_id(0) * BLOCK_N
-        s = candidate_scores(q, q_pos, real, k_base, k_sn, list_ptr, flat, width, kv_len, scale, D, DP, S, BLOCK_N, LISTED)
+        s = candidate_scores(
+            q, q_pos, real, k_base, k_sn, list_ptr, flat, width, kv_len, scale, D, DP, S, BLOCK_N, LISTED
+        )
         lse = tl.load(lse_ptr + at + rows, mask=rows < count, other=float("inf"))
         mass += tl.sum(tl.exp2(s - lse[:, None]), 0)
         queries += tl.sum(real.to(tl.int32), 0)

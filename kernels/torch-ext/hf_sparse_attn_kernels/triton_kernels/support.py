@@ -23,7 +23,9 @@ def interpreted() -> bool:
 
 
 def unsupported(q: Tensor, query_tile: int, block_size: int) -> str | None:
-    """Why the attention kernels cannot run on ``q`` [B, H, Q, D] (what is wrong, what is supported, what to do), or None."""
+    """Why the attention kernels cannot run on ``q`` [B, H, Q, D] (what is wrong, what is supported, what to do), or
+    None.
+    """
     return _no_device(q) or _not_among(
         ("head dim", q.shape[-1], HEAD_DIMS),
         ("block_size", block_size, BLOCK_SIZES),
@@ -41,7 +43,10 @@ def unsupported_scores(inputs: tuple[Tensor, ...], query_tile: int = 1, block_si
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         return f'impl="triton": scores have no gradient. Detach the inputs, {OTHER}'
     if x.shape[-1] > MAX_WIDTH:
-        return f'impl="triton": features of width {x.shape[-1]} are not supported; supported: up to {MAX_WIDTH}. Choose one of them {OTHER}'
+        return (
+            f'impl="triton": features of width {x.shape[-1]} are not supported; supported: up to {MAX_WIDTH}. '
+            f"Choose one of them {OTHER}"
+        )
     return _no_device(x) or _not_among(
         ("block_size", block_size, BLOCK_SIZES), ("query_tile", query_tile, QUERY_TILES), ("dtype", x.dtype, DTYPES)
     )
@@ -49,9 +54,13 @@ def unsupported_scores(inputs: tuple[Tensor, ...], query_tile: int = 1, block_si
 
 def _no_device(x: Tensor) -> str | None:
     if find_spec("triton") is None:
-        return f"""impl="triton": the package triton is not installed: pip install 'hf_sparse_attn[triton]' (Linux), {OTHER}"""
+        command = "pip install 'hf_sparse_attn[triton]'"
+        return f'impl="triton": the package triton is not installed: {command} (Linux), {OTHER}'
     if x.device.type != "cuda" and not interpreted():
-        return f'impl="triton": the tensors are on device "{x.device}"; supported: CUDA and ROCm devices. Move them to a GPU {OTHER}'
+        return (
+            f'impl="triton": the tensors are on device "{x.device}"; supported: CUDA and ROCm devices. Move them '
+            f"to a GPU {OTHER}"
+        )
     return None
 
 
@@ -59,6 +68,7 @@ def _not_among(*checks: tuple[str, Any, tuple[Any, ...]]) -> str | None:
     for name, value, supported in checks:
         if value not in supported:
             return (
-                f'impl="triton": {name}={value} is not supported; supported: {", ".join(map(str, supported))}. Choose one of them {OTHER}'
+                f'impl="triton": {name}={value} is not supported; supported: {", ".join(map(str, supported))}. '
+                f"Choose one of them {OTHER}"
             )
     return None
