@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .call import Attention
-from .documents import Layout, Segment
+from .documents import Layout
+from .segments import Segment
 
 DENSE_TILE = 64  # queries and keys of the tiles of dense attention with a cap or sinks
 

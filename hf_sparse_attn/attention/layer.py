@@ -17,8 +17,9 @@ from .cache import SparseCacheLayerMixin
 from .call import Attention, SparseCall
 from .checks import refuse_split_sequences
 from .dense import attend_as_stock, dense_attention
-from .documents import Layout, Segment
+from .documents import Layout
 from .gradients import attach
+from .segments import Segment
 
 # so many tiles of documents of all lengths may always be joined: their lists take some megabytes
 PADDED_TILES = 1 << 14

@@ -3,7 +3,8 @@
 from .attention_call import bench_attention, bench_backward, bench_decode, bench_router, crossover
 from .generation import bench_model
 from .layer_shape import LayerShape
-from .planner.plan import NotEnoughMemoryError, TrainingPlan, check_memory, plan_training
+from .planner.fit import NotEnoughMemoryError, check_memory
+from .planner.plan import TrainingPlan, plan_training
 from .timing import BenchmarkError, PeakMemory
 from .training_step import TrainingShape, bench_training
 from .varying_budgets import bench_budgets

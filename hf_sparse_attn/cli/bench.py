@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..system.extras import install_command, missing_packages, needs_extra
-from .options import JsonOption, SavedDtypeOption, TextOption, checked_plot, console, emit, integers, load, windows_of
+from ..system.extras import needs_extra
+from .bench_output import bench_table, emit_rows, show_rows
+from .options import JsonOption, SavedDtypeOption, TextOption, checked_plot, console, integers, load, windows_of
 
 with needs_extra("cli", "the command line"):
     import typer
-    from rich import box
-    from rich.table import Table
 
 bench = typer.Typer(
     help="Speed and memory against dense attention in one run, output verified before it is timed. For a whole GPU "
@@ -58,7 +57,7 @@ def attention(
         bench_attention(shape, repeats=count, flex=flex)
         for shape, count in _shapes(length, keys, dtype, heads, head_dim, repeats)
     ]
-    _finish(rows, json_path, plot)
+    show_rows(rows, json_path, plot)
 
 
 @bench.command()
@@ -75,7 +74,7 @@ def backward(
     """Forward and backward pass of one layer against the best dense kernel."""
     from ..benchmarks import bench_backward
 
-    _finish(
+    show_rows(
         [bench_backward(s, repeats=count) for s, count in _shapes(length, keys, dtype, heads, head_dim, repeats)],
         json_path,
         plot,
@@ -96,7 +95,7 @@ def decode(
     """One query over a cache, selection included, against stock attention and the best dense decode."""
     from ..benchmarks import bench_decode
 
-    _finish(
+    show_rows(
         [bench_decode(s, repeats=count) for s, count in _shapes(length, keys, dtype, heads, head_dim, repeats)],
         json_path,
         plot,
@@ -222,92 +221,3 @@ def _numbers(text: str, option: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
         raise ValueError(f"{option} is {text!r}: must be numbers separated by commas") from error
-
-
-def _finish(rows: list[dict[str, Any]], json_path: str | None, plot: Path | None) -> None:
-    from ..benchmarks import crossover
-
-    table = bench_table("tokens", "dtype", "ideal", "alone (share)", "routed (share)", "min–max", "router", "MB")
-    for row in rows:
-        alone, whole, memory = row.get("speedup"), row["speedup_with_router"], row.get("peak_memory_bytes")
-        table.add_row(
-            *(str(row["length"]), row["dtype"], f"{row['ideal_speedup']:.2f}"),
-            f"{alone['median']:.3g}× ({row['share_of_ideal']:.2f})" if alone else "",
-            f"{whole['median']:.3g}× ({row['share_of_ideal_with_router']:.2f})",
-            f"{whole['min']:.3g}–{whole['max']:.3g}",
-            *(
-                f"{row['router_share']:.2f}" if "router_share" in row else "",
-                "" if memory is None else f"{memory / 2**20:.0f}",
-            ),
-        )
-    console.print(table)
-    for row in rows:
-        for key, name in (
-            ("flex_speedup", "compiled flex_attention"),
-            ("speedup_over_stock", "sparse over stock attention"),
-        ):
-            if key in row:
-                console.print(
-                    f"{row['length']} tokens, {row['dtype']}: {name} {row[key]['median']:.2f}×", highlight=False
-                )
-        for name, times in row.get("speedup_over_peers", {}).items():
-            console.print(
-                f"{row['length']} tokens, {row['dtype']}: attention alone over {name} {times['median']:.2f}×",
-                highlight=False,
-            )
-        for name, error in row.get("peers_failed", {}).items():
-            console.print(
-                f"{row['length']} tokens, {row['dtype']}: {name} failed: {error}", highlight=False, markup=False
-            )
-    baselines = ", ".join(sorted({row["baseline"] for row in rows}))
-    console.print(
-        f"speed-up over {baselines}, medians; share of the ratio of pairs; router: its share of the time; n in the "
-        "JSON",
-        highlight=False,
-    )
-    crossed = crossover(rows)
-    for dtype, length in crossed.items():
-        shown = length if isinstance(length, str) else f"{length:.0f}"
-        console.print(f"{dtype}: faster, router included, from {shown} tokens on", highlight=False)
-    emit_rows(rows, json_path, crossover=crossed)
-    plot = plot_path(plot, json_path)
-    if plot is not None:
-        from ..benchmarks.plot import plot_speedups
-
-        plot_speedups(plot, rows)
-
-
-def beside(json_path: str | None) -> Path | None:
-    """Where a plot goes that no option names: beside the file of --json, if that is a file."""
-    from ..system.outputs import destination, is_stream
-
-    if json_path in (None, "-") or is_stream(destination(json_path)):
-        return None
-    path = Path(json_path)
-    return path.with_suffix(".svg") if path.suffix != ".svg" else path.with_name(f"{path.name}.svg")
-
-
-def plot_path(plot: Path | None, json_path: str | None) -> Path | None:
-    """The file of --plot, or else one beside that of --json;
-    a line says so where nothing is installed that draws this one.
-    """
-    path = plot or beside(json_path)
-    if plot is None and path is not None and (missing := missing_packages("report")):
-        console.print(
-            f"{path} is not drawn without {', '.join(missing)}: {install_command('report')}",
-            markup=False,
-            highlight=False,
-        )
-        return None
-    return path
-
-
-def bench_table(*columns: str, title: str | None = None) -> Table:
-    """A table that fits into 80 columns."""
-    return Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-
-
-def emit_rows(rows: list[dict[str, Any]], json_path: str | None, **more: Any) -> None:
-    from ..system.environment import environment
-
-    emit({"environment": environment(), **more, "rows": rows}, json_path)

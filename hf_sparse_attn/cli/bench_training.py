@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ..system.extras import needs_extra
-from .bench import LengthOption, PlotOption, bench_table, emit_rows, plot_path
+from .bench import LengthOption, PlotOption
+from .bench_output import bench_table, emit_rows, plot_path
 from .options import JsonOption, SavedDtypeOption, console, integers, load, saved_dtype, windows_of
 
 with needs_extra("cli", "the command line"):
@@ -191,7 +192,8 @@ def _plan(
     from transformers import AutoConfig
 
     from ..benchmarks.planner.check import named_device
-    from ..benchmarks.planner.plan import fits, longest_length, plan_training, room
+    from ..benchmarks.planner.fit import fits, longest_length, room
+    from ..benchmarks.planner.plan import plan_training
     from ..config import SparseAttentionConfig
     from ..system.precision import resolve
 

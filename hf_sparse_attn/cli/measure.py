@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ..system.extras import needs_extra, require_extra
+from .measured_tables import print_links, print_quality, print_tables, show_result, summary_of
 from .options import (
     ImportOption,
     JsonOption,
@@ -30,8 +31,6 @@ from .options import (
 
 with needs_extra("cli", "the command line"):
     import typer
-    from rich.markup import escape
-    from rich.table import Table
 
 SMALL_SPARSE = "block_size: 16, query_tile: 16, sink: 16, local: 16, dense_below: 0, min_keys: 160, max_keys: 160"
 SparseOption = Annotated[str, typer.Option(help="Fields of SparseAttentionConfig to change, e.g. 'query_samples: 32'.")]
@@ -80,9 +79,11 @@ def evaluate(
         rows = windows_of(text, tokenizer, length, windows, loaded)
         known = make_selectors(name for name in names if name not in fitted) | fitted
         chosen = {name: known[name] for name in names}
-        results = evaluate_windows(loaded, rows, checked.budgets, chosen, decode_tokens=decode_tokens, on_result=_show)
+        results = evaluate_windows(
+            loaded, rows, checked.budgets, chosen, decode_tokens=decode_tokens, on_result=show_result
+        )
     table = quality_table(results)
-    _print_quality(table)
+    print_quality(table)
     document = {
         "model": Path(model).name,
         "command": command_line(),
@@ -139,7 +140,7 @@ def harness(
         rows = harness_rows(loaded, tokenizer, loaded_tasks, limit, keys, chosen, cache=cache)
     scores = harness_table(rows)
     tables = harness_tables(scores)
-    _print_tables(tables)
+    print_tables(tables)
     document: dict[str, Any] = {"model": Path(model).name, "command": command_line(), "environment": environment()}
     document |= {"lm_eval": version("lm_eval"), "sparse_attention": config.to_dict(), "seed": seed, **cost.figures}
     document |= {"tables": tables, "scores": scores, "rows": rows}
@@ -208,7 +209,7 @@ def calibrate(
     try:
         if not missed:
             write_calibration(folder, calibration)
-            console.print(f"{_summary(calibration)}: {folder}", highlight=False, markup=False)
+            console.print(f"{summary_of(calibration)}: {folder}", highlight=False, markup=False)
     finally:
         emit(result, json_path, None if report is None else partial(write_calibration_report, report, result))
     if missed:
@@ -269,59 +270,6 @@ def synth(
         "sparse_attention": model.config.sparse_attention,
         **cost.figures,
     }
-    _print_links(results)
+    print_links(results)
     document |= results
     emit(document, json_path, None if report is None else partial(write_longlink_report, report, document))
-
-
-def _summary(calibration: Any) -> str:
-    verified = calibration.verified
-    within = (
-        ""
-        if calibration.mass is None
-        else f"{verified['heads_within']:.1%} of the heads within {calibration.mass} − 0.01, "
-    )
-    return f"{verified['density']:.1%} of the keys are kept, {within}log-loss {verified['added_loss']:+.2%}"
-
-
-def _show(result: Any) -> None:
-    console.print(result.line(), markup=False)
-
-
-def _print_quality(rows: list[dict[str, Any]]) -> None:
-    table = Table("tokens", "keys", "selection", "n", "log-loss", "share", "recovered share")
-    for row in rows:
-        share = f"{row['prefill_share']['share']:.2f}" if "prefill_share" in row else ""
-        recovered = f"{row['recovered_share']['share']:.2f}" if "recovered_share" in row else ""
-        table.add_row(
-            str(row["length"]),
-            str(row["keys"] or "all"),
-            row["selection"],
-            str(row["n"]),
-            f"{row['prefill']:.4f}",
-            share,
-            recovered,
-        )
-    console.print(table)
-
-
-def _print_tables(tables: list[dict[str, Any]]) -> None:
-    for shown in tables:
-        table = Table(*map(escape, shown["columns"]), title=escape(shown["title"]))
-        for row in shown["rows"]:
-            table.add_row(*map(escape, row))
-        console.print(table)
-
-
-def _print_links(results: dict[str, Any]) -> None:
-    table = Table("selection", "accuracy", "normalised", "D50", "D90", "recall above chance")
-    for row in results["answers"]:
-        recall = results["routing"]["recall"].get(row["selection"], {}).get("chance_adjusted_recall")
-        figures = (
-            f"{row['accuracy']:.3f} ± {row['error']:.3f}",
-            "" if row["normalised"] is None else f"{row['normalised']:.3f}",
-        )
-        table.add_row(
-            row["selection"], *figures, str(row["d50"]), str(row["d90"]), "" if recall is None else f"{recall:.3f}"
-        )
-    console.print(table)

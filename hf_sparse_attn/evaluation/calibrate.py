@@ -14,48 +14,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
-import numpy as np
-import torch
-from hf_sparse_attn_kernels import TileGrid
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..attention.call import SparseCall
-from ..config import SparseAttentionConfig, fixed_budget
-from ..data.questions import ANSWERED, Question
+from ..config import SparseAttentionConfig
+from ..data.questions import Question
 from ..data.windows import Window, batches
 from ..models.attach import routers
 from ..models.calibration import Calibration, CalibrationError, made_with, remove_calibration, use_calibration
 from ..models.convert import sparse_attention_as
-from ..router.budget import make_plan
 from ..router.head_budgets import MOST_SHARE
 from ..system.progress import counted
 from ..training.mass_threshold import run_sparse
+from .calibration_check import LOW, TOLERANCE, read_kept, settings_of, verify
 from .calibration_observers import (
     FIRST_END,
-    KeptObserver,
     Key,
     NeedObserver,
-    PlantedObserver,
     TileFigures,
     length_buckets,
-    visible_keys,
 )
-from .divergence import last_hidden, predictions
 from .shared_threshold import shared_out
-from .statistics import loss_above
 
 PRESETS = {"fast": 0.95, "balanced": 0.98, "safe": 0.99}  # share of the softmax mass that 95 % of the tiles keep
-LOW = 0.05  # of the tiles may keep less
 CONFIDENCE = 0.9  # that other windows of the kind need no more
 LEAST_TILES = 20  # of a bucket: fewer have no 5th percentile
 LEAST_WINDOWS = 0.2  # windows times 1 - τ: the rarer what may be lost, the more text it takes to see it
-TOLERANCE, LEAST_WITHIN = 0.01, 0.95  # on other windows this share of heads keeps τ less the tolerance
+LEAST_WITHIN = 0.95  # on other windows this share of heads keeps τ less the tolerance
 MOST_LOSS = 0.01  # of the dense log-loss that may be added
 LEAST_RECALL = 0.9  # of planted links, by the heads that use them
-STEPS = 20  # of the search for a uniform budget of the same cost
 DIGITS = 4  # of the shares in the file
 
 
@@ -103,16 +91,16 @@ def calibrate(
     if keys is None:
         assert mass is not None
         needs = _needs(model, windows, mass, ends)
-        shares, tiles = _shares(needs.bound(1 - LOW, CONFIDENCE), _config(model), mass == 1), _by_bucket(needs)
+        shares, tiles = _shares(needs.bound(1 - LOW, CONFIDENCE), settings_of(model), mass == 1), _by_bucket(needs)
     else:
         shares, tiles = _in_blocks(model, shared_out(model, windows, keys), length), []
     fit = {"windows": [w.document for w in windows], "tokens": length, "tiles": tiles, "keys": keys}
     calibration = Calibration(preset, mass, ends, shares, made_with(model), fit, {})
     use_calibration(model, calibration)
     try:
-        fit["density"] = _kept(model, windows[:1], ends).density
+        fit["density"] = read_kept(model, windows[:1], ends).density
         on_step(f"checking on {len(held_out)} other windows")
-        verified = _verify(model, calibration, held_out, questions)
+        verified = verify(model, calibration, held_out, questions)
     except BaseException:
         remove_calibration(model)
         raise
@@ -145,10 +133,6 @@ def failures(calibration: Calibration) -> list[str]:
     return reasons
 
 
-def _config(model: PreTrainedModel) -> SparseAttentionConfig:
-    return routers(model)[0].config
-
-
 def _check(model: PreTrainedModel, windows: Sequence[Window], held_out: Sequence[Window], mass: float | None) -> None:
     if mass is not None and not 0 < mass <= 1:
         raise CalibrationError(
@@ -159,7 +143,7 @@ def _check(model: PreTrainedModel, windows: Sequence[Window], held_out: Sequence
         raise CalibrationError(
             f"the windows have lengths {sorted(lengths)}: all must have the same, and there must be some of both kinds"
         )
-    length, config = lengths.pop(), _config(model)
+    length, config = lengths.pop(), settings_of(model)
     least = max(config.dense_below, config.forced_keys + config.block_size, FIRST_END)
     if length < least:
         raise CalibrationError(
@@ -175,7 +159,7 @@ def _check(model: PreTrainedModel, windows: Sequence[Window], held_out: Sequence
 
 
 def _needs(model: PreTrainedModel, windows: Sequence[Window], mass: float, ends: tuple[int, ...]) -> TileFigures:
-    observer, forced = NeedObserver(mass, ends), _config(model).forced_keys
+    observer, forced = NeedObserver(mass, ends), settings_of(model).forced_keys
     every = {
         "density": MOST_SHARE,
         "min_keys": forced,
@@ -215,7 +199,7 @@ def _in_blocks(
     """Budgets in whole blocks by layer, one row each;
     a layer that runs dense selects nothing and may keep all ``length`` keys.
     """
-    size = _config(model).block_size
+    size = settings_of(model).block_size
     rows = {layer: [float(size * round(count / size)) for count in heads.tolist()] for layer, heads in keys.items()}
     return {
         router.layer: (tuple(rows.get(router.layer, [float(length)] * router.groups)),) for router in routers(model)
@@ -231,119 +215,3 @@ def _by_bucket(figures: TileFigures) -> list[int]:
     return [
         count for (layer, _), count in sorted(figures.counts().items()) if layer == min(key[0] for key in figures.found)
     ]
-
-
-def _kept(model: PreTrainedModel, windows: Sequence[Window], ends: tuple[int, ...]) -> KeptObserver:
-    observer = KeptObserver(ends)
-    run_sparse(model, batches(windows), observer)
-    return observer
-
-
-def _verify(
-    model: PreTrainedModel, calibration: Calibration, held_out: Sequence[Window], questions: Sequence[Question]
-) -> dict[str, Any]:
-    kept = _kept(model, held_out, calibration.ends)
-    low = kept.mass.quantile(LOW, "lower")
-    values = torch.cat(list(low.values()))
-    layer, bucket = min(low, key=lambda key: float(low[key].min()))
-    every = [share for rows in calibration.shares.values() for row in rows for share in row]
-    assert kept.grid is not None
-    uniform = uniform_share if calibration.mass is not None else uniform_keys
-    results = _losses(model, held_out, uniform_budget(_config(model), kept.grid, kept.density, uniform))
-    within = None if calibration.mass is None else float((values >= calibration.mass - TOLERANCE).float().mean())
-    return {
-        "windows": [w.document for w in held_out],
-        "heads_within": within,
-        "worst": {
-            "layer": layer,
-            "head": int(low[layer, bucket].argmin()),
-            "keys": calibration.ends[bucket],
-            "mass": float(values.min()),
-        },
-        "density": kept.density,
-        "dense_heads": sum(share == 1 for share in every) / len(every),  # budgets in keys have none
-        "planted": _planted(model, questions),
-        **results,
-    }
-
-
-Uniform = Callable[[SparseAttentionConfig, float, int], dict[str, Any]]  # (config, share, keys of a call) -> settings
-
-
-def uniform_budget(config: SparseAttentionConfig, grid: TileGrid, density: float, uniform: Uniform) -> dict[str, Any]:
-    """Settings of a uniform budget under which a call keeps the share ``density`` of all visible keys, forced ones
-    included.
-    """
-    low, high = 0.0, 1.0
-    for _ in range(STEPS):
-        middle = (low + high) / 2
-        plan = make_plan(config.changed(**uniform(config, middle, grid.kv_len)), grid)
-        visible = plan.last + 1 if grid.causal else torch.full_like(plan.last, grid.blocks)
-        kept = grid.block_size * int((visible - plan.eligible + plan.free).sum())
-        low, high = (middle, high) if kept < density * visible_keys(grid) else (low, middle)
-    return uniform(config, high, grid.kv_len)
-
-
-def uniform_share(config: SparseAttentionConfig, share: float, keys: int) -> dict[str, Any]:
-    """Every tile may keep the same share of what it sees."""
-    return {"density": share, "min_keys": config.forced_keys, "max_keys": None, "mass_threshold": None}
-
-
-def uniform_keys(config: SparseAttentionConfig, share: float, keys: int) -> dict[str, Any]:
-    """Every tile may keep as many keys."""
-    most = max(config.forced_keys, math.ceil(share * keys))
-    return fixed_budget(most)
-
-
-def _losses(model: PreTrainedModel, windows: Sequence[Window], uniform: Mapping[str, Any]) -> dict[str, Any]:
-    """Log-loss and KL against dense of the calibrated budgets and of a uniform one, over windows, and how the two
-    differ.
-    """
-    pairs: dict[str, list[tuple[float, float]]] = {"dense": [], "calibrated": [], "uniform": []}
-    for window in counted(windows, "checking on other windows"):
-        reader = _Passes(model, window)
-        pairs["dense"].append(reader.read(SparseCall(dense=True)))
-        pairs["calibrated"].append(reader.read(SparseCall()))
-        with sparse_attention_as(model, **uniform):
-            pairs["uniform"].append(reader.read(SparseCall()))
-    losses = {name: np.array([loss for loss, _ in rows]) for name, rows in pairs.items()}
-    kl = {name: np.array([kl for _, kl in rows]) for name, rows in pairs.items()}
-    return {
-        "losses": {
-            name: {"loss": float(losses[name].mean()), "kl": float(kl[name].mean()), "n": len(windows)}
-            for name in pairs
-        },
-        "added_loss": float(losses["calibrated"].mean() / losses["dense"].mean() - 1),
-        "uniform": dict(uniform),
-        "below_uniform": {
-            "loss": loss_above(losses["uniform"], losses["calibrated"]),
-            "kl": loss_above(kl["uniform"], kl["calibrated"]),
-        },
-    }
-
-
-class _Passes:
-    """Passes over one window, the dense one first."""
-
-    def __init__(self, model: PreTrainedModel, window: Window) -> None:
-        self.model, self.ids = model, window.ids
-        self.states: list[Tensor] = []
-
-    def read(self, call: SparseCall) -> tuple[float, float]:
-        """(log-loss of the last half in nats a token, KL against the first pass)."""
-        self.states.append(last_hidden(self.model, self.ids, call))
-        prediction = predictions(self.model, self.ids, self.states[-1], self.states[0], whole=False)
-        return prediction.loss, prediction.kl
-
-
-def _planted(model: PreTrainedModel, questions: Sequence[Question]) -> dict[str, Any]:
-    used = kept = 0
-    chance = 0.0
-    for question in counted(questions, "planted links"):
-        answer = len(question.input_ids) - ANSWERED  # its tokens are predicted from the one before them on
-        source = range(answer - question.distance, answer - question.distance + ANSWERED)
-        observer = PlantedObserver(source, answer - 1)
-        run_sparse(model, [{"input_ids": question.input_ids[None]}], observer)
-        used, kept, chance = used + observer.used, kept + observer.kept, chance + observer.chance
-    figures = {"questions": len(questions), "n": used}
-    return {**figures, "recall": kept / used if used else None, "chance": chance / used if used else None}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..architectures import SUPPORTED
 from ..data.model_inputs import NonFiniteError, model_inputs
 from ..models.adapters import active_routers
-from ..models.attach import is_of_router, no_routers, routers
+from ..models.attach import no_routers, routers
 from ..models.convert import mark_trained
 from ..router.module import SparseRouter
 from ..system.files import write_atomically
@@ -29,7 +29,8 @@ from ..system.progress import bar
 from .config import DistillationConfig, without_target
 from .distiller import Distiller
 from .distributed import from_main, rank_and_size, same_everywhere
-from .run_identity import backbone_parameters, batches_hash, differences, model_identity, weights_hash
+from .router_state import backbone_hash, load_router_state, router_state
+from .run_identity import batches_hash, differences, model_identity
 
 logger = logging.getLogger(__name__)
 
@@ -48,33 +49,6 @@ class DistillationReport:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def backbone_hash(model: nn.Module) -> str:
-    """SHA-256 over all parameters that are no router's."""
-    return weights_hash(backbone_parameters(model))
-
-
-def router_state(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of all router weights, by parameter name."""
-    return {name: p.detach().clone() for name, p in model.named_parameters() if is_of_router(name)}
-
-
-def load_router_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Set all router weights. Raises ValueError if names or shapes do not match."""
-    parameters = {name: p for name, p in model.named_parameters() if is_of_router(name)}
-    if parameters.keys() != state.keys():
-        raise ValueError(
-            f"router weights do not match the model: {sorted(parameters.keys() ^ state.keys())[:4]} are on one side "
-            "only"
-        )
-    with torch.no_grad():
-        for name, p in parameters.items():
-            if p.shape != state[name].shape:
-                raise ValueError(
-                    f"router weight {name} has shape {tuple(state[name].shape)}, the model needs {tuple(p.shape)}"
-                )
-            p.copy_(state[name])
 
 
 def distill(

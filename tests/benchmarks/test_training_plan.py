@@ -18,8 +18,8 @@ from hf_sparse_attn.benchmarks.contenders import DENSE, SPARSE, STOCK, make_cont
 from hf_sparse_attn.benchmarks.layer_shape import LayerShape
 from hf_sparse_attn.benchmarks.planner.attention_cost import AttentionShape, layer_work
 from hf_sparse_attn.benchmarks.planner.devices import GPUS, available_memory, gpu
+from hf_sparse_attn.benchmarks.planner.fit import fits, longest_length
 from hf_sparse_attn.benchmarks.planner.meta_step import LOSS, simulate_step, stock_config, with_layers
-from hf_sparse_attn.benchmarks.planner.plan import fits, longest_length
 from hf_sparse_attn.cli.commands import app
 from hf_sparse_attn.training.config import AdaptationConfig
 

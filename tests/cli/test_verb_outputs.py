@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hf_sparse_attn.cli import options as cli_options
-from hf_sparse_attn.cli.bench import beside
+from hf_sparse_attn.cli.bench_output import beside
 from hf_sparse_attn.cli.commands import app
 from hf_sparse_attn.cli.options import emit
 from hf_sparse_attn.experiments import steps

@@ -21,7 +21,7 @@ from hf_sparse_attn_kernels.caching import cache_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparse_attn import SparseAttentionConfig, routers
-from hf_sparse_attn.benchmarks.planner.plan import NotEnoughMemoryError
+from hf_sparse_attn.benchmarks.planner.fit import NotEnoughMemoryError
 from hf_sparse_attn.experiments import steps
 from hf_sparse_attn.experiments.recipe import RecipeError, load_recipe
 from hf_sparse_attn.experiments.run import run_recipe

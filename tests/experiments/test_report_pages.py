@@ -9,7 +9,7 @@ import pytest
 from helpers.reports import REPORTS, written_report
 
 from hf_sparse_attn.experiments.recipe import Quality
-from hf_sparse_attn.experiments.reports import figures
+from hf_sparse_attn.experiments.reports import figures, study_figures
 from hf_sparse_attn.experiments.reports.words import SELECTIONS, explained
 from hf_sparse_attn.experiments.scores.budget_allocation import FITTED
 
@@ -71,7 +71,8 @@ class Tree(HTMLParser):
 def page(request, tmp_path_factory):
     # drawing takes longer than everything else; test_reports_in_a_browser looks at figures
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "figure", lambda *_, **__: "data:image/svg+xml;base64,AAAA")
+        for module in (figures, study_figures):
+            patch.setattr(module, "figure", lambda *_, **__: "data:image/svg+xml;base64,AAAA")
         return Tree(written_report(request.param, tmp_path_factory.mktemp("pages")).read_text(encoding="utf-8")).root
 
 

@@ -18,7 +18,7 @@ from hf_sparse_attn.experiments.recipe import RecipeError, load_recipe
 from hf_sparse_attn.experiments.run import run_recipe
 from hf_sparse_attn.experiments.scores.robustness import robustness_table
 from hf_sparse_attn.system.terminal import Terminal
-from hf_sparse_attn.training.distillation import load_router_state
+from hf_sparse_attn.training.router_state import load_router_state
 
 
 def reading(selection, document, kl, domain="a"):

@@ -37,7 +37,8 @@ from hf_sparse_attn.data.questions import ask
 from hf_sparse_attn.data.windows import Window, batches
 from hf_sparse_attn.evaluation import calibrate as calibrate_module
 from hf_sparse_attn.evaluation import calibration_observers
-from hf_sparse_attn.evaluation.calibrate import calibrate, failures, uniform_budget, uniform_keys, uniform_share
+from hf_sparse_attn.evaluation.calibrate import calibrate, failures
+from hf_sparse_attn.evaluation.calibration_check import uniform_budget, uniform_keys, uniform_share
 from hf_sparse_attn.evaluation.calibration_observers import (
     KeptObserver,
     PlantedObserver,

@@ -28,7 +28,7 @@ from transformers import (
 
 from hf_sparse_attn import distill, load_adapter, lora_config, routers, sparsify, to_dense
 from hf_sparse_attn.models.adapters import active_routers
-from hf_sparse_attn.training.distillation import backbone_hash, router_state
+from hf_sparse_attn.training.router_state import backbone_hash, router_state
 
 # peft asks transformers for a property that the newest versions call by another name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

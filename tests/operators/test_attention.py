@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hf_sparse_attn_kernels import BlockSelection, TileGrid, block_sparse_attention
-from hf_sparse_attn_kernels.torch_kernels import attention as torch_attention
+from hf_sparse_attn_kernels.torch_kernels import chunks
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -205,7 +205,7 @@ def test_the_result_does_not_depend_on_the_chunk_size(random_selection, seed, ch
     selection = random_selection(seed, 1, 2, grid, 0.5)
     want, want_lse = forward_backward(tensors, selection, "torch")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_attention, "CHUNK_SCORES", chunk)
+        patch.setattr(chunks, "CHUNK_SCORES", chunk)
         got, got_lse = forward_backward(tensors, selection, "torch")
     for a, b in zip([*got, got_lse], [*want, want_lse], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -213,11 +213,9 @@ def test_the_result_does_not_depend_on_the_chunk_size(random_selection, seed, ch
 
 def test_memory_of_a_chunk_does_not_grow_with_the_length(monkeypatch):
     sizes = []
-    gather = torch_attention.gather_blocks
-    monkeypatch.setattr(torch_attention, "CHUNK_SCORES", 1 << 16)
-    monkeypatch.setattr(
-        torch_attention, "gather_blocks", lambda *args: sizes.append((out := gather(*args)).numel()) or out
-    )
+    gather = chunks.gather_blocks
+    monkeypatch.setattr(chunks, "CHUNK_SCORES", 1 << 16)
+    monkeypatch.setattr(chunks, "gather_blocks", lambda *args: sizes.append((out := gather(*args)).numel()) or out)
     largest = []
     for length in (256, 768):
         grid = TileGrid(length, length, 64, 16)

@@ -261,7 +261,7 @@ def test_a_verb_says_at_once_what_it_will_need(verb, without, tmp_path, monkeypa
 
 
 def test_a_picture_that_nobody_asked_for_is_left_out_with_a_line(without, tmp_path, capsys):
-    from hf_sparse_attn.cli.bench import plot_path
+    from hf_sparse_attn.cli.bench_output import plot_path
 
     assert plot_path(None, str(tmp_path / "b.json")) == tmp_path / "b.svg"
     without("report")

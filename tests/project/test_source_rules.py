@@ -78,6 +78,46 @@ def test_a_module_imports_only_from_layers_above_it(path):
         assert other == mine or LEVEL[other] < LEVEL[mine], f"{label(path)} imports {name}: {other} is not above {mine}"
 
 
+def test_the_package_holds_its_rooms_and_nothing_else():
+    entries = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+    assert entries == {*LEVEL, "__init__", "py.typed"}
+
+
+def test_no_two_rooms_share_a_name():
+    rooms = {}
+    for path in MODULES:
+        name = path.stem if path.stem != "__init__" else path.parent.name
+        if path.parent != PACKAGE and not path.stem.startswith("__"):
+            rooms.setdefault(name, set()).add(top(path))
+    assert not {
+        name: sorted(found) for name, found in rooms.items() if len(found) > 1 or (name in LEVEL and name != "config")
+    }
+
+
+def test_no_circle_is_hidden_by_an_import_inside_a_function():
+    """Modules import each other one way, whether at the top or inside of a function."""
+    names = {".".join(["hf_sparse_attn", *path.relative_to(PACKAGE).with_suffix("").parts]): path for path in MODULES}
+    imports = {}
+    for name, path in names.items():
+        targets = set()
+        for full in imported(path, "hf_sparse_attn"):
+            targets |= {at for at in (full, full.rpartition(".")[0]) if at in names and at != name}
+        imports[name] = targets
+    done, circles = set(), []
+
+    def walk(name, way):
+        if name in way:
+            circles.append([*way[way.index(name) :], name])
+        elif name not in done:
+            for target in sorted(imports[name]):
+                walk(target, [*way, name])
+            done.add(name)
+
+    for name in sorted(imports):
+        walk(name, [])
+    assert not circles
+
+
 @pytest.mark.parametrize("path", KERNEL_MODULES, ids=label)
 def test_kernels_import_only_the_standard_library_torch_triton_and_themselves(path):
     allowed = {*sys.stdlib_module_names, "torch", "triton", "hf_sparse_attn_kernels"}

@@ -12,7 +12,7 @@ import torch
 from helpers.calls import Watching
 from hf_sparse_attn_kernels import BlockSelection, TileGrid, block_sparse_attention
 from hf_sparse_attn_kernels.routing import stage_one_scores, stage_two_mass
-from hf_sparse_attn_kernels.torch_kernels import attention as torch_attention
+from hf_sparse_attn_kernels.torch_kernels import chunks
 from transformers import AutoModelForCausalLM
 
 import hf_sparse_attn
@@ -205,7 +205,7 @@ def attended(selection, impl, dtype=torch.float32, poisoned=False):
 def test_lists_of_unequal_length_have_the_results_and_gradients_of_the_reference(
     grid, impl, scores, random_selection, monkeypatch
 ):
-    monkeypatch.setattr(torch_attention, "CHUNK_SCORES", scores)
+    monkeypatch.setattr(chunks, "CHUNK_SCORES", scores)
     selection = random_selection(5, 2, 2, grid, 0.4)
     counts = (selection.indices >= 0).sum(-1)
     assert bool((counts != counts[:1, :1]).any())
@@ -226,20 +226,20 @@ def test_lists_of_a_fixed_budget_are_cut_along_the_sequence_all_rows_together(gr
     grid = TileGrid(640, 640, 64, 16)
     counts = torch.arange(10) + 4 if growing else torch.full((10,), 4)
     index = torch.where(torch.arange(13).flip(0) < counts[:, None], torch.arange(13), -1).int().expand(4, -1, -1)
-    monkeypatch.setattr(torch_attention, "CHUNK_SCORES", 3 * 4 * 64 * 13 * 16)
-    chunks = list(torch_attention.tile_chunks(index, grid, 64))
-    assert [(chunk.rows, chunk.tiles) for chunk in chunks] == [
+    monkeypatch.setattr(chunks, "CHUNK_SCORES", 3 * 4 * 64 * 13 * 16)
+    cut = list(chunks.tile_chunks(index, grid, 64))
+    assert [(chunk.rows, chunk.tiles) for chunk in cut] == [
         (slice(None), slice(at, min(at + 3, 10))) for at in (0, 3, 6, 9)
     ]
-    for chunk in chunks:
+    for chunk in cut:
         assert torch.equal(chunk.lists, index[:, chunk.tiles, -int(counts[chunk.tiles].max()) :])
 
 
 def test_lists_of_unequal_length_are_cut_by_length_and_each_tile_is_in_one_chunk(random_selection, monkeypatch):
     index = random_selection(1, 2, 2, TileGrid(640, 640, 64, 16), 0.4).indices.flatten(0, 1)
-    monkeypatch.setattr(torch_attention, "CHUNK_SCORES", 3 * 64 * 10 * 16)
+    monkeypatch.setattr(chunks, "CHUNK_SCORES", 3 * 64 * 10 * 16)
     seen = torch.zeros(4, 10, dtype=torch.long)
-    for rows, tiles, part in torch_attention.tile_chunks(index, TileGrid(640, 640, 64, 16), 64):
+    for rows, tiles, part in chunks.tile_chunks(index, TileGrid(640, 640, 64, 16), 64):
         seen[rows, tiles] += 1
         assert torch.equal(part, index[rows, tiles, -part.shape[-1] :]) and bool(
             (index[rows, tiles, : -part.shape[-1]] < 0).all()

@@ -14,9 +14,10 @@ from hf_sparse_attn.models.model_class import SparseModelMixin
 from hf_sparse_attn.router.budget import make_plan
 from hf_sparse_attn.training import distillation, router_loss
 from hf_sparse_attn.training.config import DistillationConfig
-from hf_sparse_attn.training.distillation import backbone_hash, distill, load_router_state, router_state
+from hf_sparse_attn.training.distillation import distill
 from hf_sparse_attn.training.index_init import start_index
 from hf_sparse_attn.training.router_loss import kept_mass, masked_kl, tile_loss
+from hf_sparse_attn.training.router_state import backbone_hash, load_router_state, router_state
 
 SETTINGS = DistillationConfig(lr=5e-3, index_lr=5e-3, warmup_steps=2, save_every=1)
 

@@ -14,9 +14,9 @@ from hf_sparse_attn import routers
 from hf_sparse_attn.attention import layer
 from hf_sparse_attn.system.locks import FolderInUseError, sole_use
 from hf_sparse_attn.training.config import AdaptationConfig
-from hf_sparse_attn.training.distillation import backbone_hash, router_state
 from hf_sparse_attn.training.lora import adapt, add_lora
 from hf_sparse_attn.training.objective import SparseObjective, TrainingForward
+from hf_sparse_attn.training.router_state import backbone_hash, router_state
 from hf_sparse_attn.training.trainer import SparseTrainer, last_checkpoint
 
 # peft asks transformers for a property that the newest versions call by another name

@@ -18,9 +18,9 @@ from hf_sparse_attn.attention import gradients
 from hf_sparse_attn.models.adapters import active_routers
 from hf_sparse_attn.router import selection
 from hf_sparse_attn.training import objective
-from hf_sparse_attn.training.distillation import router_state
 from hf_sparse_attn.training.objective import SparseObjective
 from hf_sparse_attn.training.router_loss import tile_loss
+from hf_sparse_attn.training.router_state import router_state
 from hf_sparse_attn.training.trainer import NonFiniteLossError, SparseTrainerMixin, last_checkpoint
 
 pytestmark = pytest.mark.filterwarnings(

@@ -9,18 +9,9 @@ from typing import Any
 import yaml
 
 from ...system.files import write_text
-from .figures import (
-    Rows,
-    ablation_plot,
-    budget_plot,
-    distance_plot,
-    noise_plot,
-    quality_plots,
-    share_plot,
-    speed_plot,
-    training_plot,
-)
+from .figures import Rows, quality_plots, speed_plot, training_plot
 from .rendering import render
+from .study_figures import ablation_plot, budget_plot, distance_plot, noise_plot, share_plot
 from .words import explained
 
 

@@ -18,8 +18,9 @@ from ...evaluation.baselines import make_selectors
 from ...evaluation.divergence import last_hidden
 from ...models.attach import routers
 from ...system.files import write_atomically
-from ...training.distillation import distill, load_router_state, router_state
+from ...training.distillation import distill
 from ...training.mass_threshold import AtThreshold
+from ...training.router_state import load_router_state, router_state
 from ..ablation.costs import Contender, capture, measure
 from ..ablation.factors import BASELINE, JOINT_KL, SELECTIONS_OF_STAGES, Level, default_of, levels
 from ..ablation.level_table import ablation_table

@@ -13,8 +13,9 @@ from ...models.adapters import load_adapter
 from ...models.convert import mark_trained
 from ...system.files import copied_folder, write_atomically
 from ...training.config import AdaptationConfig
-from ...training.distillation import distill, load_router_state, router_state
+from ...training.distillation import distill
 from ...training.lora import adapt
+from ...training.router_state import load_router_state, router_state
 from ..steps import Run, Step
 
 

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from ...attention.call import SparseCall
 from ...benchmarks import LayerShape, bench_attention, bench_model
 from ...benchmarks.planner.check import device_at
-from ...benchmarks.planner.plan import check_memory, plan_training
+from ...benchmarks.planner.fit import check_memory
+from ...benchmarks.planner.plan import plan_training
 from ...data.checkpoints import write_checkpoint
 from ...data.sources import SourceError, local_model, model_licence, read_documents
 from ...data.training_data import training_rows

@@ -15,7 +15,8 @@ from ...evaluation.baselines import make_selectors
 from ...evaluation.divergence import last_hidden, predictions
 from ...models.convert import sparse_attention_as
 from ...system.files import write_atomically
-from ...training.distillation import distill, load_router_state, router_state
+from ...training.distillation import distill
+from ...training.router_state import load_router_state, router_state
 from ..recipe import Quality, RecipeError
 from ..reports.html_report import write_robustness_report
 from ..rows.time_split import split_texts
