@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparse_attn import SparseObjective, SparseTrainingConfig, lora_config
 from hf_sparse_attn.data.checkpoints import ordinary_checkpoint
-from hf_sparse_attn.data.sources import read_documents
+from hf_sparse_attn.data.text_documents import read_documents
 from hf_sparse_attn.data.windows import token_windows
 from hf_sparse_attn.system.files import write_json, write_text
 from hf_sparse_attn.system.locks import sole_use

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 from hf_sparse_attn import SparseTrainer, SparseTrainerMixin, SparseTrainingConfig, lora_config
 from hf_sparse_attn.data.checkpoints import ordinary_checkpoint
-from hf_sparse_attn.data.sources import Document, read_documents
+from hf_sparse_attn.data.text_documents import Document, read_documents
 from hf_sparse_attn.data.windows import token_windows
 from hf_sparse_attn.system.extras import needs_extra
 from hf_sparse_attn.system.files import write_text

@@ -239,7 +239,7 @@ def load_uncalibrated(folder: Path, dtype: str) -> tuple[Any, Any]:
 def windows_of(text: str, tokenizer: Any, length: int, count: int, model: Any) -> Any:
     """``count`` windows of ``length`` tokens of the sources ``text``, whole blocks of ``model``."""
     from ..config import SparseAttentionConfig
-    from ..data.sources import read_documents
+    from ..data.text_documents import read_documents
     from ..data.windows import token_windows
 
     block_size = SparseAttentionConfig.coerce(model.config.sparse_attention).block_size

@@ -6,7 +6,7 @@ import codecs
 import re
 
 from .formats import FORMATS
-from .sources import SourceError
+from .package_cache import SourceError
 
 LINE_END = b"\n"
 ASCII = bytes(range(128))

@@ -14,8 +14,9 @@ from typing import Any
 
 from .file_check import Survey, chunks, survey
 from .formats import SourceFile
-from .sources import SourceError, text_of_html
+from .sources import SourceError
 from .tables import TableRows
+from .text_documents import text_of_html
 
 PIECE = 1 << 17  # bytes: several are tokenised at a time, each by a thread of the tokenizer
 SPACE = b" \t\r\n\v\f"

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from hf_sparse_attn_kernels.caching import cache_folder
 
-from .sources import FORMS, SourceError, local_files, package_files
+from .package_cache import SourceError
+from .sources import FORMS, local_files, package_files
 
 TEXT_COLUMN = "text"
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from .sources import SourceError
+from .package_cache import SourceError
 
 KINDS = {
     stat.S_IFIFO: "a pipe, which can be read once only: write what it gives to a file",

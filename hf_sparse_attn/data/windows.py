@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .sources import Document, SourceError
+from .sources import SourceError
+from .text_documents import Document
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from hf_sparse_attn.data import document_chunks, file_check, line_rows
 from hf_sparse_attn.data.document_chunks import PieceReader
 from hf_sparse_attn.data.formats import source_files
 from hf_sparse_attn.data.row_stream import content
-from hf_sparse_attn.data.sources import SourceError, read_documents
+from hf_sparse_attn.data.sources import SourceError
 from hf_sparse_attn.data.tables import TableRows
+from hf_sparse_attn.data.text_documents import read_documents
 from hf_sparse_attn.data.training_data import training_rows
 from hf_sparse_attn.experiments.rows.class_labels import read_labelled
 

@@ -24,7 +24,8 @@ import pytest
 from hf_sparse_attn.data import package_cache, package_index, sources, unpacking
 from hf_sparse_attn.data.package_cache import MANIFEST
 from hf_sparse_attn.data.package_index import Index, IndexFailure, pip_settings
-from hf_sparse_attn.data.sources import Document, SourceError, local_model, package_files, read_documents
+from hf_sparse_attn.data.sources import SourceError, local_model, package_files
+from hf_sparse_attn.data.text_documents import Document, read_documents
 from hf_sparse_attn.data.unpacking import ArchiveError, unpack
 
 TEXTS = {"pack/texts/b.txt": "two", "pack/texts/a.txt": "one", "pack/code.py": "pass"}

@@ -12,7 +12,8 @@ import zstandard
 from hf_sparse_attn.data import sources
 from hf_sparse_attn.data.file_check import survey
 from hf_sparse_attn.data.formats import source_files
-from hf_sparse_attn.data.sources import Document, SourceError, free_bytes, read_documents, read_text
+from hf_sparse_attn.data.sources import SourceError, free_bytes
+from hf_sparse_attn.data.text_documents import Document, read_documents, read_text
 from hf_sparse_attn.data.windows import batches, token_windows
 
 

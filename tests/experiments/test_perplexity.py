@@ -11,7 +11,8 @@ import torch
 
 from hf_sparse_attn.attention.call import SparseCall
 from hf_sparse_attn.data.questions import ANSWERED, QUOTED, ask
-from hf_sparse_attn.data.sources import Document, SourceError
+from hf_sparse_attn.data.sources import SourceError
+from hf_sparse_attn.data.text_documents import Document
 from hf_sparse_attn.data.windows import Window, token_windows
 from hf_sparse_attn.evaluation.baselines import make_selectors
 from hf_sparse_attn.experiments.rows.time_split import split_texts

@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ...data.formats import SourceFile, source_files
-from ...data.sources import SourceError, read_documents
+from ...data.sources import SourceError
 from ...data.tables import TableRows, open_table
+from ...data.text_documents import read_documents
 
 NAMED = re.compile(r"([\w .-]+)=(.+)")
 LEAST_SHARE = 0.25  # of a window: a shorter rest of a document is left out, unless it is all of it

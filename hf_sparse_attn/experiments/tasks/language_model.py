@@ -16,7 +16,8 @@ from ...benchmarks.planner.check import device_at
 from ...benchmarks.planner.fit import check_memory
 from ...benchmarks.planner.plan import plan_training
 from ...data.checkpoints import write_checkpoint
-from ...data.sources import SourceError, local_model, model_licence, read_documents
+from ...data.sources import SourceError, local_model, model_licence
+from ...data.text_documents import read_documents
 from ...data.training_data import training_rows
 from ...data.windows import batches, token_windows
 from ...evaluation.baselines import make_selectors

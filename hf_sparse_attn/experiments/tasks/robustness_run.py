@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from ...attention.call import Selector, SparseCall, learned_selector
 from ...config import fixed_budget
-from ...data.sources import read_documents
+from ...data.text_documents import read_documents
 from ...data.windows import Window, batches, token_windows
 from ...evaluation.baselines import make_selectors
 from ...evaluation.divergence import last_hidden, predictions
