@@ -71,7 +71,7 @@ def found(cache: Any, index: int) -> CacheLayerMixin | None:
     return layer
 
 
-def filled(layer: CacheLayerMixin | None) -> Tensor | None:
+def filled(layer: CacheLayerMixin) -> Tensor | None:
     """How many of the slots that the last update of a layer, adopted or not, returned hold keys:
     int64 [], None for all.
     """

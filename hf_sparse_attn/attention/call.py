@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from hf_sparse_attn_kernels import BlockSelection
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..router.module import RoutingInputs, SparseRouter
 from ..router.selection import select_blocks
@@ -31,6 +31,12 @@ class Attention:
     position_ids: Tensor | None = None
     cu_seq_lens: Tensor | None = None
     filled: Tensor | None = None
+
+
+def is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether an attention module asks for causal attention, by its call's ``kwargs`` or by itself."""
+    requested = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if requested is None else requested)
 
 
 class Selector(Protocol):

@@ -12,17 +12,11 @@ from hf_sparse_attn_kernels import BlockSelection, TileGrid, block_sparse_attent
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .call import Attention
+from .call import Attention, is_causal
 from .documents import Layout
 from .segments import Segment
 
 DENSE_TILE = 64  # queries and keys of the tiles of dense attention with a cap or sinks
-
-
-def is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
-    """Whether an attention module asks for causal attention, by its call's ``kwargs`` or by itself."""
-    requested = kwargs.get("is_causal")
-    return bool(getattr(module, "is_causal", True) if requested is None else requested)
 
 
 def stock_attention(

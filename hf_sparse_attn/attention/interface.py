@@ -17,11 +17,11 @@ from ..config import ATTN_IMPLEMENTATION
 from ..router.module import active_router
 from .cache import SparseCacheLayerMixin
 from .cache_adoption import adopt, filled, found
-from .call import Attention, SparseCall
+from .call import Attention, SparseCall, is_causal
 from .call_context import ambient_call
 from .checks import EXPORT, check_call, check_mask, refuse_export, refuse_without_router
 from .custom_op import attend_opaquely, know_layer
-from .dense import attend_without_router, is_causal
+from .dense import attend_without_router
 from .gradients import leave_routers
 from .layer import attend, made_on_the_device
 
@@ -150,7 +150,7 @@ def sparse_attention_forward(
         attention_mask=attention_mask,
         position_ids=kwargs.get("position_ids", sparse_position_ids),
         cu_seq_lens=kwargs.get("cu_seq_lens_q"),
-        filled=filled(sparse_cache_layer),
+        filled=None if sparse_cache_layer is None else filled(sparse_cache_layer),
     )
     cache = sparse_cache_layer if isinstance(sparse_cache_layer, SparseCacheLayerMixin) else None
     if sparse_call is None and (out := made_on_the_device(module, query, key, value, request, cache)) is not None:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import torch
 from helpers.paths import ROOT
 from helpers.ways import files_entered
 
@@ -41,6 +42,15 @@ def test_loading_a_sparse_model_goes_through_few_files(stock_llama, tmp_path):
     assert next(iter(entered)) == "models/config_dispatch.py" and {"models/attach.py", "router/module.py"} <= set(
         entered
     )
+    assert len(entered) <= MOST_FILES, "\n".join(entered)
+
+
+@torch.no_grad()
+def test_a_forward_call_goes_through_few_files(sparse_llama, real_budget, token_ids):
+    model, ids = sparse_llama(real_budget).eval(), token_ids(1, 200)
+    model(ids, use_cache=False)  # what is made once for a length is made
+    entered = files_entered(lambda: model(ids, use_cache=False))
+    assert entered[:2] == ["attention/mask_interface.py", "attention/interface.py"] and "router/selection.py" in entered
     assert len(entered) <= MOST_FILES, "\n".join(entered)
 
 
