@@ -11,10 +11,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...attention.call import SparseCall
-from ...benchmarks import LayerShape, bench_attention, bench_model
+from ...benchmarks import LayerShape, bench_attention, bench_model, check_memory, plan_training
 from ...benchmarks.planner.check import device_at
-from ...benchmarks.planner.fit import check_memory
-from ...benchmarks.planner.plan import plan_training
 from ...data.checkpoints import write_checkpoint
 from ...data.sources import SourceError, local_model, model_licence
 from ...data.text_documents import read_documents
