@@ -5,6 +5,7 @@ refused by name.
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -21,6 +22,7 @@ from hf_sparse_attn.benchmarks.planner.devices import GPUS, available_memory, gp
 from hf_sparse_attn.benchmarks.planner.fit import fits, longest_length
 from hf_sparse_attn.benchmarks.planner.meta_step import LOSS, simulate_step, stock_config, with_layers
 from hf_sparse_attn.cli.commands import app
+from hf_sparse_attn.system.precision import linear_rate
 from hf_sparse_attn.training.config import AdaptationConfig
 
 # peft asks transformers for a property that the newest versions call by another name
@@ -315,15 +317,16 @@ def test_the_cpu_is_measured(tiny_config):
     from hf_sparse_attn.benchmarks.planner.cpu_rates import measure_cpu
 
     device = measure_cpu(tiny_config(), torch.float32)
-    rates = [
-        *device.products.values(),
-        device.bytes_per_s,
-        *device.attention,
-        *device.sparse_attention,
-        device.routing,
-        device.teaching,
-    ]
-    assert all(1e6 < rate < 1e15 for rate in rates) and device.memory_bytes > 0 and device.name == "cpu"
+    # against rates measured here: the sizes of a tiny model reach a small part of them, and nothing exceeds them
+    linear = linear_rate(torch.float32)
+    data = torch.ones(1 << 24)
+    start = time.perf_counter()
+    data.clone()
+    copied = 2 * data.nbytes / (time.perf_counter() - start)
+    products = (device.products[torch.float32], *device.attention, *device.sparse_attention)
+    assert all(linear / 1000 < rate < linear * 20 for rate in products)
+    assert copied / 1000 < device.bytes_per_s < copied * 50
+    assert device.routing > 0 and device.teaching > 0 and device.memory_bytes > 0 and device.name == "cpu"
 
 
 def test_the_cpu_is_measured_with_the_modules_that_are_trained():

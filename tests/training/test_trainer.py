@@ -87,16 +87,13 @@ class Gradients(TrainerCallback):
 # -- the weight of the KL -------------------------------------------------------------------------------------------
 
 
-def kl_by_definition(model, ids, config, step):
-    """Mean over layers of the KL of the batch ``ids`` [B, N], from the layers' queries and keys in a pass
-    of their own.
-    """
+def kl_by_definition(model, ids):
+    """Mean over layers of the KL of the batch ``ids`` [B, N] on all tiles, from a pass of its own."""
     kls = []
 
     def observe(router, inputs):
-        seed = ((config.seed * objective.STEP_STRIDE + step) * objective.STEP_STRIDE + router.layer) % 2**63
         with torch.enable_grad():
-            loss = tile_loss(router, inputs, 16, 3, torch.Generator().manual_seed(seed))
+            loss = tile_loss(router, inputs, 16, inputs.q.shape[2], torch.Generator())
             kls.append(loss.coarse + loss.fine)
 
     with torch.no_grad():
@@ -104,24 +101,36 @@ def kl_by_definition(model, ids, config, step):
     return torch.stack(kls).mean()
 
 
+def test_the_tiles_of_the_kl_change_with_the_step_and_the_seed_alone(model, rows):
+    ids = rows[0]["input_ids"][None]
+    for router in routers(model):
+        router.requires_grad_()
+
+    def kl(seed, step):
+        forward = objective.TrainingForward(seed=seed, step=step, kl_weight=1.0, tile_share=3, dense=False)
+        model.train()(ids, use_cache=False, sparse_call=forward)
+        return float(forward.kl_loss().detach())
+
+    assert kl(0, 0) == kl(0, 0) and len({kl(0, 0), kl(0, 1), kl(1, 0)}) == 3
+
+
 @pytest.mark.parametrize("batch, accumulation", [(1, 1), (1, 4), (2, 2), (4, 1)])
 def test_the_kl_is_weighted_as_the_task_loss_is(model, rows, batch, accumulation, tmp_path):
-    config = SparseTrainingConfig(kl_tile_share=2)
+    config = SparseTrainingConfig(kl_tile_share=1)
     for router in routers(model):
         router.requires_grad_()
     parts = [rows[at : at + batch] for at in range(0, batch * accumulation, batch)]
     counts = [sum(int((row["labels"][1:] != -100).sum()) for row in part) for part in parts]
     kl = sum(
-        kl_by_definition(model, torch.stack([row["input_ids"] for row in part]), config, 0) * count / sum(counts)
+        kl_by_definition(model, torch.stack([row["input_ids"] for row in part])) * count / sum(counts)
         for part, count in zip(parts, counts, strict=True)
     )
     (config.kl_weight * kl).backward()
     want = {name: p.grad.clone() for name, p in model.named_parameters() if ".router." in name}
     model.zero_grad()
     seen = Gradients()
-    trainer = trainer_of(
-        model, rows, tmp_path, max_steps=1, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation
-    )
+    options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    trainer = trainer_of(model, rows, tmp_path, {"kl_tile_share": 1}, max_steps=1, **options)
     trainer.add_callback(seen)
     trainer.train()
     assert want.keys() == seen.steps[0].keys() and len(want) == 8
