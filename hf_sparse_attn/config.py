@@ -155,6 +155,7 @@ class SparseAttentionConfig:
 
     def _near_blocks(self, query_tile: int) -> int:
         """Most blocks that ``local`` tokens and a tile of ``query_tile`` touch together."""
+        # n tokens at any offset touch at most ⌊(n + S − 2) / S⌋ + 1 blocks of S
         span = self.local + query_tile
         aligned = query_tile % self.block_size == 0
         return (
@@ -163,6 +164,7 @@ class SparseAttentionConfig:
             else (span + self.block_size - 2) // self.block_size + 1
         )
 
+    # ⌈clamp(⌈density · visible⌉, min_keys, max_keys) / block_size⌉
     def budget_blocks(self, visible: int) -> int:
         """Blocks that a tile may keep, forced ones included, when its last query sees ``visible`` keys."""
         keys = max(math.ceil(self.density * visible), self.min_keys)

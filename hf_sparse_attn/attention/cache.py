@@ -7,6 +7,8 @@ the cached keys at the next call. Offloading a layer leaves them where they are:
 appended, before the attention that reads the summaries, which take about a sixteenth of their memory.
 """
 
+# Shape legend: B batch, b some of its rows, G KV heads, N keys, Q queries, D head dim, R router_dim.
+
 from __future__ import annotations
 
 from typing import Any
@@ -80,6 +82,7 @@ class SparseCacheLayerMixin(MadeMixin):
         parts = [] if known is None else [known[:, :have]]
         if have < past:
             parts.append(positions[:, :1] + torch.arange(have - past, 0, device=positions.device, dtype=torch.int64))
+        # one row of positions stands for all, until a call brings positions for each
         rows = max(p.shape[0] for p in (*parts, positions))
         self.slot_positions = torch.cat([p.expand(rows, -1) for p in (*parts, positions)], 1)
         return self.slot_positions
@@ -93,6 +96,7 @@ class SparseCacheLayerMixin(MadeMixin):
         positions. Only blocks that are not summarised yet are computed.
         """
         size = router.config.block_size
+        # whole blocks only: a partial one is always forced, never scored
         need = keys.shape[2] // size
         if self.router_keys is None:
             self.router_keys = keys.new_empty(batch, keys.shape[1], 0, router.wk.shape[1])
@@ -103,6 +107,7 @@ class SparseCacheLayerMixin(MadeMixin):
         self.summarised_by = ref(router)
         have = min(self.summarised[rows])
         have = 0 if have > need else have  # another, shorter document of this row
+        # summaries hold as long as the keys that they were made of stand in the same slots
         last = have * size - 1
         slot = -1 if have == 0 else last if slots is None else int(slots[last])
         if any(seen != slot for seen in self.summarised_slots[rows]) or not self._laid_out(rows, slots, have * size):
@@ -124,6 +129,7 @@ class SparseCacheLayerMixin(MadeMixin):
         """
         self.summaries(router, keys.shape[0], slice(0, keys.shape[0]), None, keys, positions)
         assert self.router_keys is not None
+        # room for every slot: a captured graph keeps this shape
         blocks = -(-slots // router.config.block_size)
         self.router_keys = F.pad(self.router_keys[:, :, :blocks], (0, 0, 0, max(blocks - self.router_keys.shape[2], 0)))
         self.steps, self.steps_by = steps, active_router(router)
@@ -151,6 +157,7 @@ class SparseCacheLayerMixin(MadeMixin):
 
     def _take_rows(self, index: Tensor | list[int]) -> None:
         index = index if isinstance(index, Tensor) else torch.tensor(index, dtype=torch.int64, device="cpu")
+        # a single row of positions is shared by all rows
         if self.slot_positions is not None and self.slot_positions.shape[0] > 1:
             self.slot_positions = self.slot_positions[index.to(self.slot_positions.device)]
         if self.router_keys is not None:
@@ -240,6 +247,7 @@ def _appended(buffer: Tensor | None, old: Tensor, new: Tensor) -> tuple[Tensor, 
     """``new`` behind ``old`` [B, G, N, D], in place if ``old`` is what fills ``buffer``:
     (the buffer, what fills it now).
     """
+    # after a crop or a reorder the cache holds other memory than the buffer: then all is copied
     length, total = old.shape[2], old.shape[2] + new.shape[2]
     usable = buffer is not None and buffer.data_ptr() == old.data_ptr() and buffer.shape[0] == old.shape[0]
     if buffer is not None and buffer.is_inference() and not torch.is_inference_mode_enabled():

@@ -24,6 +24,7 @@ def adopt(cache: Any, index: int) -> SparseCacheLayerMixin:
     if not hasattr(cache, "layers"):
         raise ValueError(f"sparse attention supports caches with layers ({CACHES}), got {type(cache).__name__}")
     if cache.layer_class_to_replicate is not None:
+        # Transformers would make them at the layer's first update, which comes after this
         while len(cache.layers) <= index:
             cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[index]

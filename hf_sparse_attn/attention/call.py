@@ -1,5 +1,7 @@
 """What a forward pass asks of its sparse layers: of each one its arguments, and of all of them a `SparseCall`."""
 
+# Shape legend: B batch, N keys, Q queries.
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -50,6 +52,7 @@ def learned_selector(router: SparseRouter, inputs: RoutingInputs, query_tile: in
     return select_blocks(router, inputs, query_tile)
 
 
+# names by which a caller may try to pass a function, and the method to define instead
 METHODS = {"observer": "on_document", "on_selection": "on_selection", "on_layer": "on_layer"}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from .call import SparseCall
 
+# a context variable: threads and tasks that run models at once have a call each
 _CALL: ContextVar[SparseCall | None] = ContextVar("sparse_call", default=None)
 
 

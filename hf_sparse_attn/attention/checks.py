@@ -95,6 +95,7 @@ def refuse_export() -> None:
 
 def refuse_split_sequences() -> None:
     """Raise ValueError if Accelerate splits sequences over processes, as its state says."""
+    # read without an import: a process that never imported Accelerate splits nothing
     state = sys.modules.get("accelerate.state")
     config = None if state is None else state.AcceleratorState._shared_state.get("parallelism_config")
     for field, kind in (("cp_size", "context parallelism"), ("sp_size", "sequence parallelism")):

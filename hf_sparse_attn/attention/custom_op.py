@@ -35,6 +35,7 @@ def _fake_attend(query, key, value, *rest):  # type: ignore[no-untyped-def]
 
 def _attend_backward(grad, query, key, value, sinks, *rest):  # type: ignore[no-untyped-def]
     attention_mask, position_ids, cu_seq_lens, filled, _, site, scale, causal, softcap = rest
+    # without the cache, which the forward pass has filled: keys and values hold all that is attended
     leaves = [x.detach().requires_grad_() for x in (query, key, value, *(() if sinks is None else (sinks,)))]
     request = Attention(
         scale,
@@ -49,6 +50,7 @@ def _attend_backward(grad, query, key, value, sinks, *rest):  # type: ignore[no-
     with torch.enable_grad(), _recording():
         out = attend(numbered(site), leaves[0], leaves[1], leaves[2], request)
         grads = torch.autograd.grad(out, leaves, grad)
+    # an operator returns tensors only: an empty one stands for None
     return (*grads[:3], query.new_empty(0) if sinks is None else grads[3])
 
 
@@ -64,6 +66,7 @@ def _fake_backward(grad, query, key, value, sinks, *rest):  # type: ignore[no-un
 
 
 def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    # the ten tensors of _ARGUMENTS; what follows them are numbers
     ctx.save_for_backward(*inputs[:10])
     ctx.settings = inputs[10:]
 

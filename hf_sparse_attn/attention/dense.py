@@ -1,5 +1,7 @@
 """Dense attention: as the stock model computes it, and causal or bidirectional over whole documents."""
 
+# Shape legend: B batch, H query heads, G KV heads, N keys, Q queries, D head dim.
+
 from __future__ import annotations
 
 import sys
@@ -37,10 +39,12 @@ def stock_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    # SDPA knows causal calls without a mask, eager functions add what mask they are given
     if attention_mask is None and is_causal(module, kwargs):
         q_len, kv_len = query.shape[2], key.shape[2]
         attention_mask = torch.ones(1, 1, q_len, kv_len, dtype=torch.bool, device=query.device).tril(kv_len - q_len)
     if attention_mask is not None and attention_mask.dtype == torch.bool:
+        # the dtype's least value, as in Transformers' masks: a row of −inf alone would give NaN
         zeros = query.new_zeros(())
         attention_mask = torch.where(attention_mask, zeros, torch.finfo(query.dtype).min)
     out, _ = _eager(module)(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
@@ -117,6 +121,7 @@ def stock_mask(
         if causal
         else torch.full((q_len,), kv_len - 1, device=device, dtype=torch.int64)
     )
+    # also hides a static cache's slots behind the N that are filled
     visible = (slot <= last[:, None])[None, None]
     return (
         visible
@@ -140,6 +145,7 @@ def attend_as_stock(
 
 def _eager(module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
     """The eager attention function beside the stock class of an attention module."""
+    # the sparse class stands in a module of this package, the stock class further down its MRO
     beside = (sys.modules[cls.__module__] for cls in type(module).__mro__)
     eager: Callable[..., tuple[Tensor, Any]] = next(
         m.eager_attention_forward for m in beside if hasattr(m, "eager_attention_forward")
@@ -147,6 +153,7 @@ def _eager(module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
     return eager
 
 
+# out_i = Σ_j softmax_j(scale · q_i · k_j) · v_j over all visible keys j (arXiv 1706.03762, eq. 1).
 def dense_attention(
     q: Tensor,
     k: Tensor,
@@ -159,6 +166,7 @@ def dense_attention(
     """Dense attention of ``q`` [B, H, Q, D], the last Q of the N tokens of ``k`` and ``v`` [B, G, N, D]."""
     q_len, kv_len = q.shape[2], k.shape[2]
     if softcap is not None or sinks is not None:
+        # SDPA has neither cap nor sinks; block-sparse attention over all blocks is the same sum
         selection = _every_block(TileGrid(q_len, kv_len, 1 if q_len == 1 else DENSE_TILE, DENSE_TILE, causal), k)
         return block_sparse_attention(q, k, v, selection, scale=scale, softcap=softcap, sinks=sinks)[0]
     hg = q.shape[1] // k.shape[1]
@@ -167,6 +175,7 @@ def dense_attention(
         return out.reshape(q.shape)
     if not causal:
         return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=hg > 1)
+    # SDPA's `is_causal` lines up the first query with the first key, which is wrong after a past
     mask = (
         None if q_len == kv_len else torch.ones(q_len, kv_len, dtype=torch.bool, device=q.device).tril(kv_len - q_len)
     )

@@ -1,5 +1,7 @@
 """Cutting a batch into documents without padding, so that routing and attention see content positions only."""
 
+# Shape legend: B batch, N keys, Q queries.
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -98,6 +100,7 @@ class Layout:
             return [None] * len(segments)
         if all(segment.slots is None for segment in segments):
             return [bool((positions.diff() == 1).all())] * len(segments)
+        # one copy to the host, not a wait for each document; one row may stand for all of the batch
         positions = positions.cpu()
         return [
             bool(
@@ -128,6 +131,7 @@ class Layout:
         starts = self._starts(self._sees_itself())
         if starts is None:
             return self.mask
+        # tokens of one document have one number
         number = starts.cumsum(1)
         links = (number[:, :, None] == number[:, None])[:, None]
         if self.mask is None:
@@ -163,6 +167,7 @@ class Layout:
                 "None, a padding mask [batch, keys] or a 4D mask [batch, 1, queries, keys]. "
                 'Or run dense with model.set_attn_implementation("sdpa")'
             )
+        # a boolean mask tells of padding only, integers also number the documents
         numbers = mask[:, :kv_len].expand(self.batch, -1)
         return numbers.bool(), None if numbers.dtype == torch.bool else _starts_where(torch.ne, numbers, numbers.bool())
 
@@ -191,11 +196,13 @@ class Layout:
                     "documents are supported in a call without a past only"
                 )
             return None
+        # a graph must not read values
         if not torch.compiler.is_compiling() and ((last := int(ends[-1])) > total or (self.batch > 1 and last < total)):
             raise ValueError(
                 f"cu_seq_lens ends at {last}: must count the {total} tokens of the call, those of all {self.batch} "
                 "rows together"
             )
+        # an end is where the next document starts; that of the last one lies behind all tokens
         starts = torch.zeros(total + 1, dtype=torch.long, device=ends.device)
         starts[ends] = 1
         return starts[:total].cumsum(0).view(self.batch, self.kv_len)

@@ -52,6 +52,7 @@ class Carried:
                 total.add_(grad, alpha=factor)
 
 
+# ∂loss/∂t = (∂loss/∂value / weight) · g_t, g_t what was added up for the tensor t.
 class _Carry(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, carried: Carried, *tensors: Tensor) -> Tensor:
@@ -94,6 +95,7 @@ def leave_routers(router: SparseRouter, output: Tensor) -> Tensor:
     weight: there they get zeros.
     """
     say_once()
+    # a process alone waits for no gradients
     weights = [p for p in active_router(router).weights if p.requires_grad]
     if not (weights and dist.is_available() and dist.is_initialized()):
         return output

@@ -1,5 +1,7 @@
 """The attention function that Transformers calls, and the thin subclass of its attention modules."""
 
+# Shape legend: B batch, H query heads, G KV heads, N keys, Q queries, D head dim.
+
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
@@ -46,8 +48,10 @@ class SparseAttentionMixin(MadeMixin):
             refuse_export()
             cache = self.taken_cache((hidden_states, *args), kwargs)
             if cache is not None:
+                # a graph cannot replace the objects in a cache, which adopting does
                 take = found if torch.compiler.is_compiling() else adopt
                 kwargs["sparse_cache_layer"] = take(cache, self.layer_idx)  # type: ignore[attr-defined]
+            # keys are un-rotated by them before they are pooled
             if self.keeps_positions:
                 kwargs["sparse_position_ids"] = kwargs.get("position_ids")
         elif kwargs.pop("sparse_call", None) is not None:
@@ -127,11 +131,13 @@ def sparse_attention_forward(
         ValueError: the layer has no router, or something is asked for that sparse attention cannot give.
     """
     router = getattr(module, "router", None)
+    # a layer that keeps its own attention, such as a sliding window
     if router is None:
         refuse_without_router(module, kwargs)
         return attend_without_router(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     if torch.is_autocast_enabled(query.device.type):  # queries and keys were rotated in float32, values were not
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
+    # such a model drops unknown arguments on the way to its attention modules
     if not SUPPORTED[module.config.model_type].hands_on:  # type: ignore[union-attr, index]
         sparse_call = ambient_call()
     check_call(router, module, query, key, value, dropout, kwargs)
@@ -152,6 +158,7 @@ def sparse_attention_forward(
         cu_seq_lens=kwargs.get("cu_seq_lens_q"),
         filled=None if sparse_cache_layer is None else filled(sparse_cache_layer),
     )
+    # inside a graph the layer may be one that was never adopted: it has no summaries
     cache = sparse_cache_layer if isinstance(sparse_cache_layer, SparseCacheLayerMixin) else None
     if sparse_call is None and (out := made_on_the_device(module, query, key, value, request, cache)) is not None:
         return out, None
@@ -160,6 +167,7 @@ def sparse_attention_forward(
             return attend_opaquely(module, query, key, value, request, cache), None
         return _outside_graphs(module, query, key, value, request, cache, sparse_call), None
     out = attend(module, query, key, value, request, cache, sparse_call)
+    # no router learns from this call
     if sparse_call is None and module.training and torch.is_grad_enabled():
         out = leave_routers(router, out)
     return out, None

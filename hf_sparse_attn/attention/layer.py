@@ -1,5 +1,7 @@
 """One call of a layer's attention: documents, routing, attention over the selection."""
 
+# Shape legend: B batch, b rows of a document, H query heads, G KV heads, N keys, Q queries, D head dim.
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -92,6 +94,7 @@ def _attend_layer(
     router: SparseRouter = module.router  # type: ignore[assignment]
     q_len = query.shape[2]
     kv_len = key.shape[2] if request.filled is None else int(request.filled)
+    # before any way out: the cache notes the positions of every call
     positions = _positions(request, q_len, kv_len, cache, key.device)
     layout = Layout(
         query.shape[0], q_len, kv_len, request.attention_mask, request.causal, request.position_ids, request.cu_seq_lens
@@ -172,6 +175,7 @@ def _attend_segments(
     Each document is routed by itself. All whose slots are a run without holes are then attended in one call.
     """
     q_len, kv_len = query.shape[2], key.shape[2]
+    # documents with holes, or with none or several selections
     apart: Tensor | None = None
     routed: list[tuple[Tensor, BlockSelection]] = []
     for segment in segments:
@@ -192,6 +196,7 @@ def _attend_segments(
         outputs.append(apart)
     if not outputs:  # only padding
         outputs.append(attach(query.new_zeros(query.shape), (query, key, value)))
+    # a query is in one of the outputs, and zero in the others
     return reduce(torch.add, outputs).transpose(1, 2).contiguous()
 
 
@@ -268,6 +273,7 @@ def _attend(layer: _Layer, inputs: RoutingInputs, selections: list[BlockSelectio
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 
 
+# out_i = Σ_j softmax_j(scale · q_i · k_j) · v_j over the visible keys j of the kept blocks.
 def _attend_selection(layer: _Layer, q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> Tensor:
     request = layer.request
     return block_sparse_attention(
@@ -284,5 +290,6 @@ def query_spans(router: SparseRouter, inputs: RoutingInputs, decode_from: int | 
     tile = router.config.query_tile
     if q_len < kv_len and q_len < tile:
         return [(0, q_len, 1)]
+    # decode_from counts from the document's first token, as its keys do
     cut = q_len if decode_from is None else min(max(decode_from - (kv_len - q_len), 0), q_len)
     return [span for span in ((0, cut, tile), (cut, q_len, 1)) if span[0] < span[1]]

@@ -1,5 +1,7 @@
 """What a 4D attention mask says of padding and packed documents."""
 
+# Shape legend: B batch, N keys, Q queries.
+
 from __future__ import annotations
 
 import torch
@@ -27,9 +29,11 @@ def read_mask(mask: Tensor, q_len: int, causal: bool) -> tuple[Tensor, Tensor | 
     first = visible.view(torch.uint8).argmax(-1)  # the first slot that each query sees: where its document starts
     if offset:  # the tokens before the call: real if any real query of it sees them
         real = torch.cat([(visible[:, :, :offset] & sees_itself[:, :, None]).any(1), sees_itself], 1)
+        # a call that continues a cache continues one document a row
         document = torch.zeros_like(real, dtype=torch.long)
     else:
         real, document = sees_itself, first
+    # the links of plain attention; rows that are padding may hold anything
     want = real[:, None] & (document[:, offset:, None] == document[:, None])
     want &= (slot <= queries[:, None]) if causal else True
     if bool((sees_itself[..., None] & (want != visible)).any()):
@@ -43,6 +47,7 @@ def read_mask(mask: Tensor, q_len: int, causal: bool) -> tuple[Tensor, Tensor | 
     starts = torch.zeros_like(real)
     if not offset:
         starts = (document == slot) & real
+        # the first document of a row cuts nothing
         starts &= (starts.cumsum(1) > 1) | (document != document[:, :1])
     return real, starts if bool(starts.any()) else None
 

@@ -1,5 +1,7 @@
 """The mask function that Transformers calls beside the attention function."""
 
+# Shape legend: B batch, N keys.
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -50,6 +52,7 @@ def sparse_attention_mask(
     filled = kv_length if not static else sparse["dense_below"] if unread and sparse else int(q_offset) + q_length
     if sparse is None or local_size is not None or overlaid or filled < sparse["dense_below"]:
         if overlaid and local_size is None:
+            # the stock function leaves out masks that look plainly causal, and an overlay with them
             kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
         return sdpa_mask(
             batch_size,
@@ -66,6 +69,7 @@ def sparse_attention_mask(
         )
     if _packs(mask_function):
         return _document_numbers(mask_function, batch_size, q_length, kwargs.get("device", "cpu"))
+    # without a mask the attention function has no padding to look for
     if attention_mask is None or (not compiling and attention_mask.ndim == 2 and bool(attention_mask.all())):
         return None
     return attention_mask
@@ -119,6 +123,8 @@ def _document_numbers(mask_function: Callable[..., Any], batch: int, length: int
     head = row.new_zeros(())
     first = F.pad(~mask_function(row, head, slot[:, 1:], slot[:, :-1]), (1, 0), value=True)
     if torch.compiler.is_compiling():
+        # a graph cannot tell an overlay by name, so it asks what the mask shows: of packed documents
+        # each token sees the first one of its document, and none sees its successor
         start = torch.where(first, slot, 0).cummax(1).values
         narrowed = ~mask_function(row, head, slot, start).all()
         widened = mask_function(row, head, slot[:, :-1], slot[:, 1:]).any()

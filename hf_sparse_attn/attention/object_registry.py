@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 _COUNT = itertools.count(1)
+# weak: a number must not keep a layer or a cache alive
 _OBJECTS: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
 

@@ -1,5 +1,7 @@
 """A document's tokens in a batch, and cutting a batch into documents."""
 
+# Shape legend: B batch, N keys, N' keys of one document.
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -30,6 +32,7 @@ class Segment:
         """First slot and end slot, None where the segment has all slots or there are others between its own."""
         if self.slots_on_host is None:
             return None
+        # slots ascend: they are a run if their ends are as far apart as there are slots
         first, last = (int(self.slots_on_host[at]) for at in (0, -1))
         return (first, last + 1) if last - first == len(self.slots_on_host) - 1 else None
 
@@ -89,6 +92,7 @@ def cut_documents(batch: int, q_len: int, kv_len: int, mask: Tensor | None, star
         else:
             cuts = starts[min(row, starts.shape[0] - 1)].cpu()[slots].nonzero()[:, 0].tolist()
         for part in torch.tensor_split(slots, [c for c in cuts if c > 0]):
+            # a document without queries in this call has no output
             queries = int((part >= kv_len - q_len).sum())
             if queries:
                 segments.append(Segment(slice(row, row + 1), part.to(device), queries, part))

@@ -42,6 +42,7 @@ class BudgetTable(NamedTuple):
 def budget_table(config: SparseAttentionConfig, slots: int, device: torch.device) -> BudgetTable:
     """The table for a cache of ``slots`` slots. Below ``dense_below`` keys all blocks are kept."""
     rows, close = [(0, 0, 0, 0)], 0
+    # the query at `position` sees position + 1 keys; row 0 is never read
     for position in range(slots):
         budget = tile_budget(config, position, position)
         dense = position + 1 < config.dense_below
@@ -84,12 +85,14 @@ def decode(
     size, filled = router.config.block_size, request.filled
     assert filled is not None
     with torch.no_grad():
+        # the budget of this many keys, and the summary of the query's block
         sink, near, free, candidates = table.rows.index_select(0, filled.view(1))[0].unbind()
         last = (filled - 1) // size
         at = filled.view(1, 1) - 1 if request.position_ids is None else request.position_ids[:, -1:]
         _summarise(router, router_keys, key, at, filled, last)
         inputs = RoutingInputs(query, key, at, request.scale)
 
+        # stage 1: s_b = scale · ρ · κ_b, the log-sum-exp over the only run; forced and later blocks are hidden
         queries = (coarse_queries(router, inputs) * request.scale).to(key.dtype).flatten(0, 1)
         coarse = torch.bmm(router_keys.flatten(0, 1), queries.transpose(1, 2))[..., 0].float()
         block = torch.arange(coarse.shape[-1], device=key.device, dtype=torch.int64)
@@ -100,6 +103,7 @@ def decode(
         forced, stays = _forced(table, sink, near, last, len(coarse))
         blocks = torch.cat([passed.clamp(max=coarse.shape[-1] - 1), forced], -1)
 
+        # stage 2: the candidates with most mass, forced blocks in the softmax but not to be chosen
         fine = (mapped_queries(router, inputs) * request.scale).to(key.dtype).flatten(0, 1)
         mass = _mass(fine, key, blocks, torch.cat([exists, stays], -1), size, filled)[:, : passed.shape[-1]]
         chosen, keeps = _chosen(
@@ -122,6 +126,7 @@ def _summarise(
     until then nobody reads it.
     """
     size = router.config.block_size
+    # the block's slots; their positions are counted from the query's
     slots = last * size + torch.arange(size, device=key.device, dtype=torch.int64)
     summary = router.router_keys(
         key.index_select(2, slots.clamp(max=key.shape[2] - 1)), at + slots - (filled - 1), "torch"
@@ -133,6 +138,7 @@ def _forced(table: BudgetTable, sink: Tensor, near: Tensor, last: Tensor, rows: 
     """(the forced blocks [rows, F], which of these exist): sinks, then those up to the query's own, each once."""
     sinks = torch.arange(table.sinks, device=last.device, dtype=torch.int64)
     close = last - torch.arange(table.close - 1, -1, -1, device=last.device, dtype=torch.int64)
+    # a sink block that is also near stands among the near ones
     exist = torch.cat([(sinks < sink) & (sinks < near), close >= near])
     return torch.cat([sinks, close.clamp(min=0)]).expand(rows, -1), exist.expand(rows, -1)
 
@@ -154,6 +160,7 @@ def _gathered(x: Tensor, slots: Tensor) -> Tensor:
     return x.flatten(0, 1).gather(1, slots[..., None].expand(-1, -1, x.shape[-1]))
 
 
+# m_b = mean over the heads of Σ_{j ∈ b} softmax_j(scale · (U q) · (V k_j)); queries hold scale, U and V.
 def _mass(queries: Tensor, key: Tensor, blocks: Tensor, real: Tensor, size: int, filled: Tensor) -> Tensor:
     """Stage 2: softmax mass of each block, averaged over the ``queries`` [B·G, Hg, D]: float32 [B·G, L]."""
     scores = torch.bmm(queries, _gathered(key, _slots(blocks, size, key.shape[2])).transpose(1, 2))
@@ -175,6 +182,7 @@ def _chosen(
     ) | all_kept
 
 
+# out = Σ_j softmax_j(s_j) · v_j with s_j = scale · q · k_j, or softcap · tanh(s_j / softcap).
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, real: Tensor, size: int, request: Attention
 ) -> Tensor:
@@ -187,6 +195,7 @@ def _attend(
         scores = request.softcap * torch.tanh(scores / request.softcap)
     scores = scores.masked_fill(_hidden(blocks, real, size, request.filled), -torch.inf)
     if request.sinks is not None:
+        # a sink is one more logit, which takes its share of the weights and has no value
         sinks = request.sinks.float().view(1, key.shape[1], -1, 1).expand(len(query), -1, -1, -1).flatten(0, 1)
         weights = torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1]
     else:

@@ -1,5 +1,7 @@
 """The budget arithmetic that every selector shares: from a config to a plan."""
 
+# Shape legend: B batch, G KV heads, S block size, n query tiles, nb key blocks.
+
 from __future__ import annotations
 
 import math
@@ -13,6 +15,8 @@ from ..config import SparseAttentionConfig
 from .head_budgets import HeadBudgets
 
 
+# budget = ⌈clamp(⌈density · visible keys⌉, min_keys, max_keys) / S⌉ blocks, forced ones included.
+# free = min(eligible, budget − forced), candidates = min(eligible, ⌈candidate_factor · budget⌉).
 def tile_budget(
     config: SparseAttentionConfig,
     first_pos: int,
@@ -26,10 +30,12 @@ def tile_budget(
     ``heads`` it is the largest budget of a head that is not dense.
     """
     size = config.block_size
+    # rounded down: a block is forced as a whole if one local token lies in it
     near = max(first_pos - config.local, 0) // size
     if bidirectional is not None:
         return _two_sided_budget(config, near, last_pos, bidirectional, heads)
     last = last_pos // size
+    # a tile near the start sees fewer blocks than hold sink tokens
     sink = min(-(-config.sink // size), last + 1)
     eligible = max(near - sink, 0)
     budget = _budget_blocks(config, last_pos + 1, heads)
@@ -44,9 +50,11 @@ def _budget_blocks(config: SparseAttentionConfig, visible: int, heads: HeadBudge
 def _two_sided_budget(
     config: SparseAttentionConfig, near: int, last_pos: int, tokens: int, heads: HeadBudgets | None
 ) -> TileBudget:
+    # as of a causal tile, but local tokens are forced and blocks are eligible on both sides of it
     size, whole = config.block_size, tokens // config.block_size
     last = min(last_pos + config.local, tokens - 1) // size
     sink = min(-(-config.sink // size), -(-tokens // size))
+    # a partial last block has no summary by which it could be scored, so it is forced
     eligible = max(near - sink, 0) + max(whole - max(last + 1, sink), 0)
     budget = _budget_blocks(config, tokens, heads)
     free = min(eligible, max(budget - (-(-tokens // size) - eligible), 0))
@@ -61,11 +69,13 @@ def make_plan(
     With ``heads`` the largest ones of heads that are not dense.
     """
     bidirectional = None if grid.causal else grid.kv_len
+    # tiles are counted from content position 0: a call that continues a cache may start inside one
     start = grid.q_offset // grid.query_tile * grid.query_tile
     budgets = tuple(
         tile_budget(config, first, min(first + grid.query_tile, grid.kv_len) - 1, bidirectional, heads)
         for first in range(start, start + grid.tiles * grid.query_tile, grid.query_tile)
     )
+    # budgets by head take the place of a threshold
     threshold = config.mass_threshold if heads is None else None
     return TilePlan(grid, min(-(-config.sink // config.block_size), grid.blocks), budgets, device, threshold)
 

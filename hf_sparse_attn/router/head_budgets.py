@@ -1,5 +1,7 @@
 """Budgets of one layer that differ by KV head and length, as a calibration finds them."""
 
+# Shape legend: G KV heads, n query tiles.
+
 from __future__ import annotations
 
 import math
@@ -52,6 +54,7 @@ class HeadBudgets:
 
     def most_blocks(self, visible: int, block_size: int) -> int:
         """Blocks of the largest budget of a head that is not dense, 0 if all are."""
+        # a dense head gets lists of its own: it must not widen those of the others
         keys = [count for count in self.keys(visible) if count < visible]
         return math.ceil(max(keys, default=0) / block_size)
 
@@ -85,5 +88,6 @@ def allowed_blocks(
     rows = [budgets.keys(seen) for seen in visible]
     blocks = [[math.ceil(keys / block_size) for keys in row] for row in rows]
     dense = [[keys >= seen for keys in row] for seen, row in zip(visible, rows, strict=True)]
+    # None spares the caller lists of all blocks where no head needs them
     some = torch.tensor(dense, device=device, dtype=torch.bool).T.contiguous() if any(map(any, dense)) else None
     return AllowedBlocks(torch.tensor(blocks, device=device, dtype=torch.int64).T.contiguous(), some)

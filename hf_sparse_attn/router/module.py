@@ -174,11 +174,13 @@ class SparseRouter(nn.Module):
 
     # -- stage 1 ---------------------------------------------------------------------------------------------------
 
+    # f_b = [max_j k_j ; min_j k_j ; mean_j k_j] over un-rotated keys j of block b (SeerAttention, arXiv 2410.13276).
     def pooled(self, k: Tensor, positions: Tensor, impl: str | None = None) -> Tensor:
         """Features of the whole blocks of ``k`` [B, G, N, D] (after RoPE): float32 [B, G, N // S, 3·D]."""
         plain = k.float() if self.rotary is None else self.rotary.unrotate(k, positions[:, None])
         return pooled_features(plain, self.config.block_size, impl=impl)
 
+    # κ_b = R(centre of b) · W_k f_b, R(p) the layer's rotary rotation at position p.
     def project_keys(self, features: Tensor, positions: Tensor) -> Tensor:
         """Stage-1 keys from `pooled` features: float32 [B, G, N // S, R], rotated at each block's centre."""
         keys = torch.einsum("bgnf,grf->bgnr", features, self.wk.float())
@@ -207,6 +209,7 @@ class SparseRouter(nn.Module):
     def _rotate_features(self, x: Tensor, positions: Tensor) -> Tensor:
         return x if self.rotary is None else self.rotary.rotate(x, positions)
 
+    # ρ_r = R(centre of run r) · W_q [mean of its un-rotated queries, heads of the KV group side by side].
     def query_features(
         self, q: Tensor, positions: Tensor, grid: TileGrid, tiles: Tensor, consecutive: bool | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -236,6 +239,7 @@ class SparseRouter(nn.Module):
         queries = torch.einsum("bgmrf,gof->bgmro", sums * share[..., None], self.wq.float())
         return self._rotate_features(queries, centres[:, None]), count > 0
 
+    # Σ_i R(p_i)⁻¹ q_i = R(c)⁻¹ Σ_i R(p_i − c)⁻¹ q_i, c the middle of the run.
     def _run_sums(self, q: Tensor, positions: Tensor, runs: int, consecutive: bool | None) -> Tensor:
         """Sums of the un-rotated queries over the runs of each tile: float32 [B, G, m, Hg, runs, D].
 
@@ -256,6 +260,7 @@ class SparseRouter(nn.Module):
 
     # -- stage 2 ---------------------------------------------------------------------------------------------------
 
+    # Head h samples the tokens ⌊i · T / r⌋ + ⌊h · ⌊T / r⌋ / Hg⌋ for i < r.
     def representatives(self, grid: TileGrid, device: torch.device) -> Tensor:
         """Which tokens of a tile stage 2 scores, strided with an offset per head: int64 [Hg, r]."""
         hg, t = self.heads // self.groups, grid.query_tile
@@ -263,6 +268,7 @@ class SparseRouter(nn.Module):
         offset = torch.arange(hg, device=device, dtype=torch.int64) * (t // count) // hg
         return torch.arange(count, device=device, dtype=torch.int64) * t // count + offset[:, None]
 
+    # s_ij = (U q_i) · (V k_j) = (Vᵀ U q_i) · k_j with U = wq_index and V = wk_index.
     def index_queries(self, q: Tensor, fold: bool) -> Tensor:
         """``q`` [B·G, ..., D] in index space [..., I];
         with ``fold`` mapped back so that it meets keys themselves, [..., D].

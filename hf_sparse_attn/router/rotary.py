@@ -1,5 +1,7 @@
 """Rotating and un-rotating by a model's own rotary embedding, at integer or fractional positions."""
 
+# Shape legend: L positions, D head dim, b batch rows.
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -47,6 +49,7 @@ class Rotary:
         return 2 * int(self._inv_freq.shape[-1])
 
     def _angles(self, positions: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        # bfloat16 cannot tell neighbouring positions above 256 apart
         inv_freq = self._inv_freq.to(device=device, dtype=torch.float32)
         angle = positions.to(device=device, dtype=torch.float32)[..., None] * inv_freq
         return angle.cos(), angle.sin()
@@ -67,6 +70,7 @@ class Rotary:
         cos, sin = self._angles(positions, x.device)
         return self._turn(x, cos, sin, self._scaling)
 
+    # A rotation is orthogonal: its inverse has −sin. By what YaRN scales cos and sin, the inverse divides.
     def unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Inverse of `rotate`: float32 [..., L, D]."""
         cos, sin = self._angles(positions, x.device)
@@ -111,6 +115,8 @@ class Rotary:
         return float(getattr(self.module, f"{self.prefix}attention_scaling", 1.0))
 
 
+# RoPE: (a, b) -> (a · cos − b · sin, b · cos + a · sin) for each pair of dimensions
+# (RoFormer, arXiv 2104.09864, section 3.4.2).
 def _turn_pair(a: Tensor, b: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     return torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
 
@@ -127,6 +133,7 @@ def find_rotary(model: nn.Module, site: nn.Module, name: str, interleaved: bool)
     for depth in range(len(parts), -1, -1):
         around = model.get_submodule(".".join(parts[:depth]))
         held = (around, *around.children()) if depth < len(parts) else (site, *site.children())
+        # one module that hangs at two places counts once
         modules = list({id(m): m for m in held if _frequencies(m)}.values())
         if len(modules) > 1:
             names = ", ".join(sorted({type(m).__name__ for m in modules}))
@@ -141,6 +148,7 @@ def find_rotary(model: nn.Module, site: nn.Module, name: str, interleaved: bool)
 
 
 def _frequencies(module: nn.Module) -> list[str]:
+    # `original_inv_freq` is a copy that Transformers keeps to go back to
     return [
         name for name, _ in module.named_buffers(recurse=False) if name.endswith("inv_freq") and "original" not in name
     ]

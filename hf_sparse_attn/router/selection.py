@@ -1,5 +1,8 @@
 """Making a selection with a router: its features of each tile -> `select_blocks` of the kernels -> BlockSelection."""
 
+# Shape legend: B batch, G KV heads, Hg query heads of one, D head dim, n query tiles, m some of them,
+# r sampled queries of a tile, K kept blocks of a tile.
+
 from __future__ import annotations
 
 import hf_sparse_attn_kernels as kernels
@@ -16,6 +19,9 @@ from .single_query import single_features
 FEATURE_BYTES = 1 << 22  # memory for the features of one run of tiles
 
 
+# Stage 1: s_b = log Σ_r exp(scale · ρ_r · κ_b) picks the candidates among all blocks b.
+# Stage 2: m_b = mean_i Σ_{j ∈ b} softmax_j(scale · (U q_i) · (V k_j)) decides which of them are kept.
+# Two stages of selection: Native Sparse Attention, arXiv 2502.11089.
 @torch.no_grad()
 def select_blocks(
     router: SparseRouter, inputs: RoutingInputs, query_tile: int | None = None, *, impl: str | None = None
@@ -55,6 +61,7 @@ def everything(plan: TilePlan, inputs: RoutingInputs) -> BlockSelection:
 def ranks(values: Tensor) -> Tensor:
     """Place of each value in its row [..., K] from the largest (0) on, ties to the first."""
     order = values.argsort(dim=-1, descending=True, stable=True)
+    # the inverse permutation: place[order[i]] = i
     place = torch.arange(values.shape[-1], device=values.device, dtype=torch.int64).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, place)
 
@@ -71,6 +78,7 @@ def within_budgets(selection: BlockSelection, plan: TilePlan, budgets: HeadBudge
     allowed = allowed_blocks(budgets, tuple(visible.tolist()), plan.grid.block_size, plan.device)
     indices, scores = selection.indices, selection.scores
     assert scores is not None
+    # forced blocks use up a head's budget first; only the free ones are cut
     eligible = plan.eligible_mask(torch.arange(plan.grid.tiles, device=indices.device, dtype=torch.int64)).expand(
         *indices.shape[:2], -1, -1
     )
@@ -79,6 +87,7 @@ def within_budgets(selection: BlockSelection, plan: TilePlan, budgets: HeadBudge
     place = ranks(scores.masked_fill(~free, -torch.inf))
     # tiles of a block or two are not scored
     kept = ~(free & plan.open[:, None]) | (place < allowed.blocks[..., None] - forced)
+    # what was cut is −1, and empty entries stand first in a list
     indices, order = torch.where(kept, indices, -1).sort(dim=-1, stable=True)
     scores = scores.gather(-1, order).masked_fill(indices < 0, torch.nan)
     if allowed.dense is not None:
@@ -88,6 +97,7 @@ def within_budgets(selection: BlockSelection, plan: TilePlan, budgets: HeadBudge
 
 def _with_dense_heads(indices: Tensor, scores: Tensor, plan: TilePlan, dense: Tensor) -> tuple[Tensor, Tensor]:
     """Indices and scores [B, G, n, K], with every block that a tile sees where ``dense`` [G, n] says so."""
+    # a dense head's lists are longer than the selected ones, which get empty entries in front
     seen = plan.grid.visible_blocks(plan.device).expand(*indices.shape[:3], -1)
     width = max(seen.shape[-1], indices.shape[-1])
     pad = torch.nn.functional.pad
@@ -116,6 +126,7 @@ class FeatureMaker:
         """The tiles (int64 [m]) in runs whose features take about FEATURE_BYTES on a CPU, more on an accelerator."""
         rows = self.inputs.k.shape[0] * self.inputs.k.shape[1]
         tokens = self.grid.query_tile * self.q_tiles.shape[2]
+        # 4 bytes: features are float32 until they are complete
         step = max(1, chunk_of(FEATURE_BYTES, tiles.device) // (4 * rows * tokens * self.router.head_dim))
         return tuple(tiles[at : at + step] for at in range(0, len(tiles), step))
 
@@ -125,8 +136,10 @@ class FeatureMaker:
         heads = torch.arange(self.reps.shape[0], device=tiles.device, dtype=torch.int64)[:, None]
         tile_arguments = (self.inputs.positions, self.grid, tiles, self.inputs.consecutive)
         coarse, real = router.query_features(self.q_tiles[:, tiles], *tile_arguments)
+        # [B·G, m, Hg, r, D]: each head samples other tokens of the tile
         sampled = self.q_tiles[:, tiles[:, None, None], heads, self.reps]
         queries = router.index_queries(sampled, self.fold).unflatten(0, batch)
+        # scaled here: the kernels compute plain products
         return TileFeatures(
             (coarse * scale).to(dtype), real, self.router_keys, (queries * scale).to(dtype), self.reps, self.keys
         )
