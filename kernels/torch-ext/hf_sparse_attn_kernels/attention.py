@@ -1,5 +1,7 @@
 """`block_sparse_attention`: one operation, several implementations."""
 
+# Shape legend: B batch, H query heads, G KV heads, N keys, Q queries, D head dim.
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -27,6 +29,8 @@ ATTEND: dict[str, Attend] = {
 }
 
 
+# s_ij = scale · q_i · k_j, capped; lse_i = log(Σ_{j ∈ N(i)} exp s_ij [+ exp sink_h]);
+# out_i = Σ_{j ∈ N(i)} exp(s_ij − lse_i) · v_j over N(i), the visible keys of the blocks that the tile of i keeps.
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -89,6 +93,7 @@ def block_sparse_attention(
 
 def _nothing(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, return_lse: bool) -> tuple[Tensor, Tensor | None]:
     """The results of a call without queries, heads or columns; the gradients of what it was given are zero."""
+    # sums times zero keep the inputs in the graph, so that each of them gets a gradient
     zero = sum((x.sum() * 0 for x in (q, k, v, sinks) if x is not None and x.requires_grad), start=q.new_zeros(()))
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
     return zero.expand(q.shape).clone(), lse if return_lse else None
@@ -101,6 +106,7 @@ def _by_document(
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32)) if return_lse else None
     for row, first, part in selection.by_document(q.shape[0]):
+        # the document's keys are a run of slots; its queries are the last of these
         slots = slice(first, first + part.grid.kv_len)
         end = slots.stop - selection.grid.q_offset
         at = (slice(row, row + 1), slice(None), slice(end - part.grid.q_len, end))

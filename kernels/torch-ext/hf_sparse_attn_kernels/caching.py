@@ -55,6 +55,7 @@ def places(name: str) -> Iterator[Path]:
     for root in (cache_folder(), temporary_folder()):
         folder, reason = root / name, None
         try:
+            # nobody else may write where this user's code is loaded from
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             _close_to_others(folder)
             reason = _open_to_others(root) or _open_to_others(folder)
@@ -85,6 +86,7 @@ def _open_to_others(path: Path) -> str | None:
     if status.st_uid not in (os.getuid(), 0):
         return f"{path} belongs to another user ({status.st_uid})"
     others = stat.S_IWOTH if status.st_gid == os.getgid() else stat.S_IWOTH | stat.S_IWGRP
+    # with the sticky bit, as /tmp has it, others can add files but not replace ours
     if status.st_mode & others and not status.st_mode & stat.S_ISVTX:
         return f"{path} can be written by others (mode {stat.S_IMODE(status.st_mode):o})"
     return None
@@ -92,6 +94,7 @@ def _open_to_others(path: Path) -> str | None:
 
 def is_trusted(file: Path) -> bool:
     """Whether ``file`` is a plain file of this user's or root's that nobody else can write."""
+    # lstat: a link is not followed, so it is never a plain file
     status = file.lstat()
     return (
         stat.S_ISREG(status.st_mode)

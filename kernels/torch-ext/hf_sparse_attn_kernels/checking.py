@@ -1,5 +1,7 @@
 """What the tensors of a call must have in common, compared before any of them is read."""
 
+# Shape legend: B batch, H query heads, G KV heads, N keys, Q queries, D head dim, m query tiles.
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
@@ -126,6 +128,7 @@ def check_features(features: TileFeatures, plan: TilePlan, tiles: Tensor) -> Non
     expect("coarse_queries", features.coarse_queries, (b, groups, len(tiles), None, None), keys)
     check_coarse_scores(features.coarse_queries, features.real, features.router_keys, "coarse_queries")
     expect_within("reps", features.reps, 0, grid.query_tile)
+    # blocks that stage 1 scores: none where no tile has more eligible blocks than it may keep
     needed = max(
         (budget.near if grid.causal else grid.kv_len // grid.block_size) * (budget.eligible > budget.free)
         for budget in plan.budgets

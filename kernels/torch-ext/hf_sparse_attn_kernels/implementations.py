@@ -51,6 +51,7 @@ def _decide(device_type: str) -> tuple[str, str]:
         chosen = ("cpp", "its kernels are compiled for this processor")
     else:
         chosen = ("torch", f"without compiled kernels: {reason}")
+    # without compiled kernels a CPU is slower, which would go unnoticed
     log = logger.warning if device_type == "cpu" and chosen[0] == "torch" else logger.info
     log("sparse attention on %s: implementation %r (%s)", device_type, *chosen)
     return chosen

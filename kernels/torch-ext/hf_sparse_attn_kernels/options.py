@@ -21,6 +21,7 @@ class ScoreOptions:
 
     def cap(self, scores: Tensor) -> Tensor:
         """Scaled ``scores`` with the soft cap applied; in place where no gradient is recorded."""
+        # cap(s) = softcap · tanh(s / softcap): Gemma 2, arXiv 2408.00118, section 2
         if self.softcap is None:
             return scores
         if scores.requires_grad:

@@ -1,5 +1,7 @@
 """Which blocks each query tile must keep, may keep, and how many: what every way to select is told."""
 
+# Shape legend: B batch, G KV heads, n query tiles, m some of them, nb key blocks, F forced blocks, C chosen ones.
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -93,6 +95,7 @@ class TilePlan:
     @cached_property
     def width(self) -> int:
         """Most blocks that a tile may keep."""
+        # kept = seen − eligible (the forced ones) + what is chosen, at most all candidates with a threshold
         seen = (budget.last + 1 if self.grid.causal else self.grid.blocks for budget in self.budgets)
         most = (budget.free if self.threshold is None else budget.candidates for budget in self.budgets)
         return max(
@@ -123,6 +126,7 @@ class TilePlan:
         sink = torch.arange(self.sink, device=near.device, dtype=torch.int64).expand(len(tiles), -1)
         if self.grid.causal:
             return torch.cat([torch.where(sink < near, sink, -1), close], 1)
+        # a sink block that is also near is listed once, among the near ones
         sink = torch.where((sink < near) | (sink > last), sink, -1)
         whole = self.grid.kv_len // self.grid.block_size
         columns = [torch.where(part < whole, part, -1) for part in (sink, close)]
@@ -160,6 +164,7 @@ class TilePlan:
         """
         mask = self.eligible_mask(tiles)[:, : scores.shape[-1]]
         width = min(largest(count, self.most("candidates") if most is None else most), scores.shape[-1])
+        # an eligible block has to win over all that are not, also without a score
         index = ordered_topk(torch.where(scores.isnan(), 0.0, scores).masked_fill(~mask, -torch.inf), width)
         return torch.where(torch.arange(width, device=tiles.device, dtype=torch.int64) < count[:, None], index, -1)
 
@@ -169,6 +174,7 @@ class TilePlan:
         """
         if self.threshold is None:
             return self.best(mass, tiles, self.free[tiles], self.most("free"))
+        # {b : m_b ≥ threshold}; a tile that may keep all its blocks keeps them
         best = self.best(mass, tiles, self.candidates[tiles])
         enough = mass.gather(-1, best.clamp(min=0)) >= self.threshold
         return torch.where(enough | ~self.open[tiles][:, None], best, -1)
@@ -176,6 +182,7 @@ class TilePlan:
     def assemble(self, chosen: Tensor, tiles: Tensor) -> Tensor:
         """Kept blocks: ``chosen`` [B, G, m, C] and the forced ones, int32 [B, G, m, width], ascending, −1 first."""
         forced = self.forced_blocks(tiles).expand(*chosen.shape[:2], -1, -1)
+        # sorting also brings the empty entries (−1) to the front, where surplus columns are cut off
         kept = torch.cat([chosen, forced], -1).sort(-1).values.int()
         missing = self.width - kept.shape[-1]
         return torch.nn.functional.pad(kept, (missing, 0), value=-1) if missing > 0 else kept[..., -missing:]

@@ -1,5 +1,7 @@
 """The specification: attention over a selection by a dense mask, in any dtype. Slow, and meant to be read."""
 
+# Shape legend: B batch, G KV heads, N keys, Q queries.
+
 from __future__ import annotations
 
 import torch
@@ -32,6 +34,7 @@ def weighted_values(p: Tensor, v: Tensor) -> Tensor:
     return (p @ v.masked_fill(bad, 0)).masked_fill(touched > 0, torch.nan)
 
 
+# out = softmax(mask(cap(scale · Q Kᵀ))) V, as in arXiv 1706.03762, eq. 1, with a mask from the selection.
 def block_sparse_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, options: ScoreOptions, return_lse: bool = False
 ) -> tuple[Tensor, Tensor | None]:
@@ -45,5 +48,6 @@ def block_sparse_attention_reference(
     scores = options.cap((q @ keys.transpose(-1, -2) * options.scale).to(accum)).masked_fill(~mask, -torch.inf)
     if options.sinks is not None:  # one more column that every query sees and that has no value
         scores = torch.cat([scores, options.sinks.to(accum)[:, None, None].expand(*scores.shape[:3], 1)], -1)
+    # the softmax of a row that sees nothing is NaN; its weights are zero
     p = torch.softmax(scores, -1)[..., : k.shape[2]].masked_fill(~mask, 0)
     return weighted_values(p.to(q.dtype), values), scores.logsumexp(-1) if return_lse else None

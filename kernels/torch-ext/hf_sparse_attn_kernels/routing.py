@@ -2,6 +2,9 @@
 implementations.
 """
 
+# Shape legend: B batch, G KV heads, Hg query heads of one, N keys, S block size, nb blocks, m query tiles, r sampled
+# queries of a tile, R router_dim, E width of stage 2, L listed blocks.
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -49,6 +52,8 @@ class TileFeatures:
         )
 
 
+# s_b = log Σ_r exp(ρ_r · κ_b) chooses the candidates; m_b = mean_i Σ_{j ∈ b} softmax_j(q_i · k_j) over
+# candidates and forced blocks chooses what is kept. Queries are scaled.
 def select_blocks(
     features: TileFeatures, plan: TilePlan, tiles: Tensor, *, impl: str | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -91,6 +96,7 @@ def select_blocks(
 
 def stage_one_scores(features: TileFeatures, plan: TilePlan, tiles: Tensor, impl: str | None = None) -> Tensor:
     """Stage-1 scores of the blocks that any of the tiles may select: float32 [B, G, m, most near or all]."""
+    # blocks from the largest `near` on are forced or unseen in every tile: they need no score
     router_keys = features.router_keys[
         :, :, : largest(plan.near[tiles], plan.most("near")) if plan.grid.causal else None
     ]
@@ -134,6 +140,7 @@ def mass_of_blocks(
     With `torch` it has a gradient with respect to ``features.queries``.
     """
     keys, queries = as_rows(features.keys), features.queries.flatten(0, 1)
+    # scores of one tile: listed keys × sampled queries
     scores = blocks[:, :, 0].numel() * features.reps.numel() * plan.grid.block_size
     step = max(1, chunk_of(FINE_BYTES, keys.device) // (scores * keys.element_size()))
     parts = [
@@ -153,6 +160,7 @@ def _select_tiles(features: TileFeatures, plan: TilePlan, tiles: Tensor, impl: s
     for start in range(0, m, step):
         which = slice(start, min(start + step, m))
         part, some = tiles[which], features.part(which)
+        # a tile that may keep all its blocks is not scored: its mass stays NaN
         scored = plan.open[part][:, None]
         mass = torch.full((b, groups, len(part), plan.grid.blocks), torch.nan, device=part.device, dtype=torch.float32)
         if scored.device.type != "cpu" or bool(scored.any()):  # reading a value would wait for an accelerator
@@ -177,10 +185,12 @@ def _select_single(features: TileFeatures, plan: TilePlan) -> tuple[Tensor, Tens
     if budget.eligible <= budget.free:
         every = torch.arange(budget.last + 1, device=device, dtype=torch.int32).expand(*rows, -1)
         return every.contiguous(), torch.full(every.shape, torch.nan, device=device, dtype=torch.float32)
+    # stage 1: candidates in ascending order, as ties go to the earlier block
     coarse = _coarse_single(features, budget)
     candidates = (ordered_topk(coarse, budget.candidates) + budget.sink).sort(-1).values
     forced, always = _constants(budget, len(candidates), device)
     blocks = torch.cat([candidates, forced], -1)
+    # stage 2: forced blocks stay in the softmax, or weak candidates would look strong
     mass = _mass_single(features, blocks, plan.grid.block_size)
     if plan.threshold is not None:
         return _above(plan.threshold, blocks, mass, budget.candidates, rows)
@@ -217,6 +227,7 @@ def _constants(budget: TileBudget, rows: int, device: torch.device) -> tuple[Ten
     return forced.expand(rows, -1), columns.expand(rows, -1)
 
 
+# s_b = ρ · κ_b: the log-sum-exp over a single run is its product.
 def _coarse_single(features: TileFeatures, budget: TileBudget) -> Tensor:
     """Stage-1 scores of the eligible blocks: float32 [B·G, eligible]."""
     queries = features.coarse_queries[:, :, 0].flatten(0, 1)
@@ -227,6 +238,7 @@ def _coarse_single(features: TileFeatures, budget: TileBudget) -> Tensor:
     return torch.bmm(eligible, queries.transpose(1, 2))[..., 0]
 
 
+# m_b = mean over the heads of Σ_{j ∈ b} softmax_j(q · k_j).
 def _mass_single(features: TileFeatures, blocks: Tensor, block_size: int) -> Tensor:
     """Stage-2 mass of ``blocks`` [B·G, L], the last of which is the query's own: float32 [B·G, L], sums to 1."""
     keys = gather_visible(features.keys, blocks, block_size)

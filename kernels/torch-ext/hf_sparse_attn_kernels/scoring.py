@@ -5,6 +5,9 @@ The `torch` implementation is the specification and the only one with gradients;
 the default on CPUs and `triton` on GPUs.
 """
 
+# Shape legend: B batch, H query heads, G KV heads, Hg query heads of one, N keys, Q queries, D head dim, m query tiles,
+# nb blocks, r sampled queries of a tile, R router_dim, E width of stage 2, L listed blocks.
+
 from __future__ import annotations
 
 from importlib import import_module
@@ -43,6 +46,7 @@ def _backend(impl: str | None, *inputs: Tensor, causal: bool = True, **sizes: in
     return None if chosen == "torch" else cast(_Backend, import_module(f".{chosen}_kernels.routing", __package__))
 
 
+# f_b = [max_j k_j ; min_j k_j ; mean_j k_j] over the keys j of block b (SeerAttention, arXiv 2410.13276).
 def pooled_features(k: Tensor, block_size: int, *, impl: str | None = None) -> Tensor:
     """Max, min and mean over each whole block: ``k`` [B, G, N, D] -> [B, G, N // block_size, 3·D].
 
@@ -55,6 +59,7 @@ def pooled_features(k: Tensor, block_size: int, *, impl: str | None = None) -> T
     return pooled_features_torch(k, block_size) if backend is None else backend.pooled_features(k, block_size)
 
 
+# s_b = log Σ_r exp(scale · ρ_r · κ_b) over the runs r of a tile that have tokens.
 def coarse_scores(
     queries: Tensor, real: Tensor, router_keys: Tensor, scale: float, *, impl: str | None = None
 ) -> Tensor:
@@ -68,6 +73,7 @@ def coarse_scores(
     return (coarse_scores_torch if backend is None else backend.coarse_scores)(queries, real, router_keys, scale)
 
 
+# m_b = mean over sampled queries i of Σ_{j ∈ b} softmax_j(q_i · k_j); the softmax runs over all listed keys.
 def fine_mass(
     queries: Tensor,
     keys: Tensor,
@@ -96,6 +102,8 @@ def fine_mass(
     return backend.fine_mass(queries, keys, grid, tiles, blocks, reps)
 
 
+# p_b = mean over queries i and heads of Σ_{j ∈ b} softmax_j(scale · q_i · k_j); the softmax runs over all visible keys.
+# That routers learn from the model's own attention, pooled by block, follows SeerAttention, arXiv 2410.13276.
 def block_mass(q: Tensor, k: Tensor, grid: TileGrid, tiles: Tensor, scale: float, *, impl: str | None = None) -> Tensor:
     """The teacher: softmax mass of dense attention per block, for the query tiles ``tiles`` (int64 [m], ascending) of
     ``grid``.

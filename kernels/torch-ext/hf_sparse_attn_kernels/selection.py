@@ -183,6 +183,7 @@ class BlockSelection:
         idx = self.indices
         if idx.numel() == 0:
             return
+        # only empty entries may repeat
         wrong = (idx[..., 1:] <= idx[..., :-1]) & (idx[..., :-1].maximum(idx[..., 1:]) >= 0)
         if bool(wrong.any()):
             at = tuple(wrong.nonzero()[0, :3].tolist())
@@ -213,11 +214,13 @@ class BlockSelection:
         length = torch.tensor(self.grid.kv_len, device=idx.device, dtype=torch.int64)
         if self.documents is not None:
             length = (self.documents[:, 2] - self.documents[:, 1]).to(idx.device)[:, None, None]
+        # only the last block of a document can be partial, and it can only be a list's last entry
         return torch.where(idx[..., -1] == (length - 1) // size, count - -length % size, count)
 
     def kept(self) -> Tensor:
         """Boolean ``[B, G, n, nb]``: which blocks are kept."""
         shape = (*self.indices.shape[:3], self.grid.blocks + 1)
+        # column 0 collects the empty entries (−1) and is cut off
         mask = torch.zeros(shape, dtype=torch.bool, device=self.indices.device)
         return mask.scatter_(3, (self.indices.long() + 1), True)[..., 1:]
 
@@ -255,6 +258,7 @@ def ordered_topk(scores: Tensor, k: int) -> Tensor:
     bits = clean.view(torch.int32)
     bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF))  # negative floats: more magnitude bits mean less
     inverted = _descending.__wrapped__ if torch.compiler.is_compiling() else _descending  # a graph holds its own
+    # key = bits(score) · 2³² + (width − 1 − index): the largest keys, and the indices in their low halves
     packed = bits.long().bitwise_left_shift_(32).add_(inverted(width, scores.device))
     return packed.topk(k, dim=-1).values.bitwise_and_(0xFFFFFFFF).neg_().add_(width - 1)
 

@@ -1,5 +1,8 @@
 """Gathering the key blocks of query tiles into contiguous memory."""
 
+# Shape legend: B batch, H query heads, G KV heads, Hg query heads of one, N keys, Q queries, D head dim, T query tile,
+# S block size, n query tiles, nb blocks, K listed blocks of a tile; BG = B · G.
+
 from __future__ import annotations
 
 import math
@@ -36,6 +39,7 @@ def unit_stride(x: Tensor) -> Tensor:
 
 def all_finite(x: Tensor) -> bool:
     """Whether no entry is NaN or infinite (and no sum of them leaves the range of float32)."""
+    # a sum hides neither NaN nor infinity, and needs no boolean tensor as large as x
     return bool(torch.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32))))
 
 
@@ -62,6 +66,7 @@ def _as_blocks(x: Tensor, count: int, block_size: int) -> tuple[Tensor, int] | N
     if not width:
         return None
     per_row = x.stride(0) // width
+    # blocks from the first row's first to the last row's last must lie inside the storage
     need = (rows - 1) * per_row + count
     held = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
     if x.stride(2) != 1 or x.stride(1) != d or x.stride(0) % width or need * width > held:
@@ -99,6 +104,7 @@ def gather_blocks(x: Tensor, index: Tensor, block_size: int, out: Tensor | None 
     flat = index.clamp(0, max(full - 1, 0)).long().reshape(rows, -1)
     shape = (rows, flat.shape[1], block_size * d)
     out = x.new_empty(shape) if out is None else out.view(shape)
+    # one index a block, not one a key: whole blocks are the rows of a matrix
     cut = _as_blocks(x, full, block_size)
     if not full:
         out.zero_()
@@ -110,6 +116,7 @@ def gather_blocks(x: Tensor, index: Tensor, block_size: int, out: Tensor | None 
         for row in range(rows):
             torch.index_select(x[row, : full * block_size].view(full, block_size * d), 0, flat[row], out=out[row])
     if n % block_size:
+        # the partial last block, filled up with zeros, goes over the entries that name it
         tail = F.pad(x[:, full * block_size :], (0, 0, 0, (full + 1) * block_size - n)).reshape(rows, 1, block_size * d)
         lists = math.prod(index.shape[1:-1])
         last = out.view(rows, lists, index.shape[-1], block_size * d)[:, :, -1]
@@ -123,6 +130,7 @@ def scatter_blocks(into: Tensor, index: Tensor, grad: Tensor, block_size: int) -
     d = into.shape[-1]
     for row in range(into.shape[0]):
         target = into[row].view(-1, block_size * d)
+        # empty entries add zeros to block 0, as their weights are zero
         target.index_add_(0, index[row].clamp(min=0).long().reshape(-1), grad[row].reshape(-1, block_size * d))
 
 

@@ -1,5 +1,7 @@
 """`block_sparse_attention` in C++: fake results and gradients of the operators in ``source/binding.cpp``."""
 
+# Shape legend: B batch, H query heads, Q queries.
+
 from __future__ import annotations
 
 from typing import Any
@@ -25,6 +27,7 @@ def _fake_backward(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, indices, documents, sinks, *ctx.options = inputs
     ctx.save_for_backward(q, k, v, indices, documents, sinks, *output)
+    # None for an output that no loss used, instead of a tensor of zeros
     ctx.set_materialize_grads(False)
 
 
@@ -34,6 +37,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     operands = (grad_out, grad_lse, q, k, v, out, lse, indices, documents)
     dq, dk, dv, delta = torch.ops.hf_sparse_attn_cpp.backward(*operands, *ctx.options)
+    # dsink_h = −Σ_i exp(sink_h − lse_i) · δ_i with δ_i = out_i · dout_i − dlse_i
     dsinks = None
     if sinks is not None:
         weight = torch.exp(sinks[:, None] - lse)

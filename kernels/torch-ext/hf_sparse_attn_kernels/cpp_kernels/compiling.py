@@ -37,6 +37,7 @@ LEVEL_VARIABLE = "HF_SPARSE_ATTN_CPU"
 # 1: for `make test-sanitizers`; the process must have loaded libasan first
 SANITIZE_VARIABLE = "HF_SPARSE_ATTN_SANITIZE"
 SANITIZED = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+# instruction sets of the x86-64 levels v3 and v4 as /proc/cpuinfo names them
 V3 = {"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}
 V4 = {*V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 # best first: what /proc/cpuinfo must list, and what the compiler is told
@@ -123,6 +124,7 @@ def library(program: str, flags: tuple[str, ...]) -> Path:
     Raises:
         RuntimeError: the compiler failed; the message holds what it printed.
     """
+    # torch's version is part of it: a library fits the C++ interface of one version
     digest = hashlib.sha256("\0".join([torch.__version__, program, *FLAGS, *flags]).encode())
     for path in sorted(SOURCE.iterdir()):
         digest.update(path.read_bytes())
@@ -208,7 +210,9 @@ def _compile(program: str, flags: tuple[str, ...], target: Path) -> Path:
             raise RuntimeError(f"compiling the CPU kernels failed ({' '.join(command)}):\n{done.stderr[-4000:]}")
         built.chmod(0o755)
         _sync(built)
+        # a rename within one file system is atomic: nobody loads half a library
         library_file = built.replace(_named(target, built.read_bytes()))
+    # the name, too, must survive a power cut
     _sync(library_file.parent)
     return library_file
 

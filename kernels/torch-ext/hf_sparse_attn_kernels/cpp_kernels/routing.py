@@ -1,5 +1,7 @@
 """The routers' operations in C++; each has the result of its plain torch counterpart."""
 
+# The operators take no scale: queries are scaled before.
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -22,6 +24,7 @@ def select_blocks(features: TileFeatures, plan: TilePlan, tiles: Tensor) -> tupl
     grid = plan.grid
     if features.keys.shape[2] != grid.kv_len:
         raise ValueError(f"keys is {tuple(features.keys.shape)}: the plan is one of kv_len={grid.kv_len}")
+    # budgets of the tiles that are asked for, in the plan's six rows
     columns = plan.columns
     if len(tiles) != len(plan.budgets):
         expect_within("tiles", tiles, 0, len(plan.budgets))

@@ -5,6 +5,9 @@ N is. The query heads of a KV group are packed into the rows of one matmul. The 
 recomputes the probabilities. Mask work is done only on a tile's own blocks and on chunks with empty entries.
 """
 
+# Shape legend: B batch, H query heads, G KV heads, Hg query heads of one, Q queries, D head dim, T query tile, n query
+# tiles, K listed blocks of a tile; BG = B · G.
+
 from __future__ import annotations
 
 from typing import Any
@@ -48,6 +51,8 @@ def _attend_widely(
     return weighted_values(probabilities(scores, hidden, sinks).flatten(2, 3), wide(values)).to(q.dtype), lse
 
 
+# P = exp(s − lse), out = P V. With dP = dO Vᵀ and δ = rowsum(P ∘ dP) − dlse: dS = scale · P ∘ (dP − δ),
+# dQ = dS K, dK = dSᵀ Q, dV = Pᵀ dO. Recomputed by chunks, as FlashAttention does (arXiv 2205.14135, appendix B).
 class GatheredAttention(torch.autograd.Function):
     """Forward and backward of `block_sparse_attention` by gathering; see the module's docstring."""
 
@@ -80,6 +85,7 @@ class GatheredAttention(torch.autograd.Function):
             scores = chunk_scores(q_tiles[rows, tiles], chunk_k, hidden, options, dtype, scratch)
             some_lse = chunk_lse(scores, some) if need_lse else None
             product = torch.matmul(probabilities(scores, hidden, some).to(q.dtype).flatten(2, 3), chunk_v)
+            # a hidden value that is not finite (0 · NaN is NaN), or a product out of the dtype's range
             if not all_finite(product):
                 product, some_lse = _attend_widely(q_tiles[rows, tiles], chunk_k, chunk_v, hidden, some, options)
             out[rows, tiles] = product.view_as(out[rows, tiles])
@@ -182,6 +188,7 @@ def _attend_single(
     ):
         return None
     fewest, width = (int(count) for count in (index >= 0).sum(-1).aminmax())
+    # columns that are empty in every row are cut off
     index = index[:, -width:]
     keys, values = (gather_visible(x, index.clamp(min=0), grid.block_size) for x in (k, v))
     scores = torch.bmm((q * options.scale).reshape(len(index), -1, q.shape[-1]), keys.transpose(1, 2))

@@ -1,5 +1,8 @@
 """Chunks of tiles with the keys that they keep: gathered, masked, scored, normalised."""
 
+# Shape legend: BG batch rows × KV heads, Hg query heads of a KV head, N keys, D head dim, T query tile, S block size,
+# n query tiles, K listed blocks of a tile.
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -51,6 +54,7 @@ def tile_chunks(index: Tensor, grid: TileGrid, rows_per_tile: int) -> Iterator[C
 
 def by_length(index: Tensor, counts: Tensor, per_block: int) -> Iterator[Chunk]:
     """Chunks of one row each, the longest of its lists first; ``counts`` [BG, n], ``per_block`` scores of a block."""
+    # the longest list comes first, so its length is the width of the chunk
     for row, lengths in enumerate(counts):
         ordered, order = lengths.sort(descending=True, stable=True)
         start = 0
@@ -93,6 +97,7 @@ def chunk_mask(index: Tensor, grid: TileGrid, tiles: slice | Tensor) -> Tensor:
     return hidden | (last < 0).repeat_interleave(grid.block_size, -1)[:, :, None, :]
 
 
+# s_ij = cap(scale · q_i · k_j), −inf where j is hidden from i.
 def chunk_scores(
     q: Tensor, keys: Tensor, hidden: Tensor, options: ScoreOptions, dtype: torch.dtype, scratch: Scratch
 ) -> Tensor:
@@ -105,12 +110,14 @@ def chunk_scores(
     return scores
 
 
+# lse_i = log(Σ_j exp s_ij [+ exp sink_h])
 def chunk_lse(scores: Tensor, sinks: Tensor | None) -> Tensor:
     """Log-sum-exp of each row [BG, n, Hg, T], the ``sinks`` [BG, 1, Hg, 1] included; at least float32."""
     lse = scores.to(torch.promote_types(scores.dtype, torch.float32)).logsumexp(-1)
     return lse if sinks is None else torch.logaddexp(lse, sinks.to(lse.dtype))
 
 
+# P_ij = exp(s_ij − lse_i)
 def probabilities(scores: Tensor, hidden: Tensor, sinks: Tensor | None) -> Tensor:
     """Softmax over the last dimension and the ``sinks`` [BG, 1, Hg, 1], in place;
     a row that sees nothing is all zeros.
@@ -127,6 +134,7 @@ def norm_of(scores: Tensor, sinks: Tensor) -> Tensor:
     return lse.masked_fill(lse == torch.inf, torch.nan)[..., None]
 
 
+# dS = scale · P ∘ (dP − δ) ∘ (1 − (s / softcap)²), δ = rowsum(P ∘ dP) − dlse, dsink_h = −Σ_i exp(sink_h − lse_i) · δ_i.
 def softmax_backward(
     scores: Tensor, hidden: Tensor, sinks: Tensor | None, dp: Tensor, dlse: Tensor | None, options: ScoreOptions
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -136,6 +144,7 @@ def softmax_backward(
     Returns the probabilities, the gradient of q·k (both shaped like ``dp``) and that of the sinks [BG, Hg]. All is in
     the dtype of ``scores``, as in eager attention: only what enters a matmul is rounded.
     """
+    # clamped: a hidden score is −inf, and would make the slope so
     slope = (
         None
         if options.softcap is None

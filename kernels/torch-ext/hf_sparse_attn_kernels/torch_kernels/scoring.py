@@ -2,6 +2,9 @@
 differentiable where the inputs are.
 """
 
+# Shape legend: BG or rows: batch rows × KV heads, Hg query heads of a KV head, D head dim, T query tile, S block size,
+# m query tiles, r sampled queries of a tile, L listed blocks, V visible keys.
+
 from __future__ import annotations
 
 from typing import Any
@@ -16,6 +19,7 @@ SMALLEST_TOTAL = 1e-26  # of unshifted exponentials: below it the largest score 
 MASS_SCORES = 1 << 22  # scores of one chunk of the teacher: 16 MB in float32
 
 
+# f_b = [max_j k_j ; min_j k_j ; mean_j k_j]
 def pooled_features_torch(k: Tensor, block_size: int) -> Tensor:
     """See `pooled_features`."""
     b, g, n, d = k.shape
@@ -23,6 +27,7 @@ def pooled_features_torch(k: Tensor, block_size: int) -> Tensor:
     return torch.cat([blocks.amax(3), blocks.amin(3), blocks.mean(3)], -1)
 
 
+# s_b = log Σ_r exp(scale · ρ_r · κ_b)
 def coarse_scores_torch(queries: Tensor, real: Tensor, router_keys: Tensor, scale: float) -> Tensor:
     """See `coarse_scores`."""
     if queries.dtype == torch.float16:  # whose range products leave
@@ -35,6 +40,7 @@ def coarse_scores_torch(queries: Tensor, real: Tensor, router_keys: Tensor, scal
     return scores.logsumexp(3)
 
 
+# m_b = Σ_i share_i · Σ_{j ∈ b} softmax_j(q_i · k_j)
 def fine_mass_torch(
     queries: Tensor,
     keys: Tensor,
@@ -93,6 +99,7 @@ def _hide(scores: Tensor, grid: TileGrid, blocks: Tensor, q_pos: Tensor) -> None
         scores.masked_fill_((blocks < 0).repeat_interleave(grid.block_size, -1)[..., None], -torch.inf)
 
 
+# m_j = Σ_i (share_i / Σ_l exp s_il) · exp s_ij, without the maximum that a softmax subtracts.
 def _unshifted_mass(
     queries: Tensor, keys: Tensor, grid: TileGrid, blocks: Tensor, q_pos: Tensor, share: Tensor, scratch: Scratch
 ) -> Tensor | None:
@@ -149,6 +156,7 @@ class _LearnedMass(torch.autograd.Function):
         return of_queries, None, None, None, None, None
 
 
+# p_b = mean over queries i and heads of Σ_{j ∈ b} softmax_j(scale · q_i · k_j)
 def block_mass_torch(q: Tensor, k: Tensor, grid: TileGrid, tiles: Tensor, scale: float) -> Tensor:
     """See `block_mass`. Works on a few tiles at a time: memory is linear in N.
 
@@ -163,6 +171,7 @@ def block_mass_torch(q: Tensor, k: Tensor, grid: TileGrid, tiles: Tensor, scale:
     step = max(1, MASS_SCORES // max(1, b * groups * hg * t * n))
     for start in range(0, len(tiles), step):
         chosen = tiles[start : start + step]
+        # later keys have no mass for these tiles
         visible = min(n, int(first[chosen].max()) + t) if grid.causal else n
         mass = _mass_of(q_tiles[:, chosen], keys[:, :visible], grid, first[chosen], scale)
         if not all_finite(mass):  # a product may have left the range of its dtype
