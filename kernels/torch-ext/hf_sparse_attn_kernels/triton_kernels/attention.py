@@ -1,5 +1,7 @@
 """`block_sparse_attention` in Triton: custom operators around the forward and backward kernels."""
 
+# Shape legend: B batch, H query heads, G KV heads, N keys, Q queries, D head dim.
+
 from __future__ import annotations
 
 from typing import Any
@@ -50,9 +52,11 @@ def forward(
         programs = rows * groups * tiles * parts
         most = processors(q.device.type, q.device.index)
         splits = decode_splits(programs, width, block_size, launch.block_n, most) if query_tile == 1 else 1
+    # with documents some slots belong to none, and no program writes them: zeros
     fill = torch.empty if documents is None else torch.zeros
     out = fill(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
+    # a split list's partial outputs stay float32 until they are merged
     part = out if splits == 1 else out.new_empty((splits, *q.shape), dtype=torch.float32)
     part_lse = lse if splits == 1 else lse.new_full((splits, *q.shape[:3]), -torch.inf)
     if splits > 1 and documents is not None:
@@ -130,6 +134,7 @@ def backward(
     table = launches(architecture(q.device.type, q.device.index), q.dtype, d)
     shape = {"HG": heads // groups, "D": d, "DP": padded(d), "T": query_tile, "S": block_size}
     flags = {"CAUSAL": causal, "HAS_DOCS": documents is not None, "SOFTCAP": softcap > 0}
+    # a pointer that is never read, where there are no documents
     docs = indices if documents is None else documents.contiguous()
     delta = torch.empty_like(lse)
     fill = torch.empty if documents is None else torch.zeros
@@ -236,6 +241,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, indices, documents, sinks, out, lse = ctx.saved_tensors
     dq, dk, dv, delta = backward(grad_out, grad_lse, q, k, v, out, lse, indices, documents, *ctx.options, 0)
+    # dsink_h = −Σ_i exp(sink_h − lse_i) · δ_i with δ_i = out_i · dout_i − dlse_i
     dsinks = None
     if sinks is not None:
         # −inf: a query of no document

@@ -1,5 +1,8 @@
 """Backward kernels of the keys, by the inverse index; the formulas are those of `backward_queries`."""
 
+# Shape legend: B batch, G KV heads, N keys, D head dim (DP: up to a power of two), T query tile, S block size, HG query
+# heads of a KV head.
+
 import triton
 import triton.language as tl
 
@@ -76,6 +79,7 @@ def dkv_kernel(
     v = load_rows(v_ptr + row * v_sb + group.to(tl.int64) * v_sh + first64 * v_sn, k_pos, v_sn, real, D, DP)
     begin = tl.load(bin_ptr + bin)
     stop = tl.load(bin_ptr + bin + 1)
+    # work item `number` takes the next `chunk` of the tiles that kept the block
     several = stop - begin > chunk
     begin += number * chunk
     count = tl.minimum(stop - begin, chunk)
@@ -95,6 +99,7 @@ def dkv_kernel(
         head = group * HG + inner // T
         q_pos = (q_start // T + index) * T + inner % T
         valid &= (q_pos >= q_start) & (q_pos < keys)
+        # from a position in the document to a slot of the call, and from that to a row of its queries
         q_row = q_pos + first - (kv_len - q_len)
         q = load_queries(q_ptr + row * q_sb, head, q_sh, q_row, q_sn, valid, D, DP)
         do = load_queries(do_ptr + row * do_sb, head, do_sh, q_row, do_sn, valid, D, DP)
@@ -105,6 +110,7 @@ def dkv_kernel(
         if CAUSAL:
             visible &= k_pos[None, :] <= q_pos[:, None]
         s = log2_scores(dot(q, tl.trans(k)), scale, softcap, SOFTCAP)
+        # P = 2^(s − lse) in units of log 2; dV += Pᵀ dO, dK += dSᵀ Q
         p = tl.where(visible, tl.exp2(s - lse[:, None]), 0.0)
         dv = dot(tl.trans(cast(p, do.dtype)), do, dv)
         ds = tl.where(visible, score_gradient(p, s, dot(do, tl.trans(v)), delta[:, None], softcap, SOFTCAP), 0.0)
@@ -153,6 +159,7 @@ def reduce_kernel(
     within = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     slot = which.to(tl.int64) * slots + tl.load(slot_ptr + bin)
     total = tl.zeros([BLOCK_N, DP], tl.float32)
+    # a fixed order of float32 sums: results do not change from run to run
     for number in range(0, tl.cdiv(tl.load(bin_ptr + bin + 1) - tl.load(bin_ptr + bin), chunk)):
         total += load_rows(part_ptr, (slot + number) * S + within, D, within < S, D, DP)
     k_pos = bin % blocks * S + within

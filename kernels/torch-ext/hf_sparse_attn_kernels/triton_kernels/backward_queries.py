@@ -5,6 +5,9 @@ With P the softmax weights, dP = dO·Vᵀ and delta = rowsum(dO ∘ O) − dLSE:
 softcap)² for capped scores s; dQ = scale · dS·K, dK = scale · dSᵀ·Q, dV = Pᵀ·dO (`backward_keys`).
 """
 
+# Shape legend: B batch, H query heads, Q queries, D head dim (DP: up to a power of two), T query tile, S block size,
+# HG query heads of a KV head. Source of the formulas: FlashAttention, arXiv 2205.14135, appendix B.
+
 import triton
 import triton.language as tl
 
@@ -120,6 +123,7 @@ def dq_kernel(
     dq = tl.zeros([BLOCK_M, DP], tl.float32)
     list_ptr += ((tl.program_id(2).to(tl.int64) * groups + group) * tiles + index) * width
     empty = empty_entries(list_ptr, width)
+    # blocks before the tile's own, in steps that are full: no mask. Rows of no query have lse = +inf, so no weight
     whole = tl.maximum(width - OWN - empty, 0) // PER_STEP
     for step in range(0, whole * STEPS):
         pos, listed = listed_keys(list_ptr, empty, step * BLOCK_N, width, S, BLOCK_N, False)
@@ -128,6 +132,7 @@ def dq_kernel(
         s = log2_scores(dot(q, tl.trans(k)), scale, softcap, SOFTCAP)
         ds = score_gradient(tl.exp2(s - lse[:, None]), s, dot(do, tl.trans(v)), delta[:, None], softcap, SOFTCAP)
         dq = dot(cast(ds, k.dtype), k, dq)
+    # the rest: blocks that do not fill a step, and the tile's own
     tail = empty + whole * PER_STEP
     last = tl.minimum(start + T, keys) if CAUSAL else keys
     for step in tl.range(0, tl.cdiv(width - tail, PER_STEP) * STEPS, num_stages=1):

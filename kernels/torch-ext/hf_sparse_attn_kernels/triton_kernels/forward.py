@@ -1,5 +1,8 @@
 """Forward kernels: a query tile against its list of kept blocks, and the merge of split lists."""
 
+# Shape legend: B batch, H query heads, Q queries, D head dim (DP: up to a power of two), T query tile, S block size,
+# HG query heads of a KV head.
+
 import triton
 import triton.language as tl
 
@@ -19,10 +22,13 @@ from .primitives import (
 )
 
 
+# m' = max(m, max_j s_j), l' = 2^(m − m') · l + Σ_j 2^(s_j − m'), acc' = 2^(m − m') · acc + Σ_j 2^(s_j − m') · v_j;
+# the caller adds the last sum. FlashAttention, arXiv 2205.14135, algorithm 1, in base 2.
 @triton.jit
 def softmax_step(s, m, l, acc):
     """Online softmax: new maximum, rescaled sum and accumulator, and the weights of scores ``s`` (log2)."""
     m_new = tl.maximum(m, tl.max(s, 1))
+    # of a row that has seen nothing, −inf − (−inf) would be NaN
     shift = tl.where(m_new == -float("inf"), 0.0, m_new)
     p = tl.exp2(s - shift[:, None])
     alpha = tl.exp2(m - shift)
@@ -77,6 +83,7 @@ def forward_kernel(
     the unmasked steps and the last one the tail.
     """
     PARTS: tl.constexpr = (T * HG + BLOCK_M - 1) // BLOCK_M
+    # the tile's own blocks end its list; a step reads PER_STEP blocks, or one of STEPS parts of a block
     OWN: tl.constexpr = T // S if CAUSAL and T > S else 1
     PER_STEP: tl.constexpr = BLOCK_N // S if BLOCK_N > S else 1
     STEPS: tl.constexpr = S // BLOCK_N if S > BLOCK_N else 1
@@ -104,6 +111,7 @@ def forward_kernel(
 
     list_ptr += ((tl.program_id(2).to(tl.int64) * groups + group) * tiles + index) * width
     empty = empty_entries(list_ptr, width)
+    # steps full of blocks before the tile's own, which every row sees: no mask
     whole = tl.maximum(width - OWN - empty, 0) // PER_STEP
     each = tl.cdiv(whole * STEPS, SPLITS)
     for step in range(split * each, tl.minimum((split + 1) * each, whole * STEPS)):
@@ -114,6 +122,7 @@ def forward_kernel(
         v = load_rows(v_base, pos, v_sn, listed, D, DP, False)
         acc = dot(cast(p, v.dtype), v, acc)
     if split == SPLITS - 1:
+        # the rest: blocks that do not fill a step, and the tile's own
         tail = empty + whole * PER_STEP
         last = tl.minimum(start + T, keys) if CAUSAL else keys
         for step in tl.range(0, tl.cdiv(width - tail, PER_STEP) * STEPS, num_stages=1):
@@ -140,6 +149,7 @@ def forward_kernel(
     tl.store(lse_ptr + at, tl.where(l == 0, -float("inf"), (m + tl.log2(tl.where(l == 0, 1.0, l))) * LN2), mask=valid)
 
 
+# lse = log Σ_s exp lse_s, out = Σ_s exp(lse_s − lse) · out_s over the splits s of a list.
 @triton.jit
 def combine_kernel(
     part_ptr,

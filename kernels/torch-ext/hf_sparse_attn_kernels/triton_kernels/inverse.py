@@ -2,6 +2,8 @@
 sync.
 """
 
+# Shape legend: R documents, G KV heads, n query tiles, K listed blocks of a tile, W work items, P popular blocks.
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -54,22 +56,27 @@ def invert(
     rows, groups, tiles, width = indices.shape
     bins, device = rows * groups * blocks, indices.device
     bin_of_row = torch.arange(0, bins, blocks, device=device, dtype=torch.int32).view(rows, groups, 1, 1)
+    # the bin of every entry; empty ones get a number behind all bins. A stable sort keeps tiles ascending
     keys = torch.where(indices >= 0, indices + bin_of_row, bins).flatten()
     ordered, order = torch.sort(keys, stable=True)
     starts = torch.searchsorted(ordered, torch.arange(bins + 1, device=device, dtype=torch.int32), out_int32=True)
     counts = starts.diff()
+    # four times the tiles that keep a block on average, so that few blocks are split
     chunk = max(chunk_tiles or CHUNK_TILES, -(-4 * tiles * width // blocks) if chunk_tiles is None else 1)
     pieces = torch.where(
         _bins_in_use(blocks, groups, block_size, documents, rows, device), (counts + chunk - 1) // chunk, 0
     )
+    # a block that no tile kept has one item, which writes zeros
     items = torch.where(_bins_in_use(blocks, groups, block_size, documents, rows, device), pieces.clamp(min=1), 0)
     ends = items.cumsum(0)
+    # at most so many bins have an item, and splits add at most one for each full chunk
     in_use = bins if documents is None else min(bins, groups * (batch * blocks + rows))
     number = torch.arange(in_use + keys.numel() // chunk, device=device, dtype=torch.int64)
     bin = torch.searchsorted(ends, number, right=True)
     before = torch.cat([ends - items, ends[-1:]])
     several = items > 1
     parts = torch.where(several, items, 0)
+    # a bin with several items holds more than one chunk of entries, so there are no more of them than chunks
     popular = torch.searchsorted(
         several.cumsum(0), torch.arange(1, keys.numel() // chunk + 1, device=device, dtype=torch.int64), out_int32=True
     )
@@ -80,5 +87,6 @@ def invert(
         (parts.cumsum(0) - parts).int(),
         popular,
         chunk,
+        # ⌈x⌉ ≤ 2 ⌊x⌋ for x > 1, the chunks of a popular bin
         2 * (keys.numel() // chunk),
     )

@@ -1,10 +1,13 @@
 """Small device functions that the kernels share: documents, key positions, loads, scores."""
 
+# Shape legend: n rows, D head dim (DP: up to a power of two), T query tile, S block size, HG query heads of a group.
+
 import triton
 import triton.language as tl
 from triton import knobs
 
 INTERPRET = tl.constexpr(knobs.runtime.interpret)
+# exp(x) = 2^(x · LOG2E): GPUs have an instruction for powers of two
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -24,6 +27,7 @@ def dot(a, b, acc=None):
 def cast(x, TYPE: tl.constexpr):
     """Float32 ``x`` in another type, rounded to nearest; the interpreter would cut bits off for bfloat16."""
     if INTERPRET and tl.bfloat16 == TYPE:
+        # 0x8000, half of the last kept bit, is added where that bit is odd, else 0x7FFF: ties go to even
         bits = x.to(tl.int32, bitcast=True)
         nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
         x = tl.where(x == x, nearest, x)
@@ -78,6 +82,7 @@ def load_queries(base, head, stride_head, q_row, stride_row, valid, D: tl.conste
     zeros where not ``valid`` and in the columns from D on.
     """
     d = tl.arange(0, DP)
+    # int64: a tensor may have more than 2^31 elements
     at = head.to(tl.int64)[:, None] * stride_head + q_row.to(tl.int64)[:, None] * stride_row + d[None, :]
     return tl.load(base + at, mask=valid[:, None] & (d < D)[None, :], other=0.0)
 
@@ -134,6 +139,7 @@ def listed_keys(list_ptr, column, flat, width, S: tl.constexpr, BLOCK_N: tl.cons
 @triton.jit
 def tanh(x):
     """Hyperbolic tangent; a series where the closed form would cancel."""
+    # series: x − x³/3 + 2x⁵/15 − 17x⁷/315 + 62x⁹/2835; closed form: 1 − 2 / (1 + e^(2x))
     xx = x * x
     series = x * (1.0 + xx * (-1.0 / 3 + xx * (2.0 / 15 + xx * (-17.0 / 315 + xx * (62.0 / 2835)))))
     return tl.where(xx < 0.0625, series, 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E))))
@@ -165,6 +171,7 @@ def score_gradient(p, s, dp, delta, softcap, SOFTCAP: tl.constexpr):
     """Gradient of the scores before the cap; ``s`` is capped, in units of log 2;
     ``delta`` broadcasts against the rest.
     """
+    # dS = P ∘ (dP − δ) ∘ (1 − (s / softcap)²)
     ds = p * (dp - delta)
     if SOFTCAP:
         t = s * (LN2 / softcap)

@@ -1,5 +1,8 @@
 """Features, tile scores and block mass in Triton; each has the result of its plain torch counterpart."""
 
+# Shape legend: B batch, G KV heads, Hg query heads of one, N keys, D head dim, nb blocks, m query tiles, r sampled
+# queries of a tile, R router_dim, E width of stage 2, L listed blocks.
+
 from __future__ import annotations
 
 from typing import Any
@@ -46,6 +49,7 @@ def coarse_scores(queries: Tensor, real: Tensor, router_keys: Tensor, scale: flo
     blocks = router_keys.shape[2]
     out = torch.empty((b, groups, tiles, blocks), dtype=torch.float32, device=queries.device)
     launch = scoring_launch(queries.dtype, d)
+    # a program's rows are the runs of whole tiles, so that it can sum over them
     block_t = max(1, launch.block_m // runs)
     if out.numel():
         coarse_kernel[(-(-tiles // block_t), -(-blocks // launch.block_n), b * groups)](
@@ -89,6 +93,7 @@ def candidate_mass(
     mass = torch.empty((rows, m, width), dtype=torch.float32, device=queries.device)
     lse = torch.empty((rows, m, count), dtype=torch.float32, device=queries.device)
     launch = scoring_launch(queries.dtype, d)
+    # a key tile holds whole blocks, so that it can sum over each
     block_n = max(block_size, launch.block_n)
     lists = (tiles if blocks is None else blocks.contiguous(), tiles.contiguous(), reps.contiguous())
     sizes = (*keys.stride()[:3], groups, m, count, kv_len - q_len, kv_len, width, scale)
@@ -96,6 +101,7 @@ def candidate_mass(
     if mass.numel():
         row_parts, block_parts = -(-count // launch.block_m), -(-width * block_size // block_n)
         flags = {**shape, "LISTED": blocks is not None, **launch.options}
+        # two passes: a block's mass needs the log-sum-exp over all candidates
         row_lse_kernel[(row_parts, m, rows)](queries, keys, lse, *lists, *sizes, **flags)
         mass_kernel[(block_parts, m, rows)](queries, keys, lse, mass, *lists, *sizes, **flags)
     return mass

@@ -1,11 +1,14 @@
 """Kernels of the routers and their teacher: pooled features, tile scores, softmax mass by block."""
 
+# Shape legend: B batch, G KV heads, D head dim (DP: up to a power of two), T query tile, S block size.
+
 import triton
 import triton.language as tl
 
 from .primitives import LN2, LOG2E, cast, dot, load_rows
 
 
+# f_b = [max_j k_j ; min_j k_j ; mean_j k_j] over the keys j of block b.
 @triton.jit
 def features_kernel(
     k_ptr, out_ptr, k_sb, k_sh, k_sn, groups, blocks, D: tl.constexpr, DP: tl.constexpr, S: tl.constexpr
@@ -25,6 +28,7 @@ def features_kernel(
     tl.store(out_ptr + 2 * D, cast(tl.sum(k, 0) / S, TYPE), mask=d < D)
 
 
+# s_b = log Σ_r exp(scale · ρ_r · κ_b), computed as LN2 · (top + log2 Σ_r 2^(s_r − top)).
 @triton.jit
 def coarse_kernel(
     queries_ptr,
@@ -59,6 +63,7 @@ def coarse_kernel(
         s = tl.where((real != 0)[:, None], s, -float("inf"))
         s = tl.reshape(s, [BLOCK_T, RUNS, BLOCK_N])
         top = tl.max(s, 1)
+        # without a real run all are −inf, and −inf − (−inf) would be NaN
         top = tl.where(top == -float("inf"), 0.0, top)
         total = tl.sum(tl.exp2(s - top[:, None, :]), 1)
         s = tl.where(total == 0, -float("inf"), top + tl.log2(tl.where(total == 0, 1.0, total)))
@@ -143,6 +148,7 @@ def row_lse_kernel(
     list_ptr = blocks_ptr + (row * tiles + tl.program_id(1)) * width
     m = tl.full([BLOCK_M], -float("inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
+    # without a list all blocks are candidates: those after the last query are left out
     keys = width * S if LISTED else tl.max(tl.where(real, q_pos, -1), 0) + 1
     for step in range(0, tl.cdiv(keys, BLOCK_N)):
         s = candidate_scores(
@@ -156,6 +162,7 @@ def row_lse_kernel(
     tl.store(lse_ptr + at + rows, lse, mask=rows < count)
 
 
+# m_b = 1 / queries · Σ_i Σ_{j ∈ b} 2^(s_ij − lse_i), s and lse in units of log 2.
 @triton.jit
 def mass_kernel(
     q_ptr,
