@@ -5,6 +5,8 @@ a time costs no more arithmetic: the gradient of each part is computed with it a
 states.
 """
 
+# Shapes: n tokens of all rows, d hidden size.
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -41,17 +43,22 @@ class _Head:
     def _forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden if self.through else self.own(hidden, *args, **kwargs)
 
+    # loss = Σ_i −log softmax(W h_i)[y_i] / num_items
+    # a sum over tokens: chunks of it change nothing but rounding
     def loss(self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None, ignore_index: int) -> Tensor:
         """Mean cross-entropy (the sum over ``num_items`` if given) of ``hidden`` [n, d] against shifted
         ``labels`` [n].
         """
+        # called from within the model's forward, where the layer still passes hidden states through
         self.through = False
+        # an output layer that is trained, or shares trained embeddings, has gradients in every chunk, too
         weights = [p for p in self.layer.parameters() if p.requires_grad]
         count = (labels != ignore_index).sum() if num_items is None else num_items
         divisor = torch.as_tensor(count, device=hidden.device, dtype=torch.float32).clamp(min=1)
         total, carried, of_hidden = hidden.new_zeros((), dtype=torch.float32), Carried(divisor), []
         wanted = torch.is_grad_enabled() and (hidden.requires_grad or bool(weights))
         for h, target in zip(hidden.split(self.chunk), labels.split(self.chunk), strict=True):
+            # autograd ends at the leaf: the logits of a chunk are freed before those of the next one exist
             with torch.set_grad_enabled(wanted):
                 leaf = h.detach().requires_grad_(wanted)
                 loss = F.cross_entropy(self.layer(leaf).float(), target, ignore_index=ignore_index, reduction="sum")
@@ -62,6 +69,7 @@ class _Head:
                 carried.add(others, weights)
         if not wanted:
             return total / divisor
+        # sums over tokens: `carry` divides them by its weight, the divisor
         carried.grads = [torch.cat(of_hidden), *(carried.grads or [])]
         return carry(total / divisor, carried, [hidden, *weights])
 
@@ -89,6 +97,7 @@ def chunk_loss(model: Any) -> Any:
             "chunk_loss compares losses before training, which needs whole weights: leave it out under ZeRO-3, or use "
             "FSDP2"
         )
+    # the model's own loss is read before its forward is replaced, and must come out again afterwards
     has_numbers = base.device.type != "meta"
     want = _check_loss(base) if has_numbers else 0.0
     forward, own_loss, head = base.forward, base.loss_function, _Head(base)
@@ -124,6 +133,7 @@ def _without_logits(head: _Head, forward: Callable[..., Any]) -> Callable[..., A
     def forward_in_chunks(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("labels") is None:
             return forward(*args, **kwargs)
+        # always as a dict, in which hidden states stand in the place of the logits
         return_dict = kwargs.pop("return_dict", None)
         head.through = True
         try:
@@ -158,6 +168,7 @@ def _deferred_loss(head: _Head, loss_function: Callable[..., Tensor]) -> Callabl
                 **kwargs,
             }
             return loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **options)
+        # logits at position t predict token t + 1, and the last position predicts none
         if shift_labels is None:
             assert labels is not None
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
@@ -173,6 +184,7 @@ def _check_loss(model: Any) -> float:
     training = model.training
     model.eval()
     try:
+        # seeded and on the CPU: the same tokens at both calls, on every device, and the global generator stays as it is
         vocabulary = int(model.config.get_text_config().vocab_size)
         generator = torch.Generator(device="cpu").manual_seed(0)
         ids = torch.randint(vocabulary, (1, CHECK_TOKENS), generator=generator, dtype=torch.int64, device="cpu").to(

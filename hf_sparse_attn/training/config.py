@@ -50,6 +50,7 @@ FROM_SCRATCH: dict[str, Any] = {  # where a recipe trains a model with these arg
     **dict.fromkeys(("learning_rate", "max_grad_norm"), Number),
     "disable_tqdm": bool,
 }
+# fields of TrainingArguments that follow from settings under names of their own
 OWN_ARGUMENTS = {
     *(
         "output_dir",
@@ -110,6 +111,7 @@ class SparseTrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        # the class is frozen, and a recipe's YAML gives lists
         object.__setattr__(self, "anneal", {name: tuple(ends) for name, ends in self.anneal.items()})
         for name in ("router_lr", "kl_tile_share", "anneal_share"):
             if not getattr(self, name) > 0:
@@ -136,10 +138,12 @@ class SparseTrainingConfig:
         """Whether optimiser step ``step`` (from 0) runs dense."""
         return self.dense_every > 0 and step % self.dense_every == self.dense_every - 1
 
+    # value(step) = start + (end − start) · min(1, step / last), last = ⌈anneal_share · steps⌉ − 1
     def annealed(self, step: int, steps: int) -> dict[str, float]:
         """Values at optimiser step ``step`` of ``steps``: linear from the first to the second end, then constant."""
         last = max(1, math.ceil(self.anneal_share * steps) - 1)
         done = min(1.0, step / last)
+        # the end itself at last: in floats start + (end − start) may miss it
         return {name: end if done == 1 else start + (end - start) * done for name, (start, end) in self.anneal.items()}
 
     def budget(self, config: SparseAttentionConfig, step: int, steps: int) -> dict[str, Any]:
@@ -162,6 +166,7 @@ class SparseTrainingConfig:
                 "budget: set mass_threshold to None for the training, and fit it anew with "
                 "hf_sparse_attn.fit_mass_threshold afterwards"
             )
+        # for its checks alone: it raises where the model cannot have a value
         config.changed(**whole)
         return whole
 

@@ -6,6 +6,8 @@ processes take a batch each at a time, on the same tiles, and step with the mean
 alike.
 """
 
+# Shapes: B batch, N tokens of a row.
+
 from __future__ import annotations
 
 import logging
@@ -96,8 +98,10 @@ def distill(
     if not todo:
         raise ValueError("distill got no batches: give at least one document")
     _check_processes(layer_routers, todo)
+    # a round is one batch for every process
     distiller = Distiller(layer_routers, config, -(-len(todo) // rank_and_size()[1]))
     report = DistillationReport(batches=len(todo), backbone_sha256=backbone_hash(model))
+    # routers are frozen outside of training: what is thawed here freezes again at the end
     training, frozen = (
         model.training,
         [p for router in layer_routers for p in router.parameters() if not p.requires_grad],
@@ -117,6 +121,7 @@ def distill(
         model.train(training)
         for weight in frozen:
             weight.requires_grad_(False)
+    # the teacher is the backbone's own attention, so it must be the same for the first batch and the last
     if backbone_hash(model) != report.backbone_sha256:
         raise RuntimeError("the backbone changed during distillation; this is a bug, please report it")
     for router in layer_routers:
@@ -134,6 +139,7 @@ def _check_processes(layer_routers: list[SparseRouter], batches: list[dict[str, 
         )
     if rank_and_size()[1] == 1:
         return
+    # gradients are averaged while layers run, with every document of a row: all processes must reach as many
     uneven = [
         batch
         for batch in batches
@@ -193,11 +199,13 @@ class _Run:
         """
         layer_routers = active_routers(self.model)
         rank, _ = rank_and_size()
+        # averaged gradients keep routers alike only if they start alike
         same_everywhere(weight for router in layer_routers for weight in router.weights)
         state = from_main(_read(self.path) if self.path is not None and self.path.exists() else None)
         if state is not None:
             self._resume(state)
         elif any(router.index_is_untrained for router in layer_routers):
+            # a pass that trains nothing: it reads the queries and keys of one batch of each process
             self.distiller.start_index, self.distiller.counts = True, rank < len(self.batches)
             _forward(self.model, self.batches, min(rank, len(self.batches) - 1), self.distiller)
             self.distiller.start_index = False
@@ -263,6 +271,7 @@ def _train_batch(model: nn.Module, batches: list[dict[str, Tensor]], at: int, di
 
 @torch.no_grad()
 def _forward(model: nn.Module, batches: list[dict[str, Tensor]], at: int, distiller: Distiller) -> None:
+    # no graph over the backbone: the distiller turns gradients on for one router at a time
     device = next(model.parameters()).device
     inputs = {name: value.to(device) for name, value in batches[at].items()}
     # the logits are not needed; the class that takes the call for modules it does not reach is the outermost one

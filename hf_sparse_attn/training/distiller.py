@@ -33,9 +33,12 @@ class Distiller(SparseCall):
         self.counts = True  # whether this process has a batch of its own in this round
 
     def _optimizer(self, router: SparseRouter) -> torch.optim.AdamW:
+        # one group for each stage: they differ in learning rate
         stages = ((router.wq, router.wk), (router.wq_index, router.wk_index))
         return torch.optim.AdamW([{"params": list(stage)} for stage in stages], weight_decay=0.0)
 
+    # linear warm-up to 1, then 0.55 + 0.45 cos(π · done), from 1 to 0.1
+    # cosine schedule: SGDR, Loshchilov and Hutter 2016, arXiv:1608.03983
     def _schedule(self, step: int) -> float:
         """Factor on the learning rates at an optimiser step."""
         config = self.config
@@ -53,6 +56,7 @@ class Distiller(SparseCall):
             return
         optimizer = self.optimizers[router]
         for i in range(self.config.steps_per_batch):
+            # tiles as at prefill and single queries as at decode in turn: one router serves both
             single = i % 2 == 1
             tile, count = (
                 (1, self.config.queries_per_step) if single else (router.config.query_tile, self.config.tiles_per_step)
@@ -60,7 +64,9 @@ class Distiller(SparseCall):
             with torch.enable_grad():
                 loss = tile_loss(router, inputs, tile, count, self.generator)
                 if loss is not None:
+                    # queries and keys have no graph: this ends at the router's weights
                     (loss.coarse + loss.fine).backward()
+            # collective: every process calls it in every step, with or without a loss of its own
             if not average_gradients(router.weights, loss is not None and self.counts):
                 continue
             self._check_gradients(router)
@@ -69,6 +75,7 @@ class Distiller(SparseCall):
                 group["lr"] = lr * factor
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            # the log is of tiles: masses of single queries do not compare with them
             if loss is not None and not single:
                 self.losses.append(replace(loss, coarse=loss.coarse.detach(), fine=loss.fine.detach()))
 
@@ -85,6 +92,7 @@ class Distiller(SparseCall):
         n, device = len(losses), losses[0].coarse.device
         names = {"kl_coarse": "coarse", "kl_fine": "fine", "kept": "kept", "window": "window", "oracle": "oracle"}
         averages = {name: sum(float(getattr(x, attribute)) for x in losses) / n for name, attribute in names.items()}
+        # masses are averaged before the share is taken: a layer where window and oracle keep the same weighs nothing
         means = mean_over_processes(averages, device, self.counts)
         return {
             "batch": float(self.batch),

@@ -22,6 +22,7 @@ def process_state() -> PartialState:
     call all three work on CPUs, over gloo. Everywhere else it is ``PartialState()``. Trainer takes the state over with
     ``accelerator_config={"use_configured_state": True}``.
     """
+    # one process, or an accelerator: nothing to correct
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or (
         torch.accelerator.is_available() and not _flag("ACCELERATE_USE_CPU")
     ):
@@ -49,6 +50,7 @@ def materialize_trained(model: nn.Module) -> None:
         for name, weight in module._parameters.items():
             if weight is not None and weight.requires_grad and weight.is_meta:
                 if weight not in copies:
+                    # any values do until FSDP fills them: what counts is that addresses differ
                     copies[weight] = nn.Parameter(torch.empty_like(weight, device="cpu"))
                 module._parameters[name] = copies[weight]
 
@@ -58,6 +60,7 @@ def rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
+# mean = Σ_p counts_p · value_p / Σ_p counts_p. One all-reduce: its last entry is the number of processes that count.
 def mean_over_processes(values: Mapping[str, float], device: torch.device, counts: bool = True) -> dict[str, float]:
     """The mean of each value over the processes of which this ``counts``; all call this, with the same names."""
     if rank_and_size()[1] == 1:
@@ -76,6 +79,7 @@ def mean_tensor(tensor: Tensor, counts: bool = True) -> Tensor:
     return (total[:-1] / total[-1]).view_as(tensor)
 
 
+# g = Σ_p counts_p · g_p / Σ_p counts_p, as in `mean_over_processes`; all weights travel in one message
 def average_gradients(weights: Sequence[Tensor], counts: bool) -> bool:
     """Replace the gradients of ``weights`` by their mean over the processes of which this ``counts``.
 
@@ -110,6 +114,7 @@ def from_main(value: Any) -> Any:
     """What the main process has as ``value``, in every process."""
     if rank_and_size()[1] == 1:
         return value
+    # the collective overwrites the list's entry in all other processes
     box = [value]
     dist.broadcast_object_list(box, 0)
     return box[0]

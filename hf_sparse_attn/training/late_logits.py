@@ -30,6 +30,7 @@ class LateLogits(Tensor):
         logits.head, logits.hidden, logits.made = head, hidden, None
         return logits
 
+    # operators come to `__torch_dispatch__` alone, which decides whether values are needed
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
@@ -49,6 +50,7 @@ class LateLogits(Tensor):
             self.made = self.head(self.hidden).to(self.dtype)
         return self.made
 
+    # these read memory without an operator, which `__torch_dispatch__` would not see
     def numpy(self, **options: Any) -> Any:
         return self.whole().numpy(**options)
 

@@ -4,6 +4,8 @@ Loss = task loss + ``kl_weight`` · KL. The router's inputs are detached: router
 from the task only. A share of the steps runs dense, so that gradients also reach links that the routers would cut.
 """
 
+# Shapes: N tokens of a row.
+
 from __future__ import annotations
 
 import hashlib
@@ -32,6 +34,7 @@ from .run_identity import differences, model_identity, rows_hash, weights_hash
 logger = logging.getLogger(__name__)
 
 
+# of Trainer's log rows, where they have them
 LOGGED = (
     "kl",
     "kept_mass",
@@ -44,6 +47,7 @@ LOGGED = (
 )
 
 
+# W' = W + (alpha / rank) · B A, with B = 0 at the start: LoRA, Hu et al. 2021, arXiv:2106.09685
 def add_lora(model: PreTrainedModel, config: AdaptationConfig, task_type: str | None = "CAUSAL_LM") -> Any:
     """A PeftModel of the sparse ``model``: LoRA on ``target_modules``, the routers trained and saved with
     the adapter.
@@ -87,6 +91,7 @@ def adapt(
     """
     config = config or AdaptationConfig()
     steps = _check_rows(rows, config, steps)
+    # LoRA's first weights are drawn from the global generator
     torch.manual_seed(config.seed)
     peft_model = add_lora(model, config, task_type)
     use_cache = getattr(model.config, "use_cache", None)
@@ -109,6 +114,7 @@ def _train_or_load(
     Trainer itself would train one step too many at the end.
     """
     _claim(folder, model, rows, config, steps)
+    # written last: where it is, the adapter is whole
     finished = folder / "log.json"
     if finished.exists():
         model.load_adapter(str(folder / "adapter"), "default")
@@ -133,10 +139,12 @@ def _train(
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
+        # also after an error the model leaves with the forward that it came with
         trainer.pop_callback(BarCallback).close()
         whole_loss(model)
     if saved:
         trainer.save_model(str(folder / "adapter"))
+    # the last row of Trainer's history sums up the run and has no "loss"
     return [log_row(row, config) for row in trainer.state.log_history if "loss" in row]
 
 
@@ -237,6 +245,7 @@ def _claimed_by_another(folder: Path, model: Any, rows: Any, config: AdaptationC
     frozen = weights_hash(
         (name, p) for name, p in model.named_parameters() if not p.requires_grad and not is_of_router(name)
     )
+    # names and shapes only: values of what is trained change with every step
     learned = [[name, list(p.shape)] for name, p in model.named_parameters() if p.requires_grad]
     claims = {
         "settings": {**asdict(config), "steps": steps},
@@ -245,6 +254,7 @@ def _claimed_by_another(folder: Path, model: Any, rows: Any, config: AdaptationC
         "what is trained": hashlib.sha256(json.dumps(learned).encode()).hexdigest(),
         "the rows": rows_hash(rows),
     }
+    # compared with what JSON makes of the claims, in which tuples are lists
     known = folder / "run.json"
     if known.exists() and (different := differences(json.loads(known.read_text()), json.loads(json.dumps(claims)))):
         return different

@@ -5,6 +5,8 @@ the
 same mass of its next block: one threshold, and nothing to learn by layer or head.
 """
 
+# Shapes: B batch, N tokens, G KV heads, n query tiles, K listed blocks of a tile (candidates and forced ones).
+
 from __future__ import annotations
 
 import copy
@@ -27,8 +29,10 @@ from ..router.module import RoutingInputs, SparseRouter
 from ..router.selection import select_blocks
 
 LEAST = 1e-37  # as a threshold: every candidate is kept
+# positive floats sort as their bits do, so the upper bits of a mass are the number of its bin
 BITS = 12  # bits of a float32 that a histogram leaves out: its bins are 0.1 % wide or less
 BINS = (0x3F800000 >> BITS) + 1  # of the values from 0 to 1
+# cutting links changes queries and keys of later layers, so the second fit is made under the first one's cuts
 PASSES = 2  # the first keeps every candidate, each other one what its predecessor found
 
 
@@ -55,6 +59,7 @@ class Candidates:
     def keep(self, chosen: Tensor) -> BlockSelection:
         """The selection of the candidates that are ``chosen`` (boolean [B, G, n, K]) and of all that may not be cut."""
         assert self.every.scores is not None
+        # links that are cut become −1, which sorting puts first; blocks stay ascending behind them
         indices, order = torch.where(chosen | ~self.free, self.every.indices, -1).sort(dim=-1, stable=True)
         scores = self.every.scores.gather(-1, order).masked_fill(indices < 0, torch.nan)
         return BlockSelection(indices.contiguous(), self.every.grid, scores)
@@ -107,6 +112,7 @@ class Histogram:
         rows = values.shape[0] * values.shape[1]
         listed = (scored.every.indices >= 0) & counted[:, None]
         free = scored.free & counted[:, None]
+        # the masses that may be cut are counted by value, all that is kept at any threshold only by number
         bins = values[free].contiguous().view(torch.int32) >> BITS
         self.counts += torch.bincount(bins.clamp(0, BINS - 1), minlength=BINS).cpu()
         self.tiles += rows * int(counted.sum())
@@ -118,10 +124,12 @@ class Histogram:
         """Mean keys of the uniform budget."""
         return self.block_size * (self.forced + self.asked) / self.tiles
 
+    # least t with S · (forced + number of masses ≥ t) / tiles ≤ keys, S the block size; exact to the width of a bin
     def threshold(self, keys: float) -> float:
         """The least value at which at most ``keys`` a tile are kept on average, forced ones included."""
         most = keys * self.tiles / self.block_size - self.forced
         kept = self.counts.flip(0).cumsum(0).flip(0)  # at or above the lower edge of each bin
+        # not bin 0: it holds the mass 0, and a threshold must be above that
         at = max(int((kept > most).sum()), 1)
         return float(torch.tensor(at << BITS, dtype=torch.int32, device="cpu").view(torch.float32))
 
@@ -203,6 +211,8 @@ class ByThreshold:
         return scored.every if self.threshold is None else scored.keep(mass >= self.threshold)
 
 
+# The largest Σ mass_b − t · (number of kept blocks) keeps exactly the blocks with mass_b ≥ t:
+# t is the price of a block, the same for all tiles, heads and layers.
 def fit_threshold(
     model: nn.Module, batches: Iterable[Mapping[str, Tensor]], first: int = 0, source: Source = candidates
 ) -> tuple[float, Histogram]:

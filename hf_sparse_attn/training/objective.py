@@ -13,6 +13,8 @@ A bare loop, here with Accelerate::
         optimizer.zero_grad()
 """
 
+# Shapes: b rows of a document's call, H query heads, D head dim.
+
 from __future__ import annotations
 
 from collections import defaultdict
@@ -125,10 +127,12 @@ class TrainingForward(SparseCall):
         router = active_router(router)  # not PEFT's wrapper, which holds the frozen original, too
         layer, tokens = self.layers[router], float(inputs.q.shape[0] * inputs.q.shape[2])
         layer.tokens += tokens
+        # documents count by their tokens: the backward pass divides the sum of gradients by all of them
         layer.carried.weight = layer.tokens
         plan = make_plan(
             router.config, inputs.grid(router.config.query_tile, router.config.block_size), inputs.q.device
         )
+        # rounded up: a document with something to select has at least one tile
         count = -(-int(plan.open.sum()) // self.tile_share)
         if not count:
             return
@@ -150,6 +154,7 @@ class TrainingForward(SparseCall):
 
     def select(self, router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection:
         """A selection, which a repetition for gradient checkpointing gets again."""
+        # never recomputed, so there is nothing to remember
         if not torch.is_grad_enabled():
             return self.selector(router, inputs, query_tile)
         selections = self.selections[active_router(router)]
@@ -163,6 +168,7 @@ class TrainingForward(SparseCall):
         if len(same) < 2:
             return same[0].selection
         queries = inputs.q.float().mean(2)
+        # the nearest one: what is recomputed may differ by rounding
         return same[int(torch.stack([(one.queries - queries).abs().max() for one in same]).argmin())].selection
 
     def on_selection(self, router: SparseRouter, inputs: RoutingInputs, selection: BlockSelection) -> None:
@@ -176,6 +182,7 @@ class TrainingForward(SparseCall):
 
     # -- after it --------------------------------------------------------------------------------------------------
 
+    # loss = task loss + kl_weight · share · mean over layers of (Σ_doc tokens_doc · KL_doc / Σ_doc tokens_doc)
     def kl_loss(self, share: float | Tensor = 1.0) -> Tensor:
         """``kl_weight`` · ``share`` · KL, the mean over layers and tokens, with gradient to the routers: scalar
         float32.
@@ -186,6 +193,7 @@ class TrainingForward(SparseCall):
         self.closed = True
         if not self.layers:
             return torch.zeros((), dtype=torch.float32, device="cpu")
+        # the scalar is zero and brings the gradient, the mean brings the value
         scalars = [layer.scalar + layer.mean for layer in self.layers.values()]
         # layers may be on several devices
         mean = torch.stack([scalar.to(scalars[0].device) for scalar in scalars]).mean()
@@ -243,6 +251,7 @@ class SparseObjective:
         sets the budget of that step.
         """
         config = self.config
+        # something beside the KL's weight is annealed: the budget moves
         if len(config.anneal) > ("kl_weight" in config.anneal):
             set_sparse_attention(_base(self.model), **config.budget(active_routers(self.model)[0].config, step, steps))
         weight = config.annealed(step, steps).get("kl_weight", config.kl_weight)

@@ -1,5 +1,8 @@
 """The distillation loss: KL from the teacher's block mass to the router, for both stages, on a few tiles."""
 
+# Shapes: B batch, G KV heads, m some of a call's query tiles, nb key blocks, n of them or of listed ones,
+# K kept blocks, L blocks that stage 2 is trained on.
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -48,6 +51,11 @@ def sample_tiles(plan: TilePlan, count: int, generator: torch.Generator) -> Tens
     return open_tiles[picked].sort().values.to(plan.near.device)
 
 
+# p_b = mean over the tile's queries and the group's heads of Σ_{j∈b} softmax_j(scale · q·k_j), over all visible keys;
+# both losses then normalise it over the blocks that they cover
+# loss = KL(p ‖ softmax(s)) over eligible blocks + KL(p ‖ m / Σ m) over candidates and the teacher's best blocks,
+# s the scores of stage 1 and m the masses of stage 2.
+# Distilling a block map of the model's own attention: SeerAttention, Gao et al. 2024, arXiv:2410.13276.
 def tile_loss(
     router: SparseRouter, inputs: RoutingInputs, query_tile: int, count: int, generator: torch.Generator
 ) -> TileLoss | None:
@@ -72,10 +80,13 @@ def tile_loss(
     eligible = plan.eligible_mask(tiles)[:, :whole]
     coarse = masked_kl(mass[..., :whole], scores, eligible)
 
+    # stage 2 also learns on the teacher's best blocks that stage 1 misses: a better stage 1 will pass them on
     candidates = plan.best(scores.detach(), tiles, plan.candidates[tiles])
+    # forced blocks are in neither list: `_fine_loss` adds them to the softmax
     chosen = _union(candidates, plan.best(mass, tiles, plan.free[tiles]), plan.grid.blocks)
     fine, estimate = _fine_loss(features, plan, tiles, chosen, mass)
 
+    # from here on only measures of the selections, without gradient
     seen = by_block(estimate, chosen, plan.grid.blocks)
     passed = _members(candidates, plan.grid.blocks)  # inference sees the candidates only
     kept = _mean_kept(
@@ -95,11 +106,14 @@ def recovered_share(kept: float, window: float, oracle: float) -> float:
     return (kept - window) / (oracle - window) if oracle > window else 0.0
 
 
+# H = −Σ_b p_b log p_b, in nats
 def _entropy(logits: Tensor) -> float:
     log_p = F.log_softmax(logits.float(), -1)
+    # log 0 is clamped: 0 · ∞ is NaN
     return float(-(log_p.exp() * log_p.clamp(min=-1e4)).sum(-1).mean())
 
 
+# KL(p ‖ q) = Σ_b p_b (log p_b − log q_b), with 0 log 0 = 0
 def masked_kl(teacher: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
     """Mean KL(teacher ‖ softmax(logits)) over rows, both restricted to ``mask`` and renormalised.
 
@@ -108,6 +122,7 @@ def masked_kl(teacher: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
     weight = teacher.float() * mask
     total = weight.sum(-1, keepdim=True)
     p = weight / total.clamp(min=1e-20)
+    # zeros outside of the mask, where p is 0 and 0 · ∞ is NaN
     log_q = F.log_softmax(logits.float().masked_fill(~mask, -torch.inf), -1).masked_fill(~mask, 0.0)
     kl = (torch.xlogy(p, p) - p * log_q).sum(-1)
     rows = _taught(teacher, mask)[..., 0]
@@ -135,6 +150,7 @@ def kept_mass(mass: Tensor, kept: Tensor) -> Tensor:
 
 def _members(index: Tensor, blocks: int) -> Tensor:
     """Boolean [..., blocks]: which blocks ``index`` [..., n] (−1 = empty) names."""
+    # column 0 takes the empty entries and is cut off
     member = torch.zeros(*index.shape[:-1], blocks + 1, dtype=torch.bool, device=index.device)
     return member.scatter_(-1, index + 1, True)[..., 1:]
 
@@ -142,10 +158,13 @@ def _members(index: Tensor, blocks: int) -> Tensor:
 def _union(a: Tensor, b: Tensor, blocks: int) -> Tensor:
     """Distinct blocks of ``a`` and ``b`` [..., n] (−1 = empty): [..., width], ascending, −1 last."""
     member = (_members(a, blocks) | _members(b, blocks)).float()
+    # among equals the earlier block comes first, so members come out ascending
     index = ordered_topk(member, int(member.sum(-1).max()))
     return torch.where(member.gather(-1, index) > 0, index, -1)
 
 
+# m_b = mean over the sampled queries i and heads of Σ_{j∈b} a_ij, a_ij = softmax_j(scale · (U q_i)·(V k_j))
+# over the keys of the chosen and the forced blocks; U, V = wq_index, wk_index.
 def _fine_loss(
     features: TileFeatures, plan: TilePlan, tiles: Tensor, chosen: Tensor, teacher: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -159,15 +178,18 @@ def _fine_loss(
     blocks = torch.cat([chosen, plan.forced_blocks(tiles).expand(*chosen.shape[:2], -1, -1)], -1)
     taught, valid = teacher.gather(-1, chosen.clamp(min=0)), chosen >= 0
     rows = _taught(taught, valid).sum((0, 1, 3))  # of each tile
+    # 4 bytes a score: a tile has one for each block, key of it and sampled query
     step = max(1, SCORE_BYTES // (4 * blocks[:, :, 0].numel() * plan.grid.block_size * features.reps.numel()))
     learns = torch.is_grad_enabled() and queries.requires_grad
     total, carried, parts, of_queries = queries.new_zeros(()), Carried(rows.sum().clamp(min=1)), [], []
     for at in range(0, len(tiles), step):
         part = slice(at, at + step)
+        # folded features: both U and V are in the queries, so their gradient is all that stage 2 learns from
         leaf = queries[:, :, part].detach().requires_grad_(learns)
         estimate = mass_of_blocks(replace(features.part(part), queries=leaf), plan, tiles[part], blocks[:, :, part])[
             ..., :width
         ]
+        # times the rows that the mean was over: parts add up, and their number divides at the end
         loss = masked_kl(taught[:, :, part], estimate.clamp(min=1e-20).log(), valid[:, :, part]) * rows[part].sum()
         if learns:
             of_queries.append(torch.autograd.grad(loss, leaf)[0])

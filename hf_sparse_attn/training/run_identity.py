@@ -43,6 +43,7 @@ def batches_hash(batches: Iterable[Mapping[str, Any]]) -> str:
     for batch in batches:
         for name in sorted(batch, key=str):
             _add(digest, str(name), batch[name])
+        # ends a batch: the fields of two are never read as those of one
         digest.update(b"|")
     return digest.hexdigest()
 
@@ -52,6 +53,7 @@ def rows_hash(rows: Any) -> str:
     of a stream over the first ones, of an iterator nothing.
     """
     if hasattr(rows, "__len__") and hasattr(rows, "__getitem__"):
+        # spread evenly, the first and the last among them
         picked = sorted({len(rows) * at // SAMPLED_ROWS for at in range(SAMPLED_ROWS)} | {len(rows) - 1})
         return f"{len(rows)} {batches_hash(rows[at] for at in picked)}"
     return "" if isinstance(rows, Iterator) else batches_hash(islice(rows, STREAMED_ROWS))
@@ -98,6 +100,7 @@ def _add(digest: Any, name: str, value: Any) -> None:
     if isinstance(value, Tensor):
         digest.update(f"{name} {value.dtype}{tuple(value.shape)} ".encode())
         for part in _plain(value):
+            # as bytes: NumPy has no bfloat16
             digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return
     array = np.asarray(value)

@@ -88,6 +88,7 @@ class SparseTrainerMixin:
         routers, _ = split_parameters(self.model if model is None else model)
         if exists or not routers:
             return optimizer
+        # the stock method has put them among the other weights
         known = set(map(id, routers))
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if id(p) not in known]
@@ -95,6 +96,7 @@ class SparseTrainerMixin:
         optimizer.add_param_group({"params": routers, **self.objective.router_group})
         return optimizer
 
+    # loss = task loss + share · kl_weight · KL, share the part of the step's label tokens that this micro-batch has
     def compute_loss(
         self,
         model: nn.Module,
@@ -113,6 +115,7 @@ class SparseTrainerMixin:
         loss, outputs = got if return_outputs else (got, None)
         kl = forward.kl_loss(share).to(loss)
         loss = loss + kl
+        # the KL as it enters the step: where Trainer divides the loss by the micro-batches, the KL is divided, too
         self._note(
             forward,
             inputs,
@@ -130,6 +133,7 @@ class SparseTrainerMixin:
             return 1 / self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
         if "shift_labels" not in inputs and self._loss_shifts_labels:  # type: ignore[attr-defined]
             labels = labels[..., 1:]
+        # Trainer multiplies a loss over all processes' tokens by their number, since gradients are averaged over them
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return processes * labels.ne(IGNORE_INDEX).sum() / num_items
 
@@ -181,6 +185,7 @@ class SparseTrainerMixin:
             means = mean_over_processes(statistics, self.accelerator.device)
             if "kl" in getattr(self, "_metrics", {}).get("train", ()):  # TRL's, of the policy from its reference
                 means["router_kl"] = means.pop("kl")
+            # Trainer logs the sum of both
             logs["task_loss"] = logs["loss"] - means.pop("own_kl") / max(1, steps)
             logs["tokens_per_second"] = means.pop("tokens") * self.accelerator.num_processes / seconds
             logs.update(means)
@@ -199,6 +204,7 @@ class SparseTrainerMixin:
             self._stop(f"the loss is {float(loss.detach())}{cause}")
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
+        # with a loss scaler (fp16) infinite gradients belong to the search for a scale: it skips the step
         norm = super()._clip_grad_norm(model)  # type: ignore[misc]
         if norm is not None and getattr(self.accelerator, "scaler", None) is None and not math.isfinite(float(norm)):
             self._stop(f"the gradient's norm is {float(norm)}")
