@@ -10,6 +10,8 @@ With an average number of keys in place of τ the heads get what one threshold o
 `sharing`: no guarantee, but more of the dense predictions than a uniform budget at the same cost.
 """
 
+# Letters: τ share of the softmax mass that a tile must keep, G KV heads of a layer.
+
 from __future__ import annotations
 
 import math
@@ -47,6 +49,8 @@ LEAST_RECALL = 0.9  # of planted links, by the heads that use them
 DIGITS = 4  # of the shares in the file
 
 
+# share of a head in a bucket = upper 90 % bound, over other windows, of the 95th percentile of its tiles' needs
+# need = least share of its visible keys with which a tile keeps τ, in the router's order: see `needed_share`
 def calibrate(
     model: PreTrainedModel,
     windows: Sequence[Window],
@@ -86,6 +90,7 @@ def calibrate(
     _check(model, windows, held_out, mass)
     remove_calibration(model)
     length = windows[0].ids.shape[1]
+    # an average number of keys holds for all lengths: one bucket
     ends = length_buckets(length) if keys is None else (length,)
     on_step(f"reading {len(windows)} windows")
     if keys is None:
@@ -96,6 +101,7 @@ def calibrate(
         shares, tiles = _in_blocks(model, shared_out(model, windows, keys), length), []
     fit = {"windows": [w.document for w in windows], "tokens": length, "tiles": tiles, "keys": keys}
     calibration = Calibration(preset, mass, ends, shares, made_with(model), fit, {})
+    # checked as it will run; a check that breaks off leaves the model without a calibration
     use_calibration(model, calibration)
     try:
         fit["density"] = read_kept(model, windows[:1], ends).density
@@ -143,6 +149,7 @@ def _check(model: PreTrainedModel, windows: Sequence[Window], held_out: Sequence
         raise CalibrationError(
             f"the windows have lengths {sorted(lengths)}: all must have the same, and there must be some of both kinds"
         )
+    # below dense_below, or with forced keys alone, nothing is cut; the first length bucket ends at FIRST_END
     length, config = lengths.pop(), settings_of(model)
     least = max(config.dense_below, config.forced_keys + config.block_size, FIRST_END)
     if length < least:
@@ -151,6 +158,7 @@ def _check(model: PreTrainedModel, windows: Sequence[Window], held_out: Sequence
             "the first length "
             "bucket): give longer ones"
         )
+    # windows ≥ 0.2 / (1 − τ); rounded first, since 1 − τ is not exact in binary and ceil would add a window
     needed = math.ceil(round(LEAST_WINDOWS / (1 - mass), 6)) if mass is not None and mass < 1 else 1
     if len(windows) < needed:
         raise CalibrationError(f"{len(windows)} windows are too few for a mass of {mass}: give at least {needed}")
@@ -160,6 +168,7 @@ def _check(model: PreTrainedModel, windows: Sequence[Window], held_out: Sequence
 
 def _needs(model: PreTrainedModel, windows: Sequence[Window], mass: float, ends: tuple[int, ...]) -> TileFigures:
     observer, forced = NeedObserver(mass, ends), settings_of(model).forced_keys
+    # density · candidate_factor = 1: stage 1 passes every block on, so the order is stage 2's alone
     every = {
         "density": MOST_SHARE,
         "min_keys": forced,
@@ -184,6 +193,7 @@ def _shares(
     bounds: Mapping[Key, Tensor], config: SparseAttentionConfig, all_dense: bool
 ) -> dict[int, tuple[tuple[float, ...], ...]]:
     """Shares by layer: a row for each bucket, in it one share for every KV head; 1 where a head is dense."""
+    # sorted by layer and bucket, so that rows come in the order of `ends`
     rows: dict[int, list[tuple[float, ...]]] = {}
     for layer, bucket in sorted(bounds):
         dense = all_dense or layer in config.dense_layers
@@ -199,6 +209,7 @@ def _in_blocks(
     """Budgets in whole blocks by layer, one row each;
     a layer that runs dense selects nothing and may keep all ``length`` keys.
     """
+    # kept keys are means over tiles, and attention reads whole blocks
     size = settings_of(model).block_size
     rows = {layer: [float(size * round(count / size)) for count in heads.tolist()] for layer, heads in keys.items()}
     return {
@@ -206,6 +217,7 @@ def _in_blocks(
     }
 
 
+# up, so that less than what was found is never kept; 1e-6 forgives what floats add to a share of four digits
 def _rounded_up(share: float) -> float:
     return float(math.ceil(share * 10**DIGITS - 1e-6) / 10**DIGITS)
 

@@ -1,5 +1,7 @@
 """What the tiles of a text need and keep, by layer, KV head and length: what a calibration is made of."""
 
+# Shapes: B batch, G KV heads, m query tiles that are read, nb key blocks, S keys of a block.
+
 from __future__ import annotations
 
 import math
@@ -26,6 +28,7 @@ Key = tuple[int, int]  # layer, bucket
 
 def length_buckets(length: int) -> tuple[int, ...]:
     """Ends of the length buckets of windows of ``length`` tokens: 1024, 2048, … and the length."""
+    # powers of two below the length; the last bucket ends with the windows, and longer inputs belong to it
     ends = [FIRST_END << i for i in range(max(1, math.ceil(math.log2(length / FIRST_END)) + 1))]
     return (*[end for end in ends if end < length], length)
 
@@ -52,6 +55,7 @@ class TileFigures:
         joined = {key: torch.cat(parts, 1) for key, parts in sorted(self.found.items())}
         return {key: values.quantile(share, dim=1, interpolation=method) for key, values in joined.items()}
 
+    # Percentile bootstrap: Efron 1979, "Bootstrap methods: another look at the jackknife".
     def bound(self, share: float, confidence: float) -> dict[Key, Tensor]:
         """What the `quantile` stays below with ``confidence`` if other windows of the same kind are read, float32 [G].
 
@@ -60,6 +64,7 @@ class TileFigures:
         """
         value = self.quantile(share, "higher")
         calls = len(next(iter(self.found.values())))
+        # the same windows for every head and layer, and in every run
         picks = torch.randint(
             calls,
             (RESAMPLES, calls),
@@ -68,6 +73,7 @@ class TileFigures:
             device="cpu",
         ).tolist()
         for key, parts in self.found.items():
+            # whole windows are drawn with all of their tiles; "higher" takes a value that some tile really has
             drawn = [
                 torch.cat([parts[at] for at in pick], 1).quantile(share, dim=1, interpolation="higher")
                 for pick in picks
@@ -91,6 +97,7 @@ def _read_tiles(grid: TileGrid, device: torch.device) -> tuple[Tensor, Tensor]:
     return tiles, grid.last_positions(device)[tiles] + 1 if grid.causal else torch.full_like(tiles, grid.kv_len)
 
 
+# The pass is dense: what a tile needs is measured on queries and keys that no selection has changed.
 class NeedObserver(SparseCall):
     """Share of the visible keys that each tile must keep, in the router's order, for a share ``mass`` of its softmax
     mass.
@@ -109,6 +116,8 @@ class NeedObserver(SparseCall):
         self.needs.add(router.layer, visible, needed_share(scored, tiles, teacher, self.mass, visible))
 
 
+# need(τ) = S · (forced + least i with Σ_{forced} p + Σ_{first i free ones} p ≥ τ) / visible,
+# p the dense softmax mass of a block; free blocks in the order of the mass that stage 2 estimates.
 def needed_share(scored: Candidates, tiles: Tensor, teacher: Tensor, mass: float, visible: Tensor) -> Tensor:
     """Least share of the ``visible`` keys [m] at which ``tiles`` [m] keep ``mass`` of the true mass ``teacher`` [B, G,
     m, nb]: [B, G, m].
@@ -116,10 +125,13 @@ def needed_share(scored: Candidates, tiles: Tensor, teacher: Tensor, mass: float
     A tile that does not reach it with all candidates needs all keys.
     """
     indices, free = scored.every.indices[:, :, tiles], scored.free[:, :, tiles]
+    # empty entries (−1) read block 0, and are masked below
     true = teacher.gather(-1, indices.clamp(min=0).long())
     forced = true.masked_fill(free | (indices < 0), 0.0).sum(-1)
+    # what may not be cut goes to the end, where it adds no mass
     order = scored.mass[:, :, tiles].masked_fill(~free, -1.0).argsort(dim=-1, descending=True, stable=True)
     kept = forced[..., None] + true.masked_fill(~free, 0.0).gather(-1, order).cumsum(-1)
+    # entry i: the forced blocks and the best i of the others reach τ
     enough = torch.cat([forced[..., None], kept], -1) >= mass
     blocks = torch.where(enough.any(-1), enough.int().argmax(-1), indices.shape[-1]) + ((indices >= 0) & ~free).sum(-1)
     share = (blocks * scored.every.grid.block_size).float() / visible
@@ -142,6 +154,7 @@ class KeptObserver(SparseCall):
         selection = select_blocks(router, inputs)
         self.grid = selection.grid
         tiles, visible = _read_tiles(self.grid, inputs.q.device)
+        # the mass of the dense pass itself: every layer's inputs are those of dense attention
         teacher = block_mass(inputs.q, inputs.k, self.grid, tiles, inputs.scale)
         self.mass.add(router.layer, visible, kept_mass(teacher, selection.indices[:, :, tiles]))
         keys = selection.kept_keys()
@@ -161,6 +174,8 @@ def visible_keys(grid: TileGrid) -> int:
     return int((grid.last_positions() + 1).sum()) if grid.causal else grid.tiles * grid.kv_len
 
 
+# recall = uses with at least half of the link's mass kept / uses; chance = mean density of the selection over the uses,
+# which is the recall of a selection that knows nothing.
 class PlantedObserver(SparseCall):
     """Whether a planted link is kept by the heads that use it: those with 5 % of a tile's mass on its blocks.
 
@@ -182,6 +197,7 @@ class PlantedObserver(SparseCall):
         )
         teacher = block_mass(inputs.q, inputs.k, grid, tiles, inputs.scale)
         member = selection.kept()[:, :, tiles]
+        # tiles and blocks are those of slots: questions have no padding
         mass = teacher[..., blocks].sum(-1)
         used = mass >= USED
         kept = (teacher[..., blocks] * member[..., blocks]).sum(-1) / mass.clamp(min=1e-9)

@@ -1,5 +1,7 @@
 """How far a selection moves the model's predictions from those of dense attention on the same window."""
 
+# Shapes: N tokens of a window, n of their positions, d hidden size.
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -57,6 +59,7 @@ def predictions(
     Without ``whole`` only the last half is looked at, and ``by_position`` is empty.
     """
     half = ids.shape[1] // 2
+    # state i predicts token i + 1, so the first token of the last half is predicted by the state before it
     states, other = hidden[0, half - 1 :], dense[0, half - 1 :]  # the last one predicts nothing that is known
     late, kl = _compare(model, states, other, ids[0, half:])
     early = [token_losses(model, hidden[:, : half - 1], ids[:, 1:half])] if whole else []
@@ -68,6 +71,8 @@ def predictions(
     )
 
 
+# loss_i = −log q_i(token i + 1), KL_i = Σ_v p_i(v) (log p_i(v) − log q_i(v)) over the vocabulary,
+# p under dense attention and q under the selection.
 def _compare(model: PreTrainedModel, sparse: Tensor, dense: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """(log-losses of ``targets`` [n − 1], KL of the next token's distribution from that of ``dense`` [n]) of the states
     ``sparse`` [n, d].
@@ -75,8 +80,10 @@ def _compare(model: PreTrainedModel, sparse: Tensor, dense: Tensor, targets: Ten
     head, losses, divergences, at = model.get_output_embeddings(), [], [], 0
     for h, reference in zip(sparse.split(LOGIT_POSITIONS), dense.split(LOGIT_POSITIONS), strict=True):
         log_q, log_p = (head(states).float().log_softmax(-1) for states in (h, reference))
+        # the last state has no target: its part has one loss less
         known = targets[at : at + len(h)]
         losses.append(-log_q[: len(known)].gather(1, known[:, None])[:, 0])
+        # torch's kl_div(input, target) is KL(target ‖ input)
         divergences.append(F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1))
         at += len(h)
     return torch.cat(losses), torch.cat(divergences)

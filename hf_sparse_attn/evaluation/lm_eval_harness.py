@@ -60,6 +60,7 @@ def load_tasks(
     for name in names:
         if not manager.match_tasks([name]):
             raise HarnessError(f"lm-eval has no task {name!r}; `lm-eval ls tasks` lists them")
+        # tasks that make their questions (RULER) draw from the global generators
         random.seed(seed)
         np.random.seed(seed)
         try:
@@ -104,7 +105,9 @@ def harness_rows(
     for keys, name, call in counted(list(selection_calls(budgets, selectors)), "lm-eval, selections"):
         with sparse_attention_as(model, **fixed_budget(keys)), _calling(model, call):
             answers = None if cache is None else str(cache / _name(model, call, name, keys))
+            # one row at a time: the harness pads larger batches without a mask, see above
             reader = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
+            # no bootstrap of the harness: `harness_table` has intervals that are paired with dense attention's
             results = simple_evaluate(
                 reader,
                 tasks=list(tasks),
@@ -135,6 +138,7 @@ def _name(model: PreTrainedModel, call: SparseCall, selection: str, keys: int | 
     another one if weights change, or settings that it depends on.
     """
     identity = made_with(model)
+    # dense answers depend neither on routers nor on settings, and stay valid when these change
     if call.dense:
         identity = {name: identity[name] for name in ("version", "backbone")}
     values = json.dumps({**identity, "selection": selection, "keys": keys}, sort_keys=True)
@@ -165,6 +169,7 @@ def harness_table(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for (task, metric, keys, selection), by_selection in cells.items():
         scores = np.array(list(by_selection.values()))
         dense = np.array([cells[task, metric, None, "dense"][document] for document in by_selection])
+        # standard error of the mean over documents
         error = float(scores.std(ddof=1) / len(scores) ** 0.5) if len(scores) > 1 else None
         cell = {"task": task, "metric": metric, "keys": keys, "selection": selection, "n": len(scores)}
         table.append({**cell, "score": float(scores.mean()), "error": error, "below_dense": loss_above(dense, scores)})

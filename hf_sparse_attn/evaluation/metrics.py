@@ -57,6 +57,7 @@ class AnswerMatch(ArrayMetric):
                 )
         rows = zip(predictions, references, strict=True)
         shares = np.array([np.mean(np.asarray(predicted) == np.asarray(right)) for predicted, right in rows])
+        # standard error of the mean, s / √n with n − 1 under the root of s
         error = float(shares.std(ddof=1) / len(shares) ** 0.5) if len(shares) > 1 else None
         means = {"accuracy": float(shares.mean()), "accuracy_error": error, "exact": float((shares == 1).mean())}
         return {**means, "n": len(shares), "shares": shares.tolist()}

@@ -1,5 +1,8 @@
 """Log-loss and kept mass of selections on unseen windows of text, at equal budget."""
 
+# Shapes: B batch, N tokens of a window, d hidden size, G KV heads, m tiles that are measured, K kept blocks of a tile,
+# C blocks that the oracle chose.
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -80,6 +83,7 @@ def window_losses(
     given the last hidden states [1, N, d] of the prefill.
     """
     n = ids.shape[1]
+    # one pass serves both: its states give the losses at prefill, its cache the keys for decoding
     cache = DynamicCache(config=model.config) if decode_tokens else None
     hidden = model.base_model(
         ids, **{MODEL_ARGUMENT: cache}, use_cache=cache is not None, sparse_call=call
@@ -89,7 +93,9 @@ def window_losses(
     prefill = token_losses(model, hidden[:, n // 2 - 1 : -1], ids[:, n // 2 :])
     if cache is None:
         return float(prefill.mean()), None, None
+    # negative: so many are taken off. One more than is predicted, since the first target needs the state before it.
     cache.crop(-(decode_tokens + 1))
+    # a call with fewer new tokens than a query tile routes each of them singly
     start, step = n - decode_tokens - 1, max(1, routers(model)[0].config.query_tile - 1)
     losses = []
     for at in range(start, n - 1, step):
@@ -117,12 +123,14 @@ class MassObserver(SparseCall):
         if inputs.q.shape[2] < inputs.k.shape[2]:
             return  # the decode part of the pass
         grid: TileGrid = inputs.grid(config.query_tile, config.block_size)
+        # tiles that see more than their budget: the others keep all under every selection
         visible = grid.last_positions(inputs.q.device) + 1
         tiles = (visible > config.block_size * config.budget_blocks(grid.kv_len)).nonzero()[:, 0][::MASS_TILE_STRIDE]
         if not len(tiles):
             return
         teacher = block_mass(inputs.q, inputs.k, grid, tiles, inputs.scale)
         plan = make_plan(config, grid, inputs.q.device)
+        # the oracle's free blocks; forced ones are kept by all and would only raise the recall
         wanted = plan.best(teacher, tiles, plan.free[tiles])
         for name, selector in self.selectors.items():
             kept = selector(router, inputs, config.query_tile).indices[:, :, tiles]
@@ -211,6 +219,7 @@ def evaluate_windows(
             todo = [name for name in selectors if (window.document, n, keys, name) not in have]
             with sparse_attention_as(model, **fixed_budget(keys)):
                 observer = MassObserver({name: selectors[name] for name in todo if keys == budgets[0]})
+                # selections are compared with dense states: a resumed run reads them again, without a second row
                 first = (window.document, n, None, "dense") not in have
                 if first or (todo and (observer.selectors or reader.dense is None)):
                     dense = reader.read_dense(observer, first)

@@ -2,6 +2,8 @@
 what one threshold on the estimated mass keeps of each.
 """
 
+# Shapes: G KV heads of a layer.
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -28,6 +30,7 @@ def shared_out(model: PreTrainedModel, windows: Sequence[Window], keys: int) -> 
     middle = windows[0].ids.shape[1] // 2
     with sparse_attention_as(model, **fixed_budget(keys)):
         threshold, _ = fit_threshold(model, batches(windows), middle)
+        # the histogram of the fit counts all layers and heads together: what each keeps takes a pass of its own
         kept = KeptKeys(middle, selector=AtThreshold(threshold))
         run_sparse(model, batches(windows), kept)
     return kept.by_layer()

@@ -15,6 +15,8 @@ LEAST_GAP = 0.02  # a layer counts for the worst layer only where the oracle kee
 RESAMPLES = 2000
 
 
+# share = (L_window − L) / (L_window − L_oracle), L the mean loss: 0 as window + sink, 1 as the oracle
+# Percentile bootstrap, Efron 1979. One draw of windows serves all three: what makes a window hard cancels.
 def loss_share(window: np.ndarray, loss: np.ndarray, oracle: np.ndarray, seed: int = 0) -> dict[str, float]:
     """Share of the way from the window's to the oracle's mean loss, with a 95 % interval over resampled windows.
 
@@ -24,6 +26,7 @@ def loss_share(window: np.ndarray, loss: np.ndarray, oracle: np.ndarray, seed: i
     picks = rng.integers(0, len(loss), (RESAMPLES, len(loss)))
 
     def share(index: np.ndarray) -> np.ndarray:
+        # a draw in which window and oracle are equal has no share: it counts as 0
         gap = window[index].mean(-1) - oracle[index].mean(-1)
         ratio: np.ndarray = np.divide(
             window[index].mean(-1) - loss[index].mean(-1), gap, out=np.zeros_like(gap), where=gap != 0
@@ -34,6 +37,7 @@ def loss_share(window: np.ndarray, loss: np.ndarray, oracle: np.ndarray, seed: i
     return {"share": float(share(np.arange(len(loss)))), "low": float(low), "high": float(high)}
 
 
+# paired: the bootstrap resamples differences, whose spread is smaller than that of either loss
 def loss_above(loss: np.ndarray, other: np.ndarray, seed: int = 0) -> dict[str, float]:
     """How much the mean loss lies above the other's (below it if negative), with a 95 % interval over resampled
     windows, paired.
@@ -53,6 +57,7 @@ def shares_by_layer(kept: dict[int, float], window: dict[int, float], oracle: di
     }
     worst = min(shares, key=lambda layer: shares[layer]) if shares else None
     return {
+        # sums before the ratio: a layer where the oracle gains nothing has no weight
         "share": recovered_share(*(sum(mass[layer] for layer in kept) for mass in (kept, window, oracle))),
         "worst": None if worst is None else shares[worst],
         "worst_layer": worst,

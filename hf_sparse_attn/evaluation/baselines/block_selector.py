@@ -58,6 +58,7 @@ class ScoringCall:
         """Which places of the tiles (int64 [m]) are queries of the call: boolean [m, T]."""
         grid = self.plan.grid
         first = grid.first_positions(tiles.device)[tiles]
+        # tiles are counted from content position 0: a call that continues a cache may begin within one
         content = first[:, None] + torch.arange(grid.query_tile, device=tiles.device, dtype=torch.int64)
         return (content >= grid.q_offset) & (content < grid.kv_len)
 
@@ -87,6 +88,7 @@ class BlockSelector(ABC):
             SelectorError: the scores have another shape, dtype or device than they must, or are NaN.
         """
         plan = make_plan(router.config, inputs.grid(query_tile, router.config.block_size), inputs.q.device)
+        # budgets hold all that is visible: nothing to score
         if not plan.any_open:
             return everything(plan, inputs)
         call = ScoringCall(router, inputs, plan)

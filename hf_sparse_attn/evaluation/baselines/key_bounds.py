@@ -22,8 +22,8 @@ class QuerySelector(BlockSelector):
     def of_queries(self, q: Tensor, blocks: Tensor) -> Tensor:
         """Scores of the blocks [B, G, w, S, D] for the scaled queries [B, G, L, D]: float32 [B, G, L, w]."""
 
-    # score of a tile = log Σ exp(score of a query), over the tile's queries and the heads of the KV group, as in stage
-    # 1
+    # score of a tile = log Σ exp(score of a query), over the tile's queries and the heads of the KV group,
+    # as in stage 1
     def scores(self, call: ScoringCall, tiles: Tensor) -> Tensor:
         q = call.queries(tiles)
         # [B, G, m, Hg, T, w]
@@ -43,6 +43,7 @@ class MinMax(QuerySelector):
     # bound_b(q) = Σ_d max(q_d · max_{k∈b} k_d, q_d · min_{k∈b} k_d) ≥ q·k for every key k of block b
     # Quest, Tang et al. 2024, arXiv:2406.10774
     def of_queries(self, q: Tensor, blocks: Tensor) -> Tensor:
+        # a positive q_d takes the block's largest k_d, a negative one its smallest: two products, no maximum over d
         return q.clamp(min=0) @ blocks.amax(3).mT + q.clamp(max=0) @ blocks.amin(3).mT
 
 

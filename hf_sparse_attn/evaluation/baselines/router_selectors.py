@@ -1,5 +1,7 @@
 """Selections of routers: the model's own, its first stage alone, and the same with weights that nothing has taught."""
 
+# Letters: s scale of q·k, r runs of a tile's tokens, q̄_r a run's mean query, b key blocks.
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -62,9 +64,9 @@ class MeanPool(StageOne):
     def __init__(self) -> None:
         self.start = UntrainedRouters()
 
-    # score_b = log Σ_r exp(s · q̄_r · mean_b): q̄_r the mean over heads and tokens of a run, both taken without RoPE
-    # and
-    # turned to their middle positions
+    # score_b = log Σ_r exp(s · q̄_r · mean_b): q̄_r the mean over heads and tokens of a run,
+    # both taken without RoPE and turned to their middle positions
+    # block means as keys: MoBA, Lu et al. 2025, arXiv:2502.13189
     def scores(self, call: ScoringCall, tiles: Tensor) -> Tensor:
         router, inputs = self.start.of(call.router), _without_summaries(call.inputs)
         return super().scores(ScoringCall(router, inputs, call.plan), tiles)
@@ -75,6 +77,7 @@ def _without_summaries(inputs: RoutingInputs) -> RoutingInputs:
     return replace(inputs, router_keys=None)
 
 
+# Keyed weakly: a twin goes with the router that it was made for.
 class UntrainedRouters:
     """Routers like those of a model with the weights that they start with, made when a layer first asks for its own."""
 
