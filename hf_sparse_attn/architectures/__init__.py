@@ -28,6 +28,7 @@ class Architecture:
     limits: str = ""
 
 
+# nothing to be told: all that the factory needs is in the modules
 _PLAIN_TYPES = """
     llama mixtral ministral3 qwen2_moe olmo olmo2 granite granitemoe granitemoeshared gpt_neox gemma phi phi3
     phimoe starcoder2 olmoe flex_olmo seed_oss arcee smollm3 apertus bitnet jais2 glm4_moe minimax_m2 solar_open
@@ -35,10 +36,13 @@ _PLAIN_TYPES = """
     jetmoe mellum hy_v3 aria_text
     gpt2 gpt_bigcode opt biogpt ctrl hyperclovax dots1 dbrx
 """
+# checkpoints of these may have layers with a sliding window
 _SLIDING_TYPES = """mistral ministral qwen2 qwen3 qwen3_moe gemma2 gemma3_text gpt_oss olmo3 cwm granite_swa
     granitemoe_swa vaultgemma modernbert-decoder laguna"""
 _UNROTATED_TYPES = "afmoe flint"  # only their sliding-window layers rotate
+# their rotary pairs are neighbouring dimensions
 _INTERLEAVED_TYPES = "cohere glm glm4 helium ernie4_5 ernie4_5_moe"
+# encoders: every token sees all others
 _TWO_SIDED_TYPES = """bert electra distilbert eurobert gte nomic_bert albert bert-generation ernie roc_bert
     jina_embeddings_v3 mobilebert roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl camembert
     data2vec-text xmod esmc"""
@@ -49,12 +53,14 @@ SUPPORTED: dict[str, Architecture] = {
     **dict.fromkeys(_INTERLEAVED_TYPES.split(), Architecture(interleaved=True)),
     **dict.fromkeys(_TWO_SIDED_TYPES.split(), Architecture(limits=TWO_SIDED)),
     **dict.fromkeys(_UNROTATED_TYPES.split(), Architecture(rotates=lambda site: False, limits=SLIDING)),
+    # checkpoints of these rotate in some kinds of layers only: which ones, the module or its config tells
     "beam": Architecture(
         rotates=lambda site: site.config.rope_parameters["full_attention"] is not None, limits=SLIDING
     ),
     "cohere2": Architecture(interleaved=True, rotates=lambda site: site.sliding_window is not None, limits=SLIDING),
     "cohere2_moe": Architecture(interleaved=True, rotates=lambda site: site.force_rope, limits=SLIDING),
     **dict.fromkeys(
+        # with sliding windows only the layers that have one rotate; without any all do
         ("exaone4", "exaone_moe", "kolibri1"),
         Architecture(rotates=lambda site: site.sliding_window is None or site.is_sliding, limits=SLIDING),
     ),
@@ -63,6 +69,7 @@ SUPPORTED: dict[str, Architecture] = {
     ),
     "hrm_text": Architecture(limits="without the two-way attention over instructions (prefix_lm), which is refused"),
     **dict.fromkeys(("modernbert", "ultrabert"), Architecture(limits=f"{TWO_SIDED}; {SLIDING}")),
+    # the forward of these takes no arguments for attention
     "patchtst": Architecture(hands_on=False, limits=f"{TWO_SIDED}; time series, sparse over patches"),
     "timesfm": Architecture(hands_on=False, limits="time series, sparse over patches, no cache"),
 }

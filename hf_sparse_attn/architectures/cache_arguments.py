@@ -32,6 +32,7 @@ def is_cache(name: str, value: Any) -> bool:
         return _named(name) or ("position" not in name and any(_is_layer(inner) for inner in value))
     if isinstance(value, dict):
         return _named(name) or any(isinstance(inner, (Cache, CacheLayerMixin)) for inner in value.values())
+    # attention calls `update` of a cache; a set has a method of that name, too
     return _named(name) or (hasattr(value, "update") and not isinstance(value, set))
 
 

@@ -20,6 +20,7 @@ class MadeMixin:
     """
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        # the first two entries name the made class, which an unpickling process may not have: bases instead
         reduced = super().__reduce_ex__(protocol)
         cls = type(self)
         return (_blank, cls.__bases__, *reduced[2:]) if _MADE.get(cls.__bases__) is cls else reduced
@@ -36,6 +37,7 @@ def makes(mixin: type[MadeMixin]) -> Callable[[Callable[[Any], type]], Callable[
 
 
 def _blank(mixin: type[MadeMixin], stock: type) -> Any:
+    # a maker does more than to derive a class, e.g. registers it; a mixin without one needs no more than its bases
     maker = _MAKERS.get(mixin) or partial(make_class, mixin)
     cls: Any = maker(stock)
     return cls.__new__(cls)
@@ -61,6 +63,7 @@ def accepted_names(function: Callable[..., Any]) -> tuple[str, ...]:
     Transformers replaces.
     """
     names, inner = list(inspect.signature(function).parameters), function
+    # a decorator keeps the old and the new name as variables of its closure; the signature has the new one only
     while inner is not None:
         cells = getattr(inner, "__closure__", None) or ()
         held = (

@@ -17,7 +17,9 @@ from transformers.models.auto import configuration_auto, modeling_auto
 
 _CONFIGS: Any = configuration_auto  # its tables are not among its exports
 
+# documentation names classes that the code does not use
 _STRINGS = re.compile(r'"""(?:.|\n)*?"""')
+# a line without indentation begins a statement of the module
 _STATEMENTS = re.compile(r"^(?=[@A-Za-z_])", re.M)
 _DEFINITION = re.compile(r"(?:class |def )?(\w+)(?=[ :(=])")  # tables of attention classes by name are assignments
 _NAME = re.compile(r"\b[A-Za-z_]\w+")
@@ -44,6 +46,7 @@ class ModelSource:
         named = {name: defined[name] for name in _auto_names(self.model_type) if name in defined}
         if named:
             return named
+        # a model that no Auto class knows is told by the config that it takes
         takes = re.compile(rf"(?:config: |config_class = ){self.config.__name__}\b")
         taken = {name: text for name, text in defined.items() if takes.search(text)}
         return {name: text for name, text in taken.items() if "PreTrainedModel" in text.splitlines()[0]} or taken
@@ -52,6 +55,7 @@ class ModelSource:
     def reached(self) -> dict[str, str]:
         """Source of every class and function that the models refer to, themselves included, by name."""
         defined = _definitions(_folder(self.model_type))
+        # by name, wherever it stands in the text: too much is reached rather than too little
         seen, todo = dict[str, str](), list(self.models)
         while todo:
             name = todo.pop()
@@ -68,6 +72,7 @@ class ModelSource:
             name: text
             for name, text in self.reached.items()
             if text.startswith("class ")
+            # by name, or because it calls the interface; what is named after its mask, output or loss is none
             and (re.search(r"Attention(?!Mask|Output|Loss)|Attn", name) or "get_interface" in text)
         }
 
@@ -103,6 +108,7 @@ class ModelSource:
         """The model types beside this one whose configs hold its config: the field that holds it, by type."""
         return {
             whole.model_type: field
+            # configs of composites stand in one module with those of their parts
             for whole in vars(sys.modules[self.config.__module__]).values()
             if isinstance(whole, type) and issubclass(whole, PreTrainedConfig)
             for field, part in (whole.sub_configs or {}).items()
@@ -115,6 +121,7 @@ def model_source(model_type: str) -> ModelSource | None:
     """What the installed Transformers has under ``model_type``; None if it does not know it."""
     if model_type not in _CONFIGS.CONFIG_MAPPING_NAMES:
         return None
+    # MODEL_FOR_CAUSAL_LM_MAPPING_NAMES is the head CAUSAL_LM
     heads = {
         name.removesuffix("_MAPPING_NAMES").removeprefix("MODEL_FOR_")
         for name, table in _auto_tables()
@@ -140,6 +147,7 @@ def _auto_names(model_type: str) -> list[str]:
 
 
 def _folder(model_type: str) -> Path | None:
+    # found, not imported: modeling code loads much
     spec = importlib.util.find_spec(f"transformers.models.{_CONFIGS.model_type_to_module_name(model_type)}")
     return Path(spec.origin).parent if spec and spec.origin else None
 

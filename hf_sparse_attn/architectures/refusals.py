@@ -19,10 +19,12 @@ _AUDIO = """CTC RNNT TDT AUDIO_CLASSIFICATION AUDIO_FRAME_CLASSIFICATION AUDIO_X
     TEXT_TO_SPECTROGRAM SPEECH_SEQ_2_SEQ"""
 VISION_HEADS, AUDIO_HEADS = frozenset(_VISION.split()), frozenset(_AUDIO.split())
 LANGUAGE_HEADS = frozenset(("CAUSAL_LM", "MASKED_LM"))
+# the main input of a model, or the field that holds it in a composite, tells what it works on
 IMAGE_INPUTS = re.compile(r'main_input_name = "(?:pixel_\w+|flattened_patches|patch_embeds)"')
 SOUND_INPUTS = re.compile(r'main_input_name = "(?:input_features|input_values|audio_\w+|spectrogram|latents)"')
 IMAGE_FIELDS = re.compile(r"vision|image|video|vq_|mask_decoder|detr|geometry|sam_")
 SOUND_FIELDS = re.compile(r"audio|acoustic|speech|_asr|code_predictor|dit_")
+# names that modeling code uses for states of recurrent layers, and for attention that selects by itself
 RECURRENT = re.compile(
     r"conv_states?\b|recurrent_states?\b|ssm_states?\b|\bA_log\b|LightningAttention|[xsm]LSTM|RwkvLinearAttention"
 )
@@ -65,6 +67,7 @@ def _no_models(source: ModelSource) -> str:
 
 
 def _encoder_decoder(source: ModelSource) -> str:
+    # a decoder is what a composite holds in a field whose name ends so
     decodes = getattr(source.config, "is_encoder_decoder", False) or re.search(
         r"decoder$", " ".join(source.wholes().values())
     )
@@ -89,11 +92,13 @@ def _without_attention(source: ModelSource) -> str:
         return "has recurrent layers (a state space or the like) instead of attention"
     if source.attention:
         return "does not route its attention through Transformers' attention interface"
+    # what only wraps other models is left to the rules for composites
     wraps = source.parts or "AutoModel.from_config" in source.text
     return "" if wraps else "has no attention modules of its own"
 
 
 def _vision(source: ModelSource) -> str:
+    # by tables of Auto classes, by the main input, by fields of the config, by what it is a part of
     seen = (
         bool(source.heads & VISION_HEADS)
         or any(IMAGE_INPUTS.search(text) for text in source.models.values())
@@ -111,6 +116,7 @@ def _vision(source: ModelSource) -> str:
 
 
 def _audio(source: ModelSource) -> str:
+    # the same signs as for images
     heard = (
         bool(source.heads & AUDIO_HEADS)
         or any(SOUND_INPUTS.search(text) for text in source.models.values())
@@ -134,6 +140,7 @@ def _composite(source: ModelSource) -> str:
 def _own_attention(source: ModelSource) -> str:
     if OWN_SPARSE.search(source.text):
         return "has a sparse attention of its own"
+    # multi-head latent attention: DeepSeek-V2, arXiv:2405.04434
     if "kv_lora_rank" in source.text:
         return "caches latent keys (MLA), whose query and value dims differ"
     if RECURRENT.search(source.text):
@@ -147,6 +154,7 @@ def _own_attention(source: ModelSource) -> str:
 
 def _scores(source: ModelSource) -> str:
     attention = "\n".join(source.routed.values())
+    # a bias as in T5 (Raffel et al. 2019, arXiv:1910.10683), or embeddings of distances
     if re.search(r"position_bias|relative_position|rel_pos", attention):
         return "adds a bias by relative position to its scores, which the kernels do not"
     if "create_chunked_causal_mask" in source.text:
@@ -157,19 +165,23 @@ def _scores(source: ModelSource) -> str:
 def _rotation(source: ModelSource) -> str:
     if any(_normed_after_rotation(source, text) for text in source.routed.values()):
         return "norms its keys after rotating them, so un-rotating a key does not give back what was rotated"
+    # Llama's rotate_half is (−x2, x1)
     if "torch.cat((x2, -x1)" in source.reached.get("rotate_half", ""):
         return "rotates the other way round than the rotary embeddings that routers read"
+    # one position each for time, height and width: Qwen2-VL, arXiv:2409.12191
     if "mrope" in source.text:
         return f"rotates by several positions a token (M-RoPE or the like){_inside(source)}; routers un-rotate by one"
     return ""
 
 
 def _untold(source: ModelSource) -> str:
+    # the arguments of calls of an attention module, with parentheses one level deep
     calls = [
         call
         for text in source.reached.values()
         for call in re.findall(r"self\.(?:self_)?att\w*\(((?:[^()]|\([^()]*\))*)\)", text)
     ]
+    # what stands before and after the attention function is fetched
     texts = [text.partition("get_interface") for text in source.routed.values() if "apply_rotary" in text]
     if any(re.search(r"\n +position_ids\b", before) and "position_ids=" not in after for before, _, after in texts):
         return "does not tell its attention function the positions, by which keys are un-rotated"
@@ -178,6 +190,7 @@ def _untold(source: ModelSource) -> str:
     return ""
 
 
+# Every rule above it found nothing: it always has a reason.
 def _untested(source: ModelSource) -> str:
     if source.heads & LANGUAGE_HEADS:
         return "routes its attention through the interface, but no test covers it yet"
@@ -186,6 +199,7 @@ def _untested(source: ModelSource) -> str:
     return f"has no class with a language-model head{_inside(source)}, and no test covers it"
 
 
+# From what a model is to how its attention works; the last rule always has a reason.
 RULES: tuple[Callable[[ModelSource], str], ...] = (
     *(
         _another_name,
@@ -215,6 +229,7 @@ def _has(source: ModelSource, *fields: str) -> bool:
 
 def _normed_after_rotation(source: ModelSource, attention: str) -> bool:
     """Whether a norm with weights, which do not turn along, is applied to the keys after their rotation."""
+    # the code between the last rotation and the call of the interface
     after = re.split(r"apply_\w*rot\w*\(", attention.split("get_interface")[0])[-1]
     norms = dict(re.findall(r"self\.(k\w*norm|qk_norm) = (\w+)\(", attention)) if "apply_" in attention else {}
     return any(

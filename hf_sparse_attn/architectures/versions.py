@@ -28,6 +28,7 @@ def is_tested(version: str | None = None) -> bool:
         installed is not None
         and not installed.is_prerelease
         and low <= installed
+        # a patch release belongs to its minor one: 5.24.3 counts as 5.24
         and installed.release[: len(high.release)] <= high.release
     )
 
@@ -36,6 +37,7 @@ def check_transformers(version: str | None = None) -> None:
     """Raise ImportError if Transformers ``version`` (that installed) is too old; warn if it was not tested."""
     version = version or transformers.__version__
     installed, low = _parsed(version), SUPPORTED_TRANSFORMERS[0]
+    # a development build comes before its release in order, but has its code
     if installed is not None and Version(installed.base_version) < low:
         raise ImportError(f"hf_sparse_attn supports transformers >= {low}, found {version}: {advice()}")
     if not is_tested(version):

@@ -26,6 +26,7 @@ def matches(target: Any, key: str) -> bool:
     """Whether PEFT takes ``key`` for one of the modules or parameters that ``target`` names."""
     if target is None or target == "all-linear":  # routers have no linear layers
         return False
+    # PEFT's own rule: a text is a regular expression for the whole name, a list holds names or ends of them
     if isinstance(target, str):
         return re.fullmatch(target, key) is not None
     return any(key == name or key.endswith(f".{name}") for name in target)
@@ -63,6 +64,7 @@ def complete(config: Any, settings: SparseAttentionConfig) -> None:
     if not holds_routers(config):
         config.modules_to_save = [*(config.modules_to_save or ()), ROUTER]
     if settings_of(config) is None:
+        # only what differs from the defaults; bookkeeping is of one model, not of the settings that an adapter needs
         default = SparseAttentionConfig().to_dict()
         changed = {k: v for k, v in settings.to_dict().items() if k != "bookkeeping" and v != default[k]}
         put_settings(config, changed)

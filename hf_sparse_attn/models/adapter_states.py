@@ -35,7 +35,9 @@ def check_adapters(model: Any, _args: Any) -> None:
         {} if layers[0].disable_adapters else {name: model.peft_config.get(name) for name in layers[0].active_adapters}
     )
     refuse_without_routers(model, {name: config for name, config in active.items() if config is not None})
+    # PEFT's wrapper of a router, in place of the router itself, once an adapter saves it
     wrappers = [site.router for site in sites if not isinstance(site.router, SparseRouter)]
+    # for as long as a call has adapter_names, PEFT hangs a partial with them on each wrapper: one tells for all
     if any(
         "adapter_names" in getattr(hook, "keywords", ())
         for router in wrappers[:1]
@@ -60,6 +62,7 @@ def _layers_and_sites(model: nn.Module) -> tuple[list[Any], list[Any]]:
 
     layers: list[Any] = []
     sites: list[Any] = []
+    # a walk of its own: Module.modules would also enter routers and what PEFT's layers hold, at every token
     left: list[Any] = [model]
     while left:
         module = left.pop()
@@ -83,6 +86,7 @@ def _running(layers: list[Any]) -> set[str]:
     running: set[str] = set()
     for layer in layers:
         if not layer.disable_adapters:
+            # merged adapters run whatever is active: their weights are in the base layer's
             new = [name for name in layer.merged_adapters or layer.active_adapters if name not in running]
             running.update(new and layer._get_available_adapters().intersection(new))
     return running
@@ -92,6 +96,7 @@ def _refuse_other_routers(running: set[str], wrappers: list[Any]) -> None:
     """Raise ValueError unless the routers that run are those of the adapter that runs, or the base model's where none
     does.
     """
+    # PEFT's wrapper runs one adapter's copy only: that of the first active one
     routed = {name for router in wrappers if not router.disable_adapters for name in router.active_adapters[:1]}
     if wrappers and running != routed:
         of = ", ".join(map(repr, sorted(routed))) or "the base model"
@@ -108,6 +113,7 @@ def refuse_scaled(layer: Any, names: set[str]) -> None:
     """Raise ValueError if the scale of one of the adapters ``names`` is not the one that the routers were
     trained with.
     """
+    # kinds of adapters without a scale have none to change
     for name in names.intersection(getattr(layer, "scaling", ())):
         trained, scale = _trained_scale(layer, name), float(layer.scaling[name])
         if trained is not None and not math.isclose(scale, trained, rel_tol=1e-5):
@@ -118,6 +124,8 @@ def refuse_scaled(layer: Any, names: set[str]) -> None:
             )
 
 
+# scale = alpha / r: LoRA, Hu et al. 2021, arXiv:2106.09685
+# alpha / √r with rsLoRA: Kalajdzievski 2023, arXiv:2312.03732
 def _trained_scale(layer: Any, name: str) -> float | None:
     """What PEFT multiplies an adapter by from its start: alpha / r, for AdaLoRA alpha; None for kinds without these."""
     from peft.tuners.adalora.layer import AdaLoraLayer
@@ -126,6 +134,7 @@ def _trained_scale(layer: Any, name: str) -> float | None:
     if not isinstance(alphas, dict) or name not in alphas or name not in layer.r:
         return None
     alpha, rank = float(alphas[name]), float(layer.r[name])
+    # PEFT divides by the rank in the forward pass, not in the scale
     if isinstance(layer, AdaLoraLayer):
         return alpha if alpha > 0 else rank
     return alpha / (math.sqrt(rank) if getattr(layer, "use_rslora", {}).get(name) else rank)
@@ -161,6 +170,7 @@ def refuse_misfits(model: Any, adapters: Mapping[str, PeftConfig]) -> None:
     size = active_routers(model)[0].config.block_size
     for name, config in adapters.items():
         settings = settings_of(config)
+        # settings leave out defaults; an adapter without any is taken to fit
         trained_for = size if settings is None else settings.get("block_size", SparseAttentionConfig().block_size)
         if trained_for != size:
             raise ValueError(
@@ -171,6 +181,7 @@ def refuse_misfits(model: Any, adapters: Mapping[str, PeftConfig]) -> None:
 
 
 def refuse_without_routers(model: Any, adapters: Mapping[str, PeftConfig]) -> None:
+    # learned prompts change what goes in, not the layers: the base model's routers serve them
     without = [name for name, config in adapters.items() if not (holds_routers(config) or config.is_prompt_learning)]
     if without and runs_sparse(model):
         raise ValueError(

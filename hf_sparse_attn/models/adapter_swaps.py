@@ -29,6 +29,7 @@ def guard_peft() -> None:
     from peft.tuners.lora import LoraModel
     from peft.utils import hotswap
 
+    # the kinds of adapters that PEFT can mix
     for tuner in (LoraModel, IA3Model):
         setattr(tuner, "add_weighted_adapter", _refusing(tuner.add_weighted_adapter))  # noqa: B010
     hotswap.hotswap_adapter_from_state_dict = _swapping(hotswap.hotswap_adapter_from_state_dict)
@@ -61,6 +62,7 @@ def _swapping(hotswap: Callable[..., None]) -> Callable[..., None]:
         **kwargs: Any,
     ) -> None:
         refuse_swap(model, adapter_name, config)
+        # torch.compile puts _orig_mod. before the names of a model, saved adapters have none
         wrappers = {
             name.removeprefix("_orig_mod."): module
             for name, module in model.named_modules()
@@ -74,6 +76,7 @@ def _swapping(hotswap: Callable[..., None]) -> Callable[..., None]:
             for name, module in wrappers.items()
             for weight, parameter in module.modules_to_save[adapter_name].named_parameters()
         }
+        # routers are checked before PEFT changes the first weight: a swap is not left half done
         wrong = [
             name for name, weight in weights.items() if getattr(state_dict.get(name), "shape", None) != weight.shape
         ]
@@ -96,6 +99,7 @@ def _swapping(hotswap: Callable[..., None]) -> Callable[..., None]:
                 f"PEFT cannot hot-swap {error}: of what an adapter saves whole only routers can be. Use "
                 "delete_adapter and load_adapter"
             ) from error
+        # in place: a compiled model goes on with the same tensors
         with torch.no_grad():
             for name, weight in weights.items():
                 weight.copy_(state_dict[name])
@@ -134,6 +138,7 @@ def refuse_other_scale(model: Any, name: str, config: Any) -> None:
             )
 
 
+# alpha = scale · r, with rsLoRA scale · √r: the inverse of what PEFT computes its scale by
 def _note_scales(model: nn.Module, name: str) -> None:
     """Tell LoRA's layers that their scale is that of the adapter that was swapped in:
     PEFT leaves the old alpha in them.

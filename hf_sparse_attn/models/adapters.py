@@ -23,6 +23,7 @@ from .layer_numbers import number_layers
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig, PeftModel
 
+# of the options of a load those that say where the config is
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token")
 
 
@@ -78,6 +79,7 @@ def load_adapter(
     settings = settings_of(config)
     if router_sites(base):
         refuse_misfits(base, {adapter_name: config})
+    # a dense mixture of experts may have a module called router of its own, which an adapter may save
     elif settings is not None or (
         holds_routers(config) and not any(name.endswith(ROUTER) for name, _ in base.named_modules())
     ):
@@ -99,6 +101,7 @@ class SparseAdapterMixin:
         """The adapters that PEFT put on this model, by name.
         Setting it raises ValueError if one of them has no routers.
         """
+        # libraries ask with hasattr() whether a model has adapters
         if "peft_config" not in self.__dict__:
             raise AttributeError("peft_config")
         return self.__dict__["peft_config"]  # type: ignore[no-any-return]
@@ -108,6 +111,7 @@ class SparseAdapterMixin:
         guard_peft()
         # PEFT sets this last, when its layers are in place
         try:
+            # a model that is refused must be as before: PEFT's layers are taken out again below
             refuse_misfits(self, adapters)
         except ValueError:
             if "peft_config" not in self.__dict__:
@@ -134,6 +138,7 @@ class SparseAdapterMixin:
         from peft.utils.other import ModulesToSaveWrapper
 
         super().enable_adapters()  # type: ignore[misc]
+        # Transformers' own method switches on PEFT's layers only, not the wrappers of modules that are saved whole
         for module in self.modules():  # type: ignore[attr-defined]
             if isinstance(module, ModulesToSaveWrapper):
                 module.enable_adapters(True)
@@ -154,6 +159,7 @@ class SparseAdapterMixin:
             config = kwargs.get("peft_config") or PeftConfig.from_pretrained(peft_model_id)
             refuse_swap(self, name, config)
             refuse_other_scale(self, name, config)
+        # Transformers reports weights that a file lacks, and goes on with those that PEFT made
         info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
         missing = [key for key in getattr(info, "missing_keys", ()) if is_of_router(key)]
         if missing:
@@ -177,6 +183,7 @@ def _take_out_adapters(model: Any) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
+    # a list: modules are replaced on the way
     for name, module in list(model.named_modules()):
         parent, _, child = name.rpartition(".")
         if isinstance(module, BaseTunerLayer):

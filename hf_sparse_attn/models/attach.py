@@ -42,6 +42,7 @@ def is_of_router(name: str) -> bool:
 @cache
 def calls_interface(forward: Callable[..., Any]) -> bool:
     """Whether the ``forward`` of a module calls Transformers' attention interface."""
+    # co_names holds every global and attribute that the body names, as in ALL_ATTENTION_FUNCTIONS.get_interface(…)
     code = getattr(inspect.unwrap(forward), "__code__", None)
     return code is not None and "get_interface" in code.co_names
 
@@ -66,10 +67,12 @@ def _window(site: Any) -> int | None:
     """The sliding window of an attention module: its own attribute, else the config's where its forward
     passes that on.
     """
+    # a layer with full attention, of a model that also has others
     if getattr(site, "is_sliding", True) is False:
         return None
     if hasattr(site, "sliding_window"):
         return site.sliding_window  # type: ignore[no-any-return]
+    # the names of keyword arguments of a call are a tuple among the constants of the code
     constants = inspect.unwrap(type(site).forward).__code__.co_consts
     passes = any(isinstance(names, tuple) and "sliding_window" in names for names in constants)
     return getattr(site.config, "sliding_window", None) if passes else None
@@ -89,6 +92,7 @@ def attach_routers(model: Any, config: SparseAttentionConfig, device: torch.devi
             f"{type(model).__name__} has no attention layer that sparse attention can serve: all of its layers "
             "have a sliding window, or none calls Transformers' attention interface"
         )
+    # a layer without a number, or with 0, is numbered by its place among the sites
     layers = {name: int(getattr(site, "layer_idx", None) or 0) or at for at, (name, site) in enumerate(sites.items())}
     beyond = [layer for layer in config.dense_layers if layer not in layers.values()]
     if beyond:
@@ -102,10 +106,12 @@ def attach_routers(model: Any, config: SparseAttentionConfig, device: torch.devi
     modules = {
         name: _make_router(model, name, site, config, layers[name], rotaries, device) for name, site in stock.items()
     }
+    # one for all routers: settings change for the whole model at once
     holder = SettingsHolder(config)
     for name, router in modules.items():
         router.holder = holder
         sites[name].router = router
+        # the class changes in place: weights, hooks and references to the module stay as they are
         sites[name].__class__ = sparse_attention_class(type(sites[name]))
         know_layer(sites[name])
 
@@ -114,6 +120,7 @@ def detach_routers(model: Any) -> None:
     """Remove what `attach_routers` added."""
     for module in sparse_sites(model):
         del module.router, module.sparse_number
+        # made classes have the bases (mixin, stock)
         module.__class__ = type(module).__bases__[1]
 
 
@@ -122,6 +129,7 @@ def detach_routers(model: Any) -> None:
 def sparse_attention_class(stock: Any) -> type:
     """The thin subclass of a stock attention class, which knows what arguments the stock ``forward`` takes."""
     parameters = inspect.signature(stock.forward).parameters.values()
+    # a position_ids that forward takes by name need not be among what reaches the attention function
     passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     keeps_positions = passes_on and any(parameter.name == "position_ids" for parameter in parameters)
     return make_class(
@@ -139,6 +147,7 @@ def _make_router(
     device: torch.device | None,
 ) -> SparseRouter:
     refuse_features(site)
+    # local keys are forced on both sides of a tile: more than the config counted when it was made
     if not getattr(site, "is_causal", True):
         config.check_two_sided()
     architecture = SUPPORTED[site.config.model_type]
@@ -171,6 +180,7 @@ def _shape(site: Any) -> tuple[int, int, int]:
     heads = int(config.num_attention_heads)
     sizes = (getattr(site, name, None) for name in ("head_dim", "attention_head_size", "head_size"))
     head_dim = int(next((dim for dim in sizes if dim is not None), None) or config.hidden_size // heads)
+    # the projection itself tells how many KV heads there are; configs name that number differently
     if hasattr(site, "k_proj"):
         return heads, int(site.k_proj.out_features) // head_dim, head_dim
     return heads, heads // int(getattr(site, "num_key_value_groups", 1)), head_dim

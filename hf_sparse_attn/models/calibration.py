@@ -65,6 +65,7 @@ class Calibration:
 
 
 def _hash(values: Mapping[str, Any]) -> str:
+    # sorted: the same hash in whatever order a file names its fields
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -108,6 +109,7 @@ def _calibration(values: dict[str, Any]) -> Calibration:
     preset, mass, ends = values["preset"], values["mass"], values["ends"]
     if not (preset is None or isinstance(preset, str)):
         raise ValueError(f"preset is {preset!r:.60}: must be a text or null")
+    # type() instead of isinstance(): a bool is an int
     if mass is not None and not (type(mass) in (int, float) and 0 < mass < 1):
         raise ValueError(f"mass is {mass!r:.60}: must be a share in (0, 1) or null")
     if not (isinstance(ends, list) and all(type(end) is int and end <= MOST_KEYS for end in ends)):
@@ -123,6 +125,7 @@ def _calibration(values: dict[str, Any]) -> Calibration:
             raise ValueError(f"shares.{layer} is {rows!r:.60}: must be rows of a share for every KV head")
         shares[int(layer)] = tuple(map(tuple, rows))
     calibration = Calibration(**{**values, "ends": tuple(ends), "shares": shares})
+    # a file is checked whole when it is read, not when a layer first asks for its budgets
     for layer in shares:
         calibration.budgets(layer)  # raises
     return calibration
@@ -164,6 +167,7 @@ def _fingerprint(weights: Mapping[str, Tensor], samples: int | None) -> str:
                 "calibration"
             )
         flat = weight.detach().flatten()
+        # evenly spread weights: a fingerprint is to tell checkpoints apart, not to find one changed weight
         read = flat if samples is None else flat[:: max(1, len(flat) // samples)][:samples].bfloat16()
         digest.update(f"{name} {tuple(weight.shape)} ".encode())
         digest.update(read.float().cpu().numpy().tobytes())
@@ -180,6 +184,7 @@ def use_calibration(model: Any, calibration: Calibration) -> None:
         refuse_adapters(model, "use_calibration")
     except ValueError as error:
         raise CalibrationError(str(error)) from error
+    # all checks come before the first router changes
     identity, known = made_with(model), calibration.made_with
     wrong = [name for name in identity if identity[name] != known.get(name)]
     if wrong:
@@ -270,5 +275,6 @@ def write_calibration(folder: str | Path, calibration: Calibration) -> None:
     for part in parts:
         config = SparseAttentionConfig.from_dict(part[KEY])
         part[KEY] = replace(config, bookkeeping=replace(config.bookkeeping, calibration=FILE)).to_dict()
+    # the config last: a file that nothing refers to does no harm, a reference without a file would be refused
     write_json(folder / FILE, calibration.to_dict())
     write_json(folder / "config.json", values)

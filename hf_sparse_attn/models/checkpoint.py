@@ -15,6 +15,7 @@ from .calibration import FILE as CALIBRATION
 from .calibration import load_calibration, save_calibration
 from .layer_numbers import number_layers
 
+# of the options of a load those that say where files are
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
 
 
@@ -31,10 +32,13 @@ class SparseSavingMixin:
             CalibrationError: the checkpoint refers to a calibration that is missing, or was made with something else.
         """
         named = pretrained_model_name_or_path is not None  # None: the weights are in state_dict
+        # only a config that was passed can ask for other routers than the checkpoint's own; GGUF files hold no settings
         if named and "config" in kwargs and not kwargs.get("gguf_file"):
             _refuse_other_routers(pretrained_model_name_or_path, kwargs)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+        # a pair with output_loading_info=True
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # fresh: some of its weights were not in the checkpoint
         fresh = [m.layer for m in model.modules() if isinstance(m, SparseRouter) and m.fresh]
         bookkeeping = SparseAttentionConfig.coerce(model.config.sparse_attention).bookkeeping
         if fresh and bookkeeping.trained:
@@ -56,12 +60,14 @@ class SparseSavingMixin:
         self, save_directory: str | os.PathLike[str], *args: Any, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
         """As the stock method, but files appear under ``save_directory`` only once all of them are complete."""
+        # every process calls this, the main one alone writes
         if not kwargs.get("is_main_process", True):
             return
         number_layers(self)  # as they are read again
         with replaced_folder(Path(save_directory)) as temporary:
             save_calibration(self, temporary)
             super().save_pretrained(temporary, *args, **kwargs)  # type: ignore[misc]
+        # the folder is whole already: what follows replaces it with the same files
         if push_to_hub:  # saved again for that: a push that fails must not cost the files
             kwargs.setdefault("repo_id", Path(os.path.abspath(save_directory)).name)
             with replaced_folder(Path(save_directory)) as temporary:
@@ -87,6 +93,7 @@ def _refuse_other_routers(checkpoint: Any, options: dict[str, Any]) -> None:
     saved, requested = values.get(KEY), getattr(text, KEY, None)
     if saved is None or requested is None:
         return
+    # sizes that settings leave open follow from the head dim: they are compared as the routers would have them
     dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kinds = [_kind(SparseAttentionConfig.coerce(settings), dim) for settings in (saved, requested)]
     for name, (theirs, ours) in {name: (kinds[0][name], kinds[1][name]) for name in FIXED_FIELDS}.items():

@@ -36,6 +36,7 @@ class Dispatcher(type):
 
     @property
     def stock(cls) -> Any:
+        # not every config class is in the module that its model type is named after
         module = import_module(f"transformers.models.{cls.module}")
         return getattr(module, cls.__name__, None) or getattr(transformers, cls.__name__)
 
@@ -56,11 +57,13 @@ class Dispatcher(type):
 
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As `PreTrainedConfig.from_pretrained`."""
+        # the stock method, run on the dispatcher: it ends in `from_dict` above, which chooses the class
         return PreTrainedConfig.from_pretrained.__func__(cls, *args, **kwargs)  # type: ignore[attr-defined]
 
     def __getattr__(cls, name: str) -> Any:
         return getattr(cls.stock, name)
 
+    # so that code with the dispatcher in hand treats stock configs, and sparse ones over them, as its instances
     def __instancecheck__(cls, instance: Any) -> bool:
         return isinstance(instance, cls.stock)
 
@@ -125,6 +128,7 @@ def write_settings(model: Any, settings: SparseAttentionConfig) -> None:
     Its routers share one holder, from which they read them; its config says them to the mask function and is saved.
     """
     routers = [module for module in model.modules() if isinstance(module, SparseRouter)]
+    # copied layers bring a holder of their own along: all go back to one
     holder = routers[0].holder
     holder.settings = settings
     for router in routers:
@@ -161,6 +165,7 @@ def asked_implementation(config: Any, requested: Any) -> Any:
         return requested
     if requested == ATTN_IMPLEMENTATION:
         return {"text_config": ATTN_IMPLEMENTATION}
+    # "" is Transformers' key for the model itself, beside those of its parts
     if isinstance(requested, dict) and requested.get("") == ATTN_IMPLEMENTATION:
         return {"text_config": ATTN_IMPLEMENTATION, **{part: value for part, value in requested.items() if part}}
     return requested
@@ -181,6 +186,7 @@ def name_stock_classes(config: Any) -> None:
 def _sparse_name(architecture: str) -> str:
     """The name of the sparse counterpart of a stock class; any other name, of a class of remote code, say, as it is."""
     stock = getattr(transformers, architecture, None)
+    # a made class has no sparse counterpart: it is one
     if not (isinstance(stock, type) and issubclass(stock, PreTrainedModel)) or issubclass(stock, MadeMixin):
         return architecture
     supported = getattr(stock.config_class, "model_type", None) in supported_types()

@@ -42,6 +42,7 @@ def sparsify(model: PreTrainedModel, sparse_attention: SparseAttentionConfig | M
     target = sparse_class(type(model))
     # refuses a model that runs on another type's config, before anything is changed
     sparse_config_class(type(model.config))
+    # routers first: config and class change only once nothing can be refused any more
     attach_routers(model, config, model.device)
     for router in routers(model):  # in float32, as after from_pretrained
         router.train(model.training)
@@ -64,6 +65,7 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     refuse_adapters(model, "to_dense")
     if not isinstance(model, SparseModelMixin):
         raise ValueError(f"{type(model).__name__} is not a sparse model")
+    # the default that Transformers would have chosen for the stock model
     stock = "sdpa" if model._supports_sdpa else "eager"
     model.set_attn_implementation({"text_config": stock} if is_composite(type(model.config)) else stock)
     for part in parts(model.config):
@@ -82,6 +84,7 @@ def take_routers(model: PreTrainedModel, source: nn.Module) -> PreTrainedModel:
     Raises:
         ValueError: ``model`` is wrapped or sharded (FSDP, DeepSpeed), or another architecture than ``source``.
     """
+    # shapes tell an architecture, and sharded weights have others than whole ones
     if not isinstance(model, PreTrainedModel) or [p.shape for p in _backbone(model)] != [
         p.shape for p in _backbone(source)
     ]:
@@ -95,6 +98,7 @@ def take_routers(model: PreTrainedModel, source: nn.Module) -> PreTrainedModel:
     for router, theirs in zip(routers(model), routers(source), strict=True):
         router.load_state_dict(theirs.state_dict())
         router.requires_grad_(False)
+        # neither is a weight, and both say what the weights are good for
         router.budgets, router.fresh = theirs.budgets, theirs.fresh
     write_settings(model, routers(source)[0].config)
     return model
@@ -105,6 +109,7 @@ def _backbone(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _stock(cls: type) -> type:
+    # made classes have the bases (mixin, stock)
     return cls.__bases__[1]
 
 
@@ -127,6 +132,7 @@ def set_sparse_attention(model: nn.Module, **changes: Any) -> SparseAttentionCon
                 f"{getattr(config, name)!r}: "
                 "the routers' weights depend on it. Convert the dense model anew"
             )
+    # a fitted threshold decides how many keys are kept: another budget beside it would not be what is kept
     moved = [name for name in BUDGET_FIELDS if getattr(config, name) != getattr(layer_routers[0].config, name)]
     if moved and layer_routers[0].config.mass_threshold is not None and "mass_threshold" not in changes:
         raise ValueError(
@@ -135,6 +141,7 @@ def set_sparse_attention(model: nn.Module, **changes: Any) -> SparseAttentionCon
             "Fit it anew with hf_sparse_attn.fit_mass_threshold(model, batches, keys=…), or pass mass_threshold=None, "
             "too"
         )
+    # bookkeeping may change: no calibration depends on it
     if (
         layer_routers[0].budgets is not None
         and replace(config, bookkeeping=layer_routers[0].config.bookkeeping) != layer_routers[0].config
@@ -157,6 +164,7 @@ def sparse_attention_as(model: nn.Module, **changes: Any) -> Iterator[SparseAtte
     layer_routers = routers(model)
     before, budgets = layer_routers[0].config, [router.budgets for router in layer_routers]
     try:
+        # a calibrated model refuses other settings: its budgets step aside before they change
         for router in layer_routers:
             router.budgets = None
         yield set_sparse_attention(model, **changes)

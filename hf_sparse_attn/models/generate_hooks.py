@@ -30,6 +30,7 @@ def prepare_with_adopted_cache(prepare: Callable[..., Any], model: Any, *args: A
     """``prepare_inputs_for_generation`` of a stock model, whose cache is adopted first:
     `generate` calls it outside of what is compiled.
     """
+    # the name of the argument differs between versions and models
     caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
     if not caches or model.config.get_text_config()._attn_implementation != ATTN_IMPLEMENTATION:
         return prepare(model, *args, **kwargs)
@@ -53,12 +54,14 @@ def prefill_whole_tiles(
     size = generation_config.prefill_chunk_size
     sparse = model.config.get_text_config()._attn_implementation == ATTN_IMPLEMENTATION
     if size is not None and sparse and model_kwargs.get("inputs_embeds") is None:
+        # the mask covers all slots from the cache's first on, the ids maybe only the new ones
         mask, length = model_kwargs.get("attention_mask"), input_ids.shape[1]
         past = _past(model_kwargs) if _continues(prefill) else 0
         whole = length if mask is None else mask.shape[1]
         start = past if whole == length else whole - length  # else the ids are the new ones
         if start < whole:
             tile = routers(model)[0].config.query_tile
+            # the caller's own config stays as it is
             generation_config = copy.copy(generation_config)
             generation_config.prefill_chunk_size = chunk_lengths(start, whole, size, tile, _first_tile(mask, tile))
     return prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
@@ -78,9 +81,11 @@ def chunk_lengths(start: int, end: int, size: int, tile: int, offset: int = 0) -
     chunk is made.
     """
     cuts = [start]
+    # each chunk ends with the last tile that fits into `size`, or with the first one where none does
     while end - cuts[-1] > size:
         at = cuts[-1]
         cut = at + size - (at + size - offset) % tile
+        # a chunk from slot 0 on runs as prefill however short it is; later ones need a whole tile
         while cut < at + (tile if at else 1):
             cut += tile
         if end - cut < tile:  # the rest goes with the last chunk, or with half of it
@@ -100,9 +105,11 @@ def _first_tile(mask: Tensor | None, tile: int) -> int:
     """The slot below ``tile`` at which tiles begin and end: they are counted from each row's first token."""
     if mask is None or mask.ndim != 2:
         return 0
+    # argmax of zeros and ones is the place of the first one
     offsets = (mask.ne(0).int().argmax(1) % tile).tolist()
     if len(set(offsets)) > 1:
         _say_rows_differ()
+    # the place that most rows have
     return int(max(offsets, key=offsets.count))
 
 

@@ -14,6 +14,7 @@ def without_reentrance(function: Callable[..., Any]) -> Callable[..., Any]:
     Raises:
         ValueError: reentrant checkpointing was asked for, or ``function`` knows no other.
     """
+    # Transformers hands over a partial of torch's function with the keyword arguments that were asked for
     reentrant = getattr(function, "keywords", {}).get("use_reentrant")  # torch's default is True
     parameters = inspect.signature(function).parameters
     takes = "use_reentrant" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

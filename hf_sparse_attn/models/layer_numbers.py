@@ -26,11 +26,14 @@ def number_layers(model: Any) -> None:
     settings of the model.
     """
     sites = sparse_sites(model)
+    # under PEFT a site holds the router that it had and one for each adapter
     held = [[part for part in site.router.modules() if isinstance(part, SparseRouter)] for site in sites]
     known: list[int | None] = [routers[0].layer for routers in held]
+    # `layer_idx` first: it is the layer's place in a cache
     numbers = (
         _distinct([getattr(site, "layer_idx", None) for site in sites]) or _distinct(known) or list(range(len(sites)))
     )
+    # the usual case, at every call: nothing was copied or moved
     if numbers == known and len({router.holder for routers in held for router in routers}) <= 1:
         return
     stored = getattr(getattr(model, "config", None), KEY, None)  # a copy may hold what was set before it was made
@@ -63,5 +66,6 @@ class NumberedLayersMixin:
         super().set_attn_implementation(*args, **kwargs)  # type: ignore[misc]
         for config in _configs(self):
             for site in sparse_sites(cast(nn.Module, self)):
+                # a copied layer has a copy of the config, which attention reads when it runs
                 if site.config is not config and type(site.config) is type(config):
                     site.config._attn_implementation = config._attn_implementation

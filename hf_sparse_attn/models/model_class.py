@@ -27,6 +27,7 @@ class SparseModelMixin(SparseAdapterMixin, SparseSavingMixin, NumberedLayersMixi
 
     _supports_flash_attn = False  # continuous batching would silently switch to dense flash attention
     _supports_context_parallel = False  # it drops masks, and each rank would route by its own part of the keys
+    # selection compares scores, so routers stay in float32; Transformers heeds this list for bfloat16, too
     _keep_in_fp32_modules_strict = ("router",)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -42,6 +43,7 @@ class SparseModelMixin(SparseAdapterMixin, SparseSavingMixin, NumberedLayersMixi
         return stock_class(cls).is_custom_code()
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        # a context variable: another thread may make a sparse model at the same time
         building = _BUILDING.set(True)
         try:
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
@@ -51,6 +53,7 @@ class SparseModelMixin(SparseAdapterMixin, SparseSavingMixin, NumberedLayersMixi
         attach_routers(self, settings)
         write_settings(self, settings)
         self.add_model_tags(["hf-sparse-attn"])  # type: ignore[attr-defined]
+        # as stock classes end their __init__: weights are made there, those of routers, too
         self.post_init()  # type: ignore[attr-defined]
 
     def initialize_weights(self) -> None:

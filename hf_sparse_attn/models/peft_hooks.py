@@ -27,6 +27,7 @@ def watch_peft() -> None:
         if name in sys.modules:
             change(sys.modules[name])
         else:
+            # in front of the finder that would otherwise be asked first
             sys.meta_path.insert(0, _OnImport(name, change))
 
 
@@ -39,8 +40,10 @@ class _OnImport(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        # not there: another import of the same module has taken it out
         if fullname != self.name or self not in sys.meta_path:
             return None
+        # out of the way first: the search below goes through all finders again, this one included
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
         loader: Any = None if spec is None else spec.loader
@@ -48,6 +51,7 @@ class _OnImport(MetaPathFinder):
             execute = loader.exec_module
 
             def execute_and_change(module: ModuleType) -> None:
+                # after the module's own code, and before whoever imports it goes on
                 execute(module)
                 self.change(module)
 
@@ -65,6 +69,7 @@ def _keep_settings(module: ModuleType) -> None:
         settings = getattr(self, KEY, None)
         return to_dict(self) if settings is None else {**to_dict(self), KEY: settings}
 
+    # taken out before PEFT sees it, which warns of keys that it does not know and drops them
     def made_with_settings(cls: Any, /, **values: Any) -> Any:
         settings = values.pop(KEY, None)
         config = from_peft_type(cls, **values)
@@ -78,6 +83,7 @@ def _keep_settings(module: ModuleType) -> None:
 def _refuse_on_dense(module: ModuleType) -> None:
     """Let PEFT refuse an adapter of a sparse model on a model without routers, which would run without an error."""
     tuner = module.BaseTuner
+    # PEFT's and Transformers' ways to put an adapter into a model's layers all end here
     inject = tuner.inject_adapter
 
     @wraps(inject)

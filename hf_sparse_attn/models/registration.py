@@ -56,9 +56,11 @@ def sparse_config_class(stock: type[PreTrainedConfig]) -> type:
         require_self_test()
     with _REGISTERING:
         if stock not in _CONFIGS:
+            # configs are dataclasses: an annotation and a default make the settings a field
             _CONFIGS[stock] = make_class(
                 SparseConfigMixin, stock, __module__=MODULE, __annotations__={KEY: dict | None}, **{KEY: None}
             )
+            # stored before its models are registered, which need it
             register_models(stock, _CONFIGS[stock])
         return _CONFIGS[stock]
 
@@ -72,6 +74,7 @@ def sparse_class(stock: type[PreTrainedModel]) -> type:
     if issubclass(stock, SparseModelMixin):
         return stock
     config_class: Any = sparse_config_class(stock.config_class)
+    # methods whose stock code is run with something done before; a class without generate has none of them
     methods: dict[str, Any] = {}
     if issubclass(stock, GenerationMixin):
         methods["prepare_inputs_for_generation"] = _in_front(
@@ -79,6 +82,7 @@ def sparse_class(stock: type[PreTrainedModel]) -> type:
         )
         methods["_prefill"] = _in_front(prefill_whole_tiles, stock._prefill)
     if not SUPPORTED[config_class.model_type].hands_on:
+        # takes the call out of the arguments: the stock forward would not hand it on to attention
         methods["forward"] = taking_call(stock.forward)
     cls = make_class(SparseModelMixin, stock, __module__=MODULE, config_class=config_class, **methods)
     conversion = get_checkpoint_conversion_mapping(stock.__name__)
@@ -127,6 +131,7 @@ def register_models(stock_config: type[PreTrainedConfig], sparse: type) -> None:
         if name.startswith("AutoModel") and auto._model_mapping is not None
     ]
     for auto in autos:
+        # some Auto classes do not know this architecture
         model = auto._model_mapping.get(stock_config, None)
         # a decision head, say, has a config of its own over this one
         if getattr(model, "config_class", None) is stock_config:
@@ -135,6 +140,7 @@ def register_models(stock_config: type[PreTrainedConfig], sparse: type) -> None:
 
 def register() -> None:
     """Register with Transformers: additive and idempotent. Stock checkpoints still give stock classes."""
+    # both: with an attention function alone Transformers makes no mask, and padding would count
     AttentionInterface.register(ATTN_IMPLEMENTATION, sparse_attention_forward)
     AttentionMaskInterface.register(ATTN_IMPLEMENTATION, sparse_attention_mask)
     watch_peft()

@@ -26,6 +26,8 @@ from ..attention.call import SparseCall
 from ..router.module import RoutingInputs, SparseRouter
 from .self_test_results import keep, kept_pass, newest_pass
 
+# No end-of-sequence token, so that generation has its full length. The weights are ten times as large as usual:
+# with small ones attention is nearly uniform, and a wrong selection would hardly show in the logits.
 MODEL: dict[str, Any] = {
     **{"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
     **{"num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.2},
@@ -40,6 +42,7 @@ SPARSE: dict[str, Any] = {
     "query_samples": 8,
     "index_dim": 8,
 }
+# every block is kept under the first budget, 80 of up to 150 keys under the second
 EVERY_BLOCK = {**SPARSE, "density": 1.0, "min_keys": 80}
 BUDGET = {**SPARSE, "density": 0.05, "min_keys": 80, "candidate_factor": 1.5}
 LENGTH, PROMPT = 150, 141  # whole blocks and a partial one; the prompt ends within a block
@@ -66,6 +69,7 @@ class Models:
     def _sparse(self, settings: dict[str, Any]) -> Any:
         config = transformers.AutoConfig.for_model("llama", **MODEL, sparse_attention=settings)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        # not strict: the stock model has no routers
         model.load_state_dict(self.stock.state_dict(), strict=False)
         for router in _routers(model):
             for weight in router.parameters():  # away from their untrained start
@@ -164,6 +168,7 @@ def _padded(models: Models) -> str:
 
 def _packed(models: Models) -> str:
     """Packed documents have the logits that they have alone."""
+    # positions that begin again at 0 are how packed documents are told
     cuts = (0, 60, LENGTH)
     position_ids = torch.cat([torch.arange(length, dtype=torch.int64, device="cpu") for length in (60, LENGTH - 60)])[
         None
@@ -182,6 +187,7 @@ def _packed(models: Models) -> str:
 def _cached(models: Models) -> str:
     """Decoding with a cache has the logits of a forward pass without."""
     want = models.cut(input_ids=models.ids, use_cache=False, sparse_call=SparseCall(decode_from=PROMPT)).logits
+    # without a difference to dense the comparison below would prove nothing
     if not _apart(want, models.stock(input_ids=models.ids).logits):
         return "a budget that cuts most of the text changes nothing"
     for cache in (

@@ -66,6 +66,7 @@ def made_with() -> dict[str, str]:
         "transformers": transformers.__version__,
         "transformers_code": _digest(Path(transformers.__file__).parent, SOURCES),
         "torch": torch.__version__,
+        # the code, too: a checkout changes under one version
         "hf_sparse_attn": f"{VERSION} {_digest(package, ('.',))} "
         f"{_digest(Path(hf_sparse_attn_kernels.__file__).parent, ('.',))}",
     }
@@ -86,6 +87,7 @@ def _folder() -> Path:
 
 
 def _file() -> Path:
+    # named by all that a result depends on: under other versions it is not even found
     return _folder() / f"{hashlib.sha256(repr(sorted(made_with().items())).encode()).hexdigest()[:32]}.json"
 
 
@@ -101,6 +103,7 @@ def _read(path: Path) -> dict[str, Any]:
     written it.
     """
     try:
+        # a file that somebody else put into a shared folder could vouch for a version that fails
         status = path.lstat()
         is_ours = not hasattr(os, "getuid") or status.st_uid == os.getuid()
         if not (is_ours and stat.S_ISREG(status.st_mode) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
