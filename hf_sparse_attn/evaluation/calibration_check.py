@@ -104,6 +104,7 @@ def uniform_share(config: SparseAttentionConfig, share: float, keys: int) -> dic
 
 def uniform_keys(config: SparseAttentionConfig, share: float, keys: int) -> dict[str, Any]:
     """Every tile may keep as many keys."""
+    # a budget below the forced keys is refused, and they are kept anyway
     most = max(config.forced_keys, math.ceil(share * keys))
     return fixed_budget(most)
 

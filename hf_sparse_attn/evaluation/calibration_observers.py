@@ -42,6 +42,7 @@ class TileFigures:
 
     def add(self, layer: int, visible: Tensor, values: Tensor) -> None:
         """Add ``values`` [B, G, m] of tiles that see ``visible`` [m] keys."""
+        # as `HeadBudgets.bucket`: a length belongs to the first end that is not below it, else to the last one
         bucket = torch.bucketize(visible.cpu(), torch.tensor(self.ends, dtype=torch.int64, device="cpu")).clamp(
             max=len(self.ends) - 1
         )

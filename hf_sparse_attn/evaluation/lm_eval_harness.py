@@ -103,6 +103,7 @@ def harness_rows(
     rows: list[Row] = []
     loaded = TaskManager(include_defaults=False)  # one that knows the harness' thousands of tasks takes seconds to make
     for keys, name, call in counted(list(selection_calls(budgets, selectors)), "lm-eval, selections"):
+        # of dense attention, without a number of keys, nothing is changed
         with sparse_attention_as(model, **fixed_budget(keys)), _calling(model, call):
             answers = None if cache is None else str(cache / _name(model, call, name, keys))
             # one row at a time: the harness pads larger batches without a mask, see above

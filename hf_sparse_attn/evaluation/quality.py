@@ -60,6 +60,7 @@ class WindowResult:
         return f"{self.document} {self.length} tokens{keys}, {self.selection}: {self.prefill:.4f}"
 
     def to_dict(self) -> dict[str, Any]:
+        # JSON has texts as keys
         by_layer = ("mass", "head_mass", "recall")
         return {
             **self.__dict__,
@@ -155,6 +156,7 @@ def recall(kept: Tensor, wanted: Tensor) -> Tensor:
     member = torch.zeros(*kept.shape[:-1], blocks, dtype=torch.bool, device=kept.device).scatter_(
         -1, kept.long() + 1, True
     )
+    # an empty entry of what is wanted counts neither as a hit nor as a miss
     named = wanted >= 0
     hits = member.gather(-1, wanted + 1) & named
     return hits.sum((0, 2, 3)).float() / named.sum((0, 2, 3)).clamp(min=1)
@@ -168,6 +170,7 @@ class _KeptOfWindow(SparseCall):
         self.last_half, self.whole, self.decoded = KeptKeys(n // 2), KeptKeys(), KeptKeys()
 
     def on_selection(self, router: SparseRouter, inputs: RoutingInputs, selection: BlockSelection) -> None:
+        # fewer queries than keys: a part that is fed through the cache
         for meter in (self.decoded,) if selection.grid.q_len < selection.grid.kv_len else (self.last_half, self.whole):
             meter.on_selection(router, inputs, selection)
 

@@ -70,6 +70,7 @@ ByHead = dict[int, np.ndarray]  # one figure for every KV head, by layer
 
 def _mean_by_head(readings: Sequence[dict[int, list[float]]]) -> ByHead:
     """Means over windows; layers that some window lacks are left out."""
+    # layers are texts in results that were read from JSON
     layers = sorted(set.intersection(*({int(layer) for layer in one} for one in readings)))
     by_layer = [{int(layer): values for layer, values in one.items()} for one in readings]
     return {layer: np.mean([one[layer] for one in by_layer], 0) for layer in layers}

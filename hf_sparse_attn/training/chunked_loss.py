@@ -34,6 +34,7 @@ class _Head:
 
     def __init__(self, model: Any) -> None:
         self.layer: nn.Module = model.get_output_embeddings()
+        # a forward set on the instance, as by hooks of other libraries, is put back by `whole_loss`
         self.before = self.layer.__dict__.get("forward")
         self.own, self.through = self.layer.forward, False
         self.layer.forward = self._forward

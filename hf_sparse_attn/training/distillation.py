@@ -185,6 +185,7 @@ class _Run:
         self.model, self.distiller, self.report, self.batches, self.path = model, distiller, report, batches, path
         self.save_every = config.save_every
         self.saved = time.monotonic()
+        # of processes each takes a share of the texts, so their number is a part of it
         self.identity = {
             "the backbone's weights": report.backbone_sha256,
             **model_identity(model),

@@ -74,6 +74,7 @@ def mean_tensor(tensor: Tensor, counts: bool = True) -> Tensor:
     """The mean of ``tensor`` over the processes of which this ``counts``; all call this, with the same shape."""
     if rank_and_size()[1] == 1:
         return tensor
+    # the appended 1 becomes the number of processes that count
     total = torch.cat([tensor.flatten(), tensor.new_ones(1)]) * float(counts)
     dist.all_reduce(total)
     return (total[:-1] / total[-1]).view_as(tensor)

@@ -180,6 +180,7 @@ def make_trainer(
         seed=config.seed,
         disable_tqdm=True,
         **_checkpointing(model, config),
+        # what a run does unless training_arguments say otherwise: a constant rate, a log row a step, no reports
         **{
             **{
                 "lr_scheduler_type": "constant",
@@ -212,6 +213,7 @@ def _checkpointing(model: Any, config: AdaptationConfig) -> dict[str, Any]:
         if hasattr(TrainingArguments, "activation_checkpointing")
         else "gradient_checkpointing"
     )
+    # the reentrant kind drops the gradient that the KL is handed on by
     options = {"use_reentrant": False, **({"offload": True} if config.offload_activations else {})}
     return {name: True, f"{name}_kwargs": options}
 

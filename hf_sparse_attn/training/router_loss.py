@@ -159,6 +159,7 @@ def _union(a: Tensor, b: Tensor, blocks: int) -> Tensor:
     """Distinct blocks of ``a`` and ``b`` [..., n] (−1 = empty): [..., width], ascending, −1 last."""
     member = (_members(a, blocks) | _members(b, blocks)).float()
     # among equals the earlier block comes first, so members come out ascending
+    # as wide as the row with the most members; shorter rows end in blocks that are none, which become −1
     index = ordered_topk(member, int(member.sum(-1).max()))
     return torch.where(member.gather(-1, index) > 0, index, -1)
 

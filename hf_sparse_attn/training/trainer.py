@@ -61,6 +61,7 @@ class SparseTrainerMixin:
                 "launch"
             )
         self.objective = SparseObjective(self.model, sparse_training)
+        # also what was given by position: a reference model of the user's own is left as it is
         given = {**kwargs, **inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments}
         reference = getattr(self, "ref_model", None)
         # TRL loaded it from the folder that the model once came from
@@ -154,6 +155,7 @@ class SparseTrainerMixin:
         """
 
         def hand_on(_model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            # passes without gradients are those of a reference or of generation: the routers decide there as always
             learns = torch.is_grad_enabled() and "sparse_call" not in kwargs
             return args, {**kwargs, "sparse_call": call} if learns else kwargs
 

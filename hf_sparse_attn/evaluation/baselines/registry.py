@@ -25,6 +25,7 @@ def register_selector(selector: Class) -> Class:
     if not inspect.isclass(selector):
         raise SelectorError(f"register_selector got {selector!r}: must be a class, not an instance of one")
     name = getattr(selector, "name", None)
+    # commas separate names in lists of selectors
     if not isinstance(name, str) or not name.strip() or name != name.strip() or "," in name:
         raise SelectorError(f"{selector.__name__}.name is {name!r}: must be a text without commas or spaces around it")
     missing = sorted(getattr(selector, "__abstractmethods__", ()))
