@@ -7,7 +7,7 @@ of what the tiles need for τ: one pass finds the smallest budgets, without tryi
 percentile: its upper bound over resampled windows is taken.
 
 With an average number of keys in place of τ the heads get what one threshold on the estimated mass keeps of each, see
-`sharing`: no guarantee, but more of the dense predictions than a uniform budget at the same cost.
+`shared_threshold`: no guarantee, but more of the dense predictions than a uniform budget at the same cost.
 """
 
 # Letters: τ share of the softmax mass that a tile must keep, G KV heads of a layer.

@@ -110,8 +110,8 @@ def _calibration(values: dict[str, Any]) -> Calibration:
     if not (preset is None or isinstance(preset, str)):
         raise ValueError(f"preset is {preset!r:.60}: must be a text or null")
     # type() instead of isinstance(): a bool is an int
-    if mass is not None and not (type(mass) in (int, float) and 0 < mass < 1):
-        raise ValueError(f"mass is {mass!r:.60}: must be a share in (0, 1) or null")
+    if mass is not None and not (type(mass) in (int, float) and 0 < mass <= 1):
+        raise ValueError(f"mass is {mass!r:.60}: must be a share in (0, 1] or null")
     if not (isinstance(ends, list) and all(type(end) is int and end <= MOST_KEYS for end in ends)):
         raise ValueError(f"ends is {ends!r:.60}: must be a list of numbers of keys")
     shares = {}

@@ -352,7 +352,7 @@ def test_a_budget_is_shared_out_in_a_model_with_dense_layers(make_model, texts):
     assert result.shares[0] == ((float(LENGTH), float(LENGTH)),) and max(result.shares[1][0]) < LENGTH
 
 
-def test_at_a_mass_of_one_the_logits_are_dense(make_model, stock_llama, texts):
+def test_at_a_mass_of_one_the_logits_are_dense(make_model, stock_llama, texts, tmp_path):
     model = make_model()
     result = calibrate(model, texts[:1], texts[5:6], [], mass=1.0)
     assert (
@@ -362,6 +362,8 @@ def test_at_a_mass_of_one_the_logits_are_dense(make_model, stock_llama, texts):
     with torch.no_grad():
         want, got = (m(texts[7].ids).logits for m in (stock_llama(**SHARP), model))
     torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    assert read_calibration(tmp_path / FILE) == result
 
 
 def test_twice_gives_the_same_file(calibrated, make_model, texts):
