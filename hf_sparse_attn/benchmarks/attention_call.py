@@ -2,6 +2,9 @@
 Every output is verified before it is timed.
 """
 
+# letters: B batch, G KV heads, N tokens, D head dim; Q, K, V, O, S, P of one head: queries, keys, values, output,
+# scores and probabilities, with their gradients dQ, dK, dV, dO, dS
+
 from __future__ import annotations
 
 import math
@@ -33,6 +36,7 @@ def _row(shape: LayerShape, ideal: float, times: dict[str, list[float]], dense: 
     for name, key in (("attention", "speedup"), ("with router", "speedup_with_router")):
         if name in times:
             row[key] = ratio(times[dense], times[name])
+            # a share of 1: the time fell as much as the pairs of a query and a key did
             row[f"share_of_ideal{key.removeprefix('speedup')}"] = row[key]["median"] / ideal
     if "router" in times:
         row["router_share"] = statistics.median(times["router"]) / statistics.median(times["with router"])
@@ -72,6 +76,7 @@ def bench_attention(
     if dense is None:
         functions |= dense_peers(layer)
     sparse, failed = _checked_peers(layer, selection)
+    # ratios pair rounds, so ``dense`` holds as many times as there are ``repeats``
     times = alternate(functions | sparse, repeats, shape.device) | (dense or {})
     ours = ("attention", "with router", "router", "flex", *sparse)
     baseline = fastest(times, [name for name in times if name not in ours])
@@ -82,6 +87,7 @@ def bench_attention(
         row["speedup_over_peers"] = {name: ratio(times[name], times["attention"]) for name in sparse}
         row["peers_failed"] = failed
     attention = row["times"]["attention"]["median_s"]
+    # q, k and v were there before the block; the output has to be there in any case
     extra = max(0, memory.bytes - out.numel() * out.element_size())
     return {"benchmark": "attention", **row, "tflops": shape.flops / attention / 1e12, "peak_memory_bytes": extra}
 
@@ -92,6 +98,7 @@ def _checked_peers(layer: Layer, selection: BlockSelection) -> tuple[dict[str, C
     for name, peer in sparse_peers(layer, selection).items():
         try:
             out = peer()
+            # NSA alone attends to our links; the others choose their own, so that their outputs differ
             if name == "NSA":
                 layer.verify(out, selection)
         except Exception as error:  # a peer that fails must not cost our own row; what it raised is reported
@@ -101,6 +108,7 @@ def _checked_peers(layer: Layer, selection: BlockSelection) -> tuple[dict[str, C
     return running, failed
 
 
+# log N* = log a + log(b / a) · log s_a / (log s_a − log s_b): speed-ups s at lengths a < b as a power of the length
 def crossover(rows: list[dict[str, Any]]) -> dict[str, float | str]:
     """By dtype, the length from which on the sparse layer, router included, is the faster one, interpolated between
     ``rows``.
@@ -165,6 +173,7 @@ def bench_backward(shape: LayerShape, *, repeats: int = 5) -> dict[str, Any]:
     for name, peer in peers.items():
         functions[name] = step(peer)
         _, peak = measured(functions[name])
+        # the least that any dense kernel needs
         memory = min(memory or peak, peak)
     times = alternate(functions, repeats, shape.device)
     baseline = min(peers, key=lambda name: statistics.median(times[name]))
@@ -176,6 +185,7 @@ def bench_backward(shape: LayerShape, *, repeats: int = 5) -> dict[str, Any]:
     }
 
 
+# S = scale · Q Kᵀ, P = softmax S, O = P V, so Σ q·dq = Σ S ∘ dS = Σ k·dk and Σ v·dv = Σ P ∘ (dO Vᵀ) = Σ o·do
 @torch.no_grad()
 def _verify_gradients(layer: Layer, selection: BlockSelection, out: Tensor, grad: Tensor) -> None:
     """dq of some tiles against float64; dk and dv as wholes, by Σ q·dq = Σ k·dk and Σ v·dv = Σ out·dout."""
@@ -185,6 +195,7 @@ def _verify_gradients(layer: Layer, selection: BlockSelection, out: Tensor, grad
     layer.verify(out, selection, grad, dq)
     for name, left, right in (("k", (q, dq), (k, dk)), ("v", (out, grad), (v, dv))):
         want, got = (a.double() * b.double() for a, b in (left, right))
+        # rounding errors of the products add up like a random walk: the bound is a norm, not a sum
         error, allowed = float((got.sum() - want.sum()).abs()), 64 * torch.finfo(out.dtype).eps * float(want.norm())
         if not error <= allowed:
             raise BenchmarkError(
@@ -204,6 +215,7 @@ def bench_decode(shape: LayerShape, *, repeats: int = 20) -> dict[str, Any]:
     Raises:
         BenchmarkError: the sparse output differs from a float64 computation over the selected keys.
     """
+    # keys and values of one layer: 2 tensors of B · G · N · D numbers of 2 bytes
     count = max(2, min(32, COLD_BYTES // (2 * shape.batch * shape.groups * shape.length * shape.head_dim * 2)))
     layers = [Layer(shape, queries=1, seed=seed) for seed in range(count)]
     for layer in layers:
@@ -211,6 +223,7 @@ def bench_decode(shape: LayerShape, *, repeats: int = 20) -> dict[str, Any]:
         layer.verify(layer.attend(selection), selection)
     steps = alternate({name: _decode_step(layers, name) for name in DECODE}, repeats + 1, shape.device)
     times = {name: [t / count for t in seconds[1:]] for name, seconds in steps.items()}  # the first step warms up
+    # indices are −1 where a tile keeps fewer blocks than its list is wide
     kept = (
         statistics.fmean(float((layer.select().indices >= 0).sum(-1).float().mean()) for layer in layers)
         * shape.block_size
@@ -227,6 +240,7 @@ def _decode_step(layers: list[Layer], name: str) -> Callable[[], object]:
         if name == "stock":
             return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] > k.shape[1])
         if name == "best dense":
+            # no mask: one query sees every key; the query heads of a KV group are rows of one product
             return F.scaled_dot_product_attention(q.reshape(*k.shape[:2], -1, q.shape[-1]), k, v)
         return layer.sparse() if name == "with router" else layer.select()
 
@@ -244,6 +258,7 @@ def bench_router(shape: LayerShape, *, repeats: int = 5, **fields: Any) -> dict[
     selection = layer.select()
     layer.verify(layer.attend(selection), selection)
     plan = make_plan(layer.router.config, selection.grid, layer.q.device)
+    # the first round warms up
     rounds = [_stage_times(layer, plan) for _ in range(repeats + 1)][1:]
     times = {name: [r[name] for r in rounds] for name in rounds[0]}
     times |= alternate({"router": layer.select, "with router": layer.sparse}, repeats, shape.device)
@@ -255,6 +270,7 @@ def bench_router(shape: LayerShape, *, repeats: int = 5, **fields: Any) -> dict[
 def _stage_times(layer: Layer, plan: TilePlan) -> dict[str, float]:
     """Seconds of each part of the router's work, one after the other over all tiles."""
     device = layer.shape.device
+    # `timed` returns seconds only: the parts hand their results on through these lists
     makers: list[FeatureMaker] = []
     times = {"keys": timed(lambda: makers.append(FeatureMaker(layer.router, layer.inputs, plan.grid)), device)}
     runs = makers[0].runs(torch.arange(plan.grid.tiles, device=plan.device, dtype=torch.int64))

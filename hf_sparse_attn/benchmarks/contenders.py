@@ -56,6 +56,7 @@ class Contender:
         if self.objective is None:
             task: Tensor = self.model(**batch, use_cache=False).loss
             return task, task
+        # of so many steps that all that is annealed stays at its start
         forward = self.objective.forward(step, 1 << 20)
         task = self.model(**batch, use_cache=False, sparse_call=forward).loss
         return task, task + forward.kl_loss().to(task)
@@ -76,6 +77,7 @@ class Contender:
             p.grad = torch.zeros_like(p)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        # AdamW corrects by the number of steps: the first measured one must count as the first
         for state in self.optimizer.state.values():
             state["step"].zero_()
 
@@ -85,6 +87,7 @@ class Contender:
         counters).
         """
         states = [t for state in self.optimizer.state.values() for t in state.values() if t.ndim]
+        # by id: a weight that several modules share counts once
         return sum(
             t.nbytes for t in {id(t): t for t in (*self.model.parameters(), *self.model.buffers(), *states)}.values()
         )
@@ -105,9 +108,11 @@ def make_contenders(model: PreTrainedModel, config: AdaptationConfig, names: tup
     """
     contenders: dict[str, Contender] = {}
     for name in names:
+        # deepcopy takes what its memo holds as it is: weights are shared, only the modules are copies
         shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
         twin = copy.deepcopy(model, shared)
         contenders[name] = _stock(name, twin, config) if name in (STOCK, EAGER) else _sparse(name, twin, config)
+        # PEFT draws them at random: with one start the losses can be compared
         with torch.no_grad():
             for key, first in contenders[names[0]].lora.items():
                 contenders[name].lora[key].copy_(first)
@@ -142,6 +147,7 @@ def _sparse(name: str, model: PreTrainedModel, config: AdaptationConfig) -> Cont
     return Contender(name, adapted, config, SparseObjective(adapted, config))
 
 
+# |loss − stock| / |stock| and ‖g − g_stock‖ / ‖g_stock‖, g all LoRA gradients side by side
 def verify_training(sparse: Contender, stock: Contender, batch: Mapping[str, Tensor]) -> dict[str, float]:
     """Relative deviations from stock with every block kept, of the loss and of the LoRA gradients as one vector.
 
@@ -151,6 +157,7 @@ def verify_training(sparse: Contender, stock: Contender, batch: Mapping[str, Ten
     short = {name: x[:, :VERIFY_TOKENS] for name, x in batch.items()}
     base = sparse.model.get_base_model()
     results = []
+    # a budget beyond every length keeps all blocks; with dense_below the stock path would be compared with itself
     with sparse_attention_as(
         base, min_keys=max(VERIFY_TOKENS, 1 << 14), max_keys=None, mass_threshold=None, dense_below=0
     ):
@@ -159,6 +166,7 @@ def verify_training(sparse: Contender, stock: Contender, batch: Mapping[str, Ten
     (loss, gradient), (want, exact) = results
     eps = torch.finfo(base.dtype).eps
     errors = {"loss": abs(loss - want) / abs(want), "gradient": float((gradient - exact).norm() / exact.norm())}
+    # the floor is for float32: sums in another order differ by more than its epsilon
     for name, allowed in (("loss", LOSS_EPSILONS * max(eps, 1e-6)), ("gradient", GRADIENT_EPSILONS * max(eps, 1e-6))):
         if not errors[name] <= allowed:
             what = "the loss differs" if name == "loss" else "the LoRA gradients differ"

@@ -1,5 +1,7 @@
 """What sparse attention is compared with: the exact kernels that a device has, and compiled flex attention."""
 
+# shapes: B batch, H query heads, G KV heads, N tokens, D head dim, K listed blocks of a tile
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -33,7 +35,7 @@ def dense_peers(layer: Layer) -> dict[str, Callable[[], Tensor]]:
     if layer.shape.length <= MATH_LENGTH:
         backends["sdpa math"] = SDPBackend.MATH
     for name, backend in backends.items():
-
+        # bound as a default: a closure would see the last backend of the loop
         def with_backend(backend: SDPBackend = backend) -> Tensor:
             with sdpa_kernel(backend):
                 return sdpa()
@@ -49,6 +51,7 @@ def _flash(module: str, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]
     function: Callable[..., Any] = import_module(module).flash_attn_func
 
     def run() -> Tensor:
+        # flash-attn has [B, N, H, D]; some versions return the log-sum-exp beside the output
         out = function(*(x.transpose(1, 2) for x in (q, k, v)), causal=True)
         attended: Tensor = out[0] if isinstance(out, tuple) else out
         return attended.transpose(1, 2)
@@ -85,6 +88,7 @@ def _native_sparse_attention(layer: Layer, selection: BlockSelection) -> Callabl
     function: Callable[..., Tensor] = import_module("fla.ops.nsa.parallel").parallel_nsa
     grid = selection.grid
     listed = selection.indices.sort(-1, descending=True).values  # its lists have the empty entries last
+    # selections list blocks by tile, this kernel takes lists by query
     tile = torch.arange(grid.q_len, device=listed.device, dtype=torch.int64) // grid.query_tile
     blocks = listed.clamp(min=0)[:, :, tile].transpose(1, 2).long()  # [B, N, G, K]
     counts = (listed >= 0).sum(-1)[:, :, tile].transpose(1, 2)
@@ -110,9 +114,11 @@ def flex_peer(layer: Layer, selection: BlockSelection) -> Callable[[], Tensor]:
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     grid = selection.grid
+    # a BlockMask lists blocks by query head, a selection by KV head
     indices = selection.indices.repeat_interleave(layer.q.shape[1] // layer.k.shape[1], 1)
     count = (indices >= 0).sum(-1).int()
     first = (indices.shape[-1] - count)[..., None]  # empty entries come first here and last there
+    # shifting a list by the number of its empty entries brings the kept blocks to its front
     order = (torch.arange(indices.shape[-1], device=indices.device, dtype=torch.int64) + first) % indices.shape[-1]
 
     def causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -121,6 +127,7 @@ def flex_peer(layer: Layer, selection: BlockSelection) -> Callable[[], Tensor]:
     # the compiled kernel takes the width of the lists for the number of blocks
     listed = F.pad(indices.gather(-1, order.long()).clamp(min=0).int(), (0, grid.blocks - indices.shape[-1]))
     lengths = (grid.q_len, grid.kv_len)
+    # a cell of the mask is a query tile and a key block; lists by key block would serve a backward pass only
     mask = BlockMask.from_kv_blocks(
         count,
         listed,

@@ -1,5 +1,7 @@
 """Speed and memory of a whole model, sparse against stock, in one run."""
 
+# shapes: N tokens of the prompt with those that are decoded
+
 from __future__ import annotations
 
 import statistics
@@ -32,6 +34,7 @@ def _implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
+# ‖sparse − sdpa‖ / ‖sdpa‖ ≤ max(2 · ‖eager − sdpa‖ / ‖sdpa‖, 8 ε), over the logits of all tokens
 @torch.no_grad()
 def verify_model(model: PreTrainedModel, ids: Tensor) -> None:
     """Raise BenchmarkError unless, with every block kept, the sparse path gives the stock logits of ``ids`` to
@@ -77,6 +80,7 @@ def bench_model(
     Raises:
         BenchmarkError: with every block kept the logits are not the stock ones.
     """
+    # two tokens a decode step: best dense reads one, sparse the next
     n, device = ids.shape[1] - 2 * decode_tokens, str(model.device)
     verify_model(model, ids[:, :1500])
     prefill: dict[str, list[float]] = {"sparse": [], "stock": []}
@@ -85,12 +89,14 @@ def bench_model(
     with sparse_attention_as(model, **fixed_budget(keys)):
         for _ in range(repeats):
             for name, implementation in (("sparse", ATTN_IMPLEMENTATION), ("stock", "sdpa")):
+                # a cache for every call; those of the last round serve the decode steps
                 caches[name] = DynamicCache(config=model.config)
                 with _implementation(model, implementation), PeakMemory(device) as peak:
                     run = lambda: model(ids[:, :n], **{MODEL_ARGUMENT: caches[name]}, logits_to_keep=1)  # noqa: B023, E731
                     prefill[name].append(timed(run, device))
                 memory[name] = max(memory.get(name, 0), peak.bytes)
         decode: dict[str, list[float]] = {"sparse": [], "best_dense": [], "stock": []}
+        # stock and best dense read the same token, sparse the one behind it
         for at in range(n, n + 2 * decode_tokens, 2):
             one, two = ids[:, at : at + 1], ids[:, at + 1 : at + 2]
             with _implementation(model, "sdpa"):

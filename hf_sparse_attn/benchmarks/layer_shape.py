@@ -1,5 +1,7 @@
 """One attention layer of random inputs, with its router: what the benchmarks of a layer run, verify and count."""
 
+# shapes: B batch, H query heads, G KV heads, Hg = H / G, Q queries, D head dim, t queries of one tile
+
 from __future__ import annotations
 
 import itertools
@@ -57,12 +59,14 @@ class LayerShape:
         for first in range(0, self.length, config.query_tile):
             last = min(first + config.query_tile, self.length)
             budget = config.budget_blocks(last) * config.block_size
+            # query i sees i + 1 keys, and reads its tile's budget at most
             pairs += sum(min(i + 1, budget) for i in range(first, last))
         return pairs
 
     @property
     def flops(self) -> int:
         """Useful floating-point operations of the sparse forward pass: two products over the kept pairs."""
+        # q·k and p·v: D multiplications and D additions each, 4 · D a pair and head
         return 4 * self.batch * self.heads * self.head_dim * self.kept_pairs
 
 
@@ -126,6 +130,7 @@ class Layer:
         """
         hg = self.router.heads // self.router.groups
         for row, group in itertools.product(range(out.shape[0]), range(self.router.groups)):
+            # tiles at equal distances, the first and the last among them
             for t in (
                 torch.linspace(0, selection.grid.tiles - 1, VERIFY_TILES, dtype=torch.float32, device="cpu")
                 .long()
@@ -140,6 +145,8 @@ class Layer:
                 if dq is not None and want_dq is not None:
                     self._compare("gradient of q", dq[at], want_dq, t)
 
+    # p = softmax(scale · q kᵀ) over selected keys up to the query, o = p v, dp = do vᵀ,
+    # dq = scale · (p ∘ (dp − Σ_j p ∘ dp)) k: the backward pass of FlashAttention (arXiv:2205.14135)
     def _exact(
         self, at: tuple[int, slice, Tensor], blocks: Tensor, queries: Tensor, do: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
@@ -151,6 +158,7 @@ class Layer:
         keys = (
             blocks[blocks >= 0].long()[:, None] * size + torch.arange(size, device=blocks.device, dtype=torch.int64)
         ).flatten()
+        # the last block may reach beyond the last key
         keys = keys[keys < self.k.shape[2]]
         group = heads.start // (heads.stop - heads.start)
         k, v = (x[row, group, keys].double() for x in (self.k, self.v))
@@ -163,6 +171,7 @@ class Layer:
 
     def _compare(self, name: str, got: Tensor, want: Tensor, tile: int) -> None:
         error = float((got.double() - want).abs().max())
+        # relative to the largest value: an output is a weighted mean of values
         allowed = 32 * torch.finfo(got.dtype).eps * float(self.v.abs().max())
         if not error <= allowed:
             raise BenchmarkError(

@@ -55,6 +55,7 @@ def trial(contenders: Iterable[Contender]) -> Iterator[None]:
                 for p, weight in zip(contender.trainable, weights, strict=True):
                     p.copy_(weight)
             contender.losses.clear()
+            # the states' tensors stay: the next step does not pay for them again
             for state in contender.optimizer.state.values():
                 for tensor in state.values():
                     tensor.zero_()
@@ -77,6 +78,7 @@ def peaks_in_a_fresh_process(
         model.save_pretrained(path / "model")
         request = {"names": names, "steps": list(steps), "budget": dict(budget), "config": config}
         torch.save(request, path / "asked.pt")
+        # glibc maps what is at least that large by itself, so that freed tensors leave the resident memory at once
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(MAPPED_BYTES), "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-W", "ignore", "-m", __name__, folder, str(torch.get_num_threads())]
         run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

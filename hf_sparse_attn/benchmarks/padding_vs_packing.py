@@ -1,5 +1,7 @@
 """The same documents as padded rows and packed into one row: losses that must agree, times and memory."""
 
+# shapes: N tokens of the longest document, n of one
+
 from __future__ import annotations
 
 import statistics
@@ -32,6 +34,7 @@ def padded_batch(documents: Sequence[Tensor], left: bool = False) -> dict[str, T
     if left:
         # a pad predicts nothing
         labels[torch.arange(len(documents), dtype=torch.int64, device="cpu"), mask.argmax(1)] = IGNORE_INDEX
+    # positions of the content: pads before it stay at 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels}
 
@@ -40,6 +43,7 @@ def packed_batch(documents: Sequence[Tensor]) -> dict[str, Tensor]:
     """The same documents one after the other in one row [1, sum], told apart by ``position_ids``;
     none predicts the next.
     """
+    # models shift labels: the last token of a document must not predict the first of the next
     labels = [torch.cat([ids.new_full((1,), IGNORE_INDEX), ids[1:]]) for ids in documents]
     positions = [torch.arange(len(ids), dtype=torch.int64, device="cpu") for ids in documents]
     rows = {"input_ids": list(documents), "position_ids": positions, "labels": labels}
@@ -89,6 +93,7 @@ def check_layouts(contender: Contender, layouts: Mapping[str, Batch]) -> dict[st
     """The task losses by layout. Raises BenchmarkError unless they agree."""
     losses = {layout: float(contender.loss(batch)[0]) for layout, batch in layouts.items()}
     padded, packed = losses["padded"], losses["packed"]
+    # a share of the loss; the floor is for float32, whose epsilon is less than sums in another order differ by
     allowed = LOSS_EPSILONS * max(torch.finfo(contender.model.dtype).eps, 4e-5)
     if not abs(padded - packed) <= allowed * abs(packed):
         raise BenchmarkError(

@@ -24,6 +24,7 @@ def plot_speedups(path: Path, rows: list[dict[str, Any]]) -> None:
         for key, style, name in (("speedup", "--", "attention alone"), ("speedup_with_router", "-", "with router")):
             if all(key in row for row in some):
                 middle = [row[key]["median"] for row in some]
+                # lengths of the bars, as errorbar takes them
                 below, above = ([abs(row[key][end] - row[key]["median"]) for row in some] for end in ("min", "max"))
                 axis.errorbar(
                     lengths,
@@ -75,6 +76,7 @@ def plot_training(path: Path, rows: list[dict[str, Any]]) -> None:
             continue
         lengths, options = [length for length, *_ in some], {"color": colour, "ls": style, "marker": "o"}
         middle = [tokens / figures["median_s"] for _, tokens, figures in some]
+        # the longest time is the lowest rate
         below = [m - tokens / figures["max_s"] for m, (_, tokens, figures) in zip(middle, some, strict=True)]
         above = [tokens / figures["min_s"] - m for m, (_, tokens, figures) in zip(middle, some, strict=True)]
         rate.errorbar(lengths, middle, (below, above), capsize=3, label=kind, **options)

@@ -54,6 +54,7 @@ class PeakMemory:
             torch.cuda.synchronize()
             self._peak = peak_bytes("cuda")
             return
+        # the last sample may be 2 ms old
         self._peak = max(self._peak, _resident())
         self._stop.set()
         self._thread.join()
@@ -65,6 +66,7 @@ class PeakMemory:
 
 def _resident() -> int:
     try:
+        # pages: the second number of statm is what is resident
         return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * PAGE_BYTES
     except FileNotFoundError:  # no Linux
         import psutil  # accelerate brings it
@@ -85,6 +87,7 @@ def _release_freed_memory() -> None:
 def timed(function: Callable[[], object], device: str = "cpu") -> float:
     """Seconds of one call; on a GPU between two events on the current stream."""
     if torch.device(device).type == "cuda":
+        # events, not the host's clock: a launch returns before its work is done
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         function()
@@ -114,5 +117,6 @@ def spread(seconds: list[float]) -> dict[str, Any]:
 
 def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
     """Median, least and most of the speed-ups of the rounds."""
+    # by round: what disturbs the machine meets both of one
     ratios = [a / b for a, b in zip(slow, fast, strict=True)]
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}

@@ -2,6 +2,8 @@
 verified before timed.
 """
 
+# shapes: B rows of a step, N tokens of a row
+
 from __future__ import annotations
 
 import statistics
@@ -88,6 +90,7 @@ def _measure(model: PreTrainedModel, windows: Sequence[Tensor], shape: TrainingS
     layouts = make_layouts(windows, device) if shape.padded else {}
     losses = {name: check_layouts(contenders[name], layouts) for name in (SPARSE, STOCK)} if layouts else {}
     memory = _peaks(model, contenders, batches[0], layouts, shape)
+    # one step of each that is not timed
     for contender in contenders.values():
         contender.step(batches[0])
     rounds = [alternate({n: partial(c.step, batch) for n, c in contenders.items()}, 1, device) for batch in batches[1:]]
@@ -115,6 +118,7 @@ def _peaks(
     steps += [
         (f"{name}, {layout}", name, documents) for layout, documents in layouts.items() for name in (SPARSE, STOCK)
     ]
+    # a GPU's memory is counted by torch; a CPU's heap still holds what earlier steps freed
     if shape.fresh_process and model.device.type == "cpu":
         return peaks_in_a_fresh_process(model, tuple(contenders), steps, shape.budget, shape.config)
     with trial(contenders.values()):
@@ -137,9 +141,11 @@ def _ratios(times: Mapping[str, list[float]], dense_every: int, tokens: int) -> 
     """Speed-ups over stock round by round, the recipe's average step, and the KL's share of a sparse step."""
     recipe = times[SPARSE]
     if dense_every:  # one step in so many runs dense
+        # (1 − 1 / d) · sparse + 1 / d · dense, d = dense_every
         share = 1 / dense_every
         recipe = [(1 - share) * s + share * d for s, d in zip(times[SPARSE], times[DENSE], strict=True)]
     ours = {**{name: times[name] for name in (SPARSE, WITHOUT_KL, DENSE)}, "recipe": recipe}
+    # share of the KL: 1 − (time without / time with it)
     without = ratio(times[WITHOUT_KL], times[SPARSE])
     result: dict[str, Any] = {
         "speedup": {name: ratio(times[STOCK], seconds) for name, seconds in ours.items()},

@@ -1,5 +1,7 @@
 """Time of budgets that vary by tile, KV head and layer, against the uniform budget that they were fitted for."""
 
+# shapes: N tokens
+
 from __future__ import annotations
 
 import statistics
@@ -46,11 +48,13 @@ class _LayerTimes(SparseCall):
             calls[kind, "attend"] = partial(_attend, inputs, selection, None)
             calls[kind, "attend in torch"] = partial(_attend, inputs, selection, "torch")
             self.keys[kind].append(float(selection.kept_keys().double().mean()))
+        # each once: kernels are compiled before they are timed
         for call in calls.values():
             call()
         named = {"/".join(name): call for name, call in calls.items()}
         for name, seconds in alternate(named, self.repeats, str(inputs.q.device)).items():
             kind, part = name.split("/")
+            # added by round over the layers, so that a round is one pass through the model
             self.times[kind, part] = [a + b for a, b in zip(self.times[kind, part], seconds, strict=True)]
 
 

@@ -1,5 +1,7 @@
 """Why a kernel is as fast as it is: hardware counters of single launches, read by Nsight Compute."""
 
+# letters: B batch, H query heads, G KV heads, N tokens, D head dim, n query tiles, nb key blocks
+
 from __future__ import annotations
 
 import csv
@@ -62,6 +64,7 @@ def counters(name: str, dry: bool) -> dict[str, Any]:
     profiler = shutil.which("ncu")
     if profiler is None:
         raise RuntimeError("Nsight Compute (ncu) is not on the PATH")
+    # ncu would fix the clocks otherwise, below those that the times were measured at
     command = [profiler, "--clock-control", "none", "--csv", "--page", "raw", "--metrics", ",".join(METRICS)]
     command += ["--kernel-name", f"regex:{KERNELS[name]}", "--launch-skip", "0", "--launch-count", "12"]
     run = subprocess.run(
@@ -106,11 +109,13 @@ def least_bytes(name: str, sizes: LayerShape) -> int:
     """Bytes that an operation must move through the device's memory at least:
     its inputs read and its results written once.
     """
+    # q and the output have B · H · N · D numbers, k and v B · G · N · D; scores are float32 [B, G, n, nb]
     width = getattr(torch, sizes.dtype).itemsize
     queries = sizes.batch * sizes.heads * sizes.length * sizes.head_dim * width
     keys = sizes.batch * sizes.groups * sizes.length * sizes.head_dim * width
     blocks, tiles = sizes.length // sizes.block_size, sizes.length // sizes.config.query_tile
     scores = 4 * sizes.batch * sizes.groups * tiles * blocks
+    # forward: q, k, v, out; backward: q, k, v, dout and dq, dk, dv
     least = {
         "forward": 2 * queries + 2 * keys,
         "backward": 3 * queries + 4 * keys,

@@ -46,6 +46,7 @@ def best_launch(kernel: str, head_dim: int, dry: bool) -> dict[str, Any]:
     start, tried, failed = time.monotonic(), [], {}
     want = run()
     for block_m, block_n, warps, stages in GRID[:1] if dry else GRID:
+        # a kernel's share of the session: what was tried until then is compared
         if time.monotonic() - start > SECONDS_A_KERNEL:
             break
         candidate = Launch(block_m, block_n, warps, stages)
@@ -60,6 +61,7 @@ def best_launch(kernel: str, head_dim: int, dry: bool) -> dict[str, Any]:
     if not tried:
         raise RuntimeError(f"no launch ran: {failed}")
     seconds, best = min(tried, key=lambda entry: entry[0])
+    # the table's launch is timed last, as warm as the others
     now = statistics.median(timed(run, sizes.device) for _ in range(1 if dry else ROUNDS))
     say(f"    {key}: {kernel} {best} {seconds * 1e3:.2f} ms, the table's {getattr(known, kernel)} {now * 1e3:.2f} ms")
     return {
@@ -80,6 +82,7 @@ def _prepared(kernel: str, sizes: LayerShape) -> tuple[Callable[[], list[Tensor]
     selection: BlockSelection = layer.select()
     arch = table.architecture(layer.q.device.type, layer.q.device.index)
     known = table.launches(arch, layer.q.dtype, sizes.head_dim)
+    # rows of the table: architecture, bytes of a number, head dim padded to a power of two of at least 64
     key = (
         ("interpreter", 2, 64)
         if arch == "interpreter"
@@ -117,6 +120,7 @@ class _launched:  # a context manager, used as a function
 
 def _verify(outputs: list[Tensor], want: list[Tensor]) -> None:
     for got, expected in zip(outputs, want, strict=True):
+        # ‖got − want‖ / ‖want‖: another launch adds up in another order, which costs some epsilons
         error = float((got.double() - expected.double()).norm() / expected.double().norm())
         if not error <= 4 * torch.finfo(got.dtype).eps:
             raise RuntimeError(f"its results differ by {error:.3g} relative")

@@ -98,7 +98,9 @@ def ceilings(dry: bool) -> dict[str, Any]:
     target = torch.empty_like(source)
     a, b = (torch.randn(n, n, device=device, dtype=torch.float32).bfloat16() for _ in range(2))
     times = alternate({"copy": lambda: target.copy_(source), "product": lambda: a @ b}, 11, device)
+    # the first round warms up
     copy, product = (statistics.median(times[name][1:]) for name in ("copy", "product"))
+    # a copy reads and writes every byte; an n × n product has n³ multiplications and as many additions
     return {"benchmark": "ceilings", "bytes_per_s": 2 * size / copy, "flops_per_s": 2 * n**3 / product}
 
 
@@ -117,6 +119,7 @@ def dense_share(sizes: LayerShape, dry: bool) -> dict[str, Any]:
         {"every block": lambda: layer.attend(selection), **peers}, rounds(sizes.length, dry), sizes.device
     )
     best = fastest(times, peers)
+    # two products (q·k and p·v) of D multiplications and D additions for each pair and head
     flops = 4 * sizes.batch * sizes.heads * sizes.head_dim * sizes.dense_pairs
     return {
         "benchmark": "dense share",
@@ -132,6 +135,7 @@ def dense_share(sizes: LayerShape, dry: bool) -> dict[str, Any]:
 
 def _prefill(sizes: LayerShape, repeats: int) -> dict[str, Any]:
     """`bench_attention`, with the dense kernels timed once for all densities of the same sizes."""
+    # all that dense times depend on: neither density nor block size
     key = (sizes.length, sizes.heads, sizes.groups, sizes.head_dim, sizes.batch, sizes.dtype)
     if key not in _dense:
         with torch.no_grad():
@@ -155,6 +159,7 @@ def _graphed_steps(sizes: LayerShape) -> dict[str, Callable[[], object]]:
     """Decode steps of one layer as CUDA graphs: ours with its router, and the best dense one."""
     layer = Layer(sizes, queries=1)
     q, k, v = layer.q, layer.k, layer.v
+    # query heads of a KV group as rows of one product over the group's keys
     packed = q.reshape(*k.shape[:2], -1, q.shape[-1])
     steps: dict[str, Callable[[], object]] = {
         "with router": layer.sparse,
@@ -164,6 +169,7 @@ def _graphed_steps(sizes: LayerShape) -> dict[str, Callable[[], object]]:
 
 
 def _captured(step: Callable[[], object]) -> Callable[[], object]:
+    # capturing allows no first calls, which compile and allocate: these run on another stream before
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):

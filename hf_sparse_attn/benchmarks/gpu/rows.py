@@ -51,6 +51,7 @@ def run_entries(path: Path, entries: Iterable[Entry], seconds: float, **more: An
         result["seconds"] = time.monotonic() - start
         write_json(path, finite_results(result))
         release_memory()
+    # once more: labels that were not run are noted without a row
     write_json(path, finite_results(result))
     return result
 

@@ -134,6 +134,7 @@ def distilling(shape: Shape, length: int, dry: bool) -> dict[str, Any]:
     windows = [{"input_ids": random_ids(shape, 1, length, dry, seed)} for seed in range(1 if dry else 3)]
     distill(model, windows, DistillationConfig(), progress=False, on_batch=lambda _: times.append(time.monotonic()))
     seconds = min(b - a for a, b in itertools.pairwise(times))  # the first compiles kernels
+    # in proportion to the layers, of which fewer are made than the model has
     whole = seconds * shape.all_layers / shape.layers * WINDOWS / 60
     return {
         "benchmark": "distilling",
@@ -174,5 +175,6 @@ def _generate(model: PreTrainedModel, ids: Tensor, cache: str | None, decoded: i
     runs = 2 if ids.device.type == "cuda" else 1
     if runs > 1:
         seconds(1 + decoded)  # compiles
+    # both runs prefill, so that their difference is decoding: token = (t(1 + d) − t(1)) / d
     first, whole = (min(seconds(count) for _ in range(runs)) for count in (1, 1 + decoded))
     return {"first_token_s": first, "token_s": (whole - first) / decoded}

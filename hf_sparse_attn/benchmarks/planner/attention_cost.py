@@ -2,6 +2,8 @@
 of its tiles.
 """
 
+# letters: H query heads, G KV heads, Hg = H / G, N tokens, D head dim, T query tile
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -50,6 +52,8 @@ class LayerWork:
     teaching_bytes: int
 
 
+# stage 1: 2 · runs · router_dim operations a block; stage 2: 2 · Hg · samples · index_dim a scored key;
+# teacher: 2 · Hg · T · D a key, N / 2 keys a tile on average; the KL's stage 2: three times that of a selection
 @lru_cache(maxsize=64)
 def layer_work(
     config: SparseAttentionConfig, shape: AttentionShape, length: int, tile_share: int, dtype_bytes: int
@@ -63,17 +67,21 @@ def layer_work(
     for at, budget in enumerate(plan.budgets):
         first = at * config.query_tile
         tokens = range(first, min(first + config.query_tile, length))
+        # of the visible blocks (last + 1) those that are not eligible are forced
         forced = budget.last + 1 - budget.eligible
         kept_keys = (forced + budget.free) * config.block_size
         kept_pairs += sum(min(i + 1, kept_keys) for i in tokens)
+        # a tile that may keep all it sees is not scored
         if budget.eligible > budget.free:
             open_tiles += 1
             scored = (min(budget.candidates, budget.eligible) + forced) * config.block_size
             widest = max(widest, scored)
             coarse += 2 * QUERY_RUNS * router_dim * budget.near
             fine += 2 * samples * index_dim * scored
+    # rounded up: at least one tile learns where any has to choose
     taught = -(-open_tiles // tile_share) if tile_share else 0
     teacher = taught * 2 * hg * config.query_tile * d * length // 2
+    # stage 2 takes as many tiles at a time as SCORE_BYTES of scores allow
     scored_at_a_time = 4 * rows * widest * max(1, min(taught, SCORE_BYTES // max(1, 4 * rows * widest * samples)))
     return LayerWork(
         dense_pairs=length * (length + 1) // 2,
@@ -81,6 +89,7 @@ def layer_work(
         routing=rows * (coarse + fine),
         teaching=rows * (teacher + (3 * fine * taught // open_tiles if open_tiles else 0)),
         selection_bytes=rows * len(plan.budgets) * plan.width * 8,  # int32 indices, float32 scores
+        # stage-1 keys of every block, in float32 and in the model's dtype; 8 MB for all else
         routing_bytes=rows * (length // config.block_size * router_dim * (4 + dtype_bytes)) + (1 << 23),
         teaching_bytes=rows * length * d * 4 + scored_at_a_time * (index_dim * KEY_COPIES + samples),
     )

@@ -40,6 +40,7 @@ def device_at(
         return named_device("cpu", config, dtype, lora)
     known = torch.cuda.get_device_name(where).replace(" ", "")
     size = torch.cuda.get_device_properties(where).total_memory
+    # the table counts in 10⁹ bytes, and a card has somewhat more or less than its name says
     fitting = [name for name in GPUS if name.partition("-")[0] in known and abs(GPUS[name][0] * 1e9 / size - 1) < 0.15]
     return gpu(fitting[0]) if fitting else None
 
@@ -67,6 +68,7 @@ def compare_plan(
         plan = plan_training(model.config, device, row["length"], attention=attention, **options)
         measured = row["kinds"][kind]
         memory = measured["static_bytes"] + measured["peak_memory_bytes"]
+        # relative errors: predicted / measured − 1
         compared[kind] = {
             **plan.to_dict(),
             "memory_error": (plan.static_bytes + plan.peak_bytes) / memory - 1,

@@ -89,6 +89,7 @@ def faster(a: Device, b: Device) -> Device:
 def _teach(layer: Layer) -> None:
     weights = list(layer.router.requires_grad_(True).parameters())
     plan = make_plan(layer.router.config, layer.inputs.grid(layer.router.config.query_tile, layer.shape.block_size))
+    # one open tile in TAUGHT_SHARE, as `layer_work` counts them
     count = -(-int(plan.open.sum()) // TAUGHT_SHARE)
     loss = tile_loss(
         layer.router, layer.inputs, layer.router.config.query_tile, count, torch.Generator(device="cpu").manual_seed(0)
@@ -106,6 +107,7 @@ def _seconds(function: Callable[[], object], least: float = 0.15) -> float:
     return min(times)
 
 
+# x [n, h] by wᵀ [h, 3h] forward, y [n, 3h] by w to the gradient of x: 2 · 2 · n · h · 3h = 12 n h² operations
 def _product_rate(dtype: torch.dtype, hidden: int) -> float:
     """Operations per second of a layer's products, forward and to the gradient of its input."""
     x, y = (
@@ -120,6 +122,7 @@ def _product_rate(dtype: torch.dtype, hidden: int) -> float:
     return 12 * PRODUCT_TOKENS * hidden * hidden / _seconds(both)
 
 
+# bytes that are moved / (seconds of a step − those of its products and attention)
 def _bandwidth(
     config: Any,
     dtype: torch.dtype,
@@ -133,6 +136,7 @@ def _bandwidth(
     """
     few = with_layers(config, 1)
     few.get_text_config().vocab_size = WORDS
+    # the id of padding may lie beyond the few words
     few.pad_token_id = few.get_text_config().pad_token_id = None
     simulated = simulate_step(few, dtype, lora, 1, LAYER_TOKENS)
     with quiet():
@@ -157,18 +161,22 @@ def _bandwidth(
     seconds = _seconds(step)
     heads, _, head_dim = heads_of(config)
     pairs = 4 * heads * head_dim * LAYER_TOKENS * (LAYER_TOKENS + 1) // 2
+    # a layer's attention runs forward twice under checkpointing, and backward with 2.5 times the operations
     known = pairs * (2 / attention[0] + 2.5 / attention[1])
     known += sum(
         op.flops * count / products.get(op.dtype, min(products.values())) for op, count in simulated.operations.items()
     )
     moved = sum(op.bytes * count for op, count in simulated.operations.items() if not op.flops)
+    # rates are noisy: products and attention are never taken for the whole step
     return moved / max(seconds - known, LEAST_SHARE * seconds)
 
 
+# forward: q·k and p·v; backward: q·k again, do·v, and the products to dq, dk and dv, hence 5 / 2
 def _attention_rates(attention: Callable[[], Tensor], leaves: tuple[Tensor, ...], flops: float) -> tuple[float, float]:
     """Rates of forward and backward pass, the latter of two and a half times the operations."""
     with torch.no_grad():
         forward = _seconds(attention)
     grad = torch.randn(leaves[0].shape, dtype=torch.float32, device="cpu").to(leaves[0].dtype)
     both = _seconds(lambda: torch.autograd.grad(attention(), leaves, grad))
+    # both times are noisy: their difference may be next to nothing
     return flops / forward, 2.5 * flops / max(both - forward, forward)

@@ -72,6 +72,7 @@ def gpu(name: str) -> Device:
         (ATTENTION * peak, ATTENTION * peak),
         (SPARSE_ATTENTION * peak, SPARSE_ATTENTION * peak),
         ROUTING * peak,
+        # the KL is computed in float32
         ROUTING * float32 * 1e12,
         LAUNCH_SECONDS,
         RESERVED_BYTES,
@@ -90,6 +91,7 @@ def available_memory(root: Path = Path("/")) -> int:
         lines = (root / "proc/meminfo").read_text().splitlines()
     except FileNotFoundError:
         return 2**63 - 1
+    # meminfo counts in units of 1024 bytes
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     groups = root / "sys/fs/cgroup"
     limits = (

@@ -28,18 +28,22 @@ def longest_length(device: Device, most: int = LONGEST, **options: Any) -> int:
     ``options`` are those of `plan_training`.
     """
     have = room(device)
+    # two lengths, for the first line
     needs = {n: plan_training(device=device, length=n, **options).total_bytes for n in (GRAIN, 16 * GRAIN)}
     for attempt in range(TRIES):
+        # the longest that fits, and the shortest that does not; 0 where there is none yet
         low, high = (
             max((n for n, need in needs.items() if need <= have), default=0),
             min((n for n in needs if needs[n] > have), default=0),
         )
         if low >= most or high == GRAIN or (high and high - low <= max(GRAIN, low // 32)):
             break
+        # while all fit: through the two longest
         a, b = (low, high) if high else sorted(needs)[-2:]
         guess = a + (have - needs[a]) * (b - a) // (needs[b] - needs[a])
         if high and attempt % 2:
             guess = int((low * high) ** 0.5)
+        # a multiple of the grain that was not planned yet, so that the search ends
         guess = max(guess // GRAIN * GRAIN, low + GRAIN)
         guess = min(guess, high - GRAIN if high else most)
         needs[guess] = plan_training(device=device, length=guess, **options).total_bytes

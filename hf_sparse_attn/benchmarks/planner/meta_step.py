@@ -53,6 +53,7 @@ class Simulated:
     trained: int = 0  # LoRA weights
     trained_bytes: int = 0
 
+    # x + times · (x − x_less): layers are alike, so that all figures grow linearly with their number
     def beyond(self, less: Simulated, times: float) -> Simulated:
         """This step with the layers that it has more than ``less`` repeated ``times`` more."""
         peaks = {
@@ -80,6 +81,7 @@ class _Meter(TorchDispatchMode):
         super().__init__()
         self.result, self.phase = Simulated(), FORWARD
         self._live = dict.fromkeys((FORWARD, LOSS, BACKWARD), 0)
+        # by storage, as views share one; weights and buffers are there before the step
         self._known = {t.untyped_storage()._cdata for t in known}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -88,10 +90,12 @@ class _Meter(TorchDispatchMode):
         tensors = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         for tensor in tensors:
             self._allocated(tensor.untyped_storage())
+        # a view moves nothing
         if tensors and not function.is_view:
             count = flop_registry.get(function._overloadpacket)
             flops = 0 if count is None else int(count(*args, **kwargs, out_val=out))
             read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            # by id: a tensor that is an argument and the result, as of operations in place, counts once
             moved = {id(t): t.numel() * t.element_size() for t in (*read, *tensors)}
             self.result.operations[Operation(flops, sum(moved.values()), (read or tensors)[0].dtype)] += 1
         return out
@@ -102,7 +106,9 @@ class _Meter(TorchDispatchMode):
             return
         self._known.add(key)
         self._live[phase] += size
+        # autograd frees what it kept by itself: the end of the storage is the only sign of it
         weakref.finalize(storage, self._freed, key, size, phase)
+        # a new peak, split by the phase that allocated
         if sum(self._live.values()) > sum(self.result.peaks.get(phase, {}).values()):
             self.result.peaks[phase] = {label: float(size) for label, size in self._live.items()}
 
@@ -117,6 +123,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = q.new_empty(*q.shape[:3], v.shape[3])
+        # the last one stands for the log-sum-exp, one number for each query and head
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
         return out
 
@@ -134,6 +141,7 @@ def stock_config(config: Any) -> Any:
     if not hasattr(config, "sparse_attention"):
         return copy.deepcopy(config)
     values = {name: value for name, value in config.to_dict().items() if name != "sparse_attention"}
+    # a sparse config's class is derived from the stock one
     return next(cls for cls in type(config).__mro__ if cls.__module__.startswith("transformers.models"))(**values)
 
 
@@ -142,6 +150,7 @@ def with_layers(config: Any, count: int) -> Any:
     config = copy.deepcopy(config)
     text = config.get_text_config()
     layers = text.num_hidden_layers
+    # lists with an entry for each layer, such as layer_types, are cut along
     for name, value in list(vars(text).items()):
         if isinstance(value, list) and len(value) == layers:
             setattr(text, name, value[:count])
@@ -198,6 +207,7 @@ def simulate_step(config: Any, dtype: torch.dtype, lora: AdaptationConfig, batch
 def _run(model: Any, base: Any, meter: _Meter, ids: Tensor) -> None:
     stock_loss = base.loss_function
 
+    # a phase of its own: logits are the largest tensors of a step with many words
     def loss_function(*args: Any, **kwargs: Any) -> Any:
         meter.phase = LOSS
         try:

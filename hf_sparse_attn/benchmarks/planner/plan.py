@@ -1,5 +1,7 @@
 """Memory and time of a training step before anyone pays for it: from a model's config, a length and a device."""
 
+# letters: B batch, H query heads, D head dim, N tokens
+
 from __future__ import annotations
 
 import copy
@@ -163,6 +165,7 @@ def _simulate(
     if layers <= MORE:
         return simulate_step(stock, dtype, training, batch, length)
     few, more = (simulate_step(with_layers(stock, n), dtype, training, batch, length) for n in (FEW, MORE))
+    # a layer adds half of what four layers need beyond two
     return more.beyond(few, (layers - MORE) / (MORE - FEW))
 
 
@@ -182,6 +185,7 @@ def _describe(stock: Any, batch: int, sparse: SparseAttentionConfig) -> _Model:
     weights = sum(p.numel() for r in layer_routers for p in r.parameters())
     text = stock.get_text_config()
     layers, window = int(text.num_hidden_layers), int(getattr(text, "sliding_window", None) or 0)
+    # where the model has windows, the layers without a router attend within them
     return _Model(
         shape,
         layers,
@@ -199,8 +203,10 @@ def _parameters(step: _Step) -> dict[str, int]:
 
 
 def _static(step: _Step) -> dict[str, int]:
+    # the weight and AdamW's states; its gradient belongs to the step
     static = {"weights": step.simulated.weight_bytes, "lora": (1 + STATES) * step.simulated.trained_bytes}
     if step.attention != "stock":  # the frozen original, the adapter's copy, and where it learns its optimiser's states
+        # float32, whatever the model's dtype
         static["routers"] = 4 * step.model.router_weights * (2 + (STATES if step.learns else 0))
     return static
 
@@ -210,6 +216,7 @@ def _peak(step: _Step, padded: bool) -> dict[str, int]:
     sparse, model, work = step.attention == "sparse", step.model, step.work
     held = {"selections": work.selection_bytes * model.sparse_layers} if sparse else {}
     if padded and step.attention == "stock":
+        # a boolean mask: one byte for each pair of a query and a key
         held["mask"] = model.shape.batch * step.length**2
     names = {FORWARD: "kept activations", LOSS: "logits and loss", BACKWARD: "recomputed layer and gradients"}
     phases = []
@@ -219,12 +226,14 @@ def _peak(step: _Step, padded: bool) -> dict[str, int]:
             # carried, then handed over, too
             needs["router gradients"] = 4 * model.router_weights * (2 if phase == BACKWARD else 1)
         if phase == FORWARD and step.attention != "stock":
+            # both take turns within a layer: the larger one counts
             teaching, routing = work.teaching_bytes if step.learns else 0, work.routing_bytes if sparse else 0
             needs["KL" if step.learns else "routing"] = max(teaching, routing)
         phases.append({**needs, **held})
     return max(phases, key=lambda needs: sum(needs.values()))
 
 
+# an operation takes max(operations / rate, bytes / bandwidth, launch), as in the roofline model
 def _time(step: _Step, device: Device) -> dict[str, float]:
     """Seconds by part: every operation takes what its products or its bytes take, whichever is longer."""
     model, work = step.model, step.work
@@ -247,12 +256,15 @@ def _time(step: _Step, device: Device) -> dict[str, float]:
         ),
         ("sparse attention", sparse_layers, work.kept_pairs, device.sparse_attention),
     )
+    # checkpointing runs every layer's forward pass again in the backward pass
     forwards = 2 if step.training.gradient_checkpointing else 1
+    # q·k and p·v: 4 · B · H · D operations a pair forward; backward takes two and a half times as many
     per_pair = 4 * model.shape.batch * model.shape.heads * model.shape.head_dim
     for name, count, pairs, (forward, backward) in layers:
         if count:
             time[name] = count * per_pair * pairs * (forwards / forward + 2.5 / backward)
     if sparse_layers:
+        # once: recomputation reuses the selection
         time["routing"] = sparse_layers * work.routing / device.routing
     if step.learns:
         time["KL"] = model.sparse_layers * work.teaching / device.teaching
