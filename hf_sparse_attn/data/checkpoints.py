@@ -31,6 +31,7 @@ def ordinary_checkpoint(source: str, folder: str | Path, dtype: torch.dtype = to
     origin, known = {"source": source, "dtype": str(dtype)}, Path(folder) / ORIGIN
     if not (Path(folder) / "config.json").exists():
         write_checkpoint(path, gguf, folder, dtype)
+        # after a kill before this line the origin is unknown, and the checkpoint is taken as it is
         write_json(known, origin)
     elif known.exists() and (recorded := read_json(known)) != origin:
         raise SourceError(

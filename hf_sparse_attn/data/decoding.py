@@ -40,16 +40,20 @@ class EncodingCheck:
         Raises:
             SourceError: the text is UTF-16 or UTF-32, or holds NUL bytes.
         """
+        # a byte order mark has up to four bytes, which may come in several parts
         if len(self._start) < 4:
             self._start = (self._start + part)[:4]
         self._check_wide(part, final)
         pending = self._decoder.getstate()[0]  # the start of a character that goes on in this part
+        # ASCII says nothing about the encoding
         if part.isascii() and not pending:
             self.size += len(part)
             return
         whole = pending + part
+        # replacement characters that the text itself holds are no damage
         bad = self._decoder.decode(part, final).count(REPLACEMENT) - whole.count(REPLACEMENT.encode())
         if bad and not self.bad:
+            # the decoder that replaces does not say where
             try:
                 whole.decode("utf-8")
             except UnicodeDecodeError as error:
@@ -69,6 +73,7 @@ class EncodingCheck:
             else []
         )
         at = part.find(b"\0")
+        # in UTF-16 every second byte of ASCII is zero; from an even byte on pairs stay together
         if name := marked[0] if marked else _utf_16(part[at & ~1 : (at & ~1) + 200]) if at >= 0 else "":
             raise SourceError(
                 f"{self.path} looks like {name[:6].upper()}: convert it to UTF-8, `{_convert(name, self.path)}`"
@@ -93,6 +98,7 @@ class EncodingCheck:
         self.add(b"", final=True)
         if not self.bad:
             return "utf-8"
+        # less than one error for two bytes beyond ASCII: damaged UTF-8, not another encoding
         if 2 * self.bad < self.beyond_ascii:
             raise SourceError(
                 f"{self.path} is UTF-8 but for {self.bad} damaged characters, the first at byte {self.first_bad}: "

@@ -46,6 +46,7 @@ def cut(raw: bytes, limit: int) -> int:
         at = raw.rfind(b"\n", 0, at)
         if at < 1:
             break
+        # white space beside a line end may be one token with it, so that a cut there could change tokens
         if raw[at + 1] not in SPACE:
             if raw[at - 1] not in SPACE:
                 return at + 1
@@ -55,6 +56,7 @@ def cut(raw: bytes, limit: int) -> int:
     if (at := raw.rfind(b" ", 1, limit)) > 0:
         return at
     at = limit
+    # a character has at most four bytes: at most three steps back
     while at > limit - 3 and raw[at] & 0xC0 == 0x80:  # a continuation byte
         at -= 1
     return at
@@ -69,6 +71,7 @@ def stretches(parts: Iterator[bytes], offset: int = 0, line: int = 1) -> Iterato
         buffer += part
         start = 0
         while len(buffer) - start > PIECE:
+            # a byte more than a piece: where to cut depends on the one behind
             window = bytes(buffer[start : start + PIECE + 1])
             raw = window[: cut(window, PIECE)]
             yield raw, offset, line, False
@@ -93,6 +96,7 @@ class PieceReader:
     def __init__(self, files: Sequence[SourceFile], position: dict[str, Any] | None = None) -> None:
         self.files = files
         self._start: dict[str, Any] = position or {"file": 0, "within": None}
+        # a function: a table's state is taken only when somebody asks for it
         self._position: Callable[[], dict[str, Any] | None] = lambda: self._start
 
     def position(self) -> dict[str, Any] | None:
@@ -117,6 +121,7 @@ class PieceReader:
         survey_result, within = survey(file), within or {"offset": 0, "line": 1}
         with contextlib.closing(chunks(file, within["offset"])) as parts:
             for raw, offset, line, last in stretches(parts, **within):
+                # before the piece is given out: whoever stops at it goes on behind it
                 self._at(index + 1) if last else self._at(
                     index, {"offset": offset + len(raw), "line": line + raw.count(b"\n")}
                 )

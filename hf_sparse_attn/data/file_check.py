@@ -51,6 +51,7 @@ def chunks(file: SourceFile, offset: int = 0) -> Generator[bytes]:
     """
     try:
         with Path(file.path).open("rb") as raw:
+            # a file that is written while it is read would give parts of two contents
             before = stamp(os.fstat(raw.fileno()))
             for part in _parts(file, raw, offset):
                 if stamp(os.fstat(raw.fileno())) != before:
@@ -111,6 +112,7 @@ def _zstd_frames(raw: BinaryIO) -> Iterator[bytes]:
                 out = frame.decompress(data)
             except zstandard.ZstdError as error:
                 raise _DamagedError(str(error)) from error
+            # a file may hold several frames: what follows one is left in unused_data
             data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
             if out:
                 yield out
@@ -130,6 +132,7 @@ def survey(file: SourceFile) -> Survey:
             is too large for a format that must be read as a whole.
     """
     before = identity(file)
+    # by what the file system says of it: a hash of the bytes would take the pass itself
     key = hashlib.sha256(json.dumps([RULES, *before]).encode()).hexdigest()[:32]
     kept = cache_folder() / "surveys" / f"{key}.json"
     # none yet, or no whole one: a second look is all that it costs
@@ -157,6 +160,7 @@ def content(file: SourceFile) -> list[str | int]:
 def _survey(file: SourceFile) -> Survey:
     size, start, end, text, digest = 0, b"", b"", EncodingCheck(file.path), hashlib.blake2b(digest_size=16)
     for part in chunks(file):
+        # JSON is judged by its first and last chunk
         start = start or part[:CHUNK]
         size, end = size + len(part), (end + part)[-CHUNK:]
         digest.update(part)

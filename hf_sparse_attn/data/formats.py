@@ -73,6 +73,7 @@ def _files(source: str) -> list[SourceFile]:
     if not paths:
         raise SourceError(f"source {source!r}: no such file; forms: {FORMS}")
     # folders of packages are full of links to each other
+    # of several links to one file the first gives the path
     return [_file(path, column, source) for path in {path.resolve(): path for path in reversed(paths)}.values()][::-1]
 
 
@@ -89,6 +90,7 @@ def _split_column(source: str) -> tuple[str, str | None]:
 def _file(path: Path, column: str | None, source: str) -> SourceFile:
     name = path.name.lower()
     compression = COMPRESSIONS.get(Path(name).suffix)
+    # rows.jsonl.zst: the format stands before the ending of the compression
     suffix = Path(Path(name).stem if compression else name).suffix
     form = {**TEXTS, **TABLES}.get(suffix, "text")
     if column is not None and suffix not in TABLES:

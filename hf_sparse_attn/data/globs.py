@@ -59,6 +59,7 @@ def _matches(pattern: str) -> Iterator[str]:
         yield from glob.glob(pattern)
         return
     at = parts.index("**")
+    # what stands before ** may be a glob itself; what follows is looked for in every folder below
     head, tail = os.sep.join(parts[:at]) or (os.sep if at else ""), parts[at + 1 :] or ["*"]
     for start in glob.glob(head) if head else [os.curdir]:
         for folder in _folders(start):
@@ -85,11 +86,13 @@ def _folders(start: str) -> Iterator[str]:
     seen, links = set(), [start]
     while links:
         for folder, names, _ in os.walk(links.pop(0), onerror=_refuse):
+            # by device and inode: links may lead in a circle
             status = os.stat(folder)
             if (status.st_dev, status.st_ino) in seen:
                 names.clear()
                 continue
             seen.add((status.st_dev, status.st_ino))
+            # os.walk enters what is left in ``names``
             names[:] = sorted(name for name in names if not name.startswith("."))
             links += [path for name in names if os.path.islink(path := os.path.join(folder, name))]
             yield folder

@@ -48,6 +48,7 @@ class LineRows:
         """(its bytes, the line with its end) of each line from ``offset`` on; a line ends in CR, LF or both."""
         for raw in _split(self.file, offset):
             text = raw.decode(self.survey.encoding)
+            # a byte order mark stands at the start of a file only
             yield len(raw), text if offset else text.removeprefix("\ufeff")
             offset += len(raw)
 
@@ -166,6 +167,7 @@ def _values(file: SourceFile, text: str) -> Iterator[Any]:
     text, at = text.rstrip(), 0
     while at < len(text):
         try:
+            # raw_decode takes no white space before a value
             value, at = DECODER.raw_decode(text, len(text) - len(text[at:].lstrip()) if text[at].isspace() else at)
         except json.JSONDecodeError as error:
             why = f"no JSON ({error.msg} at column {error.colno})"
@@ -211,6 +213,7 @@ class CsvRows(LineRows):
 
     def __init__(self, file: SourceFile) -> None:
         super().__init__(file)
+        # csv refuses fields beyond 128 KB by default
         csv.field_size_limit(LARGEST_WHOLE)
         self.separator, self.header = self._header()
         self.at = self.header.index(file.column)
@@ -235,6 +238,7 @@ class CsvRows(LineRows):
         raise column_error(self.file, names)
 
     def __iter__(self) -> Generator[dict[str, str]]:
+        # reading from the start passes over the header, which is a row like others
         header = not self._next["offset"]
         place = self._next
         try:
@@ -263,5 +267,6 @@ class CsvRows(LineRows):
                 offset, line = offset + size, line + 1
                 yield text
 
+        # a quoted text may hold line ends: a row takes as many lines as the reader asks for
         for row in csv.reader(lines(), delimiter=separator, strict=True):
             yield {"offset": offset, "line": line}, row

@@ -1,5 +1,7 @@
 """Batches as users have them (tensors, lists, rows of a dataset) as inputs of a model, and numbers that are none."""
 
+# shapes: B rows, N tokens, D head dim
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
@@ -94,6 +96,7 @@ def check_finite(layer: int, **tensors: Tensor) -> None:
     """Raise NonFiniteError naming layer, tensor and the first position [..., N, D] that is NaN or infinite."""
     for name, x in tensors.items():
         if not bool(torch.isfinite(x).all()):
+            # in any row and head
             position = int((~torch.isfinite(x)).any(-1).flatten(0, -2).any(0).nonzero()[0])
             raise NonFiniteError(
                 f"layer {layer} has {name} that are NaN or infinite, first at token {position} of the document"

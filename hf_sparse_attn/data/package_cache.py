@@ -85,6 +85,7 @@ def fetched(cache: Path, package: Package, fetch: Callable[[Path, Path], None]) 
     working.mkdir(parents=True, exist_ok=True)
     _clear(working)
     folder_name = f"{package.kind}-{package.folder}"
+    # the lock lies outside of the folder, which is replaced as a whole
     with FileLock(working / f"{folder_name}.lock"):
         if _is_whole(folder):
             return folder  # another process was quicker
@@ -96,6 +97,7 @@ def fetched(cache: Path, package: Package, fetch: Callable[[Path, Path], None]) 
             _seal(temporary / "files")
             folder.parent.mkdir(parents=True, exist_ok=True)
             _remove(folder)  # damaged, or another's
+            # a kill before this leaves a .part, which the next process clears
             (temporary / "files").rename(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -145,6 +147,7 @@ def _seal(folder: Path) -> None:
                 path.stat().st_size,
                 hashlib.file_digest(file, "sha256").hexdigest(),
             ]
+    # the list comes last: a folder without it is not whole
     manifest = folder / MANIFEST
     with manifest.open("w", encoding="utf-8") as out:
         json.dump(known, out)
@@ -181,6 +184,7 @@ _checked: dict[tuple[str, int, int, int], str] = {}
 
 def _describes(path: Path, size: int, sha256: str) -> bool:
     status = path.stat()
+    # ctime, too: the time of change of the content can be set back
     key = (str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     if status.st_size == size and key not in _checked:
         with path.open("rb") as file:

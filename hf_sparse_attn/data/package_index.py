@@ -83,6 +83,7 @@ class Index:
         wanted = (canonicalize_name(name), Version(version))
         listed = [file for place in self.links for file in self._linked(place)]
         listed += [file for index in self.indexes for file in self._page(f"{index.rstrip('/')}/{wanted[0]}/")]
+        # ``at`` decides between equal names: the place that is named first
         ranked = sorted(
             ((rank, file.filename, at), file)
             for at, file in enumerate(listed)
@@ -128,6 +129,7 @@ class Index:
             if response.status_code == 404:
                 return None, "", url
             self._check(response)
+            # counted while it is read: what a server says of the length need not hold
             body = b""
             for part in response.iter_content(CHUNK):
                 body += part
@@ -160,6 +162,7 @@ class Index:
         try:
             return requests.get(
                 url,
+                # identity: hashes are of the file as it is stored
                 headers={"Accept": ACCEPT, "Accept-Encoding": "identity"},
                 stream=True,
                 timeout=float(self.settings.get("timeout") or self.settings.get("default-timeout") or 30),

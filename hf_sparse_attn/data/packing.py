@@ -12,6 +12,8 @@ attention mask. Dropping short tails would lose text that was paid for with read
 percent or so of the row. Both are counted.
 """
 
+# shapes: n tokens of a part of a document
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -108,12 +110,14 @@ class Packer:
     def _taken(self, left: int, room: int) -> int:
         """How many of the ``left`` > ``room`` tokens of a document go into the rest of the row."""
         block = self.options.block_size
+        # a part of less than a block is not begun
         if room < block:
             return 0
         if left - room >= block:
             return room
         if left - block >= block:
             return left - block  # one whole block remains
+        # fewer than two blocks are not cut; alone in its row such a document has to be
         return 0 if self._parts else room
 
     def finish(self) -> None:
@@ -130,6 +134,7 @@ class Packer:
         ids = np.concatenate([*parts, np.full(padding, self.pad_id, np.int32)]).astype(np.int64)
         starts = np.cumsum([0, *lengths])
         labels = ids.copy()
+        # models shift labels: a first token would be predicted by another document
         labels[starts[:-1]] = IGNORE_INDEX
         labels[starts[-1] :] = IGNORE_INDEX
         if self.options.pad:
@@ -138,6 +143,7 @@ class Packer:
                 "attention_mask": (np.arange(len(ids)) < starts[-1]).astype(np.int64),
                 "labels": labels,
             }
+        # padding is the last document of its row
         positions = np.concatenate([np.arange(n, dtype=np.int64) for n in (*lengths, padding)])
         return {"input_ids": ids, "position_ids": positions, "labels": labels}
 

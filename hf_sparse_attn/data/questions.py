@@ -4,6 +4,8 @@ Made from any text, without a generator or labels: a passage of the window is qu
 the model must go on as the text did. The quoted words stand in the window once, so the answer can only come from there.
 """
 
+# shapes: N tokens of the window
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -59,10 +61,12 @@ def _question(window: Window, before: Tensor, between: Tensor, generator: torch.
             f"window {window.document!r} of {len(ids)} tokens is too short for a question: give at least 256"
         )
     text = ids[:kept]
+    # all runs of QUOTED tokens, [kept − QUOTED + 1, QUOTED]
     grams = text.unfold(0, QUOTED, 1)
     last = int(FARTHEST * kept) - QUOTED - ANSWERED
     for _ in range(TRIES):
         at = int(torch.randint(last, (), generator=generator, dtype=torch.int64, device="cpu"))
+        # words that stand once make a question with one answer
         if int((grams == text[at : at + QUOTED]).all(1).sum()) == 1:
             break
     else:
@@ -71,4 +75,5 @@ def _question(window: Window, before: Tensor, between: Tensor, generator: torch.
     input_ids = torch.cat([text, before, quoted, between, answer])
     labels = torch.full_like(input_ids, IGNORE_INDEX)
     labels[-ANSWERED:] = answer
+    # from the answer in the text to its repetition at the end
     return Question(window.document, input_ids, labels, len(input_ids) - ANSWERED - at - QUOTED)

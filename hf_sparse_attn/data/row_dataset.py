@@ -76,6 +76,7 @@ class RowExamples(_BaseExamplesIterable):  # type: ignore[misc]
         stream = RowStream(files, self.encoder, self.options, state["stream"])
         with contextlib.closing(iter(stream)) as rows:
             for index, row in enumerate(rows):
+                # before the row is given out: a state that is saved then continues behind it
                 state.update(stream=stream.state(), report=asdict(stream.report))
                 yield index, row
         state.update(report=asdict(stream.report))
@@ -145,6 +146,7 @@ class ShuffledRows(_Wrapper):
                 f"{self.window} and "
                 f"seed {self.seed}: restore those, or start from the first row without the state"
             )
+        # the rows inside go on where the window began; ``given`` of the window are out
         inner._init_state_dict()
         if state["start"] is not None:
             inner.load_state_dict(state["start"])
@@ -154,6 +156,7 @@ class ShuffledRows(_Wrapper):
                 examples = list(islice(rows, self.window))
                 if not examples:
                     return
+                # the order follows from seed and number of the window alone, so that it can be made again
                 order = np.random.default_rng([self.seed, state["number"]]).permutation(len(examples))
                 state.update(start=start, report=inner.state_dict().get("report"))
                 for i in order[state["given"] :]:
@@ -211,6 +214,7 @@ def stream_rows(
     Raises:
         SourceError: there is not one row.
     """
+    # sources that are too small fail here, before a worker reads them
     probe = RowStream(files, encoder, options)
     with contextlib.closing(iter(probe)) as rows:
         if next(rows, None) is None:
@@ -232,5 +236,6 @@ def stream_report(rows: IterableDataset) -> PackingReport:
 def _find_report(state: Any) -> dict[str, int] | None:
     if not isinstance(state, dict):
         return None
+    # the states of wrappers stand inside each other
     report = state.get("report")
     return report or next((nested for value in state.values() if (nested := _find_report(value))), None)

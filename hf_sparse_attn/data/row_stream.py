@@ -59,6 +59,7 @@ class RowStream:
         return self.packer.report
 
     def __iter__(self) -> Generator[Row]:
+        # ``skip`` rows of the first batch were given out before the state was taken
         start, skip = self._state, self._state["rows"]
         self.packer.load_state(start["packer"])
         self._document = start["document"]
@@ -82,6 +83,7 @@ class RowStream:
         for piece, ids in zip(pieces, self.encoder([piece.text for piece in pieces]), strict=True):
             if piece.first:
                 self._document = 0
+            # a document without tokens gets no special ones either
             if len(ids) and not self._document:
                 ids = np.concatenate([self.encoder.before, ids])
             self._document += len(ids)

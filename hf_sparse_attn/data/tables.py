@@ -100,6 +100,7 @@ def open_table(file: SourceFile) -> Rows:
         from datasets import load_dataset  # heavy, and needed for datasets and Parquet only
 
         rows: IterableDataset = load_dataset(file.path, split=file.split, streaming=True)
+        # a stream may know its columns only when a row was read
         columns = list(rows.column_names or next(iter(rows.take(1)), {}))
         if columns and file.column not in columns:
             raise column_error(file, columns)
@@ -134,6 +135,7 @@ def _parquet_rows(path: str, column: str, groups: list[int | None]) -> Iterator[
     from pyarrow.parquet import ParquetFile
 
     before = stamp(os.stat(path))
+    # no read-ahead, which would hold a whole row group in memory
     with ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as opened:
         for batch in opened.iter_batches(
             ROWS, [group for group in groups if group is not None], [column], use_threads=False

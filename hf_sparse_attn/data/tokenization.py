@@ -1,5 +1,7 @@
 """Pieces of documents -> their tokens, several pieces in one call of the tokenizer."""
 
+# shapes: n tokens of a text
+
 from __future__ import annotations
 
 import contextlib
@@ -113,6 +115,7 @@ def piece_batches(reader: PieceReader) -> Generator[tuple[Any, list[Piece]]]:
         for piece in pieces:
             batch.append(piece)
             size += len(piece.text)
+            # only where reading can be taken up: not between two pieces of a table's row
             if (size >= BATCH or len(batch) >= PIECES) and (position := reader.position()) is not None:
                 yield start, batch
                 start, batch, size = position, [], 0

@@ -105,6 +105,7 @@ def share_of_rank(rows: Dataset | IterableDataset, rank: int, world_size: int) -
     from datasets import Dataset
 
     if isinstance(rows, Dataset):
+        # rows beyond the last full round would give some ranks one more
         return rows.select(range(rank, len(rows) - len(rows) % world_size, world_size))
     from .row_dataset import equal_share
 

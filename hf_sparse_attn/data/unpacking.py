@@ -41,6 +41,7 @@ def unpack(archive: Path, into: Path) -> None:
     with _readable(archive):
         for name, length, opened in members(archive):
             size, count = size + length, count + 1
+            # by the headers, before a byte of it is written
             if size > MOST_BYTES or count > MOST_FILES:
                 raise ArchiveError(
                     f"{archive.name} holds more than {MOST_FILES} files or {MOST_BYTES >> 30} GB: it is not unpacked"
@@ -109,6 +110,7 @@ class _Pieces:
 
 def _parts(archive: str, name: str) -> list[str]:
     """The parts of a name that stays inside of its folder on any system. Raises ArchiveError for others."""
+    # both formats separate folders by / on any system
     parts = [part for part in name.split("/") if part not in ("", ".")]
     odd = "\\" in name or "\0" in name or (os.name == "nt" and WINDOWS_SIGNS.search(name))
     if odd or not parts or ".." in parts or name.startswith("/"):

@@ -1,5 +1,7 @@
 """Documents -> windows of token ids."""
 
+# shapes: N tokens of a window
+
 from __future__ import annotations
 
 from collections.abc import Sequence

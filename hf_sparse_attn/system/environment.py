@@ -49,7 +49,9 @@ def energy_joules(powercap: Path = Path("/sys/class/powercap")) -> float | None:
     None where it cannot be read.
     """
     try:
+        # intel-rapl:0 is a package; intel-rapl:0:1 is a part of it and counted there
         counters = [path / "energy_uj" for path in powercap.iterdir() if path.name.count(":") == 1]
+        # the counters are in microjoules
         return sum(int(counter.read_text()) for counter in counters) / 1e6 if counters else None
     except (OSError, ValueError):
         return None

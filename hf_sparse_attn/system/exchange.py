@@ -37,9 +37,11 @@ def exchange(scratch: Path, target: Path, valid: str | None = None) -> None:
         OSError: a file cannot be moved; ``target`` is as it was, and ``scratch/new`` is whole again.
     """
     new = scratch / NEW
+    # in the order in which they come: what makes the folder valid is last
     files = sorted(
         (path.relative_to(new) for path in new.rglob("*") if not path.is_dir()), key=lambda file: _rank(file, valid)
     )
+    # all content is on the disk before the first name moves
     for file in files:
         sync(new / file)
     for folder in (new, *(path for path in new.rglob("*") if path.is_dir())):
@@ -47,6 +49,7 @@ def exchange(scratch: Path, target: Path, valid: str | None = None) -> None:
     with _alone(target, PATIENCE):
         _refuse_obstacles(target, files)
         leaving = [file for file in files if os.path.lexists(target / file)] + _stale(target, files)
+        # in the reverse order: what makes the folder valid leaves first
         leaving.sort(key=lambda file: _rank(file, valid), reverse=True)
         _write_plan(scratch, target, files, leaving)
         try:
@@ -72,6 +75,7 @@ def finish(scratch: Path) -> None:
         [Path(f) for f in plan["files"]],
         [Path(f) for f in plan["leaving"]],
     )
+    # nothing was to come, or the folder itself is gone
     if not files or not target.is_dir():
         return
     with _alone(target, 0):
@@ -95,6 +99,7 @@ def _alone(target: Path, patience: float) -> Iterator[None]:
 
 
 def _write_plan(scratch: Path, target: Path, files: Sequence[Path], leaving: Sequence[Path]) -> None:
+    # relative, so that the plan holds where the disk is mounted elsewhere
     place = os.path.relpath(target, scratch.parent)
     (scratch / OLD).mkdir()
     plan = {"target": place, "files": list(map(str, files)), "leaving": list(map(str, leaving))}
@@ -107,14 +112,17 @@ def _move(scratch: Path, target: Path, files: Sequence[Path], leaving: Sequence[
     """As far as it was not done before."""
     new, old, replaced = scratch / NEW, scratch / OLD, set(files)
     for file in leaving:
+        # what is not in ``new`` was moved before a kill: the file of that name is the new one, and stays
         waits = os.path.lexists(new / file) if file in replaced else True
         if waits and os.path.lexists(target / file) and not os.path.lexists(old / file):
             (old / file).parent.mkdir(parents=True, exist_ok=True)
             (target / file).replace(old / file)
+    # the disk, too, has an invalid folder before the first new file comes
     sync_folder(target)
     for file in files:
         if os.path.lexists(new / file):
             (target / file).parent.mkdir(parents=True, exist_ok=True)
+            # what left has the mode that the new file is to have
             keep_mode(new / file, old / file)
             if file == files[-1]:
                 sync_folder(target)  # all others are there for good
@@ -127,9 +135,11 @@ def _move_back(scratch: Path, target: Path, files: Sequence[Path], leaving: Sequ
     for file in reversed(files):
         if not os.path.lexists(new / file):
             (target / file).replace(new / file)
+    # in reverse, so that what makes the folder valid is back last
     for file in reversed(leaving):
         if os.path.lexists(old / file):
             (old / file).replace(target / file)
+    # without a plan nothing is there to be completed
     (scratch / PLAN).unlink()
 
 
@@ -185,6 +195,7 @@ def keep_mode(new: Path, old: Path) -> None:
     if (status.st_uid, status.st_gid) != (known.st_uid, known.st_gid):
         with suppress(OSError):
             os.chown(new, known.st_uid, known.st_gid)
+    # setuid and setgid are not handed on
     new.chmod(stat.S_IMODE(known.st_mode) & 0o777)
 
 

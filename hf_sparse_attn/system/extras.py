@@ -42,6 +42,7 @@ def needs_extra(extra: str, purpose: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
+        # the error may name a module inside of the package
         module = (error.name or "").partition(".")[0]
         if module not in EXTRAS[extra]:
             raise

@@ -42,6 +42,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """
     target = destination(path)
     with ExitStack() as stack:
+        # a stream knows no rename: the whole is written elsewhere, then copied
         if is_stream(target):
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         else:
@@ -55,6 +56,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
             with temporary.open("rb") as source, open_stream(target) as out:
                 shutil.copyfileobj(source, out)
             return
+        # content before name: after a crash the name never stands for a part
         sync(temporary)
         keep_mode(temporary, target)
         try:
@@ -76,6 +78,7 @@ def _scratch_for_file(target: Path, stack: ExitStack) -> Path:
 
 
 def _pour(source: Path, target: Path) -> None:
+    # the file itself is written, as a rename cannot replace what is mounted
     with source.open("rb") as new, target.open("r+b") as file:
         shutil.copyfileobj(new, file)
         file.truncate()
@@ -161,6 +164,7 @@ def replaced_folder(target: str | Path, valid: str | None = None) -> Iterator[Pa
         try:
             exchange(scratch, folder, valid)
         except BaseException as error:
+            # the scratch folder goes at the end: the new files need another place
             kept = _keep(scratch, folder)
             if not isinstance(error, OSError):
                 error.add_note(f"the new files of {target} are in {kept}")
@@ -205,6 +209,7 @@ def _scratch_for_folder(target: Path) -> Iterator[Path]:
     with ExitStack() as stack:
         try:
             scratch = stack.enter_context(scratch_folder(target.parent, target.name))
+            # a move that is tried: a rename from one disk to another fails
             probe = scratch / "probe"
             probe.mkdir()
             moved = target / f".probe{scratch.name.removesuffix(SUFFIX)}{SUFFIX}"  # cleared like a scratch folder

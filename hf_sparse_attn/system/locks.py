@@ -44,6 +44,7 @@ def sole_use(folder: str | Path, instead: str = "give another folder") -> Iterat
             )
         yield
     finally:
+        # nobody is to read of a process that is done
         with suppress(OSError):
             path.unlink()
         lock.release()

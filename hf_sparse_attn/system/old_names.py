@@ -205,6 +205,7 @@ class OldNames(MetaPathFinder):
         message = new_name(old)
         if message is not None:
             raise ModuleNotFoundError(message, name=fullname)
+        # 0.1.0 had no such module: Python's own error says enough
         return None
 
 
@@ -218,6 +219,7 @@ class _Recorded(Loader):
             cls = getattr(import_module(PACKAGE), name, None) if name.startswith("Sparse") else None
             if hasattr(cls, "from_pretrained"):
                 return cls
+            # what Python itself asks of any module, such as __path__
             if name.startswith("__"):
                 raise AttributeError(name)
             raise ImportError(f"{name}: {new_name(RECORDED)}")

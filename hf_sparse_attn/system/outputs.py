@@ -36,6 +36,7 @@ def destination(path: str | Path) -> Path:
         OutputError: links that lead in a circle, a folder, or something that cannot be written to.
     """
     target = Path(path)
+    # link by link, so that a descriptor on the way stays one
     for _ in range(MOST_LINKS):
         folder = Path(os.path.realpath(target.parent))
         target = folder / target.name
@@ -61,6 +62,7 @@ def dangling(path: Path) -> Path | None:
     """The part of a path that is a link to what is not there:
     nothing is made behind it, since a disk may not be mounted yet.
     """
+    # the nearest part that is there, were it a link to nothing
     there = next((part for part in (path, *path.parents) if os.path.lexists(part)), None)
     return there if there is not None and there.is_symlink() and not there.exists() else None
 
@@ -76,9 +78,12 @@ def open_stream(target: Path) -> BinaryIO:
     """Such a destination, opened; a descriptor of this process goes on where it stands."""
     descriptor = _own_descriptor(target)
     if descriptor is None:
+        # what the owner of the descriptor wrote there stays
         return target.open("ab" if DESCRIPTOR.fullmatch(str(target)) else "wb", buffering=0)
+    # what was printed before must come before
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
+    # a copy: closing it leaves the process its own
     return os.fdopen(os.dup(descriptor), "wb")
 
 
@@ -132,6 +137,7 @@ def refuse_read_only(target: Path) -> None:
     """Raise OSError for a file that is there and may not be changed, although its folder would let it be replaced, or a
     name too long.
     """
+    # r+b neither makes the file nor cuts it
     with suppress(FileNotFoundError), target.open("r+b"):
         pass
 
@@ -140,6 +146,7 @@ def check_folder(folder: Path) -> None:
     """Make ``folder`` and write a small file into it. Raises OSError where that fails."""
     folder.mkdir(parents=True, exist_ok=True)
     with scratch_folder(folder, "probe") as scratch, tempfile.TemporaryFile(dir=scratch) as file:
+        # bytes, as a full disk still takes an empty file
         file.write(b"\0" * PROBE_BYTES)
         file.flush()
         os.fsync(file.fileno())

@@ -65,6 +65,7 @@ def multiplies(dtype: torch.dtype, device: str) -> bool:
     if dtype not in (torch.bfloat16, torch.float16):
         return True
     if device != "cpu":
+        # what is emulated converts every number
         return dtype == torch.float16 or device != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if os.environ.get(LEVEL_VARIABLE) in WITHOUT_BFLOAT16:
         return False
@@ -131,6 +132,7 @@ def linear_rate(dtype: torch.dtype, device: str = "cpu") -> float:
     x, w = (torch.ones(n, width, dtype=dtype, device=device) for n in (rows, width))
     times: list[float] = []
     with torch.no_grad():
+        # untimed: a first call sets up its kernels
         F.linear(x, w)
         while len(times) < 2 or sum(times) < MEASURED_SECONDS:
             _wait(device)
@@ -138,6 +140,7 @@ def linear_rate(dtype: torch.dtype, device: str = "cpu") -> float:
             F.linear(x, w)
             _wait(device)
             times.append(time.perf_counter() - start)
+    # 2 · rows · width² operations a call: a multiplication and an addition for each weight and row
     return 2 * rows * width * width / min(times)
 
 

@@ -82,6 +82,7 @@ class Bars(Progress):
         super().update(task, advance=advance, completed=completed, info=info)
         work, drawn = self.tasks[task], self._bars[task]
         drawn.set_postfix_str(work.info, refresh=False)
+        # tqdm takes what is new since its last count
         drawn.update(work.completed - drawn.n)
 
     def stop(self) -> None:
@@ -94,6 +95,7 @@ class Lines(Progress):
 
     def __init__(self) -> None:
         super().__init__()
+        # counts wait for no other lines: the time of these is far back
         self._clock = _Clock(self._say_all, COUNTS * EVERY, lambda: 0.0)
 
     def add_task(self, description: str, total: float, completed: float = 0, info: str = "") -> int:
@@ -140,6 +142,7 @@ def line(description: str, done: float, total: float | None, before: float, seco
         if total is not None
         else f"{description}: {done:.0f}"
     ]
+    # of this process alone: what was done before took none of these seconds
     rate = (done - before) / seconds if seconds > 0 else 0.0
     if rate > 0:
         parts.append(f"{rate:.1f} a second" if rate >= 1 else f"{rate * 60:.2g} a minute")
@@ -166,6 +169,7 @@ def step(name: str, shown: bool = True) -> Iterator[None]:
     """Work that has no count of its own: where there is no terminal it is said to go on, unless something within says
     more.
     """
+    # on a terminal the bars within are enough
     if not shown or is_terminal(sys.stderr):
         yield
         return
@@ -202,7 +206,9 @@ class _Clock:
 
     def _run(self) -> None:
         called = time.monotonic()
+        # `stop` ends the wait
         while not self._over.wait(max(0.01, max(called, self._last()) + self._every - time.monotonic())):
+            # ``last`` may have moved while this thread slept
             if time.monotonic() - max(called, self._last()) >= self._every:
                 self._call()
                 called = time.monotonic()

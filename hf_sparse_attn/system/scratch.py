@@ -29,6 +29,7 @@ def scratch_folder(place: Path, name: str) -> Iterator[Path]:
     what killed processes left in ``place`` goes first.
     """
     clear_leftovers(place)
+    # in bytes, as file systems count names; a character that is cut in two goes
     folder, lock = _new_folder(place, name.encode()[:LONGEST].decode(errors="ignore"))
     try:
         yield folder
@@ -79,6 +80,7 @@ def _clear(path: Path) -> None:
     lock = locked(path / LOCK)
     if lock is None:
         return
+    # the dead process may have been in the middle of an exchange
     try:
         finish(path)
     except OSError:  # what cannot be completed is kept
