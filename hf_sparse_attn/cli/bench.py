@@ -166,7 +166,9 @@ def model(
     loaded, tokenizer = load(folder, dtype, "")
     rows = []
     for n in integers(length, "--length"):
+        # two tokens a step: best dense and sparse steps take turns on one cache
         need = n + 2 * decode_tokens
+        # windows of 1024 tokens side by side, cut to the length
         ids = torch.cat([w.ids for w in windows_of(text, tokenizer, 1024, -(-need // 1024), loaded)], 1)[:, :need]
         rows.append(bench_model(loaded, ids, keys, decode_tokens=decode_tokens))
     table = bench_table("tokens", "dtype", "prefill", "decode", "decode over best dense")
@@ -190,12 +192,14 @@ def _shapes(
 
     query_heads, groups = _heads(heads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    # auto is resolved before, so that the rows name what was measured
     names = [str(resolve(name.strip(), device)).removeprefix("torch.") for name in dtype.split(",")]
     shapes = [
         LayerShape(n, keys, dtype=name, heads=query_heads, groups=groups, head_dim=head_dim, device=device)
         for name in names
         for n in integers(length, "--length")
     ]
+    # impossible sizes are found before the first is measured
     for shape in shapes:
         _ = shape.config  # raises for impossible sizes
     for shape in shapes:

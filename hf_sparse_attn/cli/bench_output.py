@@ -73,6 +73,7 @@ def beside(json_path: str | None) -> Path | None:
     if json_path in (None, "-") or is_stream(destination(json_path)):
         return None
     path = Path(json_path)
+    # the JSON itself may be called .svg
     return path.with_suffix(".svg") if path.suffix != ".svg" else path.with_name(f"{path.name}.svg")
 
 

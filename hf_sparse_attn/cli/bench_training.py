@@ -63,6 +63,7 @@ def training(
         if value < 1:
             raise ValueError(f"{option} is {value}: must be >= 1")
     if plan:
+        # a plan runs no step: an option of steps that is given is a mistake
         ignored = {"--text": text is not None, "--eager": eager, "--plot": plot is not None}
         if any(ignored.values()):
             raise ValueError(
@@ -125,8 +126,10 @@ def _measure(
     loaded.to(device)
     for n in lengths:
         console.print(f"{n} tokens …", highlight=False)
+        # one step's windows more than are timed: they warm up and measure memory
         rows = [w.ids for w in windows_of(text, tokenizer, n, config.batch_size * (steps + 1), loaded)]
         windows = [torch.cat(rows[at : at + config.batch_size]) for at in range(0, len(rows), config.batch_size)]
+        # a CPU's rates before the steps and after them: a moment in which others used it does not count
         before = device_here(loaded, config)
         row = bench_training(loaded, windows, TrainingShape(budget, config, eager, padded))
         row["plan"] = None
@@ -150,6 +153,7 @@ def _show(row: dict[str, Any]) -> None:
         "loss",
         title=f"{row['length']} tokens, {row['dtype']}",
     )
+    # the recipe's step is an average of two kinds
     kinds = row["kinds"] | ({"recipe": row["recipe"]} if row["recipe"]["dense_every"] else {})
     for name, figures in kinds.items():
         speedup = row["speedup"].get(name)
@@ -197,8 +201,10 @@ def _plan(
     from ..config import SparseAttentionConfig
     from ..system.precision import resolve
 
+    # the GPU may be elsewhere: what this processor multiplies does not matter
     model, where = AutoConfig.from_pretrained(folder), "cpu" if gpu == "cpu" else "planned"
     kind = saved_dtype(model, dtype, where) or resolve("auto", where)
+    # the folder's own settings, with the budget that was asked for over them
     sparse = SparseAttentionConfig.coerce(getattr(model, "sparse_attention", None) or {}).changed(**budget)
     device = named_device(gpu, model, kind, config)
     options = {

@@ -105,6 +105,7 @@ def _run(
         raise RecipeError(
             f"{recipe} is of task {loaded.task}, this verb runs those of task {task}: use hf-sparse-attn run {recipe}"
         )
+    # a reduced run has a folder of its own: the other's results would not fit its recipe
     emit(run_recipe(loaded, out or Path("runs") / (loaded.name + "-smoke" * smoke)), json_path)
 
 
@@ -129,6 +130,7 @@ def distill(
     from ..training.distillation import distill as train
 
     loaded, tokenizer = load(model, resolve(dtype, "cpu"), sparse)
+    # a full disk is found before the routers are trained
     size = sum(weight.numel() * weight.element_size() for weight in loaded.parameters())
     if free_bytes(out) < size:
         raise ValueError(
@@ -163,6 +165,7 @@ def card(
     check_output(folder / "README.md")
     values = read_json(results)
     if base is not None:
+        # a base that the results name comes before this one
         values = {"base": {"source": base, "license": model_licence(base)}, **values}
     emit(write_card(folder / "README.md", values).data.to_dict(), json_path)
 
@@ -237,12 +240,14 @@ def guarded(command: Callable[[], Any]) -> int:
     try:
         command()
     except (ValueError, ImportError, OSError, RuntimeError) as error:
+        # a user's mistake needs no traceback, unless it is asked for
         if os.environ.get("HF_SPARSE_ATTN_DEBUG"):
             raise
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 2 if isinstance(error, MissingExtraError) else 1
     except KeyboardInterrupt:
         console.print("stopped; run the same command again to continue")
+        # 128 + SIGINT, as shells have it
         return 130
     return 0
 
@@ -265,6 +270,7 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     printable_everywhere()
+    # where there is no terminal it says now and then that the verb goes on
     with step(" ".join(sys.argv[1:2])):
         code = guarded(app)
     sys.exit(code)

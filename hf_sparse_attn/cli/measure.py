@@ -69,6 +69,7 @@ def evaluate(
     from ..models.convert import set_sparse_attention
     from ..system.environment import Cost, environment
 
+    # first, as it may register names that are asked for
     run_selector_file(selector_file)
     names = selector_names() if selections is None else tuple(name.strip() for name in selections.split(","))
     checked = Quality(length, windows, tuple(integers(budgets, "--budgets")), decode_tokens, names)
@@ -77,6 +78,7 @@ def evaluate(
         config = set_sparse_attention(loaded, **sparse_options(sparse))
         fitted = fitted_selectors(config, names, checked.budgets)
         rows = windows_of(text, tokenizer, length, windows, loaded)
+        # those fitted for this model join the known ones; the order is that of the names
         known = make_selectors(name for name in names if name not in fitted) | fitted
         chosen = {name: known[name] for name in names}
         results = evaluate_windows(
@@ -195,7 +197,9 @@ def calibrate(
         loaded, tokenizer = load_uncalibrated(folder, dtype)
         rows = windows_of(text, tokenizer, length, windows, loaded)
         others = windows_of(held_out, tokenizer, length, checked, loaded)
+        # a preset is a name for a mass; a mass or keys of one's own have no name
         share, name = (PRESETS[preset], preset) if mass is None and keys is None else (mass, None)
+        # several questions of each window: another passage by each seed
         questions = [question for seed in range(QUESTIONS) for question in ask(others, tokenizer, seed)]
         calibration = find(loaded, rows, others, questions, mass=share, keys=keys, preset=name, on_step=console.print)
     missed = failures(calibration)
@@ -211,6 +215,7 @@ def calibrate(
             write_calibration(folder, calibration)
             console.print(f"{summary_of(calibration)}: {folder}", highlight=False, markup=False)
     finally:
+        # also where writing fails: what was found is reported
         emit(result, json_path, None if report is None else partial(write_calibration_report, report, result))
     if missed:
         raise CalibrationError(f"{folder} was not calibrated: {'; '.join(missed)}")
@@ -249,6 +254,7 @@ def synth(
     if report is not None and not learn:
         raise ValueError("--report shows what --learn found: give both")
     try:
+        # an unknown field is a TypeError of the class
         config = LongLinkConfig(**yaml_fields(settings, "--set"))
     except TypeError as error:
         raise ValueError(f"--set {settings!r}: {error}") from error
@@ -263,6 +269,7 @@ def synth(
     with Cost() as cost:
         model = train(config, learning)
         with_routers(model, SparseAttentionConfig.from_dict(sparse_options(sparse)), config, learning)
+        # sets that the model did not learn from: a training keeps to its seed's multiple of EVALUATED
         results = study(model, config, EVALUATED * (seed + 7))
     document = {
         "command": command_line(),

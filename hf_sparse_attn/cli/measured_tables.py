@@ -33,6 +33,7 @@ def print_quality(rows: list[dict[str, Any]]) -> None:
         recovered = f"{row['recovered_share']['share']:.2f}" if "recovered_share" in row else ""
         table.add_row(
             str(row["length"]),
+            # dense attention has no budget
             str(row["keys"] or "all"),
             row["selection"],
             str(row["n"]),

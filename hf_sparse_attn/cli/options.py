@@ -24,11 +24,13 @@ console = Console(stderr=True)
 
 def checked_output(context: typer.Context, option: typer.CallbackParam, value: Any) -> Any:
     """The path of an option, when it is sure that it can be written: what comes there is the result of hours."""
+    # completion in a shell parses options without running the verb
     if value is None or str(value) == "-" or context.resilient_parsing:
         return value
     from ..system.outputs import check_output, destination, is_stream
 
     check_output(value)
+    # by place, as two names may lead to one file
     place, names = destination(value), context.meta.setdefault(__name__, {})
     if not is_stream(place):
         if place in names:
@@ -85,6 +87,7 @@ def emit(result: Mapping[str, Any], target: str | None, write_report: Callable[[
         OutputError: ``target`` cannot be written; the message says where the result is instead.
     """
     problem = None if target is None else _write(result, target)
+    # the report is written although the JSON could not be
     if write_report is not None:
         write_report()
     if problem is not None:
@@ -96,12 +99,14 @@ def _write(result: Mapping[str, Any], target: str) -> Exception | None:
     from ..system.outputs import OutputError
 
     try:
+        # null stands for NaN and infinity in any case, and the error comes after the file
         bad = not_finite(result)
         if target == "-":
             sys.stdout.write(json.dumps(finite_results(result), indent=2) + "\n")
         else:
             write_json(target, finite_results(result))
     except OSError as error:
+        # the path was writable at the start: the result must not be lost if that has changed
         handle, name = tempfile.mkstemp(prefix="hf-sparse-attn-", suffix=".json")
         os.close(handle)
         write_json(name, finite_results(result))
@@ -123,6 +128,7 @@ def reserving(option: str, creates: bool = True) -> Callable[[Callable[..., None
             from ..system.files import check_folder_output
             from ..system.locks import sole_use
 
+            # a folder that is not there and is not to be made is refused by the verb itself
             if not creates and not Path(options[option]).is_dir():
                 return verb(**options)
             check_folder_output(options[option])
@@ -148,6 +154,7 @@ def run_selector_file(path: Path | None) -> None:
     if spec is None or spec.loader is None:
         raise ValueError(f"--import is {path}: must be a Python file, its name ending in .py")
     try:
+        # not put into sys.modules: the file may be called like a package
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
     except Exception as error:  # whatever the user's code raises
         raise ValueError(f"--import {path} fails with {type(error).__name__}: {error}") from error
@@ -197,6 +204,7 @@ def saved_dtype(config: Any, name: str, device: str | None = "cpu") -> Any:
 
     if name != AUTO:
         return resolve(name, device)
+    # a config of several parts keeps it in that of the text
     saved = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     return None if saved is None else of_saved(saved, device)
 
@@ -229,6 +237,7 @@ def load_uncalibrated(folder: Path, dtype: str) -> tuple[Any, Any]:
     if values is None:
         raise ValueError(f"{folder} holds no sparse model: its config.json has no sparse_attention")
     config = SparseAttentionConfig.coerce(values)
+    # budgets are found for the settings alone, not on top of an earlier calibration
     config = replace(config, bookkeeping=replace(config.bookkeeping, calibration=None))
     loaded = AutoModelForCausalLM.from_pretrained(
         folder, sparse_attention=config, dtype=saved_dtype(known, dtype) or "auto"

@@ -53,6 +53,7 @@ def read_yaml(text: str) -> Any:
         ) from error
     if node is None:
         return None
+    # before values are made, which aliases multiply
     _count(node, {})
     return _value(node, "")
 
@@ -107,6 +108,7 @@ def _mapping(node: yaml.MappingNode, where: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, value in node.value:
         key = name.value
+        # a key without quotes may be a number or a truth value
         if not isinstance(name, yaml.ScalarNode) or (_is_plain(name) and not isinstance(_scalar(name, where), str)):
             shown = key if isinstance(name, yaml.ScalarNode) else "a list or mapping"
             raise PlainYamlError(
@@ -143,6 +145,7 @@ def _scalar(node: yaml.Node, where: str) -> Any:
 
 
 def _whole(text: str, node: yaml.Node, where: str) -> int:
+    # digits in thousands take int() quadratic time
     number = int(text, 0 if text.startswith("0") else 10) if len(text) < 40 else MOST_WHOLE + 1
     if abs(number) > MOST_WHOLE:
         raise PlainYamlError(

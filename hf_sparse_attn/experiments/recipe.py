@@ -128,10 +128,12 @@ def load_recipe(path: str | Path, *, smoke: bool = False, changes: Sequence[str]
     file = find_recipe(path)
     try:
         known = defaults()
+        # what comes later wins: defaults, the recipe, its smoke section, the command line
         written, changed = read_recipe(file), [change(text) for text in changes]
         values = merge(deepcopy(known), written, known)
         reduced = values.pop("smoke")
         for delta in (*((reduced,) if smoke else ()), *changed):
+            # a change may not bring a smoke section, which was laid over already
             values = merge(values, delta, {name: value for name, value in known.items() if name != "smoke"})
         for key, value, allowed in (
             ("model.dtype", values["model"]["dtype"], DTYPES),
@@ -190,9 +192,11 @@ def _checked_recipe(values: dict[str, Any], smoke: bool, network: bool) -> Recip
         "longlink": _fields(values["longlink"], LongLinkConfig, "longlink"),
         "sparse_attention": _sparse_attention(values["sparse_attention"]),
     }
+    # the default of decode_tokens must not refuse a short length where it is not read
     unread = {} if "quality.decode_tokens" in READS[values["task"]] else {"decode_tokens": 0}
     parsed = {"quality": tuple(Quality(**{**unread, **entry}) for entry in quality), **_pinned_sources(values)}
     sparse = SparseAttentionConfig.from_dict(values["sparse_attention"])
+    # a run sees the keys of its task only: reading another one raises
     read = read_by(values["task"], {**values, **parsed}, defaults())
     recipe = Recipe(**{**read, "sparse_attention": sparse}, smoke_run=smoke, raw=values)
     for stage, cls in STAGES.items():  # raises for values that do not go together

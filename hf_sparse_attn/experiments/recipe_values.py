@@ -46,6 +46,7 @@ LEAST_ONE = {  # whole numbers of at least 1; the others are at least 0
     *("series.period", "speed.keys", "speed.repeats", "speed.attention_repeats", "max_new_tokens"),
 }
 MOST_SEED = 2**32 - 1  # of numpy's generators
+# Windows keeps the names of devices for itself, with any ending
 NAME = re.compile(r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)(\.|$))\w[\w.-]{0,98}(?<!\.)")
 SOURCE = re.compile(r"(?P<label>[\w-]+=)?(?P<kind>pypi|deb):(?P<package>[^:]*)(?P<rest>:.*)?", re.DOTALL)
 
@@ -110,6 +111,7 @@ def change(text: str) -> dict[str, Any]:
         raise RecipeError(f"--set {text[:80]!r}: {keys} is not YAML that can be read: {error}") from error
     if isinstance(delta, dict) and not value.lstrip().startswith("{"):
         delta = value  # a text with a colon
+    # from the inside out
     for key in reversed(keys.split(".")):
         delta = {key: delta}
     return delta  # type: ignore[no-any-return]
@@ -139,6 +141,7 @@ def merge(values: dict[str, Any], delta: dict[str, Any], schema: dict[str, Any],
 
 def _leaf(value: Any, default: Any, name: str) -> Any:
     value = fitted(value, HINTS.get(name, type(default)), name)
+    # type, not isinstance: true is no whole number
     if type(value) is int and value < (least := int(name in LEAST_ONE)):
         raise RecipeError(f"{name} is {value}: must be a whole number >= {least}")
     if name == "name" and not NAME.fullmatch(value):
@@ -171,6 +174,7 @@ def pinned(sources: Sequence[str], packages: Mapping[str, str | None], where: st
 
 def _pinned(source: str, packages: Mapping[str, str | None], where: str) -> str:
     match = SOURCE.fullmatch(source)
+    # a source that names its hash already is left as it is
     if match is None or "@" in match["package"]:
         return source
     name = f"{match['kind']}:{match['package']}"

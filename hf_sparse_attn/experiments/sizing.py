@@ -2,6 +2,8 @@
 time.
 """
 
+# letters: H query heads, D head dim, N tokens
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -36,11 +38,13 @@ class Work:
     dtype: torch.dtype
     joint_seconds: float  # of a micro-batch of the joint stage
 
+    # products + 2 · H · D · N² a layer: N² / 2 pairs with 4 · H · D operations each
     def dense(self, length: int) -> float:
         """Seconds of a dense forward pass without logits."""
         heads, _, dim = heads_of(self.config)
         return self._products(length) + 2 * heads * dim * self._layers * length**2 / self.device.attention[0]
 
+    # products + layers · (4 · H · D · kept pairs + both stages of the router), each part at its own rate
     def routed(self, length: int, keys: int) -> float:
         """Seconds of a sparse forward pass without logits at a budget of ``keys``."""
         heads, _, dim = heads_of(self.config)
@@ -64,7 +68,9 @@ class Work:
 
     def _products(self, length: int) -> float:
         text = self.config.get_text_config()
+        # neither the embedding nor the head multiplies anything in a pass without logits
         embedded = text.vocab_size * text.hidden_size * (1 if getattr(text, "tie_word_embeddings", False) else 2)
+        # two operations a weight and token
         return float(2 * max(0, self.parameters - embedded) * length / self.device.products[self.dtype])
 
     def _work(self, length: int, sparse: SparseAttentionConfig) -> LayerWork:
@@ -90,6 +96,7 @@ def measured_work(config: PreTrainedConfig, parameters: int, recipe: Recipe, dty
 def seconds(recipe: Recipe, work: Work) -> dict[str, float]:
     """Predicted seconds of each step, without margin."""
     distill, speed = recipe.distill, recipe.speed
+    # each window: one dense pass, then its steps
     window = work.dense(distill["context"]) + recipe.distillation.steps_per_batch * work.taught(distill["context"])
     steps = {
         "distill": distill["batches"] * window,
@@ -97,6 +104,7 @@ def seconds(recipe: Recipe, work: Work) -> dict[str, float]:
         "quality": sum(_read(e, work) for e in recipe.quality),
     }
     if speed["length"]:
+        # what a layer takes of a dense pass
         layer = (work.dense(speed["length"]) - work.dense(0)) / max(1, work.config.get_text_config().num_hidden_layers)
         passes = speed["repeats"] * (work.dense(speed["length"]) + work.routed(speed["length"], speed["keys"]))
         steps["speed"] = 1.1 * passes + (speed["attention_repeats"] + 2) * layer
@@ -107,6 +115,7 @@ def _joint(recipe: Recipe, work: Work) -> float:
     settings = recipe.lora
     if not settings["steps"]:
         return 0.0
+    # dense LoRA on the same rows is a second training
     micro_batches = (2 if recipe.compare["dense_lora"] else 1) * settings["steps"] * recipe.adaptation.accumulation
     # read before and after
     return float(micro_batches * work.joint_seconds + 2 * work.routed(settings["context"], work.sparse.min_keys))
@@ -116,6 +125,7 @@ def _read(entry: Quality, work: Work) -> float:
     """Every window densely, then under every selection at every budget; the oracle looks at all pairs."""
     n = entry.length
     passes = [work.routed(n, keys) + work.logits(n // 2) for keys in entry.budgets for _ in entry.selections]
+    # the dense pass and every selection are decoded
     decoded = (1 + len(passes)) * (work.logits(entry.decode_tokens) + work.dense(entry.decode_tokens))
     dense = (1 + len(entry.budgets)) * (work.dense(n) + work.logits(n))
     return entry.windows * (dense + sum(passes) + decoded)
@@ -210,6 +220,7 @@ def size_of(recipe: Recipe) -> dict[str, Any]:
 
 def at_size(recipe: Recipe, size: dict[str, Any]) -> Recipe:
     """The recipe at a size that `size_of` gave, so that a continued run goes on with the size it began with."""
+    # a size may hold fewer lengths than the recipe
     quality = tuple(replace(entry, **changes) for entry, changes in zip(recipe.quality, size["quality"], strict=False))
     for section, key, value in (
         ("distill", "batches", "distill"),

@@ -76,12 +76,14 @@ class Run:
         main = self.processes.is_main_process
         if main:
             self._claim_folder()
+        # nobody starts before the folder is known to belong to this recipe
         self.processes.wait_for_everyone()
         torch.manual_seed(self.recipe.seed)
         started = time.monotonic()
         steps = self.steps()
         for step in steps:
             self._step(step)
+            # from the file, whether the step ran just now or before: a continued run takes the same way
             if step.then is not None:
                 step.then(self._load(step.name))
         results = {
@@ -96,6 +98,7 @@ class Run:
             try:
                 self.finish(results)
             finally:
+                # also where a report fails: the figures are there
                 write_json(self.folder / "results.json", finite_results(results))
             minutes = (time.monotonic() - started) / 60
             self.console.print(
@@ -119,6 +122,7 @@ class Run:
             )
         for name in ("results.json", "report.html"):
             check_output(self.folder / name)
+        # lexists: a link to nothing is refused now, too
         if os.path.lexists(self.folder / "model"):
             check_folder_output(self.folder / "model")
         write_json(known, self.recipe.raw)
@@ -140,6 +144,7 @@ class Run:
                     self.console.print(f"  step {step.name}: {bad}", style="red")
                 write_json(done, {**cost.figures, **result}, finite=False)
         self.processes.wait_for_everyone()
+        # the step's models go before the next one loads its own
         gc.collect()
 
     def _load(self, name: str) -> dict[str, Any]:

@@ -36,8 +36,10 @@ def fitted(value: Any, hint: Any, where: str) -> Any:
         return {name: fitted(part, parts[1] if parts else Any, f"{where}.{name}") for name, part in value.items()}
     if hint is float and type(value) is int:
         return float(value)
+    # below 2⁵³ a float of a whole number is exact
     if hint is int and type(value) is float and value.is_integer() and abs(value) < 2**53:
         return int(value)
+    # type, not isinstance: True is an int there
     if type(value) is not hint:
         raise KindError(f"{where} is {shown(value)}: must be {_name(hint)}{_fix(value, hint)}")
     return value
@@ -65,6 +67,7 @@ def _fitted_to_one(value: Any, hints: tuple[Any, ...], where: str) -> Any:
         try:
             return fitted(value, hint, where)
         except KindError:
+            # with one kind to choose, its own error says more
             if len(others) == 1:
                 raise
     raise KindError(f"{where} is {shown(value)}: must be {' or '.join(map(_name, hints))}")
@@ -75,6 +78,7 @@ def _fitted_list(value: Any, parts: tuple[Any, ...], where: str) -> list[Any]:
         raise KindError(f"{where} is {shown(value)}: must be a list")
     if parts and parts[-1] is not Ellipsis and len(parts) > 1 and len(value) != len(parts):
         raise KindError(f"{where} is {shown(value)}: must be a list of {len(parts)}")
+    # tuple[int, str] has a hint for each place, tuple[int, ...] and list[int] one for all
     hints = parts if len(parts) == len(value) and Ellipsis not in parts else (parts[0] if parts else Any,) * len(value)
     return [fitted(part, hint, f"{where}[{at}]") for at, (part, hint) in enumerate(zip(value, hints, strict=True))]
 

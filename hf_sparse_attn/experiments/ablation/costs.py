@@ -1,5 +1,7 @@
 """What a level costs on one layer's real queries, keys and values, in turn with the default."""
 
+# shapes: N tokens
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -32,6 +34,7 @@ class _Capture(SparseCall):
         super().__init__(dense=True)
         self.layer = layer
 
+    # the pass ends in the layer that is asked for: those behind it are not needed
     def on_document(self, router: SparseRouter, inputs: RoutingInputs) -> None:
         if router.layer == self.layer:
             raise Captured(inputs)
@@ -88,12 +91,15 @@ def measure(
     for name, contender in contenders.items():
         run: Callable[[], object] = lambda: contender(inputs)  # noqa: B023, E731
         base: Callable[[], object] = lambda: contenders[baseline](inputs)  # noqa: E731
+        # once each, untimed
         alternate({"warm": run, "base": base}, 1)
         times = alternate({"own": run, "base": base, "dense": dense}, repeats)
         share = contender.dense_share
+        # (1 − s) · own + s · dense, s the share of layers that the level leaves dense
         mixed_times = [(1 - share) * a + share * b for a, b in zip(times["own"], times["dense"], strict=True)]
         with PeakMemory() as peak:
             run()
+        # the peak is of one layer at work; weights and stage-1 keys exist in every layer
         figures[name] = _figures(mixed_times, times["base"], layers) | {
             "mb": (peak.bytes + layers * (contender.weight_bytes + contender.summary_bytes(inputs))) / 2**20,
             "peak_bytes": peak.bytes,
@@ -112,4 +118,5 @@ def _run_dense(inputs: RoutingInputs) -> Callable[[], object]:
 
 
 def _figures(times: list[float], base: list[float], layers: int) -> dict[str, Any]:
+    # from seconds of one layer to milliseconds of all that are sparse
     return {"ms": 1e3 * layers * spread(times)["median_s"], "over_default": ratio(times, base), "n": len(times)}

@@ -105,6 +105,7 @@ def default_of(factor: str, config: SparseAttentionConfig, head_dim: int) -> str
     """What the default is in the terms of a factor."""
     if factor in _DEFAULTS:
         return _DEFAULTS[factor]
+    # the field that the factor's levels set
     name = next(iter(next(level for level in LEVELS if level.factor == factor).sparse))
     dims = {"router_dim": config.resolved_router_dim, "index_dim": config.resolved_index_dim}
     return str(dims[name](head_dim) if name in dims else getattr(config, name))

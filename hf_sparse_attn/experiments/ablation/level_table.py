@@ -26,6 +26,7 @@ def ablation_table(readings: Readings, costs: Mapping[str, Any], defaults: Mappi
     rows = []
     for factor in dict.fromkeys(factor for factor, _ in cells if factor != BASELINE):
         baseline = cells.get((factor, BASELINE), cells[BASELINE, BASELINE])
+        # the default against itself: differences of 0
         rows.append(_row(factor, defaults[factor], baseline, baseline, costs.get(BASELINE), True))
         for (other, level), cell in cells.items():
             if other == factor and level != BASELINE:
@@ -49,4 +50,5 @@ def _row(
 
 def _verdict(above: Mapping[str, Any]) -> str:
     """What the interval of the KL says."""
+    # an interval that holds 0 shows nothing
     return "worse" if above["low"] > 0 else "better" if above["high"] < 0 else "no difference shown"

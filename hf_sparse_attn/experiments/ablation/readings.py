@@ -75,8 +75,10 @@ def difference(
     ]
     if lacking:
         raise ValueError(f"the baseline lacks seed and window {lacking[0]}: read it at the same seeds and windows")
+    # [seeds, windows]
     above = np.array(
         [[value - base[seed][document] for document, value in values.items()] for seed, values in mine.items()]
     )
+    # over seeds first: the interval is one over windows, of which each counts once
     means = above.mean(0)
     return {**loss_above(means, np.zeros_like(means)), "seeds": above.mean(1).tolist()}

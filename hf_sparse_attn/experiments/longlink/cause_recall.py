@@ -1,5 +1,7 @@
 """Whether a router finds the blocks where LongLink's causes stand, for the heads that use them."""
 
+# shapes: B batch, G KV heads, n query tiles, nb key blocks
+
 from __future__ import annotations
 
 from collections import defaultdict
@@ -41,6 +43,7 @@ class ByRow:
 
 def _passes(model: PreTrainedModel, planted: Planted, rows: ByRow, observer: SparseCall) -> None:
     ids, sequences = torch.from_numpy(planted.input_ids).to(model.device), sequences_at_once(planted)
+    # the loop sets ``rows.start``, by which observers find the links of the sequences at work
     for rows.start in range(0, len(ids), sequences):
         batch = ids[rows.start : rows.start + sequences]
         with torch.no_grad():
@@ -58,6 +61,7 @@ class _CauseMass(SparseCall):
         size = router.config.block_size
         for row, links in enumerate(self.rows.rows(inputs)):
             effects = sorted({link.effect for link in links})
+            # tiles of 1: the mass of the question alone, not of its tile
             tiles = torch.tensor(effects, device=inputs.q.device, dtype=torch.int64)
             one = (inputs.q[row : row + 1], inputs.k[row : row + 1])
             mass = block_mass(*one, inputs.grid(1, size), tiles, inputs.scale)[0]  # [G, effects, blocks]
@@ -99,6 +103,7 @@ class LinkObserver(SparseCall):
             return
         tile, size = router.config.query_tile, router.config.block_size
         plan = make_plan(router.config, inputs.grid(tile, size), inputs.q.device)
+        # blocks that are not forced, in tiles that have to choose
         eligible = (
             plan.eligible_mask(torch.arange(plan.grid.tiles, device=inputs.q.device, dtype=torch.int64))
             & plan.open[:, None]
@@ -117,12 +122,15 @@ class LinkObserver(SparseCall):
             return
         self.rankings += len(heads) * len(places)
         hits = [hit.int().cpu().numpy() for *_, hit in places for _ in heads]
+        # the router's ranking, and that of the dense mass, as the oracle has it
         for metric, ranking in ((self.precision, ranked), (self.best, teacher)):
             scores = [ranking[row, head, t, free].cpu().numpy() for row, t, free, _ in places for head in heads]
             metric.add_batch(predictions=scores, references=hits)
         for name, selection in kept.items():
+            # by place and head: which free blocks were kept, and which hold a cause
             chosen = [(selection[row, head, t, free].float(), hit) for row, t, free, hit in places for head in heads]
             links_kept = torch.cat([blocks[hit] for blocks, hit in chosen])
+            # chance of a link: the share of its tile's free blocks that the selection keeps
             share = torch.cat([blocks.mean().expand(int(hit.sum())) for blocks, hit in chosen])
             self.recall[name].add_batch(predictions=links_kept.tolist(), references=share.tolist())
 
@@ -149,6 +157,7 @@ def _wanted(links: list[Link], tile: int, size: int) -> dict[int, set[int]]:
 def _estimates(every: BlockSelection) -> Tensor:
     """The router's estimate of each block's mass [B, G, n, nb], −1 for a block that stage 1 did not pass on."""
     assert every.scores is not None
+    # a column more at the front: it takes the empty entries (−1), and is cut off
     shape = (*every.indices.shape[:3], every.grid.blocks + 1)
     out = every.scores.new_full(shape, -1.0).scatter_(-1, every.indices.long() + 1, every.scores.nan_to_num(-1.0))
     return out[..., 1:]
@@ -189,9 +198,11 @@ class Without:
             for t, blocks in _wanted(links, query_tile, scores.grid.block_size).items():
                 for head in range(indices.shape[1]):
                     self._cut(indices[row, head, t], eligible[t], blocks)
+        # lists are ascending, with the empty entries (−1) first
         return BlockSelection(indices.sort(-1).values, scores.grid)
 
     def _cut(self, kept: Tensor, eligible: Tensor, blocks: set[int]) -> None:
+        # forced blocks cannot be cut: a tile's own, the window's and the sink's are always read
         free = (kept >= 0) & eligible[kept.clamp(min=0).long()]
         is_cause = torch.isin(kept, torch.tensor(sorted(blocks), dtype=kept.dtype, device="cpu")) & free
         if self.causes:

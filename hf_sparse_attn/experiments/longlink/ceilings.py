@@ -13,6 +13,8 @@ def chance(config: LongLinkConfig) -> float:
     return 1 / config.values
 
 
+# right = strength · (1 − corruption)^(causes with a value) · (1 − missing)^causes;
+# accuracy = right + (1 − right) / V for V values
 def ceiling(config: LongLinkConfig) -> float:
     """Accuracy of the best reader.
 

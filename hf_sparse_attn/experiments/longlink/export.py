@@ -47,6 +47,7 @@ def load(folder: str | Path) -> Planted:
         settings = read_json(folder / SETTINGS)
         sequences, links = (load_from_disk(str(folder / name)) for name in ("sequences", "links"))
         values = settings["config"]
+        # JSON knows lists only, and the settings are compared as tuples
         config = LongLinkConfig(**{**values, "unseen": values["unseen"] and tuple(values["unseen"])})
         table = tuple(Link(**{**row, "causes": tuple(row["causes"])}) for row in links)
         ids, labels = (np.array(sequences[name], dtype=np.int64) for name in ("input_ids", "labels"))

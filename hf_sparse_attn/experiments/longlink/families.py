@@ -67,6 +67,7 @@ class LongLinkConfig:
         for name in ("strength", "corruption", "missing"):
             if not 0 <= getattr(self, name) <= 1:
                 self._refuse(name, "a share in [0, 1]")
+        # slots behind ``first``, without the last question and its answer
         room = self.length - 2 - self.first
         if not 2 <= self.min_distance <= self.longest <= room:
             self._refuse(
@@ -111,6 +112,7 @@ class Tokens:
     values: int
     background: int
 
+    # ids in a row: pad, missing, background, causes, second values, hops, events, questions, answers
     def cause(self, key: int, value: int) -> int:
         """A key gets a value; a sensor shifts by one."""
         return FIRST + self.background + key * self.values + value

@@ -65,6 +65,7 @@ class LearningConfig:
 
         A step has 4096 tokens, 8192 in the last stage, or one sequence.
         """
+        # 1024, 2048 … below ``length``
         lengths = [512 << i for i in range(1, max(1, math.ceil(math.log2(length / 512))))]
         stages = [
             *(Stage(size, max(1, STEP_TOKENS // size), 100) for size in lengths),
@@ -102,6 +103,7 @@ def learn(config: LongLinkConfig, learning: LearningConfig, *, progress: bool = 
         done = 0
         for stage in learning.stages:
             for _ in range(stage.steps):
+                # a set of its own for every step
                 loss = _step(model, _batch(config, stage, learning.seed * EVALUATED + done), optimizer)
                 schedule.step()
                 done += 1
@@ -111,6 +113,7 @@ def learn(config: LongLinkConfig, learning: LearningConfig, *, progress: bool = 
 
 
 def _batch(config: LongLinkConfig, stage: Stage, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    # a short stage has distances and a start in proportion to its length
     first = min(config.first, stage.length // 4)
     short = min(config.min_distance, max(2, stage.length // 16))
     far = min(config.longest, stage.length - 2 - first)
@@ -127,8 +130,10 @@ def _batch(config: LongLinkConfig, stage: Stage, seed: int) -> tuple[torch.Tenso
 
 def _step(model: PreTrainedModel, batch: tuple[torch.Tensor, torch.Tensor], optimizer: torch.optim.Optimizer) -> float:
     ids, labels = batch
+    # a hidden state predicts the next token
     hidden, target = model.base_model(ids, use_cache=False).last_hidden_state[:, :-1], labels[:, 1:]
     labelled = target >= 0
+    # logits of the answers only, a small part of the tokens
     loss = F.cross_entropy(model.get_output_embeddings()(hidden[labelled]), target[labelled])
     optimizer.zero_grad()
     loss.backward()
@@ -149,6 +154,7 @@ def with_routers(
     sparsify(model, sparse)
     length = learning.stages[-1].length
     stage = Stage(length, max(1, STEP_TOKENS // length), learning.distilled)
+    # seeds from the upper half of this training's range: sets that the model did not learn from
     sets = [_batch(config, stage, learning.seed * EVALUATED + EVALUATED // 2 + at)[0] for at in range(stage.steps)]
     distill(
         model,

@@ -35,6 +35,7 @@ def predicted(model: PreTrainedModel, planted: Planted, call: SparseCall) -> np.
             ids[start : start + rows].to(model.device), use_cache=False, sparse_call=call
         ).last_hidden_state
         for row, effects in zip(hidden, by_sequence[start : start + rows], strict=True):
+            # the answer is the token behind the question: the question's hidden state predicts it
             predictions.append(model.get_output_embeddings()(row[effects]).argmax(-1).cpu())
     tokens: np.ndarray = torch.cat(predictions).numpy()
     return tokens
@@ -55,6 +56,7 @@ def accuracy(planted: Planted, tokens: np.ndarray, chosen: np.ndarray | slice = 
 
 def by_distance(planted: Planted, tokens: np.ndarray) -> list[dict[str, Any]]:
     """Accuracy of the links in each doubling of the distance."""
+    # octave o: distances from 2^o up to 2^(o + 1)
     octaves = np.array([int(math.log2(link.distance)) for link in planted.links])
     return [
         {"from": 1 << octave, "to": 2 << octave, **accuracy(planted, tokens, octaves == octave)}
@@ -78,7 +80,9 @@ def pairs_told_apart(planted: Planted, tokens: np.ndarray) -> float:
     """Of a counterfactual set the share of pairs of which both changed links, the first of each sequence, were answered
     right.
     """
+    # backwards, so that the first link of a sequence is what stays
     first = {link.sequence: at for at, link in reversed(list(enumerate(planted.links)))}
+    # sequences 2 i and 2 i + 1 are a pair
     pairs = np.array([[first[at], first[at + 1]] for at in range(0, planted.config.sequences, 2)])
     metric = AnswerMatch()
     metric.add_batch(predictions=tokens[pairs], references=right_tokens(planted)[pairs])

@@ -79,5 +79,6 @@ class ChanceAdjustedRecall(ArrayMetric):
 
     def _compute(self, predictions: Sequence[float], references: Sequence[float]) -> dict[str, Any]:
         recall, chance = float(np.mean(predictions)), float(np.mean(references))
+        # 1 − r0 is 0 where everything is kept
         adjusted = 1.0 if chance == 1 else (recall - chance) / (1 - chance)
         return {"recall": recall, "chance": chance, "chance_adjusted_recall": adjusted, "n": len(predictions)}

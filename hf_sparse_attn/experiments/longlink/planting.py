@@ -57,6 +57,7 @@ class _Sequence:
     def __init__(self, config: LongLinkConfig, seed: int, index: int) -> None:
         paired = config.family == "counterfactual"
         self.config, self.index = config, index
+        # both sequences of a pair draw the same numbers
         self.rng = np.random.default_rng([seed, index // 2 if paired else index])
         self.shift = index % 2 if paired else 0  # of the first link's value
         self.ids = self.rng.integers(FIRST, FIRST + config.background, config.length)
@@ -64,12 +65,14 @@ class _Sequence:
         self.labels = np.full(config.length, IGNORE_INDEX, dtype=np.int64)
         self.free = np.arange(config.length) >= config.first
         self.links: list[Link] = []
+        # in this order: keys that are asked, keys that they refer to (two hops, null), those of distractors
         keys = self.rng.permutation(config.keys).tolist()
         lag = self._distance(half=True)
         for at in range(config.links):
             self._plant(keys, at, lag)
         for key in keys[config.needed_keys - config.distractors : config.needed_keys]:
             self._distract(key)
+        # questions and answers are never lost
         self.ids[
             self.lost
             & (self.labels == IGNORE_INDEX)
@@ -81,6 +84,7 @@ class _Sequence:
         config = self.config
         longest = max(config.longest // 2, config.min_distance) if half else config.longest
         for _ in range(TRIES):
+            # log-uniform: every doubling of the distance is as likely as any other
             low, high = math.log(config.min_distance), math.log(longest + 1)
             distance = int(math.exp(self.rng.uniform(low, high)))
             unseen = config.unseen is not None and config.unseen[0] <= distance < config.unseen[1]
@@ -100,9 +104,11 @@ class _Sequence:
         causes, effect = self._place(self._causes_needed(value), lag)
         self._write(causes, key, other, value)
         holds = config.family != "null" and rng.random() < config.strength
+        # drawn in any case, so that another strength changes nothing else of a sequence
         answer, random = value, int(rng.integers(config.values))
         if not holds:
             answer = random
+        # the next sensor follows the one that shifted
         queried_key = (key + 1) % config.keys if config.family == "lag" else key
         self.ids[effect], self.ids[effect + 1] = config.tokens.ask(queried_key), config.tokens.value(answer)
         self.labels[effect + 1] = self.ids[effect + 1]
@@ -112,6 +118,7 @@ class _Sequence:
 
     def _causes_needed(self, value: int) -> int:
         if self.config.family == "count":
+            # a count of 0 has a slot, too, in which nothing is written
             return max(value, 1)
         return 2 if self.config.family in ("two_hops", "conjunction") else 1
 
@@ -126,8 +133,10 @@ class _Sequence:
                 if config.family == "lag"
                 else self._distance()
             )
+            # jitter may lead out of the sequence
             distance = min(max(wanted, 1), config.length - 2 - config.first)
             effect = int(rng.integers(config.first + distance, config.length - 1))
+            # the first cause at that distance, the others between it and the question
             gaps = (
                 [distance, *rng.choice(np.arange(1, distance), count - 1, replace=False).tolist()]
                 if count <= distance
@@ -152,6 +161,7 @@ class _Sequence:
             self.ids[causes[order[0]]] = tokens.hop(key, other)
             self.ids[causes[order[1]]] = tokens.cause(other, self._seen(value))
         elif family == "conjunction":
+            # two values whose sum modulo ``values`` is the answer
             first = int(self.rng.integers(config.values))
             self.ids[causes[0]] = tokens.cause(key, self._seen(first))
             self.ids[causes[1]] = tokens.second(key, self._seen((value - first) % config.values))
@@ -159,6 +169,7 @@ class _Sequence:
             self.ids[causes[0]] = tokens.cause(other if family == "null" else key, self._seen(value))
 
     def _seen(self, value: int) -> int:
+        # both drawn in any case, so that another share changes nothing else of a sequence
         replaced, random = self.rng.random() < self.config.corruption, int(self.rng.integers(self.config.values))
         return random if replaced else value
 

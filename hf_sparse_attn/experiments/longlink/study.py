@@ -41,6 +41,7 @@ def study(model: PreTrainedModel, config: LongLinkConfig, seed: int) -> dict[str
     planted = plant(config, seed)
     selectors = make_selectors()
     heads = using_heads(model, planted)
+    # every selection reads the same sequences
     rows = [_answers(model, planted, "dense", SparseCall(dense=True))]
     rows += [_answers(model, planted, name, SparseCall(selector=selector)) for name, selector in selectors.items()]
     return {
@@ -122,6 +123,7 @@ def _null(
     selectors: Mapping[str, Selector],
     heads: Mapping[Head, float],
 ) -> dict[str, Any]:
+    # null takes a second key for each link
     links = (config.keys - config.distractors) // 2
     many = NULL_SEQUENCES * config.sequences
     planted = plant(replace(config, family="null", links=min(config.links, links), sequences=many), seed)
@@ -153,6 +155,7 @@ def _noise(
     for name, level in counted(levels, "kinds of noise"):
         changed: dict[str, Any] = {name: level}
         other = replace(config, **changed)
+        # a level that is the default belongs to several kinds, and is measured once
         if other not in done:
             planted = plant(other, seed)
             scores = {key: accuracy(planted, tokens) for key, tokens in _both(model, planted).items()}

@@ -41,11 +41,13 @@ def figure(draw: Callable[..., None], width: float = 7.5, height: float = 3.6, c
 
     buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE):
+        # without pyplot: no display is asked for, and no figure stays open
         drawing = Figure(figsize=(width, height), layout="constrained")
         axes = drawing.subplots(1, columns, squeeze=False)[0]
         draw(*axes)
         for axis in axes:
             axis.spines[["top", "right"]].set_visible(False)
+        # no date: the same figures give the same bytes
         drawing.savefig(buffer, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
@@ -63,10 +65,12 @@ def loss_plot(table: Rows) -> str:
     def draw(axis: Any) -> None:
         for i, cell in enumerate(cells):
             rows = [r for r in table if (r["length"], r["keys"]) == cell]
+            # the dense row of that length, which has no budget
             dense = next(r["prefill"] for r in table if r["length"] == cell[0] and r["keys"] is None)
             width = 0.8 / len(rows)
             for j, row in enumerate(rows):
                 label = row["selection"] if i == 0 else None
+                # bars of a group side by side, with its tick in the middle
                 at = i + (j - (len(rows) - 1) / 2) * width
                 axis.bar(
                     at, row["prefill"] - dense, 0.92 * width, color=COLOURS.get(row["selection"], OTHER), label=label
@@ -119,6 +123,7 @@ def position_plot(table: Rows) -> str | None:
 
     def above(row: dict[str, Any]) -> tuple[list[float], list[float]]:
         parts = len(dense)
+        # each part is drawn in its middle
         return [(i + 0.5) * length / parts for i in range(parts)], (np.array(row["by_position"]) - dense).tolist()
 
     return _lines(rows, above, "position (tokens)", "log-loss above dense (nats)")

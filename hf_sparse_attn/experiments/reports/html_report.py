@@ -111,5 +111,6 @@ def _first_cells(results: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _origin(results: dict[str, Any]) -> dict[str, Any]:
     """What a report says of how it was made: the steps of the run, and the recipe."""
+    # steps are what took seconds
     steps = {name: step for name, step in results.items() if isinstance(step, dict) and "seconds" in step}
     return {"steps": steps, "recipe": yaml.safe_dump(results["recipe"], sort_keys=False)}

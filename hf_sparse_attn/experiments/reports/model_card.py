@@ -51,6 +51,7 @@ def base_of(results: Mapping[str, Any]) -> Base:
     """The base model, as the recipe names it; its licence also from what the run found in its card."""
     model = results.get("recipe", {}).get("model", results.get("base", {}))
     source = model.get("hub_id") or model.get("source")
+    # a folder of that name is no id of the Hub
     hub_id = source if source and HUB_ID.fullmatch(source) and not Path(source).exists() else None
     licence = model.get("license") or results.get("convert", {}).get("license")
     return Base(model.get("name") or hub_id or (source and without_folders(source)), hub_id, licence)
@@ -82,6 +83,7 @@ def as_text(value: Any) -> Any:
     no HTML, no links, no further cells of a table.
     """
     if isinstance(value, str):
+        # `](` would make a link, a backtick code
         escaped = html.escape(value, quote=False).replace("](", "]\\(").replace("`", "\\`")
         return re.sub(r"(?<!\\)\|", r"\\|", escaped)
     if isinstance(value, Mapping):
@@ -147,6 +149,7 @@ def model_card(results: Mapping[str, Any], name: str) -> ModelCard:
             "report.html"
         )
     results = one_line(results)
+    # a run has quality as a step, what the verb eval wrote is it
     quality = results.get("quality", results)
     needed = (*(() if "tables" in results else (("table", quality), ("windows", quality))), ("environment", results))
     missing = [key for key, where in needed if key not in where]

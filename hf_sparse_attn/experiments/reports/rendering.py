@@ -19,6 +19,7 @@ def render(template: Traversable, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    # what the templates use: perplexity of a log-loss, bytes in MB
     env.filters["exp"] = math.exp
     env.filters["mb"] = lambda value: f"{value / 2**20:.0f} MB"
     return env.from_string(template.read_text(encoding="utf-8")).render(**values)

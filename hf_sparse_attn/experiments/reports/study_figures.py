@@ -12,6 +12,7 @@ from .figures import COLOURS, OTHER, Rows, figure, legend
 def ablation_plot(table: Rows) -> str:
     """What every level changes: KL from dense above the default's with its interval, and time over the default's."""
     rows = [row for row in table if not row["default"]]
+    # the first level stands at the top
     place = [len(rows) - 1 - at for at in range(len(rows))]
     colours = {"better": "#0b6e4f", "worse": "#b03060", "no difference shown": OTHER}
 
@@ -44,6 +45,7 @@ def distance_plot(answers: Rows) -> str:
     def draw(axis: Any) -> None:
         for row in answers:
             octaves = [octave for octave in row["by_distance"] if octave["normalised"] is not None]
+            # the geometric middle of an octave
             x = [(octave["from"] * octave["to"]) ** 0.5 for octave in octaves]
             style = (
                 {"color": "#111111", "ls": "--"}
@@ -102,6 +104,7 @@ def share_plot(rows: Rows) -> str:
                 [m - row["share"]["low"] for m, row in zip(mean, style, strict=True)],
                 [row["share"]["high"] - row["share"]["share"] for row in style],
             ]
+            # errorbar refuses lengths below 0, which rounding may give
             axis.errorbar(
                 x, mean, np.maximum(spread, 0), marker="o", ms=3, capsize=2, label=name, color=COLOURS.get(name)
             )
@@ -122,6 +125,7 @@ def budget_plot(calibration: dict[str, Any]) -> str:
     bucket.
     """
     in_keys = calibration["mass"] is None
+    # a scale of keys ends at the largest budget, one of shares at 1
     most = max(share for rows in calibration["shares"].values() for row in rows for share in row) if in_keys else 1
     ends = calibration["ends"]
     layers = [int(layer) for layer in calibration["shares"]]

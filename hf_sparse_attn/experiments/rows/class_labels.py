@@ -2,6 +2,8 @@
 cut into windows of one length.
 """
 
+# shapes: N tokens of a window
+
 from __future__ import annotations
 
 import re
@@ -74,6 +76,7 @@ def _rows(file: SourceFile, label: str) -> list[Labelled]:
             f"{file.path} is no table, so it has no column {label!r}: name TABLE#TEXT_COLUMN, or write LABEL=SOURCE "
             "without data.label"
         )
+    # two readers of one table, side by side: of texts and of classes
     labels, rows = replace(file, column=label), []
     for (at, text), kind in zip(TableRows(file), open_table(labels), strict=True):
         lacks_class = kind[label] in (None, "") or kind[label] != kind[label]  # NaN is no class
@@ -99,6 +102,7 @@ def split_labelled(documents: Sequence[Labelled], share: float, seed: int) -> tu
                 f"class {label!r} has one document only: it takes two, one that trains and one that is evaluated"
             )
         order = generator.permutation(len(of_class))
+        # a document at least on either side
         cut = min(max(1, round(share * len(of_class))), len(of_class) - 1)
         train += [of_class[i] for i in sorted(order[:cut])]
         evaluated += [of_class[i] for i in sorted(order[cut:])]
@@ -136,6 +140,7 @@ def labelled_windows(
                 f"{document.name} has the class {document.label!r}, which no training document has: "
                 f"{', '.join(classes)}"
             )
+        # parts of at most ``length`` tokens, each with the special ones
         parts = tokenizer(
             document.text,
             truncation=True,

@@ -91,6 +91,7 @@ def _variables(rng: np.random.Generator) -> _Task:
     names = [name.upper() for name in _words(rng, 2 * (HOPS + 1))]
     chains = [names[: HOPS + 1], names[HOPS + 1 :]]
     numbers = [_number(rng) for _ in chains]
+    # whose turn it is: shuffled as a whole, so that each chain keeps its order
     sides = rng.permutation([0] * (HOPS + 1) + [1] * (HOPS + 1))
     facts, at = [], [0, 0]
     for side in sides:
@@ -130,6 +131,7 @@ def ruler(windows: Sequence[Window], tokenizer: PreTrainedTokenizerBase, seed: i
 
     questions = []
     for at, window in enumerate(windows):
+        # every task and window draws numbers of its own
         rng = np.random.default_rng((seed, RULER.index(task), at))
         questions.append(_hidden(window, tokens, task, rng) if task in TASKS else _listed(window, tokens, task, rng))
     return questions
@@ -159,7 +161,9 @@ def _hidden(window: Window, tokens: Tokens, task: str, rng: np.random.Generator)
             f"window {window.document!r} of {window.ids.shape[1]} tokens is too short for {task}: give at least {least}"
         )
     text = window.ids[0, :room]
+    # behind the ends of sentences and lines
     stops = torch.isin(text[:-1], torch.cat([tokens(stop) for stop in (".", ".\n", "\n", "\n\n")])).nonzero()[:, 0] + 1
+    # a text with too few of them is cut anywhere
     places = stops.numpy() if len(stops) >= len(facts) else np.arange(1, room)
     cuts = sorted(rng.choice(places, len(facts), replace=False).tolist())
     parts, needed, length = [], 0, 0
@@ -167,6 +171,7 @@ def _hidden(window: Window, tokens: Tokens, task: str, rng: np.random.Generator)
         parts.append(text[start:stop])
         length += stop - start
         if at < len(facts):
+            # where the fact that is needed begins
             needed = length if at == instance.needed else needed
             parts.append(facts[at])
             length += len(facts[at])
@@ -191,6 +196,7 @@ def _listed(window: Window, tokens: Tokens, task: str, rng: np.random.Generator)
         raise SourceError(
             f"window {window.document!r} of {length} tokens is too short for {task}, a list of at least {least} words"
         )
+    # the longest list that fits: tokens grow with the number of words
     body, question, answer = of(bisect_left(range(length), True, lo=least, key=over) - 1)
     left = length - len(body) - len(question) - len(answer)
     return _question(window, task, [window.ids[0, :left], body, question], answer, left)
@@ -198,6 +204,7 @@ def _listed(window: Window, tokens: Tokens, task: str, rng: np.random.Generator)
 
 def _common_words(rng: np.random.Generator, count: int) -> tuple[list[str], list[str], str]:
     """(words, those asked for, question): ten words stand ten times as often as the others."""
+    # count = 10 · times + the rest; a rare word stands about a tenth as often as a common one
     times = min(COMMON_TIMES, count // (2 * COMMON))
     rare = max(1, times // RARE_SHARE)
     words = _words(rng, COMMON + -(-(count - COMMON * times) // rare))
@@ -208,11 +215,13 @@ def _common_words(rng: np.random.Generator, count: int) -> tuple[list[str], list
     return listed, wanted, f"\n\nThe {COMMON} most common words of this list, in the order of their first place, are:"
 
 
+# share of rank r ∝ r^−α with α = 2, as in RULER's task of frequent words (arXiv:2404.06654)
 def _frequent_words(rng: np.random.Generator, count: int) -> tuple[list[str], list[str], str]:
     """(words, those asked for, question): frequencies fall as a power of the rank."""
     share = np.arange(1, count + 1) ** -ZETA
     times = np.floor(count * share / share.sum()).astype(int)
     times = times[times > 0]
+    # what rounding down has left goes to the first word
     times[0] += count - times.sum()
     words = _words(rng, len(times))
     listed = np.repeat(words, times)

@@ -73,6 +73,7 @@ def _parquet(raw: bytes) -> pd.DataFrame:
     import pandas as pd  # heavy, and needed for series only
 
     table = pd.read_parquet(io.BytesIO(raw))
+    # an index with a name was a column when the file was written
     return table.reset_index() if any(name is not None for name in table.index.names) else table
 
 
@@ -82,6 +83,7 @@ def _csv(shown: str, raw: bytes, kind: str, names: Sequence[str]) -> pd.DataFram
     seen = EncodingCheck(shown)
     seen.add(raw)
     encoding = seen.encoding()
+    # of the header alone, which the first megabyte holds
     separator, header = _header(raw[:CHUNK].decode(encoding, "ignore").removeprefix("\ufeff"), kind, names)
     if twice := [name for name in header if name and header.count(name) > 1]:
         raise SourceError(f"{shown} has {header.count(twice[0])} columns {twice[0]!r}: name them apart")
@@ -89,6 +91,7 @@ def _csv(shown: str, raw: bytes, kind: str, names: Sequence[str]) -> pd.DataFram
         raise SourceError(
             f"{shown} has no line of column names, it starts with {', '.join(header[:5])}: put one before it"
         )
+    # as pandas names them
     columns = [name or f"Unnamed: {at}" for at, name in enumerate(header)]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", pd.errors.ParserWarning)
@@ -96,6 +99,7 @@ def _csv(shown: str, raw: bytes, kind: str, names: Sequence[str]) -> pd.DataFram
             io.BytesIO(raw),
             sep=separator,
             encoding="utf-8-sig" if encoding == "utf-8" else encoding,
+            # pandas would take the first column for names of rows where rows are longer than the header
             index_col=False,
             dtype=dict.fromkeys(names, str),
             keep_default_na=False,

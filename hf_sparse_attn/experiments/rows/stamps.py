@@ -60,6 +60,7 @@ class TimeColumn:
         Raises:
             SourceError: a stamp is missing, is none, can be read in two ways, or is written in another way than others.
         """
+        # as one column: how stamps are written is told from all tables together
         times, ends = self._all(), np.cumsum([len(values) for _, values in self.columns])
         return [times.iloc[end - len(values) : end].array for end, (_, values) in zip(ends, self.columns, strict=True)]
 
@@ -77,11 +78,13 @@ class TimeColumn:
         if numbers.isna().any() and texts.str.fullmatch(r"[+-]?\d+(,\d+)?").all():  # a comma before the fraction
             numbers = pd.to_numeric(texts.str.replace(",", "."))
         if numbers.notna().all():
+            # 0930 may be a time, and 01.2024 a month: as numbers they sort in another order
             if (padded := texts.str.fullmatch(r"0\d.*")).any() or texts.str.fullmatch(
                 r"\d\d?[.,](18|19|20|21)\d\d"
             ).all():
                 self._refuse(padded | ~padded.any(), "may be a date or a time, or a number")
             return self._numbers(numbers)
+        # most are numbers: the others are mistakes, not times
         if numbers.notna().mean() > 0.5:
             self._refuse(numbers.isna(), "is no number, as most others are", "correct it, or leave the row out")
         return self._times(texts)
@@ -104,11 +107,13 @@ class TimeColumn:
         if not finite.all():
             self._refuse(~finite, "is no time stamp")
         values = numbers.to_numpy(np.float64)
+        # 1012024: the last four digits of all may be years
         last_digits = values % 10000
         if ((values >= 1e6) & (values < 1e8) & (last_digits >= 1800) & (last_digits < 2200)).all():
             self._refuse(finite, "may be a date with the year last")
         ordered = np.sort(values)
         if len(ordered) and ordered[0] >= 1e4:
+            # seconds, milli-, micro- and nanoseconds lie a factor of a thousand apart: no gap in a table is as large
             jumps = ordered[1:] / ordered[:-1]
             if len(jumps) and jumps.max() > 500:
                 after = ordered[1:][jumps.argmax()]
@@ -118,6 +123,7 @@ class TimeColumn:
     def _times(self, texts: pd.Series) -> pd.Series:
         import pandas as pd
 
+        # one pattern for all, as names of months were replaced by numbers
         parts = texts.map(_spelled).astype(object).str.extract(rf"^(?:{STAMP})$", flags=re.IGNORECASE)
         year_last = parts["last"].notna()
         if (unknown := ~year_last & parts["year"].isna()).any():
@@ -132,6 +138,7 @@ class TimeColumn:
         zoned = parts["zone"].notna()
         if zoned.any() and not zoned.all():
             self._refuse(~zoned, "has no offset from UTC, while others have one", "write all with it")
+        # ISO 8601 in UTC: a month without a day is its first, a day without a time its midnight
         dates = parts["year"] + "-" + parts["month"].str.zfill(2) + "-" + parts["day"].fillna("1").str.zfill(2)
         clock = self._hours(parts) + ":" + parts["minute"].fillna("00") + ":" + parts["second"].fillna("00")
         zone = parts["zone"].fillna("Z").str.upper().replace({"UTC": "Z", "GMT": "Z"})
@@ -146,6 +153,7 @@ class TimeColumn:
         return times
 
     def _day_first(self, texts: pd.Series, parts: pd.DataFrame) -> bool:
+        # a number above 12 is a day; one such stamp tells how all are written
         one, two = parts["one"].astype(int), parts["two"].astype(int)
         if (one > 12).any() and (two > 12).any():
             self._refuse(
@@ -160,6 +168,7 @@ class TimeColumn:
         if half.notna().any():
             if (wrong := parts["hour"].notna() & (half.isna() | (hours < 1) | (hours > 12))).any():
                 self._refuse(wrong, "is no time before or after noon, while others are")
+            # 12 AM is 0, 12 PM is 12
             hours = (hours % 12 + 12 * (half == "P")).where(parts["hour"].notna(), 0)
         return hours.astype(str).str.zfill(2)
 
@@ -193,6 +202,7 @@ def _spelled(text: str) -> str:
     if compact := COMPACT.fullmatch(text):
         year, month, day, hour, minute, second, fraction, rest = compact.groups()
         return f"{year}-{month}-{day}T{hour}:{minute}:{second or '00'}{fraction}{rest}"
+    # digits only: no name of a month
     if text[:1].isdigit() and not any(c.isalpha() for c in text[:8]):
         return text
     text = WEEKDAY.sub("", text)

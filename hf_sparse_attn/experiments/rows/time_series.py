@@ -100,6 +100,7 @@ def read_series(
     parts, reordered, repeated = _machines(tables, time, machine, time_format)
     filled, missing = _complete(parts, names)
     cuts = [int(len(values) * split) for _, values in filled]
+    # (x − mean) / deviation by channel, both of what trains: what is evaluated leaks nothing
     known = np.concatenate([values[:cut] for (_, values), cut in zip(filled, cuts, strict=True)])
     mean, deviation = known.mean(0), known.std(0)
     flat = [channel for channel, wide in zip(names, deviation, strict=True) if not wide > 0]
@@ -151,6 +152,7 @@ def _machines(
     if time is not None:
         column = TimeColumn(time, [(path, table[time]) for path, _, table in tables], time_format)
         tables = [(p, n, t.assign(**{time: stamps})) for (p, n, t), stamps in zip(tables, column.stamps(), strict=True)]
+    # parts of a machine are joined over the files; without a column of machines each file is one
     parts: dict[tuple[int, str], list[pd.DataFrame]] = {}
     for at, (path, stem, table) in enumerate(tables):
         if machine is None:
@@ -185,9 +187,11 @@ def _machines(
 
 def _ordered(where: str, table: pd.DataFrame, time: str) -> tuple[pd.DataFrame, int, int]:
     """(rows by time, each stamp once; rows that were moved; rows that were dropped)."""
+    # stable: of rows with one stamp the first in the file comes first
     ordered = table.sort_values(time, kind="stable")
     moved = int((ordered.index != table.index).sum())
     again = ordered.duplicated(time)
+    # rows that are alike in all columns are copies; only the others are a sign of a wrong column
     other = int((again & ~ordered.duplicated()).sum())
     if other > MOST_REPEATED * len(ordered):
         raise SourceError(
@@ -251,6 +255,7 @@ class SeriesRows:
             )
         generator = np.random.default_rng(seed)
         room = np.array([s.trained - need + 1 for s in self.series])
+        # machines in proportion to the places that a row has in them
         which = generator.choice(len(room), size=count, p=room / room.sum())
         self.places = [(int(w), int(generator.integers(room[w]))) for w in which]
 
@@ -280,6 +285,7 @@ def evaluation_rows(table: SeriesTable, context: int, horizon: int, count: int) 
     for at in range(count):
         series, turn, turns = usable[at % len(usable)], at // len(usable), -(-count // len(usable))
         room = len(series.values) - series.trained - need
+        # from the first place behind what trains to the last, as many as there are turns
         start = series.trained + (room * turn // (turns - 1) if turns > 1 else room)
         rows.append((f"{series.machine}[{start}]", series.row(start, context, horizon)))
     return rows

@@ -43,6 +43,7 @@ def split_texts(sources: Sequence[str], share: float, folder: Path) -> tuple[lis
 
 def _copy(file: SourceFile, share: float, first: Path, second: Path) -> None:
     size = survey(file).size
+    # bytes before the part with the cut, the cut's place in it, bytes taken behind it
     target, done, cut, taken = int(size * share), 0, -1, 0
 
     def write(train: Path, rest: Path) -> None:
@@ -50,6 +51,7 @@ def _copy(file: SourceFile, share: float, first: Path, second: Path) -> None:
         with train.open("wb") as before, rest.open("wb") as after:
             for part in chunks(file):
                 if cut < 0:
+                    # the first line end behind the share, in uncompressed bytes
                     end = part.find(b"\n", max(0, target - done)) if done + len(part) > target else -1
                     before.write(part if end < 0 else part[: end + 1])
                     done += len(part)

@@ -26,6 +26,7 @@ def read_answer(model: PreTrainedModel, question: Question, call: SparseCall) ->
     places).
     """
     ids = question.input_ids[None].to(model.device)
+    # a token is predicted one place before it
     at = (question.labels >= 0).nonzero()[:, 0]
     hidden = model.base_model(ids, use_cache=False, sparse_call=call).last_hidden_state[0, at - 1]
     logits, target = model.get_output_embeddings()(hidden).float(), question.labels[at].to(hidden.device)
@@ -95,6 +96,7 @@ def answer_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "loss": float(losses[cell].mean()),
             **{name: score[name] for name in ("accuracy", "accuracy_error", "exact")},
         }
+        # below: dense − own, of exact answers; above: own − dense, of log-loss
         below, above = loss_above(exact[dense], exact[cell]), loss_above(losses[cell], losses[dense])
         named = {"task": task, "length": length, "keys": keys, "selection": selection, "n": score["n"]}
         table.append({**named, **means, "below_dense": below, "loss_above_dense": above})

@@ -2,6 +2,8 @@
 measured on.
 """
 
+# shapes: G KV heads, N tokens
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,12 +41,14 @@ def oracle_candidates(router: SparseRouter, inputs: RoutingInputs, query_tile: i
     """Every eligible block with its dense softmax mass."""
     plan = make_plan(router.config, inputs.grid(query_tile, router.config.block_size), inputs.q.device)
     tiles = torch.arange(plan.grid.tiles, device=inputs.q.device, dtype=torch.int64)
+    # some tiles at a time, as each is compared with every key
     mass = torch.cat(
         [block_mass(inputs.q, inputs.k, plan.grid, part, inputs.scale) for part in tiles.split(ORACLE_TILES)], 2
     )
     indices = plan.grid.visible_blocks(tiles.device).expand(mass.shape)
     order = indices.clamp(min=0).long()
     every = BlockSelection(indices.contiguous(), plan.grid, mass.gather(-1, order).masked_fill(indices < 0, torch.nan))
+    # in a tile that may keep all it sees nothing is free
     free = (indices >= 0) & (plan.eligible_mask(tiles) & plan.open[:, None]).expand(mass.shape).gather(-1, order)
     return Candidates(every, free, plan.open, plan.free)
 
@@ -58,6 +62,7 @@ class ByHead:
     def __call__(self, router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection:
         scored = candidates(router, inputs, query_tile)
         forced = ((scored.every.indices >= 0) & ~scored.free).sum(-1)
+        # a budget includes the forced blocks, which are kept in any case
         blocks = (self.keys[router.layer] / scored.every.grid.block_size).round().long().to(forced.device)[
             :, None
         ] - forced
@@ -71,6 +76,7 @@ class ByBudget:
     selectors: Mapping[int, Selector]
 
     def __call__(self, router: SparseRouter, inputs: RoutingInputs, query_tile: int) -> BlockSelection:
+        # at a fixed budget min_keys is max_keys
         return self.selectors[router.config.min_keys](router, inputs, query_tile)
 
 

@@ -35,6 +35,7 @@ def _key(window: Mapping[str, Any]) -> Key:
 
 def _order(cell: tuple[Key, Any]) -> tuple[int, int]:
     (length, keys, _), _ = cell
+    # dense rows, which have no budget, come first
     return length, keys or 0
 
 
@@ -46,6 +47,7 @@ def _row(
     row: dict[str, Any] = {"length": length, "keys": keys, "selection": selection, "n": len(windows)}
     row |= {"after": after, "perplexity_after": float(np.exp(after))}
     known = [old[key, w["document"]] for w in windows if (key, w["document"]) in old]
+    # of the same windows only: means over others would differ by their texts
     if len(known) == len(windows):
         row |= {"before": _mean(known), "perplexity_before": float(np.exp(_mean(known)))}
     pairs = [(w, dense[length, w["document"]]) for w in windows if (length, w["document"]) in dense]
@@ -56,6 +58,7 @@ def _row(
     return row
 
 
+# exp(mean(after − reference)): the ratio of the two perplexities over the windows that both have
 def _perplexity_ratio(above: np.ndarray) -> dict[str, float]:
     """exp of the mean difference of log-losses, with a 95 % interval over resampled windows."""
     picks = np.random.default_rng(0).integers(0, len(above), (RESAMPLES, len(above)))

@@ -13,6 +13,7 @@ UPPER, LOWER = "oracle", "window + sink"
 Readings = Sequence[Mapping[str, Any]]  # of Reading.to_dict, with "domain", "length", "keys" and "selection"
 
 
+# share = (window's KL − KL) / (window's KL − oracle's KL), of means over windows
 def robustness_table(readings: Readings) -> list[dict[str, Any]]:
     """One row per domain, length and selection: mean KL from dense attention and log-loss, in nats a token.
 
@@ -30,6 +31,7 @@ def robustness_table(readings: Readings) -> list[dict[str, Any]]:
     for (domain, length, keys), by_selection in cells.items():
         bounds = by_selection.get(LOWER, {}), by_selection.get(UPPER, {})
         for selection, cell_rows in by_selection.items():
+            # shares are paired by window: both ends must have read each
             if any(document not in bound for document in cell_rows for bound in bounds):
                 raise ValueError(
                     f"{domain}, {length} tokens: {selection!r} has windows that {LOWER!r} or {UPPER!r} lacks"

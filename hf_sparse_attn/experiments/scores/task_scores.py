@@ -84,6 +84,7 @@ def forecast_table(scores: Scores, reference: Scores | None = None) -> list[dict
             "mae": _mean(cell_scores, "mae"),
         }
         if yardstick:
+            # a row's both errors are drawn together; the ratio is that of the means
             pairs = np.array([(s["mse"], yardstick[s["row"]]) for s in cell_scores])
             picked = pairs[np.random.default_rng(0).integers(0, len(pairs), (RESAMPLES, len(pairs)))].mean(1)
             low, high = np.quantile(picked[:, 0] / picked[:, 1], [0.025, 0.975])
@@ -111,6 +112,7 @@ def class_table(scores: Scores, classes: int) -> list[dict[str, Any]]:
                     "loss": _mean(cell_scores, "loss"),
                     "accuracy": float(right.mean()),
                 },
+                # √(p (1 − p) / n)
                 "accuracy_error": float(right.std() / len(cell_scores) ** 0.5),
                 "macro_f1": macro_f1(predicted, label, classes),
             }
@@ -118,6 +120,7 @@ def class_table(scores: Scores, classes: int) -> list[dict[str, Any]]:
     return table
 
 
+# F1 = 2 TP / (2 TP + FP + FN); classes found are TP + FP, true ones TP + FN
 def macro_f1(predicted: Any, label: Any, classes: int) -> float:
     """Mean over the classes that occur of 2·hits / (found + true)."""
     scores = []

@@ -54,6 +54,7 @@ class AblationRun(LanguageRun):
             Step("convert", self._convert),
             *(Step(f"routers-{seed}", partial(self._train, DEFAULT, seed)) for seed in range(settings["seeds"])),
             *([Step("fit", self._fit)] if any(level.selection in FITTED for level in self.levels) else []),
+            # the default is read like any level: the others are compared with it
             *(Step(level.slug, partial(self._read_level, level)) for level in (DEFAULT, *self.levels)),
             *([Step("joint", self._joint)] if joint else []),
             Step("cost", self._cost),
@@ -98,6 +99,7 @@ class AblationRun(LanguageRun):
         """Distil the routers of a level; every seed has windows and tiles of its own."""
         settings = self.recipe.distill
         count = max(1, round(level.training * settings["batches"]))
+        # a range of windows for every seed, as long as the level that trains on most needs it
         most = max([1.0, *(other.training for other in self.levels)])
         span = round(most * settings["batches"])
         windows = self._train_windows(settings["context"], span * self.recipe.ablate["seeds"])[seed * span :][:count]
@@ -163,6 +165,7 @@ class AblationRun(LanguageRun):
         for name, weight in ((BASELINE, adaptation.kl_weight), ("weight 0", 0.0)):
             model, _ = self._adapted(f"joint-{weight}", replace(adaptation, kl_weight=weight))
             windows = self._windows()
+            # each stage has changed the model, so that its dense reading is its own
             dense = [last_hidden(model, window.ids, SparseCall(dense=True)) for window in windows]
             readings += [r.to_dict() for r in read(model, windows, dense, SparseCall(), Level(JOINT_KL, name), 0)]
         return {"readings": readings}
@@ -172,11 +175,13 @@ class AblationRun(LanguageRun):
         for level in (DEFAULT, *self.levels):
             model = self._of_level(level, 0)
             layer_routers = routers(model)
+            # a layer in the middle stands for all
             middle, layers, head_dim = (
                 layer_routers[len(layer_routers) // 2],
                 len(layer_routers),
                 layer_routers[0].head_dim,
             )
+            # the default's inputs, for every level
             if inputs is None:
                 inputs = capture(model, self._windows()[0].ids, middle.layer)
             share = len(middle.config.dense_layers) / layers

@@ -48,6 +48,7 @@ class ClassificationRun(TaskRun):
         for name in DROPOUTS:
             if hasattr(model.config, name):
                 setattr(model.config, name, 0.0)
+        # the tokenizer would warn, or cut, at the base model's length
         tokenizer.model_max_length = max(self._one_length(), before)
         with replaced_folder(self.state / "base") as temporary:
             model.save_pretrained(temporary)
@@ -89,6 +90,7 @@ class ClassificationRun(TaskRun):
         by_class = [[w for w in windows if w.label == label] for label in sorted({w.label for w in windows})]
         orders: list[list[int]] = [[] for _ in by_class]
         rows = []
+        # classes in turn, each in an order of its own, anew when all of its windows were taken
         for i in range(count):
             at = i % len(by_class)
             orders[at] = orders[at] or generator.permutation(len(by_class[at])).tolist()
@@ -96,6 +98,7 @@ class ClassificationRun(TaskRun):
         return rows
 
     def _distillation_batches(self) -> tuple[list[dict[str, Tensor]], list[str]]:
+        # windows without padding
         full = [w for w in self._windows[0] if bool(w.attention_mask.all())]
         count = self.recipe.distill["batches"]
         if len(full) < count:
@@ -116,6 +119,7 @@ class ClassificationRun(TaskRun):
         """Also what the model finds that reads no more than its base model could."""
         result, short = super()._evaluate(model), self._load("convert")["positions_before"]
         if short < self._one_length():
+            # what is by token is cut; the label has no dimension
             rows = [
                 (name, {key: x[:short] if x.ndim else x for key, x in row.items()})
                 for name, row in self._evaluation_rows()
@@ -130,6 +134,7 @@ class ClassificationRun(TaskRun):
     def tables(self, results: dict[str, Any]) -> list[dict[str, Any]]:
         classes = results["convert"]["classes"]
         labels = [s["label"] for s in results["evaluation"]["scores"] if s["selection"] == "dense"]
+        # what the largest class would get if it were always the answer
         most = np.bincount(labels).max() / len(labels)
         rows = [["largest class", "", str(len(labels)), "", f"{most:.3f}", ""]]
         for title, name in (("before", "before"), ("dense LoRA", "reference"), ("", "evaluation")):
@@ -173,6 +178,7 @@ def extended_positions(model: PreTrainedModel, length: int) -> PreTrainedModel:
     }
     config = copy.deepcopy(model.config)
     config.max_position_embeddings = length
+    # made anew, as other buffers follow from the number of positions
     longer: Any = type(model)(config).to(dtype=model.dtype)  # type: ignore[call-arg]
     longer.load_state_dict(state)
     return longer.train(model.training)  # type: ignore[no-any-return]

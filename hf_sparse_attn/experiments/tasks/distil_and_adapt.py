@@ -90,10 +90,12 @@ class TrainingRun(Run):
             folder=folder,
             task_type=self.task_type,
         )
+        # from the file: the same weights in every process
         return load_adapter(self._distilled(), folder / "adapter").merge_and_unload().eval(), log
 
     def _adapted_densely(self) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
         """The yardstick: LoRA with dense attention on the same rows."""
+        # dense in every step and without KL: plain LoRA
         return self._adapted("reference", replace(self.recipe.adaptation, dense_every=1, kl_weight=0.0, anneal={}))
 
     def _save(self, model: PreTrainedModel) -> None:

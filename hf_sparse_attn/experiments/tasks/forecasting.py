@@ -78,6 +78,7 @@ class ForecastingRun(TaskRun):
                 f"model.source is {NEW}: series.pretrain.max_steps must say for how many steps it is trained"
             )
         torch.manual_seed(self.recipe.seed)
+        # what the recipe says of the model comes last
         config = PatchTSTConfig(
             **{**self._shape(), "scaling": "std", "norm_type": "layernorm", **self.recipe.series["model"]}
         )
@@ -108,6 +109,7 @@ class ForecastingRun(TaskRun):
     def _rows(self) -> SeriesRows:
         settings, adaptation = self.recipe.lora, self.recipe.adaptation
         count = settings["steps"] * adaptation.batch_size * adaptation.accumulation * self.processes.num_processes
+        # the seeds of pretraining, this stage and distilling differ, and so do their rows
         return SeriesRows(self.table, self.context, self.recipe.series["horizon"], count, self.recipe.seed + 1)
 
     def _distillation_batches(self) -> tuple[list[dict[str, Tensor]], list[str]]:
@@ -131,8 +133,10 @@ class ForecastingRun(TaskRun):
         series, scores = self.recipe.series, []
         for name, row in self._evaluation_rows():
             past, horizon = row["past_values"], series["horizon"]
+            # [horizon, channels]
             forecasts = {"last value": past[-1:].expand(horizon, -1)}
             if series["period"] is not None:
+                # the last period over and over, cut to the horizon
                 period = past[-series["period"] :]
                 forecasts["one period before"] = period.repeat(-(-horizon // len(period)), 1)[:horizon]
             scores += [

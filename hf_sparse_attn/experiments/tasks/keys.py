@@ -46,6 +46,7 @@ def stated(values: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[str]
         if name == "smoke":
             yield from stated(value, known)
         elif name == "quality":
+            # a list: every key of its entries once
             yield from sorted({f"{name}.{key}" for entry in value for key in entry})
         elif isinstance(known.get(name), dict) and known[name]:
             yield from (f"{name}.{key}" for key in value)
@@ -72,6 +73,7 @@ def check_read(keys: Iterable[str], task: str) -> None:
 def read_by(task: str, values: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     """``values`` whose sections hold only the keys that ``task`` reads, so that reading another one is an error."""
     return {
+        # sections of fixed keys are cut down; those that take any key stay whole
         name: {key: part for key, part in value.items() if f"{name}.{key}" in READS[task]}
         if isinstance(known.get(name), dict) and known[name]
         else value

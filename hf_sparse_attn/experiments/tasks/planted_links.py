@@ -23,6 +23,7 @@ class LongLinkRun(Run):
 
     def finish(self, results: dict[str, Any]) -> None:
         steps = [results[step.name] for step in self.steps()]
+        # of the whole run: the sum of the times, the largest peak
         cost = {
             "seconds": sum(s["seconds"] for s in steps),
             "peak_process_bytes": max(s["peak_process_bytes"] for s in steps),

@@ -24,6 +24,7 @@ class QuestionRun(LanguageRun):
     """The main job with questions as training rows, and their answers measured beside log-loss."""
 
     def steps(self) -> list[Step]:
+        # the steps that measure answer the questions, too
         named = {step.name: step for step in super().steps()}
         named["quality"] = Step(
             "quality", lambda: {**self._quality(), "answers": self._answers(self._model(), "quality")}
@@ -53,6 +54,7 @@ class QuestionRun(LanguageRun):
         done = json.loads(partial.read_text()) if partial.exists() else []
         rows: list[dict[str, Any]] = []
         per_length = [(entry, self._questions(entry)) for entry in self.recipe.quality]
+        # every question once densely, and under every selection at every budget
         total = sum(
             len(questions) * (1 + len(entry.budgets) * len(entry.selections)) for entry, questions in per_length
         )

@@ -40,6 +40,7 @@ class RobustnessRun(LanguageRun):
             raise RecipeError("robustness has one entry of quality for each length, with one budget")
         self.first, context = next(iter(self.domains)), self.recipe.distill["context"]
         self.contexts = sorted({context, *settings["contexts"]})
+        # every domain at the recipe's context, and the first domain at the others
         trained = [
             *((domain, context) for domain in self.domains),
             *((self.first, other) for other in self.contexts if other != context),
@@ -94,6 +95,7 @@ class RobustnessRun(LanguageRun):
     def _read(self, domain: str, entry: Quality, trained: list[tuple[str, int]]) -> dict[str, Any]:
         model, keys = self._base(), entry.budgets[0]
         windows = self._windows(domain, False, entry.length, entry.windows)
+        # routers take no part in a dense pass: one reading serves all of them
         dense = [last_hidden(model, window.ids, SparseCall(dense=True)) for window in windows]
         readings: list[dict[str, Any]] = []
 
@@ -115,6 +117,7 @@ class RobustnessRun(LanguageRun):
             selectors = make_selectors(OTHERS)
             for name in OTHERS:
                 read(name, selectors[name])
+            # one model takes one set of routers after the other
             for other, context in trained:
                 load_router_state(model, load_file(self.state / f"{other}-{context}.safetensors"))
                 read(_name(other, context), learned_selector)

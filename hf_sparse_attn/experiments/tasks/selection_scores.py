@@ -60,6 +60,7 @@ class TaskRun(TrainingRun):
 
     def _reference(self) -> dict[str, Any]:
         model, log = self._adapted_densely()
+        # the other processes only train
         rows = self._evaluation_rows() if self.processes.is_main_process else []
         return {"log": log, "scores": evaluate_rows(model, rows, type(self).score, (), {})}
 
