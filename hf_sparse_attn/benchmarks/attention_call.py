@@ -169,7 +169,7 @@ def bench_backward(shape: LayerShape, *, repeats: int = 5) -> dict[str, Any]:
     out, sparse_memory = measured(functions["with router"])
     _verify_gradients(layer, selection, out, grad)
     peers = dense_peers(layer)
-    baseline, memory = "", 0
+    memory = 0
     for name, peer in peers.items():
         functions[name] = step(peer)
         _, peak = measured(functions[name])

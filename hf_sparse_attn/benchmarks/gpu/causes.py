@@ -66,14 +66,15 @@ def counters(name: str, dry: bool) -> dict[str, Any]:
         raise RuntimeError("Nsight Compute (ncu) is not on the PATH")
     # ncu would fix the clocks otherwise, below those that the times were measured at
     command = [profiler, "--clock-control", "none", "--csv", "--page", "raw", "--metrics", ",".join(METRICS)]
-    command += ["--kernel-name", f"regex:{KERNELS[name]}", "--launch-skip", "0", "--launch-count", "12"]
+    command += ["--kernel-name", f"regex:{KERNELS[name]}", "--launch-count", "12"]
     run = subprocess.run(
         [*command, sys.executable, "-m", __name__, name], capture_output=True, text=True, timeout=SECONDS, check=False
     )
     kernels = read_counters(run.stdout)
     if not kernels:
         raise RuntimeError(f"ncu read no kernel (exit code {run.returncode}): {(run.stdout + run.stderr)[-400:]}")
-    return {**row, "kernels": kernels}
+    # the launches of the last run; those before it warm up
+    return {**row, "kernels": kernels[-max(1, len(kernels) // (1 + WARM_UP)) :]}
 
 
 def read_counters(text: str) -> list[dict[str, Any]]:

@@ -1,5 +1,5 @@
 """What a device can do: memory, rates of products, of memory and of attention. GPUs by their data sheets; the CPU:
-`calibration`.
+`cpu_rates`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The step runs through the model's own code, PEFT, gradient checkpointing and the chunked loss, with tensors that have
 sizes only; what is counted is therefore what happens, for any architecture. Attention is replaced by an operation that
-keeps what fused attention keeps (q, k, v, the output and a log-sum-exp); its own cost is added by `planning`.
+keeps what fused attention keeps (q, k, v, the output and a log-sum-exp); its own cost is added by `plan`.
 """
 
 from __future__ import annotations

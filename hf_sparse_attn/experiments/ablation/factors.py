@@ -12,7 +12,7 @@ from ..retired import retired
 from ..scores.budget_allocation import BY_HEAD, THRESHOLD
 
 BASELINE = "default"
-JOINT_KL = "KL in the joint stage"  # its levels are trained models, see the pipeline
+JOINT_KL = "KL in the joint stage"  # its levels are trained models, see `tasks/ablation_run`
 ALL_CANDIDATES = 1e6  # times the budget: stage 1 passes everything on
 
 
