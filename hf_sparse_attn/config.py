@@ -55,7 +55,7 @@ class Bookkeeping:
 
 @dataclass(frozen=True)
 class SparseAttentionConfig:
-    """How a model's attention is made sparse. Lengths are in tokens; see README, "How it works", for the terms.
+    """How a model's attention is made sparse. Lengths are in tokens; docs/concepts.md explains the terms.
 
     Raises:
         ValueError: a field has an impossible value; the message names field, value and what is allowed.
@@ -66,7 +66,7 @@ class SparseAttentionConfig:
     density: float = 0.125  # share of the visible keys that a query tile may keep, in (0, 1]
     min_keys: int = 512  # a tile keeps at least this many keys (forced ones included) if that many are visible
     max_keys: int | None = None  # and at most this many; None = no cap
-    # budgets that vary: keep candidates with at least this share of a tile's softmax mass; see README
+    # budgets that vary: keep candidates with at least this share of a tile's softmax mass; see docs/budgets.md
     mass_threshold: float | None = None
     candidate_factor: float = 3.0  # stage 1 passes this many times the budget on to stage 2, >= 1
     sink: int = 16  # the first tokens, always kept

@@ -1,4 +1,4 @@
-"""Tables of settings, read from the dataclasses that validate them: name, default, and the comment beside it."""
+"""Tables of settings, read from the dataclasses that validate them: name, default, and the comment beside or above."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ def rows(cls: type) -> list[list[str]]:
     Raises:
         ValueError: a field has no comment that says what it is.
     """
-    fields = [match.groupdict() for match in map(FIELD.fullmatch, inspect.getsource(cls).splitlines()) if match]
+    fields, above = [], ""
+    for line in inspect.getsource(cls).splitlines():
+        if match := FIELD.fullmatch(line):
+            fields.append({**match.groupdict(), "what": match["what"] or above})
+        comment = line.strip().removeprefix("# ")
+        above = f"{above} {comment}".strip() if line.startswith("    # ") else ""
     shown = [
         {**field, "what": field["what"] or UNSAID.get(field["name"])}
         for field in fields
@@ -31,7 +36,7 @@ def rows(cls: type) -> list[list[str]]:
     ]
     if missing := [field["name"] for field in shown if not field["what"]]:
         raise ValueError(
-            f"{cls.__name__}: {', '.join(missing)} has no comment that says what it is; write one beside the field"
+            f"{cls.__name__}: {', '.join(missing)} has no comment that says what it is; write one beside or above the field"
         )
     return [
         [

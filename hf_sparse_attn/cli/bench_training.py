@@ -20,7 +20,7 @@ with needs_extra("cli", "the command line"):
 def training(
     folder: Annotated[str, typer.Argument(help="Hub id or local folder of a sparse model; of --plan any model's.")],
     text: Annotated[
-        str | None, typer.Option("--text", help="Comma-separated sources, see README; not needed for --plan.")
+        str | None, typer.Option("--text", help="Comma-separated sources, see docs/data.md; not needed for --plan.")
     ] = None,
     length: LengthOption = "2048,4096,8192",
     keys: Annotated[int | None, typer.Option(help="Keys kept; by default as the model's settings say.")] = None,
