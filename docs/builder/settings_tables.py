@@ -36,7 +36,8 @@ def rows(cls: type) -> list[list[str]]:
     ]
     if missing := [field["name"] for field in shown if not field["what"]]:
         raise ValueError(
-            f"{cls.__name__}: {', '.join(missing)} has no comment that says what it is; write one beside or above the field"
+            f"{cls.__name__}: {', '.join(missing)} has no comment that says what it is; write one beside or above "
+            "the field"
         )
     return [
         [
