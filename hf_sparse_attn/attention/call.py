@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, Protocol
 
 from hf_sparse_attn_kernels import BlockSelection
@@ -68,7 +68,8 @@ class SparseCall:
         decode_from: content position from which queries are routed singly (tiles of 1), as cached decoding does.
 
     Raises:
-        TypeError: a function is given for what is a method, or a class or a name for a selector.
+        TypeError: a function is given for what is a method, a class or a name for a selector, or a subclass is a
+            dataclass.
     """
 
     def __init__(
@@ -90,6 +91,11 @@ class SparseCall:
         if isinstance(selector, type) or not callable(selector):
             example = f"{selector.__name__}()" if isinstance(selector, type) else "make_selectors()['oracle']"
             raise TypeError(f"SparseCall.selector is {selector!r}: must be an instance, such as {example}")
+        if is_dataclass(self):  # FSDP and the like make a new instance of every dataclass that a forward pass is given
+            raise TypeError(
+                f"{type(self).__name__} is a dataclass: sharded models copy dataclasses at every module, and what the "
+                "copies note is lost. Make it a plain class with an __init__ of its own"
+            )
         self.dense, self.selector, self.decode_from = dense, selector, decode_from
 
     def on_layer(self, router: SparseRouter) -> Tensor | None:

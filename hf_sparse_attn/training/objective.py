@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -73,29 +73,29 @@ class _Routed:
     queries: Tensor
 
 
-@dataclass
 class TrainingForward(SparseCall):
     """One forward pass of the joint stage: the model takes it as ``sparse_call``; read `kl_loss` before the backward
     pass.
 
     Router inputs are detached, so the KL's gradient is computed where the queries and keys appear and handed to
-    autograd
-    as it is: no graph is kept, and gradient checkpointing neither repeats the KL nor routes again.
+    autograd as it is: no graph is kept, and gradient checkpointing neither repeats the KL nor routes again.
     """
 
-    seed: int
-    step: int
-    kl_weight: float
-    tile_share: int
-    dense: bool
-    selector: Selector = learned_selector
-    # by the module: copies of a layer can share its number
-    layers: dict[SparseRouter, _Layer] = field(default_factory=dict)
-    selections: dict[SparseRouter, list[_Routed]] = field(default_factory=lambda: defaultdict(list))
-    closed: bool = False
-
-    def __post_init__(self) -> None:
-        super().__init__(dense=self.dense, selector=self.selector)
+    def __init__(
+        self,
+        seed: int,
+        step: int,
+        kl_weight: float,
+        tile_share: int,
+        dense: bool,
+        selector: Selector = learned_selector,
+    ) -> None:
+        super().__init__(dense=dense, selector=selector)
+        self.seed, self.step, self.kl_weight, self.tile_share = seed, step, kl_weight, tile_share
+        # by the module: copies of a layer can share its number
+        self.layers: dict[SparseRouter, _Layer] = {}
+        self.selections: dict[SparseRouter, list[_Routed]] = defaultdict(list)
+        self.closed = False
         self._learns = self.kl_weight > 0
         self._tile_rows: list[tuple[float, float, float, float]] = []
         self._kept = self._visible = 0.0

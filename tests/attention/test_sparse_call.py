@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -51,3 +53,15 @@ def test_a_dense_call_selects_nothing(sparse_llama, real_budget, token_ids):
 def test_a_keyword_that_is_none_is_refused(name, hint):
     with pytest.raises(TypeError, match=f"unexpected argument '{name}'; {hint}"):
         SparseCall(**{name: print})
+
+
+def test_a_dataclass_is_refused_as_sharded_models_copy_it():
+    @dataclass
+    class Counting(SparseCall):
+        seen: int = 0
+
+        def __post_init__(self):
+            super().__init__()
+
+    with pytest.raises(TypeError, match="Counting is a dataclass: sharded models copy dataclasses at every module"):
+        Counting()

@@ -11,6 +11,7 @@ from datasets import load_from_disk
 from typer.testing import CliRunner
 
 from hf_sparse_attn.cli.commands import app
+from hf_sparse_attn.evaluation.baselines import selector_names
 from hf_sparse_attn.experiments.longlink.ceilings import ceiling, chance
 from hf_sparse_attn.experiments.longlink.export import load, save
 from hf_sparse_attn.experiments.longlink.families import FAMILIES, MISSING, LongLinkConfig, LongLinkError
@@ -192,7 +193,7 @@ def test_a_study_is_made_of_every_family(family, sparse_llama, real_budget):
     config = config_of(family, sequences=2, links=3)
     model = sparse_llama(real_budget, vocab_size=config.tokens.count)
     result = study(model, config, seed=1)
-    assert {row["n"] for row in result["answers"]} == {6} and len(result["answers"]) == 9
+    assert {row["n"] for row in result["answers"]} == {6} and len(result["answers"]) == 1 + len(selector_names())
     kinds = {row["noise"] for row in result["noise"]}
     assert kinds == (
         {"strength", "distractors"} if family == "count" else {"corruption", "missing", "strength", "distractors"}

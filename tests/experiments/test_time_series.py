@@ -447,7 +447,10 @@ def test_a_run_continues_with_the_same_curves(recipe, tmp_path, monkeypatch):
             r"one length: distill.context, lora.context and quality\[0\].length, got \[140, 150\]",
         ),
         ({"series": {"time": "t", "machine": "m", "patch": 4, "horizon": 8}}, r"series.pretrain.max_steps must say"),
-        ({"data": {"train": ["x.csv"], "eval": ["y.csv"]}}, r"set data.split"),
+        (
+            {"data": {"train": ["x.csv"], "eval": ["y.csv"]}},
+            r"data\.eval is stated, but task 'forecasting' does not read it",
+        ),
     ],
 )
 def test_impossible_recipes_are_refused_before_anything_is_trained(recipe, tmp_path, changes, message):

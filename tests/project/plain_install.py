@@ -44,7 +44,7 @@ def check_the_files_of_the_package():
     from hf_sparse_attn.experiments.recipe_values import recipe_names, shipped_recipes
     from hf_sparse_attn.experiments.reports.model_card import model_card
 
-    assert "<html" in files("hf_sparse_attn.experiments.reports").joinpath("templates", "report.html").read_text()
+    assert "<html" in files("hf_sparse_attn.experiments.reports").joinpath("templates", "base.html").read_text()
     assert "## Limits" in str(model_card(json.loads(Path("results.json").read_text()), "demo"))
     assert str(shipped_recipes()).startswith(SITE) and len(recipe_names()) > 10
     assert load_recipe("demo").name == "demo"
