@@ -316,9 +316,8 @@ def test_published_recipes_load(path):
     for smoke in (False, True):
         recipe = load_recipe(path, smoke=smoke, changes=changes)
         assert recipe.name == path.stem and recipe.smoke_run is smoke
-        assert recipe.distillation.seed == recipe.seed
-        if "settings" in recipe.lora:
-            assert recipe.adaptation.seed == recipe.seed
+        stages = ((recipe.distill, "distillation"), (recipe.lora, "adaptation"))
+        assert all(getattr(recipe, name).seed == recipe.seed for stage, name in stages if "settings" in stage)
         # a task has the keys that it reads
         assert not {*recipe.data.get("train", ()), *recipe.data.get("fit", ())} & {*recipe.data.get("eval", ())}
 
