@@ -83,7 +83,7 @@ class SparseCall:
         for name in functions:
             method = METHODS.get(name)
             hint = (
-                f"{name} is the method {method} now: define it in a subclass of SparseCall"
+                f"{name} is a method, {method}: define it in a subclass of SparseCall"
                 if method
                 else "supported: dense, selector, decode_from"
             )

@@ -2,8 +2,7 @@
 
 Documents, summaries and budgets depend on values, at which a compiled graph would break or be compiled anew. So inside
 a compiled graph all of it is one operator, which finds its layer and its cache layer by number. Its backward pass
-attends
-again, with gradients: routing is deterministic, so it finds the same selection.
+attends again, with gradients: routing is deterministic, so it finds the same selection.
 """
 
 from __future__ import annotations

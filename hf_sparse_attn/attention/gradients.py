@@ -91,8 +91,7 @@ def leave_routers(router: SparseRouter, output: Tensor) -> Tensor:
     """``output`` of a layer in a training step without a KL.
 
     PEFT makes the routers of its adapters trainable, and DistributedDataParallel waits for the gradient of every
-    trainable
-    weight: there they get zeros.
+    trainable weight: there they get zeros.
     """
     say_once()
     # a process alone waits for no gradients

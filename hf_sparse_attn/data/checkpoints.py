@@ -19,8 +19,7 @@ def ordinary_checkpoint(source: str, folder: str | Path, dtype: torch.dtype = to
     into ``folder``.
 
     A folder that holds a checkpoint (config.json is what a save puts there last) is used as it is, unless it was made
-    of something
-    else. One process at a time may make it: ``with state.local_main_process_first(): ...``
+    of something else. One process at a time may make it: ``with state.local_main_process_first(): ...``
 
     Raises:
         SourceError: the source cannot be read, or ``folder`` holds a checkpoint of another source or dtype.

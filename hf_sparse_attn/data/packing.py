@@ -5,11 +5,10 @@ attends to itself only, and no document predicts the first token of the next one
 from the row before is a document of its own.
 
 Nothing but an unfinished last row is dropped. A document is cut at the end of a row, and never into parts shorter than
-one block
-where that can be helped: the selection works on blocks, and a part of a few tokens has no context to learn from. The
-row is padded instead, by less than two blocks; a padding is a document of its own without labels, so rows need no
-attention mask. Dropping short tails would lose text that was paid for with reading and tokenising; padding costs a
-percent or so of the row. Both are counted.
+one block where that can be helped: the selection works on blocks, and a part of a few tokens has no context to learn
+from. The row is padded instead, by less than two blocks; a padding is a document of its own without labels, so rows
+need no attention mask. Dropping short tails would lose text that was paid for with reading and tokenising; padding
+costs a percent or so of the row. Both are counted.
 """
 
 # shapes: n tokens of a part of a document

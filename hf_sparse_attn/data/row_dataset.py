@@ -117,8 +117,7 @@ class ShuffledRows(_Wrapper):
     """Rows shuffled within consecutive windows of ``window`` rows.
 
     ``IterableDataset.shuffle`` loses the rows of its buffer when a run is continued. Here the state is where the window
-    starts and how
-    many of its rows were given out: they are made again. A row moves by less than ``window`` places.
+    starts and how many of its rows were given out: they are made again. A row moves by less than ``window`` places.
     """
 
     def __init__(self, rows: _BaseExamplesIterable, window: int, seed: int) -> None:

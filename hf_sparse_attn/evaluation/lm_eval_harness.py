@@ -2,9 +2,8 @@
 selections.
 
 The harness' own command, ``lm_eval --model hf``, gives a sparse model right log-likelihoods at ``batch_size=1`` only:
-it pads the rows
-of larger batches on the right and passes no mask, so padding counts as tokens: it is in the query tile that selects for
-a row's end.
+it pads the rows of larger batches on the right and passes no mask, so padding counts as tokens: it is in the query tile
+that selects for a row's end.
 """
 
 from __future__ import annotations

@@ -21,8 +21,7 @@ class HeadBudgets:
     of keys.
 
     ``ends`` are the visible keys up to which each length bucket reaches; longer inputs belong to the last one.
-    ``shares`` holds one
-    row of G shares for every bucket: up to 0.6, or 1 where the head is dense.
+    ``shares`` holds one row of G shares for every bucket: up to 0.6, or 1 where the head is dense.
 
     Raises:
         ValueError: the ends do not rise, there is not a row of as many shares for each, or a share is another.

@@ -1,8 +1,8 @@
 """New files in the place of old ones in a folder that is never taken for whole while it holds some of both.
 
 What makes a folder valid (``config.json``, an index of shards) leaves it first and comes back last. Old files wait in
-the scratch
-folder until all new ones are there: an error puts them back, and after a kill the next save completes what was begun.
+the scratch folder until all new ones are there: an error puts them back, and after a kill the next save completes what
+was begun.
 """
 
 from __future__ import annotations

@@ -40,8 +40,7 @@ def materialize_trained(model: nn.Module) -> None:
     them later.
 
     Accelerate finds the sharded weights of an optimiser by the addresses of the whole ones, and on the meta device all
-    are
-    0: without a word the optimiser of such a process would hold one weight many times, and none of the others.
+    are 0: without a word the optimiser of such a process would hold one weight many times, and none of the others.
     """
     if not (_flag("ACCELERATE_USE_FSDP") and _flag("FSDP_CPU_RAM_EFFICIENT_LOADING")):
         return

@@ -1,8 +1,7 @@
 """Budgets that vary by tile, KV head and layer: one threshold for all of them, fitted to an average number of keys.
 
 A block of keys costs every tile the same, so a total of kept keys holds the most softmax mass where every tile stops at
-the
-same mass of its next block: one threshold, and nothing to learn by layer or head.
+the same mass of its next block: one threshold, and nothing to learn by layer or head.
 """
 
 # Shapes: B batch, N tokens, G KV heads, n query tiles, K listed blocks of a tile (candidates and forced ones).

@@ -48,7 +48,7 @@ def test_a_dense_call_selects_nothing(sparse_llama, real_budget, token_ids):
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("observer", "observer is the method on_document now"), ("dens", "supported: dense, selector, decode_from")],
+    [("observer", "observer is a method, on_document"), ("dens", "supported: dense, selector, decode_from")],
 )
 def test_a_keyword_that_is_none_is_refused(name, hint):
     with pytest.raises(TypeError, match=f"unexpected argument '{name}'; {hint}"):

@@ -2,9 +2,8 @@
 leaves its tensors.
 
 `make test-sanitizers` runs it on a library that AddressSanitizer and UndefinedBehaviorSanitizer watch, where a read or
-write next to
-a tensor ends the process. A case is a number: `python tests/sanitizers/fuzz_kernels.py --first 1234 --cases 1` runs it
-again.
+write next to a tensor ends the process. A case is a number: `python tests/sanitizers/fuzz_kernels.py --first 1234
+--cases 1` runs it again.
 """
 
 from __future__ import annotations

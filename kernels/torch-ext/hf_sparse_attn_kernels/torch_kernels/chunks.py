@@ -35,9 +35,8 @@ def tile_chunks(index: Tensor, grid: TileGrid, rows_per_tile: int) -> Iterator[C
     """Cut the lists ``index`` [BG, n, K] so that a chunk has about CHUNK_SCORES scores, without the empty columns.
 
     Lists that are as long for every row and never shorter than those before are cut along the sequence, all rows
-    together.
-    Others, of budgets that vary, are cut row by row and by length: what fills up the shorter lists of a chunk costs as
-    much as keys.
+    together. Others, of budgets that vary, are cut row by row and by length: what fills up the shorter lists of a chunk
+    costs as much as keys.
     """
     counts = (index >= 0).sum(-1)
     if bool((counts != counts[:1]).any() | (counts.diff(dim=1) < 0).any()):
