@@ -496,7 +496,7 @@ def test_a_changed_or_missing_file_is_refused(folder):
         (lambda values: values.update(shares=[]), r"shares is \[\]: must be a mapping"),
         (lambda values: values.update(fit=None), "fit is None: must be a mapping"),
         (lambda values: values.update(preset=3), "preset is 3: must be a text or null"),
-        (lambda values: values.update(mass=True), r"mass is True: must be a share in \(0, 1\) or null"),
+        (lambda values: values.update(mass=True), r"mass is True: must be a share in \(0, 1\] or null"),
         (lambda values: values.update(mass=2.0), r"mass is 2\.0: must be"),
         (lambda values: values.update(ends=["256"]), r"ends is \['256'\]: must be a list of numbers of keys"),
         (lambda values: values.update(ends=[10**30]), "ends is .*: must be a list of numbers of keys"),
