@@ -22,7 +22,8 @@ void backward_queries(const Gradients<T>& call);
 template <class T, class Format>
 void backward_keys(const Gradients<T>& call);
 
-// Weights and gradients of the products q·k from scores [rows][NV · LANES] and from what the weights' gradients are, in place.
+// Weights and gradients of the products q·k from scores [rows][NV · LANES] and from what the weights' gradients are, in
+// place.
 struct SoftmaxGradient {
   const Logits& logits;
 

@@ -1,4 +1,5 @@
-// dK and dV: one key of a block in each lane, the roles of queries and keys exchanged, so that no sum is shared between workers.
+// dK and dV: one key of a block in each lane, the roles of queries and keys exchanged, so that no sum is shared between
+// workers.
 #include <vector>
 
 #include "backward.h"
@@ -6,7 +7,8 @@
 namespace hsa {
 namespace {
 
-// A block of keys of a document's KV head, from key `first` on; the tiles that kept it are `count` of the inverse's from `start` on.
+// A block of keys of a document's KV head, from key `first` on; the tiles that kept it are `count` of the inverse's
+// from `start` on.
 struct KeyBlock {
   int64_t group, first, start, count;
 };
@@ -29,14 +31,17 @@ struct Inverse {
       for (int64_t group = 0; group < groups; ++group)
         for (int64_t tile = 0; tile < call.document(group).grid.tiles; ++tile)
           for (int64_t i = 0; i < call.kept; ++i)
-            if (const int32_t block = call.list(group, tile)[i]; block >= 0) visit(blocks[first_block[group] + block], tile);
+            if (const int32_t block = call.list(group, tile)[i]; block >= 0)
+              visit(blocks[first_block[group] + block], tile);
     };
     for_each_link([](KeyBlock& block, int64_t) { ++block.count; });
     int64_t start = 0;
     for (KeyBlock& block : blocks) block.start = start, start += block.count, block.count = 0;
     tiles.resize(start);
-    for_each_link([&](KeyBlock& block, int64_t tile) { tiles[block.start + block.count++] = static_cast<int32_t>(tile); });
-    std::stable_sort(blocks.begin(), blocks.end(), [](const KeyBlock& a, const KeyBlock& b) { return a.count > b.count; });
+    for_each_link(
+        [&](KeyBlock& block, int64_t tile) { tiles[block.start + block.count++] = static_cast<int32_t>(tile); });
+    std::stable_sort(blocks.begin(), blocks.end(),
+                     [](const KeyBlock& a, const KeyBlock& b) { return a.count > b.count; });
   }
 };
 
@@ -49,7 +54,8 @@ class KeyStrip {
       : gradients_(gradients),
         call_(gradients.call),
         rows_((std::min(call_.grid.query_tile, call_.grid.q_len) + 1) / 2 * 2),
-        room_(Room::size({call_.d * L, call_.dv * L, call_.d * L, call_.dv * L, rows_ * L, rows_ * L, rows_ * width(), rows_ * width()})),
+        room_(Room::size({call_.d * L, call_.dv * L, call_.d * L, call_.dv * L, rows_ * L, rows_ * L, rows_ * width(),
+                          rows_ * width()})),
         keys_(room_.take(call_.d * L)),
         values_(room_.take(call_.dv * L)),
         dk_(room_.take(call_.d * L)),
@@ -151,7 +157,8 @@ class KeyStrip {
   void write(T* out, const float* sums, int64_t group, int64_t first, int64_t width) const {
     const Document& document = call_.document(group);
     const int64_t count = std::min<int64_t>(L, document.grid.kv_len - first);
-    const int64_t row = (document.row * call_.groups + group % call_.groups) * call_.grid.kv_len + document.first + first;
+    const int64_t row =
+        (document.row * call_.groups + group % call_.groups) * call_.grid.kv_len + document.first + first;
     for (int64_t l = 0; l < count; ++l) {
       T* to = out + (row + l) * width;
       for (int64_t d = 0; d < width; ++d) to[d] = static_cast<T>(sums[d * L + l]);

@@ -14,8 +14,8 @@ class QueryStrip {
         call_(gradients.call),
         size_(call_.grid.block_size),
         keys_(std::max<int64_t>(CHUNK, size_)),
-        room_(Room::size(
-            {call_.d * L, call_.dv * L, keys_ * L, keys_ * L, call_.d * L, size_ * std::max(call_.d, call_.dv), keys_ * call_.d})),
+        room_(Room::size({call_.d * L, call_.dv * L, keys_ * L, keys_ * L, call_.d * L,
+                          size_ * std::max(call_.d, call_.dv), keys_ * call_.d})),
         queries_(room_.take(call_.d * L)),
         grads_(room_.take(call_.dv * L)),
         scores_(room_.take(keys_ * L)),
@@ -48,8 +48,10 @@ class QueryStrip {
     for (int l = 0; l < L; ++l) {
       lse_[l] = -HIDDEN, delta_[l] = 0;
       if (lanes.query(l) < 0) continue;
-      const int64_t at = call_.row(document, g, lanes.head(l), lanes.query(l)), head = g * call_.grid.heads + lanes.head(l);
-      const T *out = call_.out + at * call_.dv, *grad = gradients_.grad_out.rows(document.row, head, document.query).row(lanes.query(l));
+      const int64_t at = call_.row(document, g, lanes.head(l), lanes.query(l)),
+                    head = g * call_.grid.heads + lanes.head(l);
+      const T *out = call_.out + at * call_.dv,
+              *grad = gradients_.grad_out.rows(document.row, head, document.query).row(lanes.query(l));
       float delta = gradients_.grad_lse ? -gradients_.grad_lse[at] : 0;
       for (int64_t d = 0; d < call_.dv; ++d) delta += static_cast<float>(out[d]) * static_cast<float>(grad[d]);
       gradients_.delta[at] = delta_[l] = delta;
@@ -111,8 +113,9 @@ class QueryStrip {
 
 template <class T, class Format>
 void backward_queries(const Gradients<T>& gradients) {
-  for_each_strip(gradients.call,
-                 [&](auto vectors, auto run) { run([&] { return std::make_unique<QueryStrip<T, Format, vectors()>>(gradients); }); });
+  for_each_strip(gradients.call, [&](auto vectors, auto run) {
+    run([&] { return std::make_unique<QueryStrip<T, Format, vectors()>>(gradients); });
+  });
 }
 
 template void backward_queries<float, Floats>(const Gradients<float>&);

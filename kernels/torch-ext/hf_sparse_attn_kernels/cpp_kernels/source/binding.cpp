@@ -38,8 +38,10 @@ struct Places {
 
 // What the tensors of an attention call must have in common.
 Places attention_places(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& indices,
-                        const std::optional<at::Tensor>& documents, int64_t query_tile, int64_t block_size, bool causal) {
-  Grid grid = grid_of(q.dim() == 4 ? q.size(2) : 0, k.dim() == 4 ? k.size(2) : 0, query_tile, block_size, causal, query_heads(q, k));
+                        const std::optional<at::Tensor>& documents, int64_t query_tile, int64_t block_size,
+                        bool causal) {
+  Grid grid = grid_of(q.dim() == 4 ? q.size(2) : 0, k.dim() == 4 ? k.size(2) : 0, query_tile, block_size, causal,
+                      query_heads(q, k));
   const at::ScalarType dtype = q.scalar_type();
   expect_rows("q", q, dtype, {k.size(0), ANY, ANY, ANY});
   expect_rows("k", k, dtype, {ANY, ANY, ANY, q.size(3)});
@@ -47,14 +49,16 @@ Places attention_places(const at::Tensor& q, const at::Tensor& k, const at::Tens
   expect_even("q", q);
   expect_even("v", v);
   if (documents) expect_whole("documents", *documents, at::kLong, {ANY, 3});
-  expect_whole("indices", indices, at::kInt, {documents ? documents->size(0) : k.size(0), k.size(1), documents ? ANY : grid.tiles, ANY});
+  expect_whole("indices", indices, at::kInt,
+               {documents ? documents->size(0) : k.size(0), k.size(1), documents ? ANY : grid.tiles, ANY});
   grid.tiles = indices.size(2);
   return {grid, documents ? documents_of(*documents, grid, k.size(0)) : whole_rows(grid, k.size(0))};
 }
 
 template <class T>
-Attention<T> attention_of(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& indices, const Places& places,
-                          const float* sinks, double scale, double softcap, const at::Tensor& out, const at::Tensor& lse) {
+Attention<T> attention_of(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& indices,
+                          const Places& places, const float* sinks, double scale, double softcap, const at::Tensor& out,
+                          const at::Tensor& lse) {
   return {heads_of<T>(q),
           heads_of<T>(k),
           heads_of<T>(v),
@@ -76,9 +80,10 @@ at::Tensor room_for(at::IntArrayRef sizes, const at::TensorOptions& options, boo
   return documents ? at::zeros(sizes, options) : at::empty(sizes, options);
 }
 
-std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& indices,
-                                           const std::optional<at::Tensor>& documents, const std::optional<at::Tensor>& sinks,
-                                           int64_t query_tile, int64_t block_size, bool causal, double scale, double softcap) {
+std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                           const at::Tensor& indices, const std::optional<at::Tensor>& documents,
+                                           const std::optional<at::Tensor>& sinks, int64_t query_tile,
+                                           int64_t block_size, bool causal, double scale, double softcap) {
   const Places places = attention_places(q, k, v, indices, documents, query_tile, block_size, causal);
   if (sinks) expect_whole("sinks", *sinks, at::kFloat, {q.size(1)});
   at::Tensor out = room_for({q.size(0), q.size(1), q.size(2), v.size(3)}, q.options(), documents.has_value());
@@ -87,16 +92,17 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
   const float* logits = sinks ? sinks->const_data_ptr<float>() : nullptr;
   dispatch(q.scalar_type(), [&](auto element, auto format) {
     using T = decltype(element);
-    if (lse.numel()) attend<T, decltype(format)>(attention_of<T>(q, k, v, indices, places, logits, scale, softcap, out, lse));
+    if (lse.numel())
+      attend<T, decltype(format)>(attention_of<T>(q, k, v, indices, places, logits, scale, softcap, out, lse));
   });
   return {out, lse};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_out, const std::optional<at::Tensor>& grad_lse,
-                                                                    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                                                    const at::Tensor& out, const at::Tensor& lse, const at::Tensor& indices,
-                                                                    const std::optional<at::Tensor>& documents, int64_t query_tile,
-                                                                    int64_t block_size, bool causal, double scale, double softcap) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
+    const at::Tensor& grad_out, const std::optional<at::Tensor>& grad_lse, const at::Tensor& q, const at::Tensor& k,
+    const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse, const at::Tensor& indices,
+    const std::optional<at::Tensor>& documents, int64_t query_tile, int64_t block_size, bool causal, double scale,
+    double softcap) {
   const Places places = attention_places(q, k, v, indices, documents, query_tile, block_size, causal);
   const std::array<int64_t, 4> shape{q.size(0), q.size(1), q.size(2), v.size(3)};
   const at::IntArrayRef rows(shape.data(), 3);
@@ -123,8 +129,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(const at::Te
 }
 
 // Pooled queries [B, G, m, runs, R] of `tiles` tiles, and the keys of at least `blocks` blocks.
-void expect_pooled(const at::Tensor& queries, const char* name, const at::Tensor& real, const at::Tensor& router_keys, at::ScalarType dtype,
-                   int64_t batch, int64_t groups, int64_t tiles) {
+void expect_pooled(const at::Tensor& queries, const char* name, const at::Tensor& real, const at::Tensor& router_keys,
+                   at::ScalarType dtype, int64_t batch, int64_t groups, int64_t tiles) {
   expect_whole(name, queries, dtype, {batch, groups, tiles, ANY, ANY});
   TORCH_CHECK_VALUE(queries.size(3) >= 1, name, " is ", queries.sizes(), ": must have at least one run of tokens");
   expect_even(name, queries);
@@ -143,9 +149,10 @@ Pooled<T> pooled_of(const at::Tensor& queries, const at::Tensor& real, const at:
           queries.size(1)};
 }
 
-// What sampled queries [B, G, m, heads, r, E] and their keys must have in common; the grid of the call, its tiles those of `tiles`.
-Grid sampled_grid(const at::Tensor& queries, const at::Tensor& reps, const at::Tensor& keys, const at::Tensor& tiles, int64_t q_len,
-                  int64_t query_tile, int64_t block_size) {
+// What sampled queries [B, G, m, heads, r, E] and their keys must have in common; the grid of the call, its tiles those
+// of `tiles`.
+Grid sampled_grid(const at::Tensor& queries, const at::Tensor& reps, const at::Tensor& keys, const at::Tensor& tiles,
+                  int64_t q_len, int64_t query_tile, int64_t block_size) {
   expect_rows("keys", keys, keys.scalar_type(), {ANY, ANY, ANY, ANY});
   Grid grid = grid_of(q_len, keys.size(2), query_tile, block_size, true, 0);
   expect_tiles(tiles, grid);
@@ -159,8 +166,8 @@ Grid sampled_grid(const at::Tensor& queries, const at::Tensor& reps, const at::T
 }
 
 template <class T>
-Sampled<T> sampled_of(const at::Tensor& queries, const at::Tensor& reps, const at::Tensor& keys, const at::Tensor& tiles,
-                      const Grid& grid) {
+Sampled<T> sampled_of(const at::Tensor& queries, const at::Tensor& reps, const at::Tensor& keys,
+                      const at::Tensor& tiles, const Grid& grid) {
   return {queries.const_data_ptr<T>(),
           reps.const_data_ptr<int64_t>(),
           heads_of<T>(keys),
@@ -172,19 +179,25 @@ Sampled<T> sampled_of(const at::Tensor& queries, const at::Tensor& reps, const a
           tiles.const_data_ptr<int64_t>()};
 }
 
-// `budgets` [6, m]: sink, near, last, eligible, free, candidates of each tile, which leave neither its blocks nor its list.
-void expect_budgets(const at::Tensor& budgets, int64_t sink, int64_t blocks, int64_t summaries, int64_t width, bool threshold) {
+// `budgets` [6, m]: sink, near, last, eligible, free, candidates of each tile, which leave neither its blocks nor its
+// list.
+void expect_budgets(const at::Tensor& budgets, int64_t sink, int64_t blocks, int64_t summaries, int64_t width,
+                    bool threshold) {
   const int64_t m = budgets.size(1), *budget = budgets.const_data_ptr<int64_t>();
   TORCH_CHECK_VALUE(sink >= 0, "sink is ", sink, ": must not be negative");
-  TORCH_CHECK_VALUE(0 <= width && width <= blocks, "width is ", width, ": must be in [0, ", blocks, "], the number of blocks");
+  TORCH_CHECK_VALUE(0 <= width && width <= blocks, "width is ", width, ": must be in [0, ", blocks,
+                    "], the number of blocks");
   for (int64_t t = 0; t < m; ++t) {
-    const int64_t near = budget[m + t], last = budget[2 * m + t], free = budget[4 * m + t], candidates = budget[5 * m + t];
-    TORCH_CHECK_VALUE(0 <= near && near <= last + 1 && last < blocks, "budgets force blocks ", near, " to ", last, " on tile ", t,
-                      ": there are ", blocks);
+    const int64_t near = budget[m + t], last = budget[2 * m + t], free = budget[4 * m + t],
+                  candidates = budget[5 * m + t];
+    TORCH_CHECK_VALUE(0 <= near && near <= last + 1 && last < blocks, "budgets force blocks ", near, " to ", last,
+                      " on tile ", t, ": there are ", blocks);
     const int64_t eligible = std::max<int64_t>(0, near - sink);
     const bool open = eligible > free;
-    TORCH_CHECK_VALUE(0 <= free && (!open || (0 <= candidates && candidates <= eligible && (threshold || free <= candidates))),
-                      "budgets keep ", free, " of ", candidates, " candidates on tile ", t, ", of ", eligible, " that may be selected");
+    TORCH_CHECK_VALUE(
+        0 <= free && (!open || (0 <= candidates && candidates <= eligible && (threshold || free <= candidates))),
+        "budgets keep ", free, " of ", candidates, " candidates on tile ", t, ", of ", eligible,
+        " that may be selected");
     TORCH_CHECK_VALUE(!open || near <= summaries, "router_keys has ", summaries, " blocks: tile ", t, " needs ", near);
     const int64_t chosen = !open ? eligible : threshold ? candidates : free;
     TORCH_CHECK_VALUE(std::min(sink, near) + chosen + last - near + 1 <= width, "a tile may keep more than the ", width,
@@ -192,9 +205,10 @@ void expect_budgets(const at::Tensor& budgets, int64_t sink, int64_t blocks, int
   }
 }
 
-std::tuple<at::Tensor, at::Tensor> select(const at::Tensor& coarse_queries, const at::Tensor& real, const at::Tensor& router_keys,
-                                          const at::Tensor& queries, const at::Tensor& reps, const at::Tensor& keys,
-                                          const at::Tensor& tiles, int64_t q_len, int64_t query_tile, int64_t block_size, int64_t sink,
+std::tuple<at::Tensor, at::Tensor> select(const at::Tensor& coarse_queries, const at::Tensor& real,
+                                          const at::Tensor& router_keys, const at::Tensor& queries,
+                                          const at::Tensor& reps, const at::Tensor& keys, const at::Tensor& tiles,
+                                          int64_t q_len, int64_t query_tile, int64_t block_size, int64_t sink,
                                           const at::Tensor& budgets, int64_t width, std::optional<double> threshold) {
   const Grid grid = sampled_grid(queries, reps, keys, tiles, q_len, query_tile, block_size);
   const int64_t m = grid.tiles, blocks = (grid.kv_len + block_size - 1) / block_size;
@@ -202,14 +216,16 @@ std::tuple<at::Tensor, at::Tensor> select(const at::Tensor& coarse_queries, cons
   expect_whole("budgets", budgets, at::kLong, {6, m});
   expect_budgets(budgets, sink, blocks, router_keys.size(2), width, threshold.has_value());
   const std::array<int64_t, 4> shape{keys.size(0), keys.size(1), m, width};
-  at::Tensor indices = at::empty(shape, keys.options().dtype(at::kInt)), scores = at::empty(shape, keys.options().dtype(at::kFloat));
+  at::Tensor indices = at::empty(shape, keys.options().dtype(at::kInt)),
+             scores = at::empty(shape, keys.options().dtype(at::kFloat));
   if (!indices.numel()) return {indices, scores};
   const int64_t* budget = budgets.const_data_ptr<int64_t>();
   const std::optional<float> least = threshold ? std::optional<float>(static_cast<float>(*threshold)) : std::nullopt;
   dispatch(keys.scalar_type(), [&](auto element, auto format) {
     using T = decltype(element);
-    select_blocks<T, decltype(format)>({pooled_of<T>(coarse_queries, real, router_keys), sampled_of<T>(queries, reps, keys, tiles, grid),
-                                        sink, budget + m, budget + 2 * m, budget + 4 * m, budget + 5 * m, least, width,
+    select_blocks<T, decltype(format)>({pooled_of<T>(coarse_queries, real, router_keys),
+                                        sampled_of<T>(queries, reps, keys, tiles, grid), sink, budget + m,
+                                        budget + 2 * m, budget + 4 * m, budget + 5 * m, least, width,
                                         indices.data_ptr<int32_t>(), scores.data_ptr<float>()});
   });
   return {indices, scores};
@@ -218,11 +234,13 @@ std::tuple<at::Tensor, at::Tensor> select(const at::Tensor& coarse_queries, cons
 at::Tensor coarse(const at::Tensor& queries, const at::Tensor& real, const at::Tensor& router_keys) {
   expect_pooled(queries, "queries", real, router_keys, queries.scalar_type(), ANY, ANY, ANY);
   const int64_t blocks = router_keys.size(2);
-  at::Tensor out = at::empty({queries.size(0), queries.size(1), queries.size(2), blocks}, queries.options().dtype(at::kFloat));
+  at::Tensor out =
+      at::empty({queries.size(0), queries.size(1), queries.size(2), blocks}, queries.options().dtype(at::kFloat));
   dispatch(queries.scalar_type(), [&](auto element, auto format) {
     using T = decltype(element);
     if (out.numel())
-      coarse_scores<T, decltype(format)>(pooled_of<T>(queries, real, router_keys), queries.size(0), blocks, out.data_ptr<float>());
+      coarse_scores<T, decltype(format)>(pooled_of<T>(queries, real, router_keys), queries.size(0), blocks,
+                                         out.data_ptr<float>());
   });
   return out;
 }
@@ -237,8 +255,8 @@ at::Tensor mass(const at::Tensor& queries, const at::Tensor& reps, const at::Ten
   if (!out.numel()) return out;
   dispatch(keys.scalar_type(), [&](auto element, auto format) {
     using T = decltype(element);
-    block_mass<T, decltype(format)>(sampled_of<T>(queries, reps, keys, tiles, grid), blocks ? blocks->const_data_ptr<int64_t>() : nullptr,
-                                    width, out.data_ptr<float>());
+    block_mass<T, decltype(format)>(sampled_of<T>(queries, reps, keys, tiles, grid),
+                                    blocks ? blocks->const_data_ptr<int64_t>() : nullptr, width, out.data_ptr<float>());
   });
   return out;
 }
@@ -249,7 +267,8 @@ at::Tensor features(const at::Tensor& k, int64_t block_size) {
   at::Tensor out = at::empty({k.size(0), k.size(1), k.size(2) / block_size, 3 * k.size(3)}, k.options());
   dispatch(k.scalar_type(), [&](auto element, auto) {
     using T = decltype(element);
-    if (out.numel()) pooled_features<T>(heads_of<T>(k), k.size(0), k.size(1), k.size(2), k.size(3), block_size, out.data_ptr<T>());
+    if (out.numel())
+      pooled_features<T>(heads_of<T>(k), k.size(0), k.size(1), k.size(2), k.size(3), block_size, out.data_ptr<T>());
   });
   return out;
 }
@@ -259,17 +278,22 @@ at::Tensor features(const at::Tensor& k, int64_t block_size) {
 
 TORCH_LIBRARY(hf_sparse_attn_cpp, m) {
   m.def(
-      "forward(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor? documents, Tensor? sinks, int query_tile, int block_size, "
+      "forward(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor? documents, Tensor? sinks, int query_tile, int "
+      "block_size, "
       "bool causal, float scale, float softcap) -> (Tensor, Tensor)");
   m.def(
-      "backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor indices, "
-      "Tensor? documents, int query_tile, int block_size, bool causal, float scale, float softcap) -> (Tensor, Tensor, Tensor, Tensor)");
+      "backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor "
+      "indices, "
+      "Tensor? documents, int query_tile, int block_size, bool causal, float scale, float softcap) -> (Tensor, Tensor, "
+      "Tensor, Tensor)");
   m.def(
-      "select(Tensor coarse_queries, Tensor real, Tensor router_keys, Tensor queries, Tensor reps, Tensor keys, Tensor tiles, int q_len, "
+      "select(Tensor coarse_queries, Tensor real, Tensor router_keys, Tensor queries, Tensor reps, Tensor keys, Tensor "
+      "tiles, int q_len, "
       "int query_tile, int block_size, int sink, Tensor budgets, int width, float? threshold) -> (Tensor, Tensor)");
   m.def("coarse_scores(Tensor queries, Tensor real, Tensor router_keys) -> Tensor");
   m.def(
-      "block_mass(Tensor queries, Tensor reps, Tensor keys, Tensor tiles, Tensor? blocks, int q_len, int query_tile, int block_size) -> "
+      "block_mass(Tensor queries, Tensor reps, Tensor keys, Tensor tiles, Tensor? blocks, int q_len, int query_tile, "
+      "int block_size) -> "
       "Tensor");
   m.def("pooled_features(Tensor k, int block_size) -> Tensor");
 }

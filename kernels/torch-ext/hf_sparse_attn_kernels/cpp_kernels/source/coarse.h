@@ -40,9 +40,11 @@ class Coarse {
       int64_t stride;
       const Word* left = key_rows<Format>(keys, at, rows, rows, call_.width, key_room_, &stride);
       for (int64_t run = 0; run < call_.runs; ++run)
-        product<Format, 1>(left, stride, rows, call_.width / Format::PACK, queries_ + run * words, products_ + run * CHUNK * LANES);
+        product<Format, 1>(left, stride, rows, call_.width / Format::PACK, queries_ + run * words,
+                           products_ + run * CHUNK * LANES);
       for (int i = 0; i < rows; ++i) store(scores.data() + (at + i) * LANES, combined(i));
-      if (call_.runs > 1 && !ordinary(scores.data() + at * LANES, rows)) exactly(group, first, tiles, at, rows, scores.data());
+      if (call_.runs > 1 && !ordinary(scores.data() + at * LANES, rows))
+        exactly(group, first, tiles, at, rows, scores.data());
     }
   }
 
@@ -51,7 +53,8 @@ class Coarse {
   void mark_tokens(int64_t first, int64_t tiles) {
     has_tokens_.assign(call_.runs * LANES, -1);
     for (int64_t run = 0; run < call_.runs; ++run)
-      for (int64_t l = 0; l < tiles; ++l) has_tokens_[run * LANES + l] = call_.real[(first + l) * call_.runs + run] ? -1 : 0;
+      for (int64_t l = 0; l < tiles; ++l)
+        has_tokens_[run * LANES + l] = call_.real[(first + l) * call_.runs + run] ? -1 : 0;
   }
 
   // products of a run with the keys of a row, very low where the run has no tokens
@@ -66,7 +69,8 @@ class Coarse {
     if (call_.runs == 1) return load(products_ + row * LANES);
     Vec most = splat(-FLT_MAX), total{};
     for (int64_t run = 0; run < call_.runs; ++run) most = maximum(most, product_of(run, row));
-    for (int64_t run = 0; run < call_.runs; ++run) total += exp2_negative((product_of(run, row) - most) * Logits::LOG2E);
+    for (int64_t run = 0; run < call_.runs; ++run)
+      total += exp2_negative((product_of(run, row) - most) * Logits::LOG2E);
     return most + log_of(total);
   }
 

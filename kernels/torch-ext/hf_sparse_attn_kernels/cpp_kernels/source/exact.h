@@ -22,8 +22,8 @@ inline double logit_of(const Logits& logits, double product) {
   return cap == 0 ? x : cap * std::tanh(x / cap);
 }
 
-// Logits -> weights that sum to 1 with what `sink` takes, if it is not null; returns the log-sum-exp. As torch does it: all are NaN
-// where one is NaN or infinite, or all are -inf.
+// Logits -> weights that sum to 1 with what `sink` takes, if it is not null; returns the log-sum-exp. As torch does it:
+// all are NaN where one is NaN or infinite, or all are -inf.
 inline double softmax_exactly(std::vector<double>& x, const float* sink) {
   double most = sink ? *sink : -INFINITY, total = 0;
   for (double logit : x) most = logit != logit || logit > most ? logit : most;
@@ -72,7 +72,8 @@ class ExactQuery {
       for (int64_t d = 0; d < call_.dv; ++d) out_[d] += weights_[i] * static_cast<float>(value[d]);
     }
     T* to = call_.out + row * call_.dv;
-    for (int64_t d = 0; d < call_.dv; ++d) to[d] = static_cast<T>(std::isfinite(out_[d]) ? static_cast<float>(out_[d]) : NAN);
+    for (int64_t d = 0; d < call_.dv; ++d)
+      to[d] = static_cast<T>(std::isfinite(out_[d]) ? static_cast<float>(out_[d]) : NAN);
   }
 
  private:

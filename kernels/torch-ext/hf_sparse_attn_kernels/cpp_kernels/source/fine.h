@@ -30,7 +30,8 @@ class Fine {
         scores_(room_.take(keys_ * L)),
         key_room_(room_.take(call.grid.block_size * call.width)) {}
 
-  void run(int64_t group, int64_t tile, int64_t first_sample, const std::vector<int32_t>& blocks, float share, std::vector<float>& mass) {
+  void run(int64_t group, int64_t tile, int64_t first_sample, const std::vector<int32_t>& blocks, float share,
+           std::vector<float>& mass) {
     const int64_t per_head = call_.samples / call_.grid.heads;
     const Lanes<NV> lanes(call_.grid, call_.tiles[tile], [&](int lane) {
       const int64_t sample = first_sample + lane;
@@ -38,7 +39,8 @@ class Fine {
       return std::pair<int64_t, int64_t>(there ? sample / per_head : -1, there ? call_.reps[sample] : 0);
     });
     for (int l = 0; l < L; ++l) {
-      const T* from = call_.queries + ((group * call_.grid.tiles + tile) * call_.samples + first_sample + l) * call_.width;
+      const T* from =
+          call_.queries + ((group * call_.grid.tiles + tile) * call_.samples + first_sample + l) * call_.width;
       to_lane<Format>(lanes.query(l) < 0 ? nullptr : from, call_.width, L, l, queries_);
     }
     partial_.assign(blocks.size() * L, 0.0f);
@@ -56,19 +58,21 @@ class Fine {
  private:
   static bool extreme(const Lanes<NV>& lanes, const Vec* most, const Vec* total) {
     for (int l = 0; l < L; ++l)
-      if (lanes.query(l) >= 0 && !(std::abs(most[l / LANES][l % LANES]) <= LIMIT && std::isfinite(total[l / LANES][l % LANES])))
+      if (lanes.query(l) >= 0 &&
+          !(std::abs(most[l / LANES][l % LANES]) <= LIMIT && std::isfinite(total[l / LANES][l % LANES])))
         return true;
     return false;
   }
 
-  void exactly(const Lanes<NV>& lanes, int64_t group, int64_t tile, int64_t first_sample, const std::vector<int32_t>& blocks, float share,
-               std::vector<float>& mass) const {
+  void exactly(const Lanes<NV>& lanes, int64_t group, int64_t tile, int64_t first_sample,
+               const std::vector<int32_t>& blocks, float share, std::vector<float>& mass) const {
     const Matrix<T> keys = call_.keys.rows(group / call_.groups, group % call_.groups);
     const int64_t size = call_.grid.block_size;
     std::vector<double> weights;
     for (int l = 0; l < L; ++l) {
       if (lanes.query(l) < 0) continue;
-      const T* query = call_.queries + ((group * call_.grid.tiles + tile) * call_.samples + first_sample + l) * call_.width;
+      const T* query =
+          call_.queries + ((group * call_.grid.tiles + tile) * call_.samples + first_sample + l) * call_.width;
       weights.clear();
       for (int64_t block : blocks)
         for (int64_t key = block * size; key < (block + 1) * size; ++key)
@@ -79,7 +83,8 @@ class Fine {
   }
 
   // The next step_ blocks from blocks[at] on.
-  void chunk(const Lanes<NV>& lanes, Matrix<T> keys, const std::vector<int32_t>& blocks, size_t at, Vec* most, Vec* total) {
+  void chunk(const Lanes<NV>& lanes, Matrix<T> keys, const std::vector<int32_t>& blocks, size_t at, Vec* most,
+             Vec* total) {
     const int size = call_.grid.block_size;
     const int64_t count = std::min<int64_t>(step_, blocks.size() - at);
     for (int64_t j = 0; j < count; ++j) {
@@ -87,8 +92,8 @@ class Fine {
       if (call_.grid.query_tile == 1 && at + j + 1 < blocks.size())
         prefetch_rows(keys, int64_t{blocks[at + j + 1]} * size, size, call_.width);
       int64_t stride;
-      const Word* rows =
-          key_rows<Format>(keys, first, std::min<int64_t>(size, call_.grid.kv_len - first), size, call_.width, key_room_, &stride);
+      const Word* rows = key_rows<Format>(keys, first, std::min<int64_t>(size, call_.grid.kv_len - first), size,
+                                          call_.width, key_room_, &stride);
       product<Format, NV>(rows, stride, size, call_.width / Format::PACK, queries_, scores_ + j * size * L);
       lanes.hide(scores_ + j * size * L, first, size);
     }
@@ -107,7 +112,8 @@ class Fine {
   }
 
   // Weights relative to the maximum of their time -> each query's share of the mean.
-  void add_mass(const Lanes<NV>& lanes, float share, const Vec* most, const Vec* total, std::vector<float>& mass) const {
+  void add_mass(const Lanes<NV>& lanes, float share, const Vec* most, const Vec* total,
+                std::vector<float>& mass) const {
     Vec norm[NV], factor[NV];
     IVec there[NV];  // an empty lane may hold anything
     for (int v = 0; v < NV; ++v) {
@@ -117,7 +123,8 @@ class Fine {
     for (int64_t j = 0; j < static_cast<int64_t>(mass.size()); ++j) {
       Vec sums{};
       for (int v = 0; v < NV; ++v) {
-        if (j % step_ == 0) factor[v] = exp2_negative(load(most_.data() + j / step_ * L + v * LANES) - most[v]) * norm[v];
+        if (j % step_ == 0)
+          factor[v] = exp2_negative(load(most_.data() + j / step_ * L + v * LANES) - most[v]) * norm[v];
         sums += blend(there[v], load(partial_.data() + j * L + v * LANES) * factor[v], Vec{});
       }
       mass[j] += sum(sums);
@@ -140,7 +147,8 @@ class TileMass {
   void run(int64_t group, int64_t tile, const std::vector<int32_t>& blocks, std::vector<float>& mass) {
     const int64_t base = call_.grid.first(call_.tiles[tile]) - call_.grid.q_offset();
     int64_t there = 0;
-    for (int64_t i = 0; i < call_.samples; ++i) there += base + call_.reps[i] >= 0 && base + call_.reps[i] < call_.grid.q_len;
+    for (int64_t i = 0; i < call_.samples; ++i)
+      there += base + call_.reps[i] >= 0 && base + call_.reps[i] < call_.grid.q_len;
     mass.assign(blocks.size(), 0.0f);
     const float share = 1.0f / there;
     for (int64_t at = 0; at < call_.samples;) {

@@ -15,7 +15,8 @@ class Strip {
   explicit Strip(const Attention<T>& call)
       : call_(call),
         keys_(std::max<int64_t>(CHUNK, call.grid.block_size)),
-        room_(Room::size({call.d * L, keys_ * L, keys_ * L, call.dv * L, call.grid.block_size * call.d, keys_ * call.dv})),
+        room_(Room::size(
+            {call.d * L, keys_ * L, keys_ * L, call.dv * L, call.grid.block_size * call.d, keys_ * call.dv})),
         queries_(room_.take(call.d * L)),
         scores_(room_.take(keys_ * L)),
         weights_(room_.take(keys_ * L)),
@@ -35,7 +36,8 @@ class Strip {
     std::fill_n(out_, call_.dv * L, 0.0f);
     const int64_t step = std::max<int64_t>(1, CHUNK / grid.block_size);
     for (; list < end; list += step) chunk(group, lanes, list, std::min<int64_t>(step, end - list), softmax);
-    if (softmax.extreme() || !all_finite<NV>(out_, call_.dv))  // 0 times such a value must be 0 where the query does not see it
+    if (softmax.extreme() ||
+        !all_finite<NV>(out_, call_.dv))  // 0 times such a value must be 0 where the query does not see it
       exactly(lanes, group, tile);
     else
       finish(lanes, softmax, group);
@@ -92,7 +94,8 @@ class Strip {
 
 template <class T, class Format>
 void attend(const Attention<T>& call) {
-  for_each_strip(call, [&](auto vectors, auto run) { run([&] { return std::make_unique<Strip<T, Format, vectors()>>(call); }); });
+  for_each_strip(
+      call, [&](auto vectors, auto run) { run([&] { return std::make_unique<Strip<T, Format, vectors()>>(call); }); });
 }
 
 template void attend<float, Floats>(const Attention<float>&);

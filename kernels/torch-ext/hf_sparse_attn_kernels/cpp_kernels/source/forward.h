@@ -30,11 +30,13 @@ struct Attention {
   }
 };
 
-// Cuts every tile's rows into strips of up to REGISTERS vectors: visit(vectors, run) is called for each size of strip that occurs,
-// and run(make) works through those strips; make() gives a worker whose run(group, tile, first row) does one.
+// Cuts every tile's rows into strips of up to REGISTERS vectors: visit(vectors, run) is called for each size of strip
+// that occurs, and run(make) works through those strips; make() gives a worker whose run(group, tile, first row) does
+// one.
 template <class T, class Visit>
 void for_each_strip(const Attention<T>& call, const Visit& visit) {
-  const int64_t vectors = (call.grid.rows() + LANES - 1) / LANES, whole = vectors / REGISTERS, rest = vectors % REGISTERS;
+  const int64_t vectors = (call.grid.rows() + LANES - 1) / LANES, whole = vectors / REGISTERS,
+                rest = vectors % REGISTERS;
   const auto pass = [&](auto size, int64_t first_row, int64_t count) {
     visit(size, [&](const auto& make) {
       const int64_t tiles = call.grid.tiles;

@@ -65,7 +65,8 @@ inline const Word* key_rows(Matrix<T> x, int64_t first, int count, int rows, int
 
 // Values as left operand of outputs: as `key_rows`, but PACK neighbouring rows share a word: [rows / PACK][width].
 template <class Format, class T>
-inline const Word* value_rows(Matrix<T> x, int64_t first, int count, int rows, int width, float* room, int64_t* stride) {
+inline const Word* value_rows(Matrix<T> x, int64_t first, int count, int rows, int width, float* room,
+                              int64_t* stride) {
   if constexpr (Format::PACK == 1) {
     return key_rows<Format>(x, first, count, rows, width, room, stride);
 #if defined(__AVX512BF16__)

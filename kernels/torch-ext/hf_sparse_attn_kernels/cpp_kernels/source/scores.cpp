@@ -14,7 +14,8 @@ void coarse_scores(const Pooled<T>& call, int64_t batch, int64_t blocks, float* 
   for_each_item(
       batch * call.groups * parts, [&] { return std::make_unique<Worker>(call); },
       [&](auto& worker, int64_t item) {
-        const int64_t group = item / parts, first = item % parts * LANES, tiles = std::min<int64_t>(LANES, call.tiles - first);
+        const int64_t group = item / parts, first = item % parts * LANES,
+                      tiles = std::min<int64_t>(LANES, call.tiles - first);
         worker->coarse.run(group, first, tiles, 0, blocks, worker->scores);
         for (int64_t l = 0; l < tiles; ++l)
           for (int64_t block = 0; block < blocks; ++block)
@@ -34,7 +35,8 @@ void block_mass(const Sampled<T>& call, const int64_t* blocks, int64_t width, fl
   for_each_item(
       call.batch * call.groups * tiles, [&] { return std::make_unique<Worker>(call); },
       [&](auto& worker, int64_t item) {
-        const int64_t last = std::min(call.grid.first(call.tiles[item % tiles]) + call.grid.query_tile, call.grid.kv_len) - 1;
+        const int64_t last =
+            std::min(call.grid.first(call.tiles[item % tiles]) + call.grid.query_tile, call.grid.kv_len) - 1;
         const int64_t visible = std::min(width, last / call.grid.block_size + 1);
         worker->listed.clear();
         for (int64_t i = 0; i < (blocks ? width : visible); ++i) {
@@ -49,7 +51,8 @@ void block_mass(const Sampled<T>& call, const int64_t* blocks, int64_t width, fl
 }
 
 template <class T>
-void pooled_features(const Heads<T>& keys, int64_t batch, int64_t groups, int64_t length, int64_t width, int64_t block_size, T* out) {
+void pooled_features(const Heads<T>& keys, int64_t batch, int64_t groups, int64_t length, int64_t width,
+                     int64_t block_size, T* out) {
   const int64_t blocks = length / block_size;
   at::parallel_for(0, batch * groups * blocks, 64, [&](int64_t begin, int64_t end) {
     std::vector<float> most(width), least(width), total(width);

@@ -6,7 +6,8 @@
 namespace hsa {
 namespace {
 
-// Order-preserving bits of a score, then the inverted position: the largest are the best, ties go to the lower position. NaN counts as 0.
+// Order-preserving bits of a score, then the inverted position: the largest are the best, ties go to the lower
+// position. NaN counts as 0.
 uint64_t rank_of(float score, uint32_t position) {
   const float clean = score != score ? 0.0f : score + 0.0f;
   int32_t bits;
@@ -17,7 +18,8 @@ uint64_t rank_of(float score, uint32_t position) {
 
 // Ascending positions of the `count` best of `ranks`, which are reordered.
 void best_of(std::vector<uint64_t>& ranks, int64_t count, std::vector<int32_t>& found) {
-  if (count < static_cast<int64_t>(ranks.size())) std::nth_element(ranks.begin(), ranks.begin() + count, ranks.end(), std::greater<>());
+  if (count < static_cast<int64_t>(ranks.size()))
+    std::nth_element(ranks.begin(), ranks.begin() + count, ranks.end(), std::greater<>());
   found.resize(count);
   for (int64_t i = 0; i < count; ++i) found[i] = static_cast<int32_t>(~static_cast<uint32_t>(ranks[i]));
   std::sort(found.begin(), found.end());
@@ -65,13 +67,15 @@ class Selector {
     for (int64_t i = 0; i < candidates; ++i) ranks_[i] = rank_of(listed_mass_[i], i);
     best_of(ranks_, call_.threshold ? candidates : call_.free[t], found_);
     for (int32_t i : found_)
-      if (!call_.threshold || listed_mass_[i] >= *call_.threshold) blocks_.push_back(listed_[i]), mass_.push_back(listed_mass_[i]);
+      if (!call_.threshold || listed_mass_[i] >= *call_.threshold)
+        blocks_.push_back(listed_[i]), mass_.push_back(listed_mass_[i]);
     forced_mass_.assign(listed_mass_.begin() + candidates, listed_mass_.end());
   }
 
   void write(int64_t group, int64_t t, int64_t forced) {
     const int64_t row = (group * call_.sampled.grid.tiles + t) * call_.width;
-    const int64_t close = call_.last[t] - call_.near[t] + 1, kept = forced + static_cast<int64_t>(blocks_.size()) + close;
+    const int64_t close = call_.last[t] - call_.near[t] + 1,
+                  kept = forced + static_cast<int64_t>(blocks_.size()) + close;
     int32_t* to = call_.indices + row;
     float* score = call_.scores + row;
     const bool scored = open(t);

@@ -35,6 +35,7 @@ void block_mass(const Sampled<T>& call, const int64_t* blocks, int64_t width, fl
 
 // Max, min and mean of every whole block of keys [B, G, N, width]: [B, G, N / block_size, 3 * width].
 template <class T>
-void pooled_features(const Heads<T>& keys, int64_t batch, int64_t groups, int64_t length, int64_t width, int64_t block_size, T* out);
+void pooled_features(const Heads<T>& keys, int64_t batch, int64_t groups, int64_t length, int64_t width,
+                     int64_t block_size, T* out);
 
 }  // namespace hsa

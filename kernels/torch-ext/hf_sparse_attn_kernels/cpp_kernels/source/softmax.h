@@ -13,12 +13,14 @@ struct Logits {
   float softcap;  // 0: none
 
   static constexpr float LOG2E = 1.4426950408889634f;
-  // what a product is multiplied by inside the exponential; else `transform` has done it. HIDDEN stays finite and far below FLOOR.
+  // what a product is multiplied by inside the exponential; else `transform` has done it. HIDDEN stays finite and far
+  // below FLOOR.
   bool plain() const { return softcap == 0 && scale > 1e-15f && scale < 1e8f; }
   float factor() const { return plain() ? scale * LOG2E : 1.0f; }
 };
 
-// The queries of a tile that are the lanes of a strip: tokens of its query heads. A token outside the call is an empty lane.
+// The queries of a tile that are the lanes of a strip: tokens of its query heads. A token outside the call is an empty
+// lane.
 template <int NV>
 class Lanes {
   static constexpr int L = NV * LANES;
@@ -48,7 +50,8 @@ class Lanes {
   template <class Format, class Tensor>
   void load_queries(const Tensor& q, const Document& document, int64_t g, int64_t width, float* to) const {
     for (int l = 0; l < L; ++l) {
-      const auto* from = query_[l] < 0 ? nullptr : q.rows(document.row, g * grid_.heads + head_[l], document.query).row(query_[l]);
+      const auto* from =
+          query_[l] < 0 ? nullptr : q.rows(document.row, g * grid_.heads + head_[l], document.query).row(query_[l]);
       to_lane<Format>(from, width, L, l, to);
     }
   }
@@ -105,7 +108,8 @@ class Softmax {
   // Begin with one more logit per head that has no value.
   void start(const Lanes<NV>& lanes, const float* sinks) {
     for (int l = 0; l < L; ++l)
-      if (lanes.query(l) >= 0) max_[l / LANES][l % LANES] = sinks[lanes.head(l)] * Logits::LOG2E, sum_[l / LANES][l % LANES] = 1;
+      if (lanes.query(l) >= 0)
+        max_[l / LANES][l % LANES] = sinks[lanes.head(l)] * Logits::LOG2E, sum_[l / LANES][l % LANES] = 1;
   }
 
   // Products [rows][L] to logits in base 2, where a factor inside the exponential does not do it.
@@ -118,14 +122,16 @@ class Softmax {
         const Vec y = x / cap, size = blend(y < 0.0f, -y, y), square = size * size;
         const Vec e = exp2_negative(size * (-2 * Logits::LOG2E));
         // near 0 the quotient loses digits that the series keeps
-        const Vec tanh = blend(size < 0.0625f, size * (1.0f - square * (1 / 3.0f - square * (2 / 15.0f))), (1.0f - e) / (1.0f + e));
+        const Vec tanh =
+            blend(size < 0.0625f, size * (1.0f - square * (1 / 3.0f - square * (2 / 15.0f))), (1.0f - e) / (1.0f + e));
         x = blend(y < 0.0f, -tanh, tanh) * cap;
       }
       store(at, x * Logits::LOG2E);
     }
   }
 
-  // Unnormalised weights of the next `rows` keys in the format's words; `keep` is what earlier outputs are multiplied by.
+  // Unnormalised weights of the next `rows` keys in the format's words; `keep` is what earlier outputs are multiplied
+  // by.
   template <class Format>
   void weights(const float* scores, int64_t rows, float* weights, Vec* keep) {
     const float factor = logits_.factor();
@@ -145,7 +151,8 @@ class Softmax {
     for (int v = 0; v < NV; ++v) sum_[v] = sum_[v] * keep[v] + sums[v];
   }
 
-  // Whether a lane's largest logit is one that float cannot weigh others against, or below FLOOR or NaN; also where it saw nothing.
+  // Whether a lane's largest logit is one that float cannot weigh others against, or below FLOOR or NaN; also where it
+  // saw nothing.
   bool extreme() const {
     for (int v = 0; v < NV; ++v)
       for (int l = 0; l < LANES; ++l)

@@ -17,7 +17,8 @@ namespace hsa {
 constexpr int CHUNK = 64;         // keys whose scores are formed at a time; a larger block is a chunk of its own
 constexpr float HIDDEN = -1e30f;  // score of a key that a query does not see
 constexpr float FLOOR = -1e10f;   // least maximum: the weight of every hidden score is exactly zero
-constexpr float LIMIT = 1 << 22;  // of a logit in base 2: beyond it rounding the maximum would change weights by a quarter and more
+constexpr float LIMIT =
+    1 << 22;  // of a logit in base 2: beyond it rounding the maximum would change weights by a quarter and more
 
 struct Grid {
   int64_t q_len, kv_len, query_tile, block_size;
@@ -32,8 +33,9 @@ struct Grid {
   int64_t last(int64_t tile) const { return causal ? std::min(first(tile) + query_tile, kv_len) - 1 : kv_len - 1; }
   // a block that exists: reading another would leave the tensor
   int32_t checked(int64_t block) const {
-    TORCH_CHECK_VALUE(block >= 0 && block <= INT32_MAX && block * block_size < kv_len, "the selection names block ", block,
-                      ", but there are only ", (kv_len + block_size - 1) / block_size, " blocks of ", block_size, " keys");
+    TORCH_CHECK_VALUE(block >= 0 && block <= INT32_MAX && block * block_size < kv_len, "the selection names block ",
+                      block, ", but there are only ", (kv_len + block_size - 1) / block_size, " blocks of ", block_size,
+                      " keys");
     return static_cast<int32_t>(block);
   }
   // The list [begin, end) of a tile without its leading -1: ascending blocks that exist and that the tile sees.
@@ -49,8 +51,8 @@ struct Grid {
   }
 };
 
-// Tokens of a batch row that attend to each other only: `grid` counts from slot `first`, its queries are those of the call from
-// `query` on. Without documents a batch row is one.
+// Tokens of a batch row that attend to each other only: `grid` counts from slot `first`, its queries are those of the
+// call from `query` on. Without documents a batch row is one.
 struct Document {
   int64_t row, first, query;
   Grid grid;
@@ -59,7 +61,8 @@ struct Document {
 // Memory of one worker, aligned to a cache line.
 class Room {
  public:
-  explicit Room(int64_t words) : data_(static_cast<float*>(std::aligned_alloc(64, (words * 4 + 127) / 64 * 64)), std::free) {
+  explicit Room(int64_t words)
+      : data_(static_cast<float*>(std::aligned_alloc(64, (words * 4 + 127) / 64 * 64)), std::free) {
     if (!data_) throw std::bad_alloc();
   }
   float* take(int64_t words) {

@@ -62,7 +62,8 @@ inline Vec exp2_negative(Vec x) {
 #else
   __asm__("" : "+x"(x));
 #endif
-  constexpr float magic = 12583039.0f;  // 1.5 * 2^23 + 127: adding it rounds to an integer, whose low bits are those of 2^x
+  constexpr float magic =
+      12583039.0f;  // 1.5 * 2^23 + 127: adding it rounds to an integer, whose low bits are those of 2^x
   const Vec shifted = x + magic;
   const Vec whole = shifted - magic;
   const Vec f = x - whole;
@@ -89,7 +90,8 @@ inline Vec log_of(Vec x) {
   return __builtin_convertvector(exponent, Vec) * 0.6931471805599453f + series;
 }
 
-// A format is how operands of a product lie in 4-byte words: one float, or two neighbours of the contraction in bfloat16.
+// A format is how operands of a product lie in 4-byte words: one float, or two neighbours of the contraction in
+// bfloat16.
 struct Floats {
   static constexpr int PACK = 1;
   static Vec madd(Vec acc, float a, Vec b) { return acc + a * b; }
@@ -99,7 +101,9 @@ struct Floats {
 #if defined(__AVX512BF16__)
 struct Pairs {
   static constexpr int PACK = 2;
-  static Vec madd(Vec acc, float a, Vec b) { return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_ps(a), (__m512bh)b); }
+  static Vec madd(Vec acc, float a, Vec b) {
+    return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_ps(a), (__m512bh)b);
+  }
   // (rows[0][i], rows[1][i]) in word i
   static Vec pack(const Vec* rows) {
     const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
