@@ -55,8 +55,9 @@ class SparseAttentionMixin(MadeMixin):
             if self.keeps_positions:
                 kwargs["sparse_position_ids"] = kwargs.get("position_ids")
         elif kwargs.pop("sparse_call", None) is not None:
+            implementation = self.config._attn_implementation  # type: ignore[attr-defined]
             raise ValueError(
-                f"sparse_call was passed, but attn_implementation is {self.config._attn_implementation!r}: "  # type: ignore[attr-defined]
+                f"sparse_call was passed, but attn_implementation is {implementation!r}: "
                 f'call model.set_attn_implementation("{ATTN_IMPLEMENTATION}") first'
             )
         with _onloaded(self.router):  # type: ignore[attr-defined]

@@ -92,7 +92,7 @@ def bench_model(
                 # a cache for every call; those of the last round serve the decode steps
                 caches[name] = DynamicCache(config=model.config)
                 with _implementation(model, implementation), PeakMemory(device) as peak:
-                    run = lambda: model(ids[:, :n], **{MODEL_ARGUMENT: caches[name]}, logits_to_keep=1)  # noqa: B023, E731
+                    run = partial(model, ids[:, :n], **{MODEL_ARGUMENT: caches[name]}, logits_to_keep=1)
                     prefill[name].append(timed(run, device))
                 memory[name] = max(memory.get(name, 0), peak.bytes)
         decode: dict[str, list[float]] = {"sparse": [], "best_dense": [], "stock": []}
@@ -100,10 +100,10 @@ def bench_model(
         for at in range(n, n + 2 * decode_tokens, 2):
             one, two = ids[:, at : at + 1], ids[:, at + 1 : at + 2]
             with _implementation(model, "sdpa"):
-                decode["stock"].append(timed(lambda: model(one, **{MODEL_ARGUMENT: caches["stock"]}), device))  # noqa: B023
+                decode["stock"].append(timed(partial(model, one, **{MODEL_ARGUMENT: caches["stock"]}), device))
             best = partial(model, one, **{MODEL_ARGUMENT: caches["sparse"]}, sparse_call=SparseCall(dense=True))
             decode["best_dense"].append(timed(best, device))
-            decode["sparse"].append(timed(lambda: model(two, **{MODEL_ARGUMENT: caches["sparse"]}), device))  # noqa: B023
+            decode["sparse"].append(timed(partial(model, two, **{MODEL_ARGUMENT: caches["sparse"]}), device))
     # the first step warms up and grows the caches
     decode = {name: times[1:] or times for name, times in decode.items()}
     return {

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +79,14 @@ def _of_zip(archive: Path) -> Iterator[tuple[str, int, Open]]:
                 yield member.filename, member.file_size, lambda member=member: packed.open(member)  # type: ignore[misc]
 
 
+def _tar(plain: gzip.GzipFile) -> tarfile.TarFile:
+    pieces: Any = _Pieces(plain)
+    return tarfile.open(fileobj=pieces, mode="r:")
+
+
 def _of_tar(archive: Path) -> Iterator[tuple[str, int, Open]]:
     left_out = 0
-    with gzip.open(archive) as plain, tarfile.open(fileobj=_Pieces(plain), mode="r:") as packed:  # type: ignore[call-overload]
+    with gzip.open(archive) as plain, _tar(plain) as packed:
         for seen, member in enumerate(packed):
             if seen > MOST_FILES:
                 raise ArchiveError(

@@ -84,6 +84,9 @@ def dispatcher(name: str, model_type: str, make_sparse: Callable[[Any], type]) -
     return Dispatcher(name, (), namespace)
 
 
+_IMPLEMENTATION: Any = PreTrainedConfig._attn_implementation  # a property
+
+
 class SparseConfigMixin(MadeMixin):
     """In front of a stock config class: carries ``sparse_attention`` and asks for the sparse implementation."""
 
@@ -107,10 +110,10 @@ class SparseConfigMixin(MadeMixin):
         super().__setattr__(name, value)
 
     def _set_implementation(self, requested: Any) -> None:
-        PreTrainedConfig._attn_implementation.fset(self, asked_implementation(self, requested))  # type: ignore[attr-defined]
+        _IMPLEMENTATION.fset(self, asked_implementation(self, requested))
 
     # the stock getter
-    _attn_implementation = PreTrainedConfig._attn_implementation.setter(_set_implementation)  # type: ignore[attr-defined]
+    _attn_implementation = _IMPLEMENTATION.setter(_set_implementation)
 
     def to_dict(self) -> dict[str, Any]:
         out: dict[str, Any] = super().to_dict()  # type: ignore[misc]

@@ -23,7 +23,8 @@ EXCHANGE_LOCK = ".exchange.lock"
 PATIENCE = 600  # seconds for another process that exchanges files of the same folder, which takes it milliseconds
 VARIANT = r"(\.(?P<variant>\w+))"
 WEIGHTS = re.compile(
-    rf"(?P<kind>(adapter_)?model)((-\d{{5}}-of-\d{{5}})?{VARIANT}?\.safetensors|\.(?P<before>\w+)-\d{{5}}-of-\d{{5}}\.safetensors"
+    rf"(?P<kind>(adapter_)?model)((-\d{{5}}-of-\d{{5}})?{VARIANT}?\.safetensors"
+    r"|\.(?P<before>\w+)-\d{5}-of-\d{5}\.safetensors"
     r"|\.safetensors\.index(\.(?P<index>\w+))?\.json)"
 )
 

@@ -146,7 +146,8 @@ class SparseTrainerMixin:
         scales: bool | None = getattr(self, "loss_is_scaled_for_ga", None)
         if scales is not None:
             return scales
-        return (num_items is not None and self.model_accepts_loss_kwargs) or self.compute_loss_func is not None  # type: ignore[attr-defined]
+        counted = num_items is not None and self.model_accepts_loss_kwargs  # type: ignore[attr-defined]
+        return counted or self.compute_loss_func is not None  # type: ignore[attr-defined]
 
     @contextmanager
     def _handed_on(self, call: SparseCall) -> Iterator[None]:

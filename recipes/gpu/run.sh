@@ -16,7 +16,8 @@ fi
 mkdir -p "$1" || exit 73
 out=$(cd "$1" && pwd)
 cd "$(dirname "$0")/../.." || exit 1
-export PYTHONPATH="$PWD:$PWD/kernels/torch-ext${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export PYTHONPATH="$PWD:$PWD/kernels/torch-ext${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 python=${PYTHON:-python3}
 total=480
 
@@ -37,7 +38,9 @@ stage() {
     return "$code"
 }
 
-measure() { stage "$1" "$2" "$python" -m hf_sparse_attn.benchmarks.gpu "$1" "$out" --seconds "$(($2 - 10))" "${dry[@]}"; }
+measure() {
+    stage "$1" "$2" "$python" -m hf_sparse_attn.benchmarks.gpu "$1" "$out" --seconds "$(($2 - 10))" "${dry[@]}"
+}
 
 measure machine 60 || exit
 if [ "${#dry[@]}" -gt 0 ]; then
@@ -46,7 +49,8 @@ if [ "${#dry[@]}" -gt 0 ]; then
 else
     tests=(-n 12)
 fi
-stage right 100 "$python" -m pytest -v --timeout 90 -p no:cacheprovider -o filterwarnings=default --confcutdir tests/interpreter "${tests[@]}" tests/interpreter > "$out/right.log" 2>&1
+tests+=(-v --timeout 90 -p no:cacheprovider -o filterwarnings=default --confcutdir tests/interpreter tests/interpreter)
+stage right 100 "$python" -m pytest "${tests[@]}" > "$out/right.log" 2>&1
 right=$?
 tail -n 3 "$out/right.log"
 measure limits 150

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,11 +101,15 @@ class ForecastingRun(TaskRun):
 
     def _base(self) -> PreTrainedModel:
         config = sparse_config(PatchTSTConfig.from_pretrained(self.state / "base"), self.recipe.sparse_attention)
-        cls: Any = sparse_class(PatchTSTForPrediction)
-        return cls.from_pretrained(self.state / "base", config=config, dtype=self.dtype).eval()  # type: ignore[no-any-return]
+        return self._loaded(self.state / "base", config=config, dtype=self.dtype)
 
     def _model(self) -> PreTrainedModel:
-        return sparse_class(PatchTSTForPrediction).from_pretrained(self.folder / "model").eval()  # type: ignore[attr-defined, no-any-return]
+        return self._loaded(self.folder / "model")
+
+    @staticmethod
+    def _loaded(folder: Path, **options: Any) -> PreTrainedModel:
+        cls: Any = sparse_class(PatchTSTForPrediction)
+        return cls.from_pretrained(folder, **options).eval()  # type: ignore[no-any-return]
 
     def _rows(self) -> SeriesRows:
         settings, adaptation = self.recipe.lora, self.recipe.adaptation
@@ -124,7 +129,8 @@ class ForecastingRun(TaskRun):
         return [{"past_values": rows[i]["past_values"][None].to(self.dtype)} for i in range(len(rows))], names
 
     def _evaluation_rows(self) -> list[tuple[str, Row]]:
-        return evaluation_rows(self.table, self.context, self.recipe.series["horizon"], self.recipe.quality[0].windows)  # type: ignore[return-value]
+        horizon, windows = self.recipe.series["horizon"], self.recipe.quality[0].windows
+        return evaluation_rows(self.table, self.context, horizon, windows)  # type: ignore[return-value]
 
     def _baselines(self) -> list[dict[str, Any]]:
         """Forecasts that read nothing but the past of their own channel:

@@ -42,8 +42,8 @@ class TaskRun(TrainingRun):
         write_card(self.folder / "model" / "README.md", results)
 
     def _base(self) -> PreTrainedModel:
-        sparse = self.recipe.sparse_attention
-        return self.model_class.from_pretrained(self.state / "base", sparse_attention=sparse, dtype=self.dtype).eval()  # type: ignore[no-any-return]
+        options = {"sparse_attention": self.recipe.sparse_attention, "dtype": self.dtype}
+        return self.model_class.from_pretrained(self.state / "base", **options).eval()  # type: ignore[no-any-return]
 
     def _model(self) -> PreTrainedModel:
         return self.model_class.from_pretrained(self.folder / "model").eval()  # type: ignore[no-any-return]
