@@ -100,6 +100,11 @@ class TrainingForward(SparseCall):
         self._tile_rows: list[tuple[float, float, float, float]] = []
         self._kept = self._visible = 0.0
 
+    @property
+    def call(self) -> SparseCall:
+        """The pass itself, by the name that loops written for version 0.1.0 hand on: ``sparse_call=forward.call``."""
+        return self
+
     def _only_reads(self) -> bool:
         """Whether this is a repetition for gradient checkpointing, or a pass without gradients, as of a reference
         model.

@@ -60,7 +60,7 @@ def gradients(model, ids, checkpointing):
         base._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
         base.enable_input_require_grads()
     forward = SparseObjective(model, SparseTrainingConfig(dense_every=0)).forward(0, 1)
-    loss = model(input_ids=ids, labels=ids, use_cache=False, sparse_call=forward).loss
+    loss = model(input_ids=ids, labels=ids, use_cache=False, sparse_call=forward.call).loss
     (loss + forward.kl_loss()).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
