@@ -3,6 +3,9 @@
 import sys
 
 from ..system.extras import MissingExtraError
+from ..system.old_names import names_of_module
+
+__getattr__ = names_of_module("cli")
 
 
 def main() -> None:

