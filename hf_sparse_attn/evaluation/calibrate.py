@@ -28,7 +28,7 @@ from ..models.calibration import Calibration, CalibrationError, made_with, remov
 from ..models.convert import sparse_attention_as
 from ..router.head_budgets import MOST_SHARE
 from ..system.progress import counted
-from ..training.mass_threshold import run_sparse
+from ..training.passes import run_sparse
 from .calibration_check import LOW, TOLERANCE, read_kept, settings_of, verify
 from .calibration_observers import (
     FIRST_END,

@@ -24,7 +24,7 @@ from ..models.calibration import Calibration
 from ..models.convert import sparse_attention_as
 from ..router.budget import make_plan
 from ..system.progress import counted
-from ..training.mass_threshold import run_sparse
+from ..training.passes import run_sparse
 from .calibration_observers import (
     KeptObserver,
     PlantedObserver,

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from ..config import fixed_budget
 from ..data.windows import Window, batches
 from ..models.convert import sparse_attention_as
-from ..training.mass_threshold import AtThreshold, KeptKeys, fit_threshold, run_sparse
+from ..training.mass_threshold import AtThreshold, KeptKeys, fit_threshold
+from ..training.passes import run_sparse
 
 
 def shared_out(model: PreTrainedModel, windows: Sequence[Window], keys: int) -> dict[int, Tensor]:

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from ..attention.call import SparseCall
 from ..config import fixed_budget
-from ..data.model_inputs import check_finite, model_inputs
+from ..data.model_inputs import check_finite
 from ..models.adapters import active_routers
 from ..models.attach import no_routers
 from ..models.convert import set_sparse_attention, sparse_attention_as
 from ..router.budget import make_plan
 from ..router.module import RoutingInputs, SparseRouter
 from ..router.selection import select_blocks
+from .passes import run_sparse
 
 LEAST = 1e-37  # as a threshold: every candidate is kept
 # positive floats sort as their bits do, so the upper bits of a mass are the number of its bin
@@ -237,19 +238,6 @@ def fit_threshold(
 
 
 @torch.no_grad()
-def run_sparse(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], call: SparseCall) -> None:
-    """Forward passes over ``batches`` in eval mode, without logits."""
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    try:
-        for batch in model_inputs(model, batches):
-            inputs = {name: value.to(device) for name, value in batch.items()}
-            getattr(model, "base_model", model)(**inputs, use_cache=False, sparse_call=call)
-    finally:
-        model.train(training)
-
-
 def fit_mass_threshold(
     model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, keys: int | None = None, first: int = 0
 ) -> MassFit:

@@ -22,8 +22,8 @@ from hf_sparse_attn.experiments.scores.budget_allocation import (
 )
 from hf_sparse_attn.models.convert import sparse_attention_as
 from hf_sparse_attn.router.budget import make_plan
-from hf_sparse_attn.training import mass_threshold
 from hf_sparse_attn.training.mass_threshold import AtThreshold, ByThreshold, KeptKeys
+from hf_sparse_attn.training.passes import run_sparse
 
 
 @pytest.fixture(scope="module", params=[(250, 250, 16), (250, 40, 16), (250, 5, 1), (250, 1, 1)], ids=str)
@@ -89,7 +89,7 @@ def test_every_allocation_keeps_the_budget_on_average_where_it_was_fitted(fitted
     model, batches, created = fitted
     meter = KeptKeys(160, selector=created.selectors[name])
     with sparse_attention_as(model, min_keys=keys, max_keys=keys):
-        mass_threshold.run_sparse(model, batches, meter)
+        run_sparse(model, batches, meter)
     # a head's budget is whole blocks: of two layers with two heads each off by at most half a block
     assert meter.mean() == pytest.approx(keys, abs=8 if name == "two stages by head" else 0.01 * keys)
 

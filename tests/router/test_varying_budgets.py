@@ -23,6 +23,7 @@ from hf_sparse_attn.router.budget import make_plan
 from hf_sparse_attn.router.selection import FeatureMaker, select_blocks
 from hf_sparse_attn.training import mass_threshold
 from hf_sparse_attn.training.objective import SparseObjective
+from hf_sparse_attn.training.passes import run_sparse
 
 # keys, queries, tile
 CASES = {"prefill": (250, 250, 16), "chunk": (250, 40, 16), "tiles of one": (250, 5, 1), "decode": (250, 1, 1)}
@@ -302,7 +303,7 @@ def model(sparse_llama, real_budget):
 
 def kept_on(model, batches, first=0):
     meter = KeptKeys(first)
-    mass_threshold.run_sparse(model, batches, meter)
+    run_sparse(model, batches, meter)
     return meter.mean()
 
 

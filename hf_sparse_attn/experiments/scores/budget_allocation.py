@@ -30,8 +30,8 @@ from ...training.mass_threshold import (
     KeptKeys,
     candidates,
     fit_threshold,
-    run_sparse,
 )
+from ...training.passes import run_sparse
 
 THRESHOLD, BY_HEAD, ORACLE_THRESHOLD = FITTED = "two stages by threshold", "two stages by head", "oracle by threshold"
 
