@@ -6,7 +6,9 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, NoReturn
+from typing import Any
+
+from .system.frozen import FrozenDict, FrozenList
 
 IGNORE_INDEX = -100  # label of a token that has no loss
 KEY = "sparse_attention"  # of a Transformers config, under which the settings stand
@@ -73,6 +75,8 @@ class SparseAttentionConfig:
     local: int = 64  # tokens before a tile's first query, always kept
     dense_below: int = 2048  # calls with fewer keys than this run the stock attention
     dense_layers: tuple[int, ...] = ()  # indices of layers that stay dense
+    # (layer, KV head) of heads that look single tokens up: stage 1 is left out, all their blocks are candidates
+    retrieval_heads: tuple[tuple[int, int], ...] = ()
     router_dim: int | None = None  # feature size of stage 1, at least the head dim; None = 2 × head dim
     index_dim: int | None = None  # rank of stage 2's token scores; None = the head dim, i.e. exact q·k at the start
     query_samples: int = 32  # queries of a tile that stage 2 scores
@@ -81,6 +85,9 @@ class SparseAttentionConfig:
     def __post_init__(self) -> None:
         if isinstance(self.dense_layers, list):
             object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        if isinstance(self.retrieval_heads, (list, tuple)):
+            pairs = (tuple(pair) if isinstance(pair, list) else pair for pair in self.retrieval_heads)
+            object.__setattr__(self, "retrieval_heads", tuple(pairs))
         if isinstance(self.bookkeeping, Mapping):
             _check_names(self.bookkeeping, Bookkeeping, "sparse_attention.bookkeeping")
             object.__setattr__(self, "bookkeeping", Bookkeeping(**self.bookkeeping))
@@ -104,6 +111,10 @@ class SparseAttentionConfig:
                 self._refuse(name, f"None or an even integer >= 2, at most {MOST_FEATURES}")
         if any(not 0 <= layer <= MOST_FEATURES for layer in self.dense_layers):
             self._refuse("dense_layers", "layer indices >= 0")
+        if any(not 0 <= number <= MOST_FEATURES for pair in self.retrieval_heads for number in pair):
+            self._refuse("retrieval_heads", "pairs of a layer index and a KV head, both >= 0")
+        # one order and no repetition: equal settings compare equal
+        object.__setattr__(self, "retrieval_heads", tuple(sorted(set(self.retrieval_heads))))
         if self.min_keys < self.forced_keys:
             self._refuse(
                 "min_keys",
@@ -126,6 +137,9 @@ class SparseAttentionConfig:
             elif f.name == "dense_layers":
                 if not isinstance(value, tuple) or not all(type(layer) is int for layer in value):
                     self._refuse(f.name, "a list of layer indices")
+            elif f.name == "retrieval_heads":
+                if not isinstance(value, tuple) or not all(_is_pair(pair) for pair in value):
+                    self._refuse(f.name, "a list of pairs [layer, KV head]")
             elif value is None and f.name in optional:
                 continue
             elif type(value) is not int and not (f.name in numbers and type(value) is float):
@@ -195,7 +209,11 @@ class SparseAttentionConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dict; `from_dict` is its inverse."""
-        return {**asdict(self), "dense_layers": list(self.dense_layers)}
+        return {
+            **asdict(self),
+            "dense_layers": list(self.dense_layers),
+            "retrieval_heads": [list(pair) for pair in self.retrieval_heads],
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SparseAttentionConfig:
@@ -213,44 +231,8 @@ class SparseAttentionConfig:
         return value if isinstance(value, SparseAttentionConfig) else cls.from_dict(value)
 
 
-def _refuse_edit(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
-    raise ValueError(
-        "config.sparse_attention cannot be edited in place: a model would not notice. Of a model change it with "
-        "hf_sparse_attn.set_sparse_attention(model, density=0.25); in a config without a model replace it whole: "
-        'config.sparse_attention = {**config.sparse_attention, "density": 0.25}'
-    )
-
-
-class FrozenList(list[Any]):
-    """A list that refuses to be edited."""
-
-    __setitem__ = __delitem__ = __iadd__ = __imul__ = append = extend = insert = remove = pop = clear = sort = (
-        reverse
-    ) = _refuse_edit
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (list(self),)
-
-    def __deepcopy__(self, memo: Any) -> FrozenList:
-        return self
-
-
-class FrozenDict(dict[str, Any]):
-    """A dict that refuses to be edited."""
-
-    __setitem__ = __delitem__ = __ior__ = update = setdefault = popitem = clear = _refuse_edit
-
-    def pop(self, key: str, *default: Any) -> Any:
-        """As of a dict, as long as that changes nothing:
-        Transformers' ``to_dict`` takes keys out that are not there.
-        """
-        return default[0] if default and key not in self else _refuse_edit(self)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (dict(self),)
-
-    def __deepcopy__(self, memo: Any) -> FrozenDict:
-        return self
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(type(number) is int for number in value)
 
 
 class SettingsHolder:
@@ -268,7 +250,11 @@ class StoredSettings(FrozenDict):
 
     def __init__(self, settings: SparseAttentionConfig, in_use: bool = False) -> None:
         values = settings.to_dict()
-        frozen = {"dense_layers": FrozenList(values["dense_layers"]), "bookkeeping": FrozenDict(values["bookkeeping"])}
+        frozen = {
+            "dense_layers": FrozenList(values["dense_layers"]),
+            "retrieval_heads": FrozenList(map(FrozenList, values["retrieval_heads"])),
+            "bookkeeping": FrozenDict(values["bookkeeping"]),
+        }
         super().__init__({**values, **frozen})
         self.settings, self.in_use = settings, in_use
 

@@ -23,6 +23,7 @@ DEFAULTS = {
     "local": 64,
     "dense_below": 2048,
     "dense_layers": (),
+    "retrieval_heads": (),
     "router_dim": None,
     "index_dim": None,
     "query_samples": 32,
@@ -39,7 +40,13 @@ def test_the_defaults_are_those_that_are_promised():
 
 def test_json_round_trip():
     config = SparseAttentionConfig(
-        density=0.5, min_keys=1024, max_keys=2048, dense_layers=(0, 3), router_dim=96, index_dim=16
+        density=0.5,
+        min_keys=1024,
+        max_keys=2048,
+        dense_layers=(0, 3),
+        retrieval_heads=((0, 1), (7, 2)),
+        router_dim=96,
+        index_dim=16,
     ).mark_trained()
     text = json.dumps(config.to_dict(), allow_nan=False)
     assert SparseAttentionConfig.from_dict(json.loads(text)) == config
@@ -79,6 +86,10 @@ IMPOSSIBLE = [
     ("dense_layers", ("1",), "layer indices"),
     ("dense_layers", 3, "layer indices"),
     ("dense_layers", None, "layer indices"),
+    *(
+        ("retrieval_heads", value, r"pairs.*KV head")
+        for value in (3, None, [3], [[1]], [[1, 2, 3]], [[1, -1]], [[0.5, 1]], [["1", 1]], "7.2", {"7": 2})
+    ),
     ("router_dim", 0, "even integer >= 2"),
     ("router_dim", 65, "even integer"),
     ("index_dim", 7, "even integer"),

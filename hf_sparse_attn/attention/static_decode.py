@@ -82,7 +82,7 @@ def decode(
     ``key`` and ``value`` [B, G, N, D] are all slots of the cache; ``router_keys`` [B, G, nb, R] are written where the
     query's block is.
     """
-    size, filled = router.config.block_size, request.filled
+    size, filled, heads = router.config.block_size, request.filled, router.retrieval_heads
     assert filled is not None
     with torch.no_grad():
         # the budget of this many keys, and the summary of the query's block
@@ -96,6 +96,11 @@ def decode(
         queries = (coarse_queries(router, inputs) * request.scale).to(key.dtype).flatten(0, 1)
         coarse = torch.bmm(router_keys.flatten(0, 1), queries.transpose(1, 2))[..., 0].float()
         block = torch.arange(coarse.shape[-1], device=key.device, dtype=torch.int64)
+        fine = (mapped_queries(router, inputs) * request.scale).to(key.dtype).flatten(0, 1)
+        # retrieval heads have no stage 1: their candidates are the best of all blocks by what stage 2 computes
+        whole = {head: _mass_of_all(_of_head(fine, key, head), key[:, head], size, filled) for head in heads}
+        for head in heads:
+            _of_head(coarse, key, head).copy_(whole[head])
         coarse = coarse.masked_fill((block < sink) | (block >= near), -torch.inf)
         passed, exists = _first(ordered_topk(coarse, min(table.candidates, coarse.shape[-1])), candidates)
         passed, order = torch.where(exists, passed, coarse.shape[-1]).sort(-1)  # ties go to the lower block
@@ -104,8 +109,9 @@ def decode(
         blocks = torch.cat([passed.clamp(max=coarse.shape[-1] - 1), forced], -1)
 
         # stage 2: the candidates with most mass, forced blocks in the softmax but not to be chosen
-        fine = (mapped_queries(router, inputs) * request.scale).to(key.dtype).flatten(0, 1)
         mass = _mass(fine, key, blocks, torch.cat([exists, stays], -1), size, filled)[:, : passed.shape[-1]]
+        for head in heads:
+            _of_head(mass, key, head).copy_(whole[head].gather(-1, _of_head(blocks, key, head)[:, : passed.shape[-1]]))
         chosen, keeps = _chosen(
             mass.masked_fill(~exists, -torch.inf), table, free, router.config.mass_threshold, near - sink <= free
         )
@@ -167,6 +173,21 @@ def _mass(queries: Tensor, key: Tensor, blocks: Tensor, real: Tensor, size: int,
     scores = scores.masked_fill(_hidden(blocks, real, size, filled), -torch.inf)
     mass = torch.softmax(scores, -1, dtype=torch.float32).mean(1)
     return mass.view(*blocks.shape, size).sum(-1)
+
+
+def _of_head(rows: Tensor, key: Tensor, head: int) -> Tensor:
+    """What ``rows`` [B·G, ...] hold of a KV head, [B, ...]: a view."""
+    by_row: Tensor = rows.unflatten(0, key.shape[:2])
+    return by_row[:, head]
+
+
+def _mass_of_all(queries: Tensor, keys: Tensor, size: int, filled: Tensor) -> Tensor:
+    """The same of every block, filled or not, for ``keys`` [r, N, D]: float32 [r, nb]."""
+    slot = torch.arange(keys.shape[1], device=keys.device, dtype=torch.int64)
+    scores = torch.bmm(queries, keys.transpose(1, 2)).masked_fill(slot >= filled, -torch.inf)
+    mass = torch.softmax(scores, -1, dtype=torch.float32).mean(1)
+    by_block: Tensor = torch.nn.functional.pad(mass, (0, -keys.shape[1] % size)).unflatten(-1, (-1, size))
+    return by_block.sum(-1)
 
 
 def _chosen(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -94,18 +94,14 @@ def attach_routers(model: Any, config: SparseAttentionConfig, device: torch.devi
         )
     # a layer without a number, or with 0, is numbered by its place among the sites
     layers = {name: int(getattr(site, "layer_idx", None) or 0) or at for at, (name, site) in enumerate(sites.items())}
-    beyond = [layer for layer in config.dense_layers if layer not in layers.values()]
-    if beyond:
-        raise ValueError(
-            f"sparse_attention.dense_layers is {config.dense_layers!r}: the layers that can be sparse are "
-            f"{sorted(layers.values())}"
-        )
     # an inner model that an Auto class made from a sparse config is sparse already
     stock = {name: site for name, site in sites.items() if not isinstance(site, SparseAttentionMixin)}
     rotaries: dict[Any, Rotary] = {}
     modules = {
         name: _make_router(model, name, site, config, layers[name], rotaries, device) for name, site in stock.items()
     }
+    attached = [site.router for site in sites.values() if isinstance(site, SparseAttentionMixin)]
+    check_places(config, [*attached, *modules.values()])
     # one for all routers: settings change for the whole model at once
     holder = SettingsHolder(config)
     for name, router in modules.items():
@@ -114,6 +110,24 @@ def attach_routers(model: Any, config: SparseAttentionConfig, device: torch.devi
         # the class changes in place: weights, hooks and references to the module stay as they are
         sites[name].__class__ = sparse_attention_class(type(sites[name]))
         know_layer(sites[name])
+
+
+def check_places(config: SparseAttentionConfig, layer_routers: Iterable[SparseRouter]) -> None:
+    """Raise ValueError where ``config`` names a layer or a KV head that the model with these routers does not have."""
+    heads = {router.layer: router.groups for router in layer_routers}
+    if any(layer not in heads for layer in config.dense_layers):
+        raise ValueError(
+            f"sparse_attention.dense_layers is {config.dense_layers!r}: the layers that can be sparse are "
+            f"{sorted(heads)}"
+        )
+    for layer, head in config.retrieval_heads:
+        if head >= heads.get(layer, 0):
+            known = layer in heads
+            has = f"layer {layer} has KV heads 0 to {heads[layer] - 1}" if known else f"layers are {sorted(heads)}"
+            raise ValueError(
+                f"sparse_attention.retrieval_heads names KV head {head} of layer {layer}: this model's {has}. Heads of "
+                "another model say nothing: leave the setting out, and distill finds this model's own"
+            )
 
 
 def detach_routers(model: Any) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..config import BUDGET_FIELDS, FIXED_FIELDS, KEY, SparseAttentionConfig
 from .adapters import refuse_adapters
-from .attach import attach_routers, is_of_router, no_routers, routers
+from .attach import attach_routers, check_places, is_of_router, no_routers, routers
 from .config_dispatch import (
     implementation,
     is_composite,
@@ -125,6 +125,7 @@ def set_sparse_attention(model: nn.Module, **changes: Any) -> SparseAttentionCon
     if not layer_routers:
         raise ValueError(no_routers(model))
     config = layer_routers[0].config.changed(**changes)
+    check_places(config, layer_routers)
     for name in FIXED_FIELDS:
         if getattr(config, name) != getattr(layer_routers[0].config, name):
             raise ValueError(

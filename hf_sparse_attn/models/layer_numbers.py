@@ -22,8 +22,8 @@ def number_layers(model: Any) -> None:
     """Give every sparse layer of ``model`` a number of its own: its ``layer_idx`` where these differ, else its place.
 
     A copy of a layer (PEFT's ``layer_replication``, depth up-scaling) brings the number of its original along.
-    Layers that were dense, and their copies, stay dense: ``dense_layers`` gets their new numbers. All run with the
-    settings of the model.
+    What settings say of a layer holds for its copies, too: ``dense_layers`` and ``retrieval_heads`` get the new
+    numbers. All run with the settings of the model.
     """
     sites = sparse_sites(model)
     # under PEFT a site holds the router that it had and one for each adapter
@@ -38,11 +38,13 @@ def number_layers(model: Any) -> None:
         return
     stored = getattr(getattr(model, "config", None), KEY, None)  # a copy may hold what was set before it was made
     settings = stored.settings if isinstance(stored, StoredSettings) and stored.in_use else held[0][0].config
-    dense = tuple(sorted(new for new, old in zip(numbers, known, strict=True) if old in settings.dense_layers))
+    pairs = list(zip(numbers, known, strict=True))
+    dense = tuple(sorted(new for new, old in pairs if old in settings.dense_layers))
+    heads = tuple((new, head) for new, old in pairs for layer, head in settings.retrieval_heads if layer == old)
     for number, routers in zip(numbers, held, strict=True):
         for router in routers:
             router.layer = number
-    write_settings(model, replace(settings, dense_layers=dense))
+    write_settings(model, replace(settings, dense_layers=dense, retrieval_heads=heads))
 
 
 def _distinct(numbers: list[int | None]) -> list[int] | None:

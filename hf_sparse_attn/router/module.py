@@ -113,6 +113,11 @@ class SparseRouter(nn.Module):
         self.holder = SettingsHolder(settings)
 
     @property
+    def retrieval_heads(self) -> tuple[int, ...]:
+        """KV heads of this layer that the settings name as retrieval heads, ascending."""
+        return tuple(head for layer, head in self.config.retrieval_heads if layer == self.layer)
+
+    @property
     def weights(self) -> list[nn.Parameter]:
         """All weights, each read as an attribute: that is how ZeRO-3 notices that a module needs those of another."""
         return [self.wq, self.wk, self.wq_index, self.wk_index]

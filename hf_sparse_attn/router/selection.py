@@ -141,5 +141,11 @@ class FeatureMaker:
         queries = router.index_queries(sampled, self.fold).unflatten(0, batch)
         # scaled here: the kernels compute plain products
         return TileFeatures(
-            (coarse * scale).to(dtype), real, self.router_keys, (queries * scale).to(dtype), self.reps, self.keys
+            (coarse * scale).to(dtype),
+            real,
+            self.router_keys,
+            (queries * scale).to(dtype),
+            self.reps,
+            self.keys,
+            router.retrieval_heads,
         )

@@ -25,9 +25,8 @@ def single_features(router: SparseRouter, inputs: RoutingInputs) -> TileFeatures
     real, reps = _constants(heads, keys.device)
     queries = (mapped_queries(router, inputs) * inputs.scale).to(keys.dtype)
     coarse = (coarse_queries(router, inputs) * inputs.scale).to(keys.dtype)
-    return TileFeatures(
-        coarse[:, :, None], real, router.stage_one_keys(inputs), queries[:, :, None, :, None], reps, keys
-    )
+    summaries, queries = router.stage_one_keys(inputs), queries[:, :, None, :, None]
+    return TileFeatures(coarse[:, :, None], real, summaries, queries, reps, keys, router.retrieval_heads)
 
 
 @lru_cache(maxsize=16)

@@ -81,7 +81,8 @@ def test_copied_layers_learn_and_checkpointing_changes_no_gradient(way, sparse_l
 
 @pytest.mark.parametrize("way", ["peft", "deepcopy", "pickle", "same_number"])
 def test_copies_have_numbers_of_their_own_and_stay_dense(way, sparse_llama, real_budget, token_ids, tmp_path):
-    model = COPIED[way](sparse_llama({**real_budget, "dense_layers": [1]}, noise=0.1, num_hidden_layers=3))
+    settings = {**real_budget, "dense_layers": [1], "retrieval_heads": [[1, 0], [2, 1]]}
+    model = COPIED[way](sparse_llama(settings, noise=0.1, num_hidden_layers=3))
     with torch.no_grad():
         want = model(token_ids(1, N), use_cache=False).logits
     result = active_routers(model)
@@ -89,6 +90,7 @@ def test_copies_have_numbers_of_their_own_and_stay_dense(way, sparse_llama, real
         router.config.dense_layers for router in result
     } == {(1, 2)}
     assert model.config.sparse_attention["dense_layers"] == [1, 2]
+    assert model.config.sparse_attention["retrieval_heads"] == [[1, 0], [2, 0], [3, 1]]
     with torch.no_grad():
         assert torch.equal(model(token_ids(1, N), use_cache=False).logits, want)
     if way != "peft":

@@ -18,6 +18,8 @@ SETTINGS = {
     "dense below": {"dense_below": 170},
     "no sink": {"sink": 0},
     "narrow index": {"index_dim": 4, "router_dim": 24},
+    "retrieval heads": {"retrieval_heads": [[0, 1], [1, 0], [1, 1]]},
+    "retrieval heads by threshold": {"retrieval_heads": [[0, 1], [1, 0]], "mass_threshold": 0.02},
 }
 PROMPT, STEPS = 150, 40
 

@@ -154,6 +154,16 @@ def test_converting_twice_or_back_without_need_is_refused(stock_llama, sparse_ll
         sparsify(stock_llama(), {**real_budget, "dense_layers": [2]})
 
 
+@pytest.mark.parametrize(("head", "has"), [([0, 2], "layer 0 has KV heads 0 to 1"), ([2, 0], r"layers are \[0, 1\]")])
+def test_retrieval_heads_of_another_model_are_refused(stock_llama, sparse_llama, real_budget, head, has):
+    with pytest.raises(ValueError, match=rf"KV head {head[1]} of layer {head[0]}: this model's {has}.*leave the sett"):
+        sparsify(stock_llama(), {**real_budget, "retrieval_heads": [head]})
+    model = sparse_llama(real_budget)
+    with pytest.raises(ValueError, match=has):
+        set_sparse_attention(model, retrieval_heads=[head])
+    assert model.config.sparse_attention["retrieval_heads"] == []
+
+
 def test_a_refused_conversion_leaves_the_model_as_it_was(stock_llama, real_budget, token_ids):
     model, ids = stock_llama(), token_ids(1, 100)
     before = logits(model, ids)

@@ -133,6 +133,8 @@ CHANGES = {
     "reps in int32": lambda f: {"reps": f.reps.int()},
     "real of fewer tiles": lambda f: {"real": f.real[:2]},
     "real of numbers": lambda f: {"real": f.real.float()},
+    "exhaustive beyond the heads": lambda f: {"exhaustive": (2,)},
+    "exhaustive below the heads": lambda f: {"exhaustive": (-1, 0)},
 }
 
 
@@ -159,7 +161,7 @@ def test_tiles_that_do_not_exist_or_are_out_of_order_are_refused(features, impl)
 
 def test_budgets_that_leave_the_blocks_are_refused_by_the_operator(features):
     f, plan, tiles = features
-    tensors = (f.coarse_queries, f.real, f.router_keys, f.queries, f.reps, f.keys, tiles, 600, 16, 16)
+    tensors = (f.coarse_queries, f.real, f.router_keys, f.queries, f.reps, f.keys, tiles, [1], 600, 16, 16)
     ops.select(*tensors, plan.sink, plan.columns, plan.width, None)
     for row, value in ((1, -1), (1, 10**12), (2, 38), (2, -(10**12)), (4, -1), (5, 10**12), (5, -3)):
         columns = plan.columns.clone()

@@ -145,7 +145,8 @@ def spoiled(case, arguments):
         elif isinstance(x, bool) or x is None:
             continue
         else:
-            arguments[at] = type(x)(case.draw.choice([-1, 0, 1, 3, 17, 4096, 1 << 31, (1 << 62) + 1]))
+            number = case.draw.choice([-1, 0, 1, 3, 17, 4096, 1 << 31, (1 << 62) + 1])
+            arguments[at] = [number] if isinstance(x, list) else type(x)(number)
     return arguments
 
 
@@ -304,7 +305,8 @@ def select(case, wrong):
     budgets = torch.stack([torch.full_like(near, sink), near, last, eligible, free, torch.minimum(eligible, free * 2)])
     width = int((last + 1 - eligible + budgets[5]).max()) if m else 0
     threshold = case.draw.choice([None, 0.05])
-    sizes = (grid.q_len, grid.query_tile, grid.block_size, sink)
+    exhaustive = [head for head in range(case.groups) if case.draw.random() < 0.3]
+    sizes = (exhaustive, grid.q_len, grid.query_tile, grid.block_size, sink)
     arguments = (
         coarse_queries,
         torch.ones(m, runs, dtype=torch.bool),

@@ -117,6 +117,12 @@ def check_heads(q: Tensor, k: Tensor) -> None:
         )
 
 
+def check_exhaustive(heads: tuple[int, ...], groups: int) -> None:
+    """Raise ValueError unless ``heads`` are KV heads, ascending."""
+    if list(heads) != sorted(set(heads)) or any(not 0 <= head < groups for head in heads):
+        raise ValueError(f"exhaustive is {heads}: must be ascending and unique KV heads in [0, {groups})")
+
+
 def check_features(features: TileFeatures, plan: TilePlan, tiles: Tensor) -> None:
     """See `select_blocks`."""
     grid, keys = plan.grid, features.keys
@@ -128,6 +134,7 @@ def check_features(features: TileFeatures, plan: TilePlan, tiles: Tensor) -> Non
     expect("coarse_queries", features.coarse_queries, (b, groups, len(tiles), None, None), keys)
     check_coarse_scores(features.coarse_queries, features.real, features.router_keys, "coarse_queries")
     expect_within("reps", features.reps, 0, grid.query_tile)
+    check_exhaustive(features.exhaustive, groups)
     # blocks that stage 1 scores: none where no tile has more eligible blocks than it may keep
     needed = max(
         (budget.near if grid.causal else grid.kv_len // grid.block_size) * (budget.eligible > budget.free)

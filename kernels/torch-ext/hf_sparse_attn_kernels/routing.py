@@ -32,7 +32,7 @@ class TileFeatures:
 
     Stage 1: ``coarse_queries`` [B, G, m, runs, R], of which ``real`` boolean [m, runs] have tokens; ``router_keys``
     [B, G, at least N // S, R]. Stage 2: ``queries`` [B, G, m, Hg, r, E], the tokens ``reps`` (int64 [Hg, r]) of the
-    tiles; ``keys`` [B, G, N, E].
+    tiles; ``keys`` [B, G, N, E]. ``exhaustive``: ascending KV heads without stage 1, whose candidates are all blocks.
     """
 
     coarse_queries: Tensor
@@ -41,6 +41,7 @@ class TileFeatures:
     queries: Tensor
     reps: Tensor
     keys: Tensor
+    exhaustive: tuple[int, ...] = ()
 
     def part(self, which: slice) -> TileFeatures:
         """Those of some of the tiles."""
@@ -51,6 +52,10 @@ class TileFeatures:
             queries=self.queries[:, :, which],
         )
 
+    def of_heads(self, heads: list[int]) -> TileFeatures:
+        """What stage 2 scores of some KV heads."""
+        return replace(self, queries=self.queries[:, heads], keys=self.keys[:, heads], exhaustive=())
+
 
 # s_b = log Σ_r exp(ρ_r · κ_b) chooses the candidates; m_b = mean_i Σ_{j ∈ b} softmax_j(q_i · k_j) over
 # candidates and forced blocks chooses what is kept. Queries are scaled.
@@ -58,7 +63,7 @@ def select_blocks(
     features: TileFeatures, plan: TilePlan, tiles: Tensor, *, impl: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """Coarse scores -> candidates -> softmax mass of their keys and the forced ones -> the best blocks within the
-    budget.
+    budget. In exhaustive heads all blocks are candidates, of which a threshold keeps no more than of other heads.
 
     Args:
         features: of the tiles ``tiles``.
@@ -89,7 +94,7 @@ def select_blocks(
     if not len(tiles) or not features.keys.shape[:2].numel():
         shape = (*features.keys.shape[:2], len(tiles), plan.width)
         return tiles.new_empty(shape, dtype=torch.int32), tiles.new_empty(shape, dtype=torch.float32)
-    if plan.grid.query_tile == plan.grid.q_len == 1 and impl != "triton" and causal:
+    if plan.grid.query_tile == plan.grid.q_len == 1 and impl != "triton" and causal and not features.exhaustive:
         return _select_single(features, plan)
     return _select_tiles(features, plan, tiles, impl)
 
@@ -111,12 +116,23 @@ def stage_two_mass(
     scratch: Scratch | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """Mass of each tile's candidates by the scores ``coarse`` and of its forced blocks:
-    float32 [B, G, m, nb], −inf for other blocks.
+    """Mass of each tile's candidates by the scores ``coarse`` and of its forced blocks, of all that it sees in
+    exhaustive heads: float32 [B, G, m, nb], −inf for other blocks.
     """
-    candidates = plan.best(coarse, tiles, plan.candidates[tiles])
-    blocks = torch.cat([candidates, plan.forced_blocks(tiles).expand(*candidates.shape[:2], -1, -1)], -1)
-    return by_block(mass_of_blocks(features, plan, tiles, blocks, scratch, impl), blocks, plan.grid.blocks)
+
+    def mass_of(features: TileFeatures, candidates: Tensor) -> Tensor:
+        forced = plan.forced_blocks(tiles).expand(*candidates.shape[:2], -1, -1)
+        blocks = torch.cat([candidates, forced], -1)
+        return by_block(mass_of_blocks(features, plan, tiles, blocks, scratch, impl), blocks, plan.grid.blocks)
+
+    mass = mass_of(features, plan.best(coarse, tiles, plan.candidates[tiles]))
+    if features.exhaustive:
+        heads = list(features.exhaustive)
+        mask = plan.eligible_mask(tiles)[:, : coarse.shape[-1]]
+        block = torch.arange(mask.shape[1], device=tiles.device, dtype=torch.int64)
+        every = torch.where(mask, block, -1).expand(len(coarse), len(heads), -1, -1)
+        mass[:, heads] = mass_of(features.of_heads(heads), every)
+    return mass
 
 
 def by_block(values: Tensor, index: Tensor, blocks: int) -> Tensor:

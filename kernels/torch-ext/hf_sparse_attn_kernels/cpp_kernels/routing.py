@@ -37,6 +37,7 @@ def select_blocks(features: TileFeatures, plan: TilePlan, tiles: Tensor) -> tupl
         features.reps.contiguous(),
         unit_stride(features.keys),
         tiles.contiguous(),
+        list(features.exhaustive),
         *(grid.q_len, grid.query_tile, grid.block_size, plan.sink),
         *(columns, plan.width, plan.threshold),
     )

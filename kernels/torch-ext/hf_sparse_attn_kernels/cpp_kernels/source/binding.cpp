@@ -208,13 +208,20 @@ void expect_budgets(const at::Tensor& budgets, int64_t sink, int64_t blocks, int
 std::tuple<at::Tensor, at::Tensor> select(const at::Tensor& coarse_queries, const at::Tensor& real,
                                           const at::Tensor& router_keys, const at::Tensor& queries,
                                           const at::Tensor& reps, const at::Tensor& keys, const at::Tensor& tiles,
-                                          int64_t q_len, int64_t query_tile, int64_t block_size, int64_t sink,
-                                          const at::Tensor& budgets, int64_t width, std::optional<double> threshold) {
+                                          at::IntArrayRef exhaustive, int64_t q_len, int64_t query_tile,
+                                          int64_t block_size, int64_t sink, const at::Tensor& budgets, int64_t width,
+                                          std::optional<double> threshold) {
   const Grid grid = sampled_grid(queries, reps, keys, tiles, q_len, query_tile, block_size);
   const int64_t m = grid.tiles, blocks = (grid.kv_len + block_size - 1) / block_size;
   expect_pooled(coarse_queries, "coarse_queries", real, router_keys, keys.scalar_type(), keys.size(0), keys.size(1), m);
   expect_whole("budgets", budgets, at::kLong, {6, m});
   expect_budgets(budgets, sink, blocks, router_keys.size(2), width, threshold.has_value());
+  std::vector<bool> whole(keys.size(1), false);
+  for (int64_t head : exhaustive) {
+    TORCH_CHECK_VALUE(head >= 0 && head < keys.size(1), "exhaustive names KV head ", head, ": there are ",
+                      keys.size(1));
+    whole[head] = true;
+  }
   const std::array<int64_t, 4> shape{keys.size(0), keys.size(1), m, width};
   at::Tensor indices = at::empty(shape, keys.options().dtype(at::kInt)),
              scores = at::empty(shape, keys.options().dtype(at::kFloat));
@@ -225,7 +232,7 @@ std::tuple<at::Tensor, at::Tensor> select(const at::Tensor& coarse_queries, cons
     using T = decltype(element);
     select_blocks<T, decltype(format)>({pooled_of<T>(coarse_queries, real, router_keys),
                                         sampled_of<T>(queries, reps, keys, tiles, grid), sink, budget + m,
-                                        budget + 2 * m, budget + 4 * m, budget + 5 * m, least, width,
+                                        budget + 2 * m, budget + 4 * m, budget + 5 * m, whole, least, width,
                                         indices.data_ptr<int32_t>(), scores.data_ptr<float>()});
   });
   return {indices, scores};
@@ -288,7 +295,7 @@ TORCH_LIBRARY(hf_sparse_attn_cpp, m) {
       "Tensor, Tensor)");
   m.def(
       "select(Tensor coarse_queries, Tensor real, Tensor router_keys, Tensor queries, Tensor reps, Tensor keys, Tensor "
-      "tiles, int q_len, "
+      "tiles, int[] exhaustive, int q_len, "
       "int query_tile, int block_size, int sink, Tensor budgets, int width, float? threshold) -> (Tensor, Tensor)");
   m.def("coarse_scores(Tensor queries, Tensor real, Tensor router_keys) -> Tensor");
   m.def(

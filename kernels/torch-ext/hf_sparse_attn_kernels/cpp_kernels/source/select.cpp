@@ -3,6 +3,8 @@
 // Stage 1 has one tile in each lane, LANES tiles together; stage 2 has one query of a tile in each lane.
 #include "select.h"
 
+#include <numeric>
+
 namespace hsa {
 namespace {
 
@@ -32,11 +34,12 @@ class Selector {
 
   // LANES neighbouring tiles from `first` on of a row of (batch, group).
   void run(int64_t group, int64_t first) {
+    exhaustive_ = call_.exhaustive[group % call_.sampled.groups];
     const int64_t tiles = std::min<int64_t>(LANES, call_.sampled.grid.tiles - first);
     int64_t end = call_.sink;
     for (int64_t t = first; t < first + tiles; ++t)
       if (open(t)) end = std::max(end, call_.near[t]);
-    if (end > call_.sink) coarse_.run(group, first, tiles, call_.sink, end, scores_);
+    if (end > call_.sink && !exhaustive_) coarse_.run(group, first, tiles, call_.sink, end, scores_);
     for (int64_t t = first; t < first + tiles; ++t) {
       const int64_t forced = std::min(call_.sink, call_.near[t]);
       blocks_.clear();
@@ -55,9 +58,14 @@ class Selector {
 
   // blocks_ and mass_: the kept blocks that are not forced; forced_mass_: sinks, then [near, last].
   void choose(int64_t group, int64_t t, int64_t lane) {
-    ranks_.resize(eligible(t));
-    for (int64_t i = 0; i < eligible(t); ++i) ranks_[i] = rank_of(scores_[(call_.sink + i) * LANES + lane], i);
-    best_of(ranks_, call_.candidates[t], listed_);
+    if (exhaustive_) {
+      listed_.resize(eligible(t));
+      std::iota(listed_.begin(), listed_.end(), 0);
+    } else {
+      ranks_.resize(eligible(t));
+      for (int64_t i = 0; i < eligible(t); ++i) ranks_[i] = rank_of(scores_[(call_.sink + i) * LANES + lane], i);
+      best_of(ranks_, call_.candidates[t], listed_);
+    }
     for (int32_t& block : listed_) block += call_.sink;
     const int64_t candidates = listed_.size();
     for (int64_t block = 0; block < call_.sink; ++block) listed_.push_back(block);
@@ -65,7 +73,7 @@ class Selector {
     fine_.run(group, t, listed_, listed_mass_);
     ranks_.resize(candidates);
     for (int64_t i = 0; i < candidates; ++i) ranks_[i] = rank_of(listed_mass_[i], i);
-    best_of(ranks_, call_.threshold ? candidates : call_.free[t], found_);
+    best_of(ranks_, call_.threshold ? call_.candidates[t] : call_.free[t], found_);
     for (int32_t i : found_)
       if (!call_.threshold || listed_mass_[i] >= *call_.threshold)
         blocks_.push_back(listed_[i]), mass_.push_back(listed_mass_[i]);
@@ -86,6 +94,7 @@ class Selector {
   }
 
   const Selecting<T>& call_;
+  bool exhaustive_ = false;  // the row at hand
   Coarse<T, Format> coarse_;
   TileMass<T, Format> fine_;
   std::vector<float> scores_, listed_mass_, mass_, forced_mass_;

@@ -15,6 +15,7 @@ struct Selecting {
   // of each tile [m], in blocks: [0, sink) and [near, last] are forced, `free` of `candidates` others may be kept
   int64_t sink;
   const int64_t *near, *last, *free, *candidates;
+  const std::vector<bool>& exhaustive;  // [G]: KV heads without stage 1, whose candidates are all others
   // with a threshold, instead of `free` of them all candidates whose mass is at least so much
   std::optional<float> threshold;
   int64_t width;
