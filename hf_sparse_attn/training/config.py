@@ -81,6 +81,8 @@ class DistillationConfig:
     seed: int = 0
     # batches between checkpoints, if a checkpoint path is given; sooner where these take more than a minute
     save_every: int = 4
+    # windows, the last ones, in which retrieval heads are looked for at the end; 0 = they are not
+    retrieval_windows: int = 3
     target: InitVar[str] = "mass"  # settings that an older version saved name it, see `without_target`
 
     def __post_init__(self, target: str) -> None:
@@ -88,6 +90,8 @@ class DistillationConfig:
         for name in ("steps_per_batch", "tiles_per_step", "queries_per_step", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"distillation.{name} is {getattr(self, name)!r}: must be >= 1")
+        if self.retrieval_windows < 0:
+            raise ValueError(f"distillation.retrieval_windows is {self.retrieval_windows!r}: must be >= 0")
         if not (self.lr > 0 and self.index_lr > 0 and self.warmup_steps >= 0):
             values = f"lr {self.lr!r}, index_lr {self.index_lr!r}, warmup_steps {self.warmup_steps!r}"
             raise ValueError(f"distillation has {values}: learning rates must be > 0, warmup_steps >= 0")

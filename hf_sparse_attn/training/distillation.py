@@ -20,17 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..architectures import SUPPORTED
 from ..data.model_inputs import NonFiniteError, model_inputs
 from ..models.adapters import active_routers
 from ..models.attach import no_routers, routers
-from ..models.convert import mark_trained
+from ..models.convert import mark_trained, set_sparse_attention
 from ..router.module import SparseRouter
 from ..system.files import write_atomically
 from ..system.progress import bar
 from .config import DistillationConfig, without_target
 from .distiller import Distiller
 from .distributed import from_main, rank_and_size, same_everywhere
+from .passes import backbone
+from .retrieval_heads import RetrievalHead, find_retrieval_heads, repeatable
 from .router_state import backbone_hash, load_router_state, router_state
 from .run_identity import batches_hash, differences, model_identity
 
@@ -48,6 +49,8 @@ class DistillationReport:
     resumed_at: int = 0
     backbone_sha256: str = ""
     log: list[dict[str, float]] = field(default_factory=list)
+    # heads that got all blocks as candidates, see `find_retrieval_heads`; None: they were not looked for
+    retrieval_heads: list[RetrievalHead] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -127,8 +130,24 @@ def distill(
     for router in layer_routers:
         router.fresh = False
     mark_trained(model)
+    report.retrieval_heads = _retrieval_heads(model, todo, config)
     report.steps = distiller.batch * config.steps_per_batch
     return report
+
+
+def _retrieval_heads(
+    model: nn.Module, batches: list[dict[str, Tensor]], config: DistillationConfig
+) -> list[RetrievalHead] | None:
+    """The heads found and set; None where the settings name some, or there is nothing to look for them in."""
+    settings = routers(model)[0].config
+    if not config.retrieval_windows or settings.retrieval_heads:
+        return None
+    texts = [batch for batch in batches if repeatable(batch, settings)][-config.retrieval_windows :]
+    if not texts:
+        return None
+    heads = find_retrieval_heads(model, texts, seed=config.seed)
+    set_sparse_attention(model, retrieval_heads=[[head.layer, head.head] for head in heads])
+    return heads
 
 
 def _check_processes(layer_routers: list[SparseRouter], batches: list[dict[str, Tensor]]) -> None:
@@ -190,7 +209,8 @@ class _Run:
             "the backbone's weights": report.backbone_sha256,
             **model_identity(model),
             "the texts (batches)": batches_hash(batches),
-            "distillation": asdict(config),
+            # how heads are looked for afterwards does not change what is trained
+            "distillation": {name: value for name, value in asdict(config).items() if name != "retrieval_windows"},
             "number of processes": rank_and_size()[1],
         }
 
@@ -275,11 +295,8 @@ def _forward(model: nn.Module, batches: list[dict[str, Tensor]], at: int, distil
     # no graph over the backbone: the distiller turns gradients on for one router at a time
     device = next(model.parameters()).device
     inputs = {name: value.to(device) for name, value in batches[at].items()}
-    # the logits are not needed; the class that takes the call for modules it does not reach is the outermost one
-    config: Any = model.config
-    backbone = getattr(model, "base_model", model) if SUPPORTED[config.model_type].hands_on else model
     try:
-        backbone(**inputs, use_cache=False, sparse_call=distiller)
+        backbone(model)(**inputs, use_cache=False, sparse_call=distiller)
     except NonFiniteError as error:
         raise NonFiniteError(
             f"{error}, in batch {at} (from 0) of {len(batches)}. Leave it out, or load the model in float32 if it "
