@@ -65,7 +65,8 @@ class SparseCall:
     Args:
         dense: attend densely in every layer (`on_layer` and `on_document` are still called).
         selector: makes the selections instead of the layer's router.
-        decode_from: content position from which queries are routed singly (tiles of 1), as cached decoding does.
+        decode_from: content position from which queries are routed singly (tiles of 1), as cached decoding does; a
+            negative one counts from the end of each document.
 
     Raises:
         TypeError: a function is given for what is a method, a class or a name for a selector, or a subclass is a

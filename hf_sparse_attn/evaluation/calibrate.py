@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -25,10 +27,11 @@ from ..data.questions import Question
 from ..data.windows import Window, batches
 from ..models.attach import routers
 from ..models.calibration import Calibration, CalibrationError, made_with, remove_calibration, use_calibration
-from ..models.convert import sparse_attention_as
+from ..models.convert import set_sparse_attention, sparse_attention_as
 from ..router.head_budgets import MOST_SHARE
 from ..system.progress import counted
 from ..training.passes import run_sparse
+from ..training.retrieval_heads import find_retrieval_heads, repeatable
 from .calibration_check import LOW, TOLERANCE, read_kept, settings_of, verify
 from .calibration_observers import (
     FIRST_END,
@@ -47,6 +50,7 @@ LEAST_WITHIN = 0.95  # on other windows this share of heads keeps τ less the to
 MOST_LOSS = 0.01  # of the dense log-loss that may be added
 LEAST_RECALL = 0.9  # of planted links, by the heads that use them
 DIGITS = 4  # of the shares in the file
+RETRIEVAL_WINDOWS = 3  # in which retrieval heads are looked for
 
 
 # share of a head in a bucket = upper 90 % bound, over other windows, of the 95th percentile of its tiles' needs
@@ -64,7 +68,8 @@ def calibrate(
 ) -> Calibration:
     """Find budgets by layer, KV head and length bucket, use them, and measure what they do.
 
-    Either such at which 95 % of the tiles keep ``mass``, or such that keep ``keys`` on average.
+    Either such at which 95 % of the tiles keep ``mass``, or such that keep ``keys`` on average. Where the settings name
+    no retrieval heads they are looked for first, and set: see `find_retrieval_heads`.
 
     Args:
         model: a sparse model without adapters, whose routers should be trained.
@@ -89,6 +94,8 @@ def calibrate(
         )
     _check(model, windows, held_out, mass)
     remove_calibration(model)
+    on_step("looking for retrieval heads")
+    retrieval = _retrieval_heads(model, windows)
     length = windows[0].ids.shape[1]
     # an average number of keys holds for all lengths: one bucket
     ends = length_buckets(length) if keys is None else (length,)
@@ -100,7 +107,8 @@ def calibrate(
     else:
         shares, tiles = _in_blocks(model, shared_out(model, windows, keys), length), []
     fit = {"windows": [w.document for w in windows], "tokens": length, "tiles": tiles, "keys": keys}
-    calibration = Calibration(preset, mass, ends, shares, made_with(model), fit, {})
+    fit["retrieval_heads"] = retrieval
+    calibration = Calibration(preset, mass, ends, shares, settings_of(model).retrieval_heads, made_with(model), fit, {})
     # checked as it will run; a check that breaks off leaves the model without a calibration
     use_calibration(model, calibration)
     try:
@@ -110,9 +118,20 @@ def calibrate(
     except BaseException:
         remove_calibration(model)
         raise
-    done = Calibration(preset, mass, ends, shares, calibration.made_with, fit, verified)
+    done = replace(calibration, verified=verified)
     use_calibration(model, done)
     return done
+
+
+def _retrieval_heads(model: PreTrainedModel, windows: Sequence[Window]) -> list[dict[str, Any]] | None:
+    """The heads found and set; None where the settings name some, or stage 1 passes all blocks of the windows on."""
+    settings = settings_of(model)
+    texts = [batch for batch in batches(windows) if repeatable(batch, settings)][:RETRIEVAL_WINDOWS]
+    if settings.retrieval_heads or not texts:
+        return None
+    heads = find_retrieval_heads(model, texts)
+    set_sparse_attention(model, retrieval_heads=[[head.layer, head.head] for head in heads])
+    return [head.to_dict() for head in heads]
 
 
 def failures(calibration: Calibration) -> list[str]:

@@ -21,16 +21,16 @@ from ..config import KEY, MOST_KEYS, SparseAttentionConfig
 from ..router.head_budgets import HeadBudgets
 from ..system.files import read_json, write_json
 from .adapters import refuse_adapters
-from .attach import is_of_router, routers
+from .attach import check_places, is_of_router, routers
 from .config_dispatch import write_settings
 
 logger = logging.getLogger(__name__)
 
 FILE = "sparse_calibration.json"
-FORMAT = 1
+FORMAT = 2
 SAMPLES = 256  # weights of a tensor that its fingerprint reads
 # settings that a calibration takes the place of
-UNUSED = ("density", "min_keys", "max_keys", "mass_threshold", "bookkeeping")
+UNUSED = ("density", "min_keys", "max_keys", "mass_threshold", "retrieval_heads", "bookkeeping")
 
 
 class CalibrationError(ValueError):
@@ -42,8 +42,9 @@ class Calibration:
     """Budgets of a model, what they were made with, and what was found with them on other windows.
 
     ``shares`` maps the layer to rows of shares of the visible keys, or of keys where ``mass`` is None, see
-    `HeadBudgets`; ``made_with`` holds the fingerprints of backbone and routers, the settings and the version; ``fit``
-    and ``verified`` are figures.
+    `HeadBudgets`; ``retrieval_heads`` holds pairs (layer, KV head), as the settings do, in whose place they stand;
+    ``made_with`` holds the fingerprints of backbone and routers, the settings and the version; ``fit`` and ``verified``
+    are figures.
     """
 
     preset: str | None
@@ -51,6 +52,7 @@ class Calibration:
     mass: float | None
     ends: tuple[int, ...]
     shares: Mapping[int, tuple[tuple[float, ...], ...]]
+    retrieval_heads: tuple[tuple[int, int], ...]
     made_with: Mapping[str, Any]
     fit: Mapping[str, Any]
     verified: Mapping[str, Any]
@@ -124,7 +126,8 @@ def _calibration(values: dict[str, Any]) -> Calibration:
         ):
             raise ValueError(f"shares.{layer} is {rows!r:.60}: must be rows of a share for every KV head")
         shares[int(layer)] = tuple(map(tuple, rows))
-    calibration = Calibration(**{**values, "ends": tuple(ends), "shares": shares})
+    heads = SparseAttentionConfig(retrieval_heads=values["retrieval_heads"]).retrieval_heads  # raises
+    calibration = Calibration(**{**values, "ends": tuple(ends), "shares": shares, "retrieval_heads": heads})
     # a file is checked whole when it is read, not when a layer first asks for its budgets
     for layer in shares:
         calibration.budgets(layer)  # raises
@@ -200,6 +203,12 @@ def use_calibration(model: Any, calibration: Calibration) -> None:
                 f"has {router.groups} "
                 "KV heads: make it anew with hf-sparse-attn calibrate"
             )
+    settings = replace(routers(model)[0].config, retrieval_heads=calibration.retrieval_heads)
+    try:
+        check_places(settings, routers(model))
+    except ValueError as error:
+        raise CalibrationError(str(error)) from error
+    write_settings(model, settings)
     for router in routers(model):
         router.budgets = calibration.budgets(router.layer)
     model.calibration = calibration
@@ -213,7 +222,9 @@ def _refer(model: Any, file: str | None) -> None:
 
 
 def remove_calibration(model: Any) -> None:
-    """Take the budgets of a calibration out; those of the config hold again."""
+    """Take the budgets of a calibration out; those of the config hold again. Its retrieval heads stay in the
+    settings.
+    """
     for router in routers(model):
         router.budgets = None
     model.calibration = None

@@ -89,8 +89,9 @@ class TrainingForward(SparseCall):
         tile_share: int,
         dense: bool,
         selector: Selector = learned_selector,
+        decode_tokens: int = 0,
     ) -> None:
-        super().__init__(dense=dense, selector=selector)
+        super().__init__(dense=dense, selector=selector, decode_from=-decode_tokens or None)
         self.seed, self.step, self.kl_weight, self.tile_share = seed, step, kl_weight, tile_share
         # by the module: copies of a layer can share its number
         self.layers: dict[SparseRouter, _Layer] = {}
@@ -134,9 +135,10 @@ class TrainingForward(SparseCall):
         layer.tokens += tokens
         # documents count by their tokens: the backward pass divides the sum of gradients by all of them
         layer.carried.weight = layer.tokens
-        plan = make_plan(
-            router.config, inputs.grid(router.config.query_tile, router.config.block_size), inputs.q.device
-        )
+        # single queries in every second step, where such are routed
+        single = self.decode_from is not None and self.step % 2 == 1
+        query_tile = 1 if single else router.config.query_tile
+        plan = make_plan(router.config, inputs.grid(query_tile, router.config.block_size), inputs.q.device)
         # rounded up: a document with something to select has at least one tile
         count = -(-int(plan.open.sum()) // self.tile_share)
         if not count:
@@ -148,7 +150,7 @@ class TrainingForward(SparseCall):
         weights = router.weights
         # not checkpointing's hooks: nothing is recomputed here
         with torch.enable_grad(), saved_tensors_hooks(_same, _same):
-            loss = tile_loss(router, inputs, router.config.query_tile, count, generator)
+            loss = tile_loss(router, inputs, query_tile, count, generator)
             if loss is None:
                 return
             kl = loss.coarse + loss.fine
@@ -260,7 +262,8 @@ class SparseObjective:
         if len(config.anneal) > ("kl_weight" in config.anneal):
             set_sparse_attention(_base(self.model), **config.budget(active_routers(self.model)[0].config, step, steps))
         weight = config.annealed(step, steps).get("kl_weight", config.kl_weight)
-        return TrainingForward(config.seed, step, weight, config.kl_tile_share, config.is_dense(step))
+        dense, options = config.is_dense(step), {"decode_tokens": config.decode_tokens}
+        return TrainingForward(config.seed, step, weight, config.kl_tile_share, dense, **options)
 
     def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Groups for an optimiser: the backbone's trainable weights at ``lr``, the routers' at ``router_lr`` without

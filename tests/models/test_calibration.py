@@ -483,7 +483,7 @@ def test_a_changed_or_missing_file_is_refused(folder):
     with pytest.raises(CalibrationError, match="does not have the hash"):
         AutoModelForCausalLM.from_pretrained(folder)
     (folder / FILE).write_text("{}")
-    with pytest.raises(CalibrationError, match="no calibration of format 1"):
+    with pytest.raises(CalibrationError, match="no calibration of format 2"):
         AutoModelForCausalLM.from_pretrained(folder)
     (folder / FILE).unlink()
     with pytest.raises(CalibrationError, match=r"refers to the calibration .*which is not there"):
@@ -495,6 +495,8 @@ def test_a_changed_or_missing_file_is_refused(folder):
     [
         (lambda values: values.update(shares=[]), r"shares is \[\]: must be a mapping"),
         (lambda values: values.update(fit=None), "fit is None: must be a mapping"),
+        (lambda values: values.update(retrieval_heads=[[0]]), "retrieval_heads is .*pairs"),
+        (lambda values: values.update(retrieval_heads=[[0, 9]]), "KV head 9 of layer 0: this model's layer 0 has"),
         (lambda values: values.update(preset=3), "preset is 3: must be a text or null"),
         (lambda values: values.update(mass=True), r"mass is True: must be a share in \(0, 1\] or null"),
         (lambda values: values.update(mass=2.0), r"mass is 2\.0: must be"),
@@ -527,6 +529,24 @@ def test_a_file_nested_too_deep_is_refused(folder):
     (folder / FILE).write_text("[" * 100_000 + "]" * 100_000)
     with pytest.raises(CalibrationError, match="nested too deep"):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_retrieval_heads_are_found_and_stand_in_the_file(calibrated, folder, make_model):
+    (head,) = calibrated[1].retrieval_heads
+    assert [(row["layer"], row["head"]) for row in calibrated[1].fit["retrieval_heads"]] == [head]
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.config.sparse_attention["retrieval_heads"] == [list(head)]
+    other = make_model()
+    assert other.config.sparse_attention["retrieval_heads"] == []
+    use_calibration(other, read_calibration(folder / FILE))
+    assert {router.config.retrieval_heads for router in routers(other)} == {(head,)}
+
+
+def test_retrieval_heads_that_the_settings_name_are_kept(make_model, texts):
+    model = make_model()
+    set_sparse_attention(model, retrieval_heads=[[1, 1]])
+    result = calibrate(model, texts[:5], texts[5:], [], mass=MASS)
+    assert result.retrieval_heads == ((1, 1),) and result.fit["retrieval_heads"] is None
 
 
 def scale(model, part):
