@@ -23,6 +23,7 @@ with checked_transformers():
     from .training.lora import adapt
     from .training.mass_threshold import KeptKeys, fit_mass_threshold
     from .training.objective import SparseObjective
+    from .training.retrieval_heads import find_retrieval_heads
 
 register()
 
@@ -40,6 +41,7 @@ __all__ = [
     "adapt",
     "chunk_loss",
     "distill",
+    "find_retrieval_heads",
     "fit_mass_threshold",
     "learned_selector",
     "load_adapter",

@@ -11,7 +11,7 @@ softmax mass on the original is compared with what stage 1 passes on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..attention.call import SparseCall
 from ..config import SparseAttentionConfig
+from ..data.model_inputs import model_inputs
 from ..models.adapters import active_routers
 from ..models.attach import no_routers
 from ..models.convert import sparse_attention_as
@@ -112,12 +113,13 @@ def planted_row(
 
 @torch.no_grad()
 def find_retrieval_heads(
-    model: nn.Module, batches: Sequence[Mapping[str, Tensor]], *, seed: int = 0
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], *, seed: int = 0
 ) -> list[RetrievalHead]:
     """The KV heads of a sparse ``model`` whose stage 1 loses what they look up, worst first; the model stays as it is.
 
     Args:
-        batches: texts ``input_ids`` [B, N] without padding, of which the first row is read; see `repeatable`.
+        batches: mappings with ``input_ids`` [B, N] or [N], without padding and of one document. The first row of each
+            is read; three windows show a head that stands out.
         seed: of the places that are repeated.
 
     Returns:
@@ -125,16 +127,19 @@ def find_retrieval_heads(
         Give ``[[h.layer, h.head] for h in ...]`` to `set_sparse_attention` as ``retrieval_heads``.
 
     Raises:
-        ValueError: the texts are so short that every block is a candidate, or the model is no sparse one.
+        ValueError: the texts are so short that every block is a candidate, they are no tokens, or the model is no
+            sparse one.
     """
     layer_routers = active_routers(model)
     if not layer_routers:
         raise ValueError(no_routers(model))
-    config = layer_routers[0].config
+    config, texts = layer_routers[0].config, model_inputs(model, batches)
+    if any("input_ids" not in batch for batch in texts):
+        raise ValueError("find_retrieval_heads repeats stretches of tokens: give batches with input_ids")
     generator = torch.Generator(device="cpu").manual_seed(seed)
     mass: dict[int, list[Tensor]] = {}
     with sparse_attention_as(model, retrieval_heads=()):
-        for batch in batches:
+        for batch in texts:
             row, repetitions = planted_row(batch["input_ids"][0].cpu(), config, generator)
             if repetitions:
                 observer = PlantedMass(repetitions)
@@ -143,7 +148,7 @@ def find_retrieval_heads(
                     mass.setdefault(layer, []).extend(values)
     if not mass:
         raise ValueError(
-            f"texts of {max((batch['input_ids'].shape[1] for batch in batches), default=0)} tokens are too short to "
+            f"texts of {max((batch['input_ids'].shape[1] for batch in texts), default=0)} tokens are too short to "
             "find retrieval heads: stage 1 passes all blocks on. Give longer ones, a lower budget or candidate_factor"
         )
     heads = [
