@@ -8,7 +8,6 @@ import shutil
 import pytest
 import yaml
 from helpers.paths import RECIPES
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparse_attn import SparseCall, set_sparse_attention
@@ -18,7 +17,7 @@ from hf_sparse_attn.experiments.recipe import RecipeError, load_recipe
 from hf_sparse_attn.experiments.run import run_recipe
 from hf_sparse_attn.experiments.scores.robustness import robustness_table
 from hf_sparse_attn.system.terminal import Terminal
-from hf_sparse_attn.training.router_state import load_router_state
+from hf_sparse_attn.training.router_state import load_routers
 
 
 def reading(selection, document, kl, domain="a"):
@@ -95,7 +94,7 @@ def test_every_domain_and_length_is_read_with_all_routers(recipe, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(
         state / "base", sparse_attention=load_recipe(recipe).sparse_attention
     ).eval()
-    load_router_state(model, load_file(state / "two-200.safetensors"))
+    load_routers(model, state / "two-200.safetensors")
     set_sparse_attention(model, min_keys=80, max_keys=80)
     text = (state / "texts/one/eval/000-0.txt").read_text()
     ids = AutoTokenizer.from_pretrained(state / "base")(text, return_tensors="pt")["input_ids"][:, 200:400]

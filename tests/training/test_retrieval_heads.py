@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_sparse_attn import DistillationConfig, distill
+from hf_sparse_attn import DistillationConfig, distill, set_sparse_attention
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.router.budget import tile_budget
 from hf_sparse_attn.training import retrieval_heads
 from hf_sparse_attn.training.retrieval_heads import PlantedMass, find_retrieval_heads, planted_row, repeatable
+from hf_sparse_attn.training.router_state import load_routers, router_state, save_routers
 
 SMALL = {"min_keys": 64, "max_keys": 64, "density": 0.05, "candidate_factor": 1.0}
 
@@ -117,3 +118,13 @@ def test_none_are_looked_for_where_that_is_asked(model):
     assert model.config.sparse_attention["retrieval_heads"] == []
     with pytest.raises(ValueError, match="retrieval_windows is -1"):
         DistillationConfig(retrieval_windows=-1)
+
+
+def test_a_file_of_routers_holds_what_was_found_with_them(model, sparse_llama, real_budget, tmp_path):
+    """Recipes keep routers in files: what is trained and measured in other steps has the same heads."""
+    set_sparse_attention(model, retrieval_heads=[[1, 0]])
+    save_routers(model, tmp_path / "routers.safetensors")
+    other = sparse_llama({**real_budget, "candidate_factor": 1.0}, seed=1, noise=0.1)
+    load_routers(other, tmp_path / "routers.safetensors")
+    assert other.config.sparse_attention["retrieval_heads"] == [[1, 0]]
+    assert all(torch.equal(weight, router_state(model)[name]) for name, weight in router_state(other).items())

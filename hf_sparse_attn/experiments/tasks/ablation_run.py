@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -17,10 +16,9 @@ from ...data.windows import Window, batches
 from ...evaluation.baselines import make_selectors
 from ...evaluation.divergence import last_hidden
 from ...models.attach import routers
-from ...system.files import write_atomically
 from ...training.distillation import distill
 from ...training.mass_threshold import AtThreshold
-from ...training.router_state import load_router_state, router_state
+from ...training.router_state import load_routers
 from ..ablation.costs import Contender, capture, measure
 from ..ablation.factors import BASELINE, JOINT_KL, SELECTIONS_OF_STAGES, Level, default_of, levels
 from ..ablation.level_table import ablation_table
@@ -89,7 +87,7 @@ class AblationRun(LanguageRun):
         """The model at a level, with routers that were trained for it."""
         model = self._untrained(level)
         name = (level if level.retrains else DEFAULT).slug
-        load_router_state(model, load_file(self.state / f"{name}-{seed}.safetensors"))
+        load_routers(model, self.state / f"{name}-{seed}.safetensors")
         return model
 
     def _distilled(self) -> PreTrainedModel:
@@ -106,9 +104,7 @@ class AblationRun(LanguageRun):
         model = self._untrained(level)
         config = replace(self.recipe.distillation, seed=self.recipe.seed + seed)
         report = distill(model, batches(windows), config, checkpoint=self.state / f"{level.slug}-{seed}.pt")
-        write_atomically(
-            self.state / f"{level.slug}-{seed}.safetensors", lambda path: save_file(router_state(model), path)
-        )
+        save_routers(model, self.state / f"{level.slug}-{seed}.safetensors")
         return {"documents": [window.document for window in windows], "log": report.log}
 
     def _windows(self) -> list[Window]:

@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...models.adapters import load_adapter
 from ...models.convert import mark_trained
-from ...system.files import copied_folder, write_atomically
+from ...system.files import copied_folder
 from ...training.config import AdaptationConfig
 from ...training.distillation import distill
 from ...training.lora import adapt
-from ...training.router_state import load_router_state, router_state
+from ...training.router_state import load_routers, save_routers
 from ..steps import Run, Step
 
 
@@ -71,12 +70,12 @@ class TrainingRun(Run):
         todo, documents = self._distillation_batches()
         report = distill(model, todo, self.recipe.distillation, checkpoint=self.state / "distill.pt")
         if self.processes.is_main_process:
-            write_atomically(self.state / "routers.safetensors", lambda path: save_file(router_state(model), path))
+            save_routers(model, self.state / "routers.safetensors")
         return {**report.to_dict(), "context": self.recipe.distill["context"], "documents": documents}
 
     def _distilled(self) -> PreTrainedModel:
         model = self._base()
-        load_router_state(model, load_file(self.state / "routers.safetensors"))
+        load_routers(model, self.state / "routers.safetensors")
         return model
 
     def _adapted(self, name: str, config: AdaptationConfig) -> tuple[PreTrainedModel, list[dict[str, Any]]]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from safetensors.torch import load_file, save_file
-
 from ...attention.call import Selector, SparseCall, learned_selector
 from ...config import fixed_budget
 from ...data.text_documents import read_documents
@@ -14,9 +12,8 @@ from ...data.windows import Window, batches, token_windows
 from ...evaluation.baselines import make_selectors
 from ...evaluation.divergence import last_hidden, predictions
 from ...models.convert import sparse_attention_as
-from ...system.files import write_atomically
 from ...training.distillation import distill
-from ...training.router_state import load_router_state, router_state
+from ...training.router_state import load_routers, save_routers
 from ..recipe import Quality, RecipeError
 from ..reports.html_report import write_robustness_report
 from ..rows.time_split import split_texts
@@ -82,7 +79,7 @@ class RobustnessRun(LanguageRun):
         windows = self._windows(domain, True, context, max(1, settings["batches"] * settings["context"] // context))
         model = self._base()
         report = distill(model, batches(windows), self.recipe.distillation, checkpoint=self.state / f"{file}.pt")
-        write_atomically(self.state / f"{file}.safetensors", lambda path: save_file(router_state(model), path))
+        save_routers(model, self.state / f"{file}.safetensors")
         return {"documents": [window.document for window in windows], "log": report.log}
 
     def _read_domain(self, domain: str) -> dict[str, Any]:
@@ -119,7 +116,7 @@ class RobustnessRun(LanguageRun):
                 read(name, selectors[name])
             # one model takes one set of routers after the other
             for other, context in trained:
-                load_router_state(model, load_file(self.state / f"{other}-{context}.safetensors"))
+                load_routers(model, self.state / f"{other}-{context}.safetensors")
                 read(_name(other, context), learned_selector)
         return {"readings": readings}
 
