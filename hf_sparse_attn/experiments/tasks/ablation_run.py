@@ -18,7 +18,7 @@ from ...evaluation.divergence import last_hidden
 from ...models.attach import routers
 from ...training.distillation import distill
 from ...training.mass_threshold import AtThreshold
-from ...training.router_state import load_routers
+from ...training.router_state import load_routers, save_routers
 from ..ablation.costs import Contender, capture, measure
 from ..ablation.factors import BASELINE, JOINT_KL, SELECTIONS_OF_STAGES, Level, default_of, levels
 from ..ablation.level_table import ablation_table
