@@ -64,7 +64,11 @@ def complete(config: Any, settings: SparseAttentionConfig) -> None:
     if not holds_routers(config):
         config.modules_to_save = [*(config.modules_to_save or ()), ROUTER]
     if settings_of(config) is None:
-        # only what differs from the defaults; bookkeeping is of one model, not of the settings that an adapter needs
-        default = SparseAttentionConfig().to_dict()
-        changed = {k: v for k, v in settings.to_dict().items() if k != "bookkeeping" and v != default[k]}
-        put_settings(config, changed)
+        note_settings(config, settings)
+
+
+def note_settings(config: Any, settings: SparseAttentionConfig) -> None:
+    """Write the ``settings`` of the base model into ``config``."""
+    # only what differs from the defaults; bookkeeping is of one model, not of the settings that an adapter needs
+    default = SparseAttentionConfig().to_dict()
+    put_settings(config, {k: v for k, v in settings.to_dict().items() if k != "bookkeeping" and v != default[k]})

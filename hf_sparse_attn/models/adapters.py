@@ -8,6 +8,7 @@ adapter names the settings of its base, and PEFT's function that puts adapters i
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
@@ -17,7 +18,8 @@ from .adapter_settings import ADVICE, complete, holds_routers, matches, settings
 from .adapter_states import active_routers as active_routers
 from .adapter_states import base_model, check_adapters, refuse_misfits, router_sites
 from .adapter_swaps import guard_peft, refuse_other_scale, refuse_swap
-from .attach import ROUTER, is_of_router, no_routers
+from .attach import ROUTER, check_places, is_of_router, no_routers
+from .config_dispatch import write_settings
 from .layer_numbers import number_layers
 
 if TYPE_CHECKING:
@@ -93,6 +95,15 @@ def load_adapter(
     return PeftModel.from_pretrained(model, adapter, adapter_name, **options)
 
 
+def _take_retrieval_heads(model: Any, settings: Mapping[str, Any]) -> None:
+    """Give a model that names none the heads that were found with the routers of an adapter with these settings."""
+    layer_routers = active_routers(model)
+    if settings.get("retrieval_heads") and not layer_routers[0].config.retrieval_heads:
+        known = layer_routers[0].config.changed(retrieval_heads=settings["retrieval_heads"])
+        check_places(known, layer_routers)
+        write_settings(model, known)
+
+
 class SparseAdapterMixin:
     """In front of a stock model class: refuses adapters without routers as long as the model runs sparse."""
 
@@ -122,6 +133,8 @@ class SparseAdapterMixin:
             if holds_routers(config):
                 complete(config, active_routers(cast(nn.Module, self))[0].config)
         number_layers(self)  # layer_replication
+        for config in adapters.values():
+            _take_retrieval_heads(self, settings_of(config) or {})
         self.__dict__["peft_config"] = adapters
         if check_adapters not in self._forward_pre_hooks.values():  # type: ignore[attr-defined]
             self.register_forward_pre_hook(check_adapters)  # type: ignore[attr-defined]

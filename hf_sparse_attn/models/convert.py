@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import BUDGET_FIELDS, FIXED_FIELDS, KEY, SparseAttentionConfig
+from .adapter_settings import holds_routers, note_settings
 from .adapters import refuse_adapters
 from .attach import attach_routers, check_places, is_of_router, no_routers, routers
 from .config_dispatch import (
@@ -153,6 +154,9 @@ def set_sparse_attention(model: nn.Module, **changes: Any) -> SparseAttentionCon
             "Call hf_sparse_attn.remove_calibration(model) first, and calibrate it anew afterwards"
         )
     write_settings(model, config)
+    for adapter in (getattr(model, "peft_config", None) or {}).values():
+        if holds_routers(adapter):
+            note_settings(adapter, config)
     return config
 
 

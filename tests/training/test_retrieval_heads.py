@@ -6,14 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import get_peft_model
 
-from hf_sparse_attn import DistillationConfig, distill, set_sparse_attention
+from hf_sparse_attn import DistillationConfig, distill, load_adapter, lora_config, set_sparse_attention
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.router.budget import tile_budget
 from hf_sparse_attn.training import retrieval_heads
 from hf_sparse_attn.training.retrieval_heads import PlantedMass, find_retrieval_heads, planted_row, repeatable
 from hf_sparse_attn.training.router_state import load_routers, router_state, save_routers
 
+# peft asks transformers for a property that the newest versions call by another name
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 SMALL = {"min_keys": 64, "max_keys": 64, "density": 0.05, "candidate_factor": 1.0}
 
 
@@ -128,3 +131,24 @@ def test_a_file_of_routers_holds_what_was_found_with_them(model, sparse_llama, r
     load_routers(other, tmp_path / "routers.safetensors")
     assert other.config.sparse_attention["retrieval_heads"] == [[1, 0]]
     assert all(torch.equal(weight, router_state(model)[name]) for name, weight in router_state(other).items())
+
+
+def test_an_adapter_brings_the_heads_of_its_routers(model, sparse_llama, real_budget, tmp_path):
+    peft_model = get_peft_model(model, lora_config(model, r=4, target_modules=["q_proj"]))
+    heads = [[0, 1], [1, 0]]
+    set_sparse_attention(peft_model, retrieval_heads=heads)
+    peft_model.save_pretrained(tmp_path / "adapter")
+    ids = tokens(600)[None]
+    with torch.no_grad():
+        want = peft_model(ids, use_cache=False).logits
+
+    def base(**settings):
+        return sparse_llama({**real_budget, "candidate_factor": 1.0, **settings}, noise=0.3)
+
+    loaded = load_adapter(base(), tmp_path / "adapter")
+    assert loaded.config.sparse_attention["retrieval_heads"] == heads
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids, use_cache=False).logits, want)
+    # what the base model names itself holds
+    own = load_adapter(base(retrieval_heads=[[1, 1]]), tmp_path / "adapter")
+    assert own.config.sparse_attention["retrieval_heads"] == [[1, 1]]
