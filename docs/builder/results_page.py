@@ -27,7 +27,8 @@ TOPICS: dict[str, dict[str, str]] = {  # topic -> file: title
         "encoder_classification": "Classes of documents",
     },
     "Lookups": {
-        "ruler": "RULER",
+        "needles": "Hidden numbers, without training of the model",
+        "ruler": "RULER, after training on it",
         "lm_eval_niah": "Needles by lm-evaluation-harness",
         "lm_eval_ruler": "RULER by lm-evaluation-harness",
         "longlink": "Planted links",

@@ -130,6 +130,19 @@ def test_a_budget_that_varies_is_said(demo):
 
 
 @pytest.mark.parametrize(
+    ("heads", "said"),
+    [
+        ([[7, 2]], "Of KV head 2 of layer 7, which looks single"),
+        ([[7, 2], [9, 0]], "layer 7, KV head 0 of layer 9, which look single"),
+    ],
+)
+def test_retrieval_heads_are_said(demo, heads, said):
+    assert "every block is a candidate" not in str(model_card(demo, "unused"))
+    demo["answer"]["sparse_attention"]["retrieval_heads"] = heads
+    assert said in str(model_card(demo, "unused"))
+
+
+@pytest.mark.parametrize(
     ("model", "base_model"),
     [
         ({"source": "some/model", "hub_id": None}, "some/model"),
