@@ -112,11 +112,15 @@ def test_block_mass_in_half_precision_is_as_exact_as_in_torch(inputs, device, dt
     assert error <= 1.1 * allowed + 1e-6
 
 
+@pytest.mark.parametrize("retrieval_heads", [(), ((0, 1),)])
 @pytest.mark.parametrize(("q_len", "past", "tile", "size"), [(600, 0, 64, 16), (130, 470, 64, 32), (5, 595, 1, 16)])
-def test_a_router_keeps_the_same_blocks_up_to_ties_whoever_scores(inputs, device, monkeypatch, q_len, past, tile, size):
+def test_a_router_keeps_the_same_blocks_up_to_ties_whoever_scores(
+    inputs, device, monkeypatch, q_len, past, tile, size, retrieval_heads
+):
     """Blocks that only one implementation keeps have a score within 1e-5 relative of the tile's threshold."""
     grid = TileGrid(q_len, past + q_len, tile, size)
     router = make_router(device, tile, size, min_keys=128)
+    router.config = router.config.changed(retrieval_heads=retrieval_heads, candidate_factor=1.0)
     q, k, _ = inputs(grid)
     call = RoutingInputs(q, k, torch.arange(grid.kv_len, device=device)[None], 0.25)
     selections = {}
