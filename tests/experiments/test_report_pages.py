@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from html.parser import HTMLParser
+from importlib.resources import files
 from itertools import pairwise
 
 import pytest
 from helpers.reports import REPORTS, written_report
 
 from hf_sparse_attn.experiments.recipe import Quality
-from hf_sparse_attn.experiments.reports import figures, study_figures
+from hf_sparse_attn.experiments.reports import figures, rendering, study_figures
 from hf_sparse_attn.experiments.reports.words import SELECTIONS, explained
 from hf_sparse_attn.experiments.scores.budget_allocation import FITTED
 
@@ -144,3 +145,20 @@ def test_every_selection_of_a_recipe_has_a_sentence():
 def test_a_figure_is_the_same_bytes_every_time():
     log = [{"batch": i, "kl_coarse": 1 / i, "kl_fine": 0.1 / i, "recovered_share": 1 - 0.1 / i} for i in range(1, 4)]
     assert figures.training_plot(log) == figures.training_plot(log)
+
+
+@pytest.mark.parametrize(
+    ("heads", "said"),
+    [
+        ([{"layer": 7, "head": 2, "planted": 0.035, "lost": 0.017}], "KV head 2 in layer 7 (stage 1 lost 1.7 %"),
+        ([], "None was found."),
+        (None, None),  # they were not sought
+    ],
+)
+def test_what_distillation_found_of_retrieval_heads_is_said(heads, said):
+    template = files(rendering.__package__).joinpath("templates", "distillation.html")
+    values = {"plots": {"training": ""}, "r": {"distill": {"retrieval_heads": heads}}}
+    page = " ".join(rendering.render(template, **values).split())
+    assert said in page if said else "Retrieval heads" not in page
+    # results of older versions do not have the key
+    assert "Retrieval heads" not in rendering.render(template, **{**values, "r": {"distill": {}}})
