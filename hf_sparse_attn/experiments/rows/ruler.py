@@ -19,11 +19,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ...config import IGNORE_INDEX
+from ...data.planted_facts import Tokens, fact_sentence, made_up_words, sentence_ends, seven_digits
 from ...data.questions import Question
 from ...data.sources import SourceError
 from ...data.windows import Window
 
-CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 NEEDLES = 4  # of the tasks with several
 HOPS = 4  # of a chain of variables
 COMMON, MOST_FREQUENT = 10, 3  # words that are asked for
@@ -31,8 +31,6 @@ COMMON, MOST_FREQUENT = 10, 3  # words that are asked for
 COMMON_TIMES, RARE_SHARE = 30, 10
 ZETA = 2.0  # exponent of the words' frequencies in "fwe"
 LEAST_HAYSTACK = 64  # tokens
-
-Tokens = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -45,27 +43,11 @@ class _Task:
     needed: int = 0
 
 
-def _words(rng: np.random.Generator, count: int) -> list[str]:
-    """Different made-up words of three syllables."""
-    words: dict[str, None] = {}
-    while len(words) < count:
-        words["".join(rng.choice(list(letters)) for letters in (CONSONANTS, VOWELS) * 3)] = None
-    return list(words)
-
-
-def _number(rng: np.random.Generator) -> str:
-    return str(rng.integers(1_000_000, 10_000_000))
-
-
-def _needle(key: str, number: str) -> str:
-    return f"The number of {key} is {number}."
-
-
 def _niah(keys: int, values: int, queried: int) -> Callable[[np.random.Generator], _Task]:
     """``keys`` names with ``values`` numbers each, in random order, of which ``queried`` are asked for."""
 
     def make(rng: np.random.Generator) -> _Task:
-        needles = [(key, _number(rng)) for key in _words(rng, keys) for _ in range(values)]
+        needles = [(key, seven_digits(rng)) for key in made_up_words(rng, keys) for _ in range(values)]
         needles = [needles[at] for at in rng.permutation(len(needles))]
         wanted = (
             {needles[at][0] for at in rng.permutation(len(needles))[:1]}
@@ -77,7 +59,7 @@ def _niah(keys: int, values: int, queried: int) -> Callable[[np.random.Generator
         which = f"numbers of {names}, in the order of the text, are" if len(needed) > 1 else f"number of {names} is"
         answer = " " + ", ".join(number for _, _, number in needed)
         return _Task(
-            [_needle(key, number) for key, number in needles],
+            [fact_sentence(key, number) for key, number in needles],
             f"\n\nIn the text above the {which}:",
             answer,
             needed[0][0],
@@ -88,9 +70,9 @@ def _niah(keys: int, values: int, queried: int) -> Callable[[np.random.Generator
 
 def _variables(rng: np.random.Generator) -> _Task:
     """Two chains of variables, one of which is asked for."""
-    names = [name.upper() for name in _words(rng, 2 * (HOPS + 1))]
+    names = [name.upper() for name in made_up_words(rng, 2 * (HOPS + 1))]
     chains = [names[: HOPS + 1], names[HOPS + 1 :]]
-    numbers = [_number(rng) for _ in chains]
+    numbers = [seven_digits(rng) for _ in chains]
     # whose turn it is: shuffled as a whole, so that each chain keeps its order
     sides = rng.permutation([0] * (HOPS + 1) + [1] * (HOPS + 1))
     facts, at = [], [0, 0]
@@ -161,8 +143,7 @@ def _hidden(window: Window, tokens: Tokens, task: str, rng: np.random.Generator)
             f"window {window.document!r} of {window.ids.shape[1]} tokens is too short for {task}: give at least {least}"
         )
     text = window.ids[0, :room]
-    # behind the ends of sentences and lines
-    stops = torch.isin(text[:-1], torch.cat([tokens(stop) for stop in (".", ".\n", "\n", "\n\n")])).nonzero()[:, 0] + 1
+    stops = sentence_ends(text, tokens)
     # a text with too few of them is cut anywhere
     places = stops.numpy() if len(stops) >= len(facts) else np.arange(1, room)
     cuts = sorted(rng.choice(places, len(facts), replace=False).tolist())
@@ -207,7 +188,7 @@ def _common_words(rng: np.random.Generator, count: int) -> tuple[list[str], list
     # count = 10 · times + the rest; a rare word stands about a tenth as often as a common one
     times = min(COMMON_TIMES, count // (2 * COMMON))
     rare = max(1, times // RARE_SHARE)
-    words = _words(rng, COMMON + -(-(count - COMMON * times) // rare))
+    words = made_up_words(rng, COMMON + -(-(count - COMMON * times) // rare))
     listed = np.repeat(words[COMMON:], rare)[: count - COMMON * times].tolist() + words[:COMMON] * times
     listed = [listed[at] for at in rng.permutation(count)]
     common = set(words[:COMMON])
@@ -223,7 +204,7 @@ def _frequent_words(rng: np.random.Generator, count: int) -> tuple[list[str], li
     times = times[times > 0]
     # what rounding down has left goes to the first word
     times[0] += count - times.sum()
-    words = _words(rng, len(times))
+    words = made_up_words(rng, len(times))
     listed = np.repeat(words, times)
     question = f"\n\nThe {MOST_FREQUENT} most frequent words of this text, the most frequent first, are:"
     return listed[rng.permutation(count)].tolist(), words[:MOST_FREQUENT], question
