@@ -11,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..system.extras import MissingExtraError, extra_states, needs_extra
+from ..system.extras import MissingExtraError, needs_extra
 from ..system.progress import step
 from .bench import bench
 from .bench_training import training
+from .doctor import doctor
 from .measure import calibrate, evaluate, harness, synth
 from .options import DtypeOption, JsonOption, TextOption, checked_output, console, emit, load, reserving, windows_of
 
@@ -49,6 +50,7 @@ app.command(name="eval")(evaluate)
 app.command(name="lm-eval")(harness)
 app.command()(calibrate)
 app.command()(synth)
+app.command()(doctor)
 
 
 @app.command()
@@ -194,43 +196,6 @@ def architectures(
     else:
         console.print(", ".join(f"{count_states(rows)[state]} {state}" for state in STATES), highlight=False)
     emit(as_json(rows), json_path)
-
-
-@app.command()
-def doctor(json_path: JsonOption = None) -> None:
-    """What is installed, which extras are missing, which implementation and which dtype would be used, and why."""
-    import torch
-    from hf_sparse_attn_kernels import IMPLEMENTATIONS, default_choice
-    from hf_sparse_attn_kernels.caching import cache_folder
-
-    from ..architectures import supported_types
-    from ..architectures.versions import SUPPORTED_TRANSFORMERS
-    from ..models.self_test import run_self_test
-    from ..system.environment import environment
-    from ..system.precision import choice, linear_rates
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    implementation, why = default_choice(device)
-    dtype = choice(device)
-    result = {
-        **environment(),
-        "device": device,
-        "dtype": str(dtype.dtype).removeprefix("torch."),
-        "why_dtype": dtype.why,
-        "linear_layer_gflops": {name: round(rate / 1e9, 1) for name, rate in linear_rates(device).items()},
-        "implementation": implementation,
-        "implementations": list(IMPLEMENTATIONS),
-        "why": f"{why}; inputs that it does not support run on 'torch'",
-        "supported_transformers": [str(v) for v in SUPPORTED_TRANSFORMERS],
-        "self_test": run_self_test() or "passed",
-        "model_types": supported_types(),
-        "extras": extra_states(),
-        "offline": os.environ.get("HF_HUB_OFFLINE", "0"),
-        "cache": str(cache_folder()),
-    }
-    for key, value in result.items():
-        console.print(f"[bold]{key}[/]: {escape(str(value))}", highlight=False)
-    emit(result, json_path)
 
 
 def guarded(command: Callable[[], Any]) -> int:
