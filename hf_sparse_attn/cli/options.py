@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -19,6 +20,7 @@ with needs_extra("cli", "the command line"):
     import typer
     from rich.console import Console
 
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 console = Console(stderr=True)
 
 
@@ -207,6 +209,32 @@ def saved_dtype(config: Any, name: str, device: str | None = "cpu") -> Any:
     # a config of several parts keeps it in that of the text
     saved = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     return None if saved is None else of_saved(saved, device)
+
+
+def check_causal_model(model: str) -> None:
+    """Raise ValueError, naming MODEL, unless it is a folder or Hub id of a causal language model."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    path = Path(model).expanduser()
+    if path.is_file():
+        raise ValueError(f"MODEL is {model}, a file: give the folder that it stands in, or a Hub id")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"MODEL is {model}, a folder without config.json: give that of a saved model, or a Hub id")
+    if not path.is_dir() and not HUB_ID.fullmatch(model):
+        raise ValueError(f"MODEL is {model}: there is no such folder, and it is no Hub id such as owner/name")
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except OSError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"MODEL is {model}: there is no such folder, and the Hub did not give it ({reason})"
+        ) from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"MODEL is {model}, of type {config.model_type}: no causal language model, which could be asked for the "
+            "facts of a text"
+        )
 
 
 def load(model: str, dtype: Any, sparse: str, device: str | None = "cpu") -> tuple[Any, Any]:
