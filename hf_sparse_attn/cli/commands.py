@@ -150,7 +150,7 @@ def distill(
 @app.command()
 def card(
     folder: Annotated[Path, typer.Argument(help="Folder of a saved sparse model; the card becomes its README.md.")],
-    results: Annotated[Path, typer.Option(help="JSON that the verb run, eval or lm-eval wrote.")],
+    results: Annotated[Path, typer.Option(help="JSON that the verb run, eval, lm-eval or doctor --needles wrote.")],
     base: Annotated[
         str | None, typer.Option(help="Hub id or folder of the base model, if the results do not name it.")
     ] = None,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from helpers.finding_model import byte_tokenizer, finding_model, word_tokenizer_of
+from huggingface_hub import ModelCard
 from transformers import T5Config
 from typer.testing import CliRunner
 
@@ -70,6 +72,20 @@ def test_settings_can_be_tried(folder, text):
     assert json.loads(done.stdout)["needles"]["verdict"].startswith(
         "Dense attention finds 6 of 6 facts, and sparse attention all of these, with all keys of 700"
     )
+
+
+def test_a_card_is_made_of_it(folder, text, tmp_path):
+    model = shutil.copytree(folder, tmp_path / "model")
+    invoke("doctor", model, *CHECK, "--text", text, "--json", tmp_path / "n.json")
+    done = invoke("card", model, "--results", tmp_path / "n.json", "--base", "some/model", "--json", "-")
+    card, report = ModelCard.load(model / "README.md"), json.loads((tmp_path / "n.json").read_text())["needles"]
+    assert json.loads(done.stdout) == card.data.to_dict() and card.data.base_model == "some/model"
+    assert "## Facts that stand far back" in card.text and report["verdict"] in card.text
+    assert "## Quality on unseen documents" not in card.text
+    for row in report["by_length"]:
+        kept = "all" if row["kept"] is None else f"{row['kept']:.0f}"
+        counts = f"| {row['length']} | {kept} | {row['n']} | {row['found_dense']} | {row['lost']} |"
+        assert f"{counts} {row['dense']:.3f} | {row['sparse']:.3f} |" in card.text
 
 
 @pytest.mark.parametrize(

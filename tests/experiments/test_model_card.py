@@ -214,11 +214,23 @@ def test_the_gaps_to_dense_attention_are_shown_where_they_were_measured(demo):
     assert "from dense attention" not in str(model_card(demo, "mine"))
 
 
+def test_facts_that_were_planted_are_shown_beside_what_else_a_run_measured(demo):
+    row = {"length": 4096, "kept": None, "n": 5, "found_dense": 4, "lost": 1, "dense": 0.1234, "sparse": 1.5}
+    needles = {
+        "verdict": "Dense attention finds 4 of 5 facts.",
+        "by_length": [row, {**row, "length": 8192, "kept": 510.3}],
+    }
+    text = model_card({**demo, "needles": needles}, "x").text
+    assert "Dense attention finds 4 of 5 facts." in text and "## Quality on unseen documents" in text
+    assert "| 4096 | all | 5 | 4 | 1 | 0.123 | 1.500 |\n| 8192 | 510 | 5 | 4 | 1 | 0.123 | 1.500 |\n" in text
+    assert "Facts that stand far back" not in model_card(demo, "x").text
+
+
 @pytest.mark.parametrize("missing", ["table", "windows", "environment"])
 def test_results_without_what_a_card_must_say_are_refused(demo, missing, tmp_path):
     values = evaluation(demo)
     del values[missing]
-    options = f"these results hold no {missing}: a card is made from what the verbs run, eval and lm-eval write"
+    options = f"these results hold no {missing}: a card is made from what the verbs run, eval, lm-eval and doctor"
     with pytest.raises(ValueError, match=options):
         write_card(tmp_path / "README.md", values)
     assert not list(tmp_path.iterdir())

@@ -136,8 +136,8 @@ def eval_results(table: list[dict[str, Any]], windows: list[dict[str, Any]]) -> 
 
 
 def model_card(results: Mapping[str, Any], name: str) -> ModelCard:
-    """The card of results of a run, or of the verbs ``eval`` and ``lm-eval``; ``name`` is what those without a recipe
-    call the model.
+    """The card of results of a run, or of the verbs ``eval``, ``lm-eval`` and ``doctor --needles``; ``name`` is what
+    those without a recipe call the model.
 
     Raises:
         ValueError: the results lack something that a card must say, or are of a task that leaves no model.
@@ -151,12 +151,14 @@ def model_card(results: Mapping[str, Any], name: str) -> ModelCard:
     results = one_line(results)
     # a run has quality as a step, what the verb eval wrote is it
     quality = results.get("quality", results)
-    needed = (*(() if "tables" in results else (("table", quality), ("windows", quality))), ("environment", results))
+    # results of other verbs have no windows of text
+    apart = "tables" in results or ("needles" in results and quality is results and "table" not in results)
+    needed = (*(() if apart else (("table", quality), ("windows", quality))), ("environment", results))
     missing = [key for key, where in needed if key not in where]
     if missing:
         raise ValueError(
-            f"these results hold no {' and no '.join(missing)}: a card is made from what the verbs run, eval and "
-            "lm-eval write"
+            f"these results hold no {' and no '.join(missing)}: a card is made from what the verbs run, eval, lm-eval "
+            "and doctor --needles write"
         )
     base, table, windows = base_of(results), quality.get("table", []), quality.get("windows", [])
     name = results["recipe"]["name"] if "recipe" in results else one_line(name)
@@ -183,6 +185,7 @@ def model_card(results: Mapping[str, Any], name: str) -> ModelCard:
             "evaluation": [without_folders(source) for source in sources.get("eval", ())],
             "comparison": results.get("comparison"),
             "answers": quality.get("answers"),
+            "needles": results.get("needles"),
         }
     )
     text = render(
