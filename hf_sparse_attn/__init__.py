@@ -16,6 +16,7 @@ with checked_transformers():
     from .models.attach import routers
     from .models.calibration import remove_calibration, use_calibration
     from .models.convert import set_sparse_attention, sparse_attention_as, sparsify, to_dense
+    from .models.mass_monitor import MassMonitor
     from .models.registration import named_class, register, sparse_class, sparse_config
     from .training.chunked_loss import chunk_loss
     from .training.config import AdaptationConfig, DistillationConfig, SparseTrainingConfig
@@ -32,6 +33,7 @@ __all__ = [
     "AdaptationConfig",
     "DistillationConfig",
     "KeptKeys",
+    "MassMonitor",
     "SparseAttentionConfig",
     "SparseCall",
     "SparseObjective",

@@ -1,5 +1,5 @@
-"""What `generate` does otherwise for sparse models: their caches are adopted, and a prompt in chunks is cut where query
-tiles end.
+"""What `generate` does otherwise for sparse models: it takes a ``sparse_call``, caches are adopted, and a prompt in
+chunks is cut where query tiles end.
 
 So the chunks select what an uncut prompt does.
 """
@@ -39,6 +39,13 @@ def prepare_with_adopted_cache(prepare: Callable[..., Any], model: Any, *args: A
     mask = mask_if_it_hides(inputs.get("attention_mask"), caches[0], kwargs.get("is_first_iteration"))
     inputs["attention_mask"] = of_the_caches_length(mask, caches[0])
     return inputs
+
+
+def validate_beside_call(validate: Callable[..., Any], model: Any, model_kwargs: dict[str, Any]) -> Any:
+    """``_validate_model_kwargs`` of a stock model, which knows of no ``sparse_call``;
+    it would take it for a typing error.
+    """
+    return validate(model, {name: value for name, value in model_kwargs.items() if name != "sparse_call"})
 
 
 def prefill_whole_tiles(

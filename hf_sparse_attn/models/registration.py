@@ -33,7 +33,7 @@ from ..attention.interface import sparse_attention_forward
 from ..attention.mask_interface import sparse_attention_mask
 from ..config import ATTN_IMPLEMENTATION, KEY, SparseAttentionConfig
 from .config_dispatch import PREFIX, SparseConfigMixin, dispatcher
-from .generate_hooks import prefill_whole_tiles, prepare_with_adopted_cache
+from .generate_hooks import prefill_whole_tiles, prepare_with_adopted_cache, validate_beside_call
 from .model_class import SparseModelMixin
 from .peft_hooks import watch_peft
 
@@ -80,6 +80,7 @@ def sparse_class(stock: type[PreTrainedModel]) -> type:
         methods["prepare_inputs_for_generation"] = _in_front(
             prepare_with_adopted_cache, stock.prepare_inputs_for_generation
         )
+        methods["_validate_model_kwargs"] = _in_front(validate_beside_call, stock._validate_model_kwargs)
         methods["_prefill"] = _in_front(prefill_whole_tiles, stock._prefill)
     if not SUPPORTED[config_class.model_type].hands_on:
         # takes the call out of the arguments: the stock forward would not hand it on to attention
