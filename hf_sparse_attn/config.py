@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from .system.frozen import FrozenDict, FrozenList
+from .system.frozen import FrozenDict, FrozenList, refuse_edit
 
 IGNORE_INDEX = -100  # label of a token that has no loss
 KEY = "sparse_attention"  # of a Transformers config, under which the settings stand
@@ -257,6 +257,12 @@ class StoredSettings(FrozenDict):
         }
         super().__init__({**values, **frozen})
         self.settings, self.in_use = settings, in_use
+
+    def pop(self, key: str, *default: Any) -> Any:
+        """As of a dict, as long as that changes nothing:
+        Transformers' ``to_dict`` takes keys out that are not there.
+        """
+        return default[0] if default and key not in self else refuse_edit(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.settings, self.in_use)

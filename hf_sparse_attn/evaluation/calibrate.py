@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -27,11 +26,11 @@ from ..data.questions import Question
 from ..data.windows import Window, batches
 from ..models.attach import routers
 from ..models.calibration import Calibration, CalibrationError, made_with, remove_calibration, use_calibration
-from ..models.convert import set_sparse_attention, sparse_attention_as
+from ..models.convert import sparse_attention_as
 from ..router.head_budgets import MOST_SHARE
 from ..system.progress import counted
 from ..training.passes import run_sparse
-from ..training.retrieval_heads import find_retrieval_heads, repeatable
+from ..training.retrieval_heads import name_retrieval_heads
 from .calibration_check import LOW, TOLERANCE, read_kept, settings_of, verify
 from .calibration_observers import (
     FIRST_END,
@@ -95,7 +94,7 @@ def calibrate(
     _check(model, windows, held_out, mass)
     remove_calibration(model)
     on_step("looking for retrieval heads")
-    retrieval = _retrieval_heads(model, windows)
+    retrieval = name_retrieval_heads(model, batches(windows), RETRIEVAL_WINDOWS)
     length = windows[0].ids.shape[1]
     # an average number of keys holds for all lengths: one bucket
     ends = length_buckets(length) if keys is None else (length,)
@@ -107,7 +106,7 @@ def calibrate(
     else:
         shares, tiles = _in_blocks(model, shared_out(model, windows, keys), length), []
     fit = {"windows": [w.document for w in windows], "tokens": length, "tiles": tiles, "keys": keys}
-    fit["retrieval_heads"] = retrieval
+    fit["retrieval_heads"] = None if retrieval is None else [head.to_dict() for head in retrieval]
     calibration = Calibration(preset, mass, ends, shares, settings_of(model).retrieval_heads, made_with(model), fit, {})
     # checked as it will run; a check that breaks off leaves the model without a calibration
     use_calibration(model, calibration)
@@ -121,17 +120,6 @@ def calibrate(
     done = replace(calibration, verified=verified)
     use_calibration(model, done)
     return done
-
-
-def _retrieval_heads(model: PreTrainedModel, windows: Sequence[Window]) -> list[dict[str, Any]] | None:
-    """The heads found and set; None where the settings name some, or stage 1 passes all blocks of the windows on."""
-    settings = settings_of(model)
-    texts = [batch for batch in batches(windows) if repeatable(batch, settings)][:RETRIEVAL_WINDOWS]
-    if settings.retrieval_heads or not texts:
-        return None
-    heads = find_retrieval_heads(model, texts)
-    set_sparse_attention(model, retrieval_heads=[[head.layer, head.head] for head in heads])
-    return [head.to_dict() for head in heads]
 
 
 def failures(calibration: Calibration) -> list[str]:

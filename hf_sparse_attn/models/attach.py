@@ -100,8 +100,8 @@ def attach_routers(model: Any, config: SparseAttentionConfig, device: torch.devi
     modules = {
         name: _make_router(model, name, site, config, layers[name], rotaries, device) for name, site in stock.items()
     }
-    attached = [site.router for site in sites.values() if isinstance(site, SparseAttentionMixin)]
-    check_places(config, [*attached, *modules.values()])
+    sparse = [site.router for name, site in sites.items() if name not in modules]
+    check_places(config, [*sparse, *modules.values()])
     # one for all routers: settings change for the whole model at once
     holder = SettingsHolder(config)
     for name, router in modules.items():

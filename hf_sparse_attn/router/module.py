@@ -103,9 +103,7 @@ class SparseRouter(nn.Module):
 
     @property
     def config(self) -> SparseAttentionConfig:
-        """The settings that this router runs with. Setting them is for a router without a model:
-        of a model they are changed together.
-        """
+        """The settings it runs with. Setting them is for a router without a model: of a model they change together."""
         return self.holder.settings
 
     @config.setter
@@ -114,7 +112,7 @@ class SparseRouter(nn.Module):
 
     @property
     def retrieval_heads(self) -> tuple[int, ...]:
-        """KV heads of this layer that the settings name as retrieval heads, ascending."""
+        """KV heads of this layer that the settings name, ascending."""
         return tuple(head for layer, head in self.config.retrieval_heads if layer == self.layer)
 
     @property
@@ -123,11 +121,9 @@ class SparseRouter(nn.Module):
         return [self.wq, self.wk, self.wq_index, self.wk_index]
 
     def extra_repr(self) -> str:
-        router_dim, index_dim = (
-            self.config.resolved_router_dim(self.head_dim),
-            self.config.resolved_index_dim(self.head_dim),
-        )
-        return f"router_dim={router_dim}, index_dim={index_dim}, layer={self.layer}"  # shapes may be sharded away
+        config, dim = self.config, self.head_dim  # shapes may be sharded away
+        sizes = f"router_dim={config.resolved_router_dim(dim)}, index_dim={config.resolved_index_dim(dim)}"
+        return f"{sizes}, layer={self.layer}"
 
     @torch.no_grad()
     def init_weights(self) -> None:

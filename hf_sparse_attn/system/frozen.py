@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 
-def _refuse_edit(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+def refuse_edit(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
     raise ValueError(
         "config.sparse_attention cannot be edited in place: a model would not notice. Of a model change it with "
         "hf_sparse_attn.set_sparse_attention(model, density=0.25); in a config without a model replace it whole: "
@@ -18,7 +18,7 @@ class FrozenList(list[Any]):
 
     __setitem__ = __delitem__ = __iadd__ = __imul__ = append = extend = insert = remove = pop = clear = sort = (
         reverse
-    ) = _refuse_edit
+    ) = refuse_edit
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (list(self),)
@@ -30,13 +30,7 @@ class FrozenList(list[Any]):
 class FrozenDict(dict[str, Any]):
     """A dict that refuses to be edited."""
 
-    __setitem__ = __delitem__ = __ior__ = update = setdefault = popitem = clear = _refuse_edit
-
-    def pop(self, key: str, *default: Any) -> Any:
-        """As of a dict, as long as that changes nothing:
-        Transformers' ``to_dict`` takes keys out that are not there.
-        """
-        return default[0] if default and key not in self else _refuse_edit(self)
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = refuse_edit
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (dict(self),)

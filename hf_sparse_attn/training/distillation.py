@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..data.model_inputs import NonFiniteError, model_inputs
 from ..models.adapters import active_routers
 from ..models.attach import no_routers, routers
-from ..models.convert import mark_trained, set_sparse_attention
+from ..models.convert import mark_trained
 from ..router.module import SparseRouter
 from ..system.files import write_atomically
 from ..system.progress import bar
@@ -31,7 +31,7 @@ from .config import DistillationConfig, without_target
 from .distiller import Distiller
 from .distributed import from_main, rank_and_size, same_everywhere
 from .passes import backbone
-from .retrieval_heads import RetrievalHead, find_retrieval_heads, repeatable
+from .retrieval_heads import RetrievalHead, name_retrieval_heads
 from .router_state import backbone_hash, load_router_state, router_state
 from .run_identity import batches_hash, differences, model_identity
 
@@ -130,24 +130,9 @@ def distill(
     for router in layer_routers:
         router.fresh = False
     mark_trained(model)
-    report.retrieval_heads = _retrieval_heads(model, todo, config)
+    report.retrieval_heads = name_retrieval_heads(model, todo[::-1], config.retrieval_windows, config.seed)
     report.steps = distiller.batch * config.steps_per_batch
     return report
-
-
-def _retrieval_heads(
-    model: nn.Module, batches: list[dict[str, Tensor]], config: DistillationConfig
-) -> list[RetrievalHead] | None:
-    """The heads found and set; None where the settings name some, or there is nothing to look for them in."""
-    settings = routers(model)[0].config
-    if not config.retrieval_windows or settings.retrieval_heads:
-        return None
-    texts = [batch for batch in batches if repeatable(batch, settings)][-config.retrieval_windows :]
-    if not texts:
-        return None
-    heads = find_retrieval_heads(model, texts, seed=config.seed)
-    set_sparse_attention(model, retrieval_heads=[[head.layer, head.head] for head in heads])
-    return heads
 
 
 def _check_processes(layer_routers: list[SparseRouter], batches: list[dict[str, Tensor]]) -> None:

@@ -262,8 +262,8 @@ class SparseObjective:
         if len(config.anneal) > ("kl_weight" in config.anneal):
             set_sparse_attention(_base(self.model), **config.budget(active_routers(self.model)[0].config, step, steps))
         weight = config.annealed(step, steps).get("kl_weight", config.kl_weight)
-        dense, options = config.is_dense(step), {"decode_tokens": config.decode_tokens}
-        return TrainingForward(config.seed, step, weight, config.kl_tile_share, dense, **options)
+        numbers = (config.seed, step, weight, config.kl_tile_share)
+        return TrainingForward(*numbers, config.is_dense(step), decode_tokens=config.decode_tokens)
 
     def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Groups for an optimiser: the backbone's trainable weights at ``lr``, the routers' at ``router_lr`` without

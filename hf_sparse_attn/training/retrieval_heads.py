@@ -24,7 +24,7 @@ from ..config import SparseAttentionConfig
 from ..data.model_inputs import model_inputs
 from ..models.adapters import active_routers
 from ..models.attach import no_routers
-from ..models.convert import sparse_attention_as
+from ..models.convert import set_sparse_attention, sparse_attention_as
 from ..router.budget import make_plan
 from ..router.module import RoutingInputs, SparseRouter
 from ..router.selection import FeatureMaker
@@ -158,6 +158,22 @@ def find_retrieval_heads(
     ]
     most = max(1, int(MOST_HEADS * len(heads)))
     return [head for head in sorted(heads, key=lambda head: -head.lost)[:most] if head.lost >= LEAST_LOST]
+
+
+def name_retrieval_heads(
+    model: nn.Module, batches: Sequence[Mapping[str, Any]], windows: int, seed: int = 0
+) -> list[RetrievalHead] | None:
+    """Find them in the first ``windows`` of ``batches`` that serve, and write them into the settings of ``model``.
+
+    None where the settings name some already, or no batch serves.
+    """
+    config = active_routers(model)[0].config
+    texts = [] if config.retrieval_heads else [batch for batch in batches if repeatable(batch, config)][:windows]
+    if not texts:
+        return None
+    heads = find_retrieval_heads(model, texts, seed=seed)
+    set_sparse_attention(model, retrieval_heads=[[head.layer, head.head] for head in heads])
+    return heads
 
 
 def repeatable(batch: Mapping[str, Any], config: SparseAttentionConfig) -> bool:

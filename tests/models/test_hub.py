@@ -88,7 +88,7 @@ model.save_pretrained(work / "saved-and-pushed", push_to_hub=True, repo_id="me/s
                       commit_message="both at once")
 
 shares = {0: ((0.5, 1.0),), 1: ((0.25, 0.5),)}
-hf_sparse_attn.use_calibration(model, Calibration(None, 0.9, (64,), shares, made_with(model), {}, {}))
+hf_sparse_attn.use_calibration(model, Calibration(None, 0.9, (64,), shares, (), made_with(model), {}, {}))
 model.push_to_hub("me/calibrated")
 hf_sparse_attn.remove_calibration(model)
 
