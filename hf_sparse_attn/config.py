@@ -6,9 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
-
-from .system.frozen import FrozenDict, FrozenList, refuse_edit
+from typing import Any, NoReturn
 
 IGNORE_INDEX = -100  # label of a token that has no loss
 KEY = "sparse_attention"  # of a Transformers config, under which the settings stand
@@ -85,9 +83,6 @@ class SparseAttentionConfig:
     def __post_init__(self) -> None:
         if isinstance(self.dense_layers, list):
             object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
-        if isinstance(self.retrieval_heads, (list, tuple)):
-            pairs = (tuple(pair) if isinstance(pair, list) else pair for pair in self.retrieval_heads)
-            object.__setattr__(self, "retrieval_heads", tuple(pairs))
         if isinstance(self.bookkeeping, Mapping):
             _check_names(self.bookkeeping, Bookkeeping, "sparse_attention.bookkeeping")
             object.__setattr__(self, "bookkeeping", Bookkeeping(**self.bookkeeping))
@@ -113,8 +108,7 @@ class SparseAttentionConfig:
             self._refuse("dense_layers", "layer indices >= 0")
         if any(not 0 <= number <= MOST_FEATURES for pair in self.retrieval_heads for number in pair):
             self._refuse("retrieval_heads", "pairs of a layer index and a KV head, both >= 0")
-        # one order and no repetition: equal settings compare equal
-        object.__setattr__(self, "retrieval_heads", tuple(sorted(set(self.retrieval_heads))))
+        object.__setattr__(self, "retrieval_heads", tuple(sorted({(int(a), int(b)) for a, b in self.retrieval_heads})))
         if self.min_keys < self.forced_keys:
             self._refuse(
                 "min_keys",
@@ -138,7 +132,8 @@ class SparseAttentionConfig:
                 if not isinstance(value, tuple) or not all(type(layer) is int for layer in value):
                     self._refuse(f.name, "a list of layer indices")
             elif f.name == "retrieval_heads":
-                if not isinstance(value, tuple) or not all(_is_pair(pair) for pair in value):
+                pairs = value if isinstance(value, list | tuple) else [()]
+                if not all(isinstance(p, list | tuple) and [type(n) for n in p] == [int, int] for p in pairs):
                     self._refuse(f.name, "a list of pairs [layer, KV head]")
             elif value is None and f.name in optional:
                 continue
@@ -149,25 +144,9 @@ class SparseAttentionConfig:
     def forced_keys(self) -> int:
         """Most keys that the forced links of one tile can hold, in whole blocks."""
         sink = -(-self.sink // self.block_size)
-        return self.block_size * (sink + max(self._near_blocks(self.query_tile), self._near_blocks(1)))
+        return self.block_size * (sink + max(self.near_blocks(self.query_tile), self.near_blocks(1)))
 
-    def check_two_sided(self) -> None:
-        """Raise ValueError if ``min_keys`` is less than the keys that a bidirectional layer forces:
-        ``local`` on both sides.
-        """
-        blocks = (
-            -(-self.sink // self.block_size)
-            + 2 * self._near_blocks(self.query_tile)
-            - self.query_tile // self.block_size
-            + 1
-        )
-        if self.min_keys < blocks * self.block_size:
-            self._refuse(
-                "min_keys",
-                f">= {blocks * self.block_size} for a bidirectional model, whose local keys are forced on both sides",
-            )
-
-    def _near_blocks(self, query_tile: int) -> int:
+    def near_blocks(self, query_tile: int) -> int:
         """Most blocks that ``local`` tokens and a tile of ``query_tile`` touch together."""
         # n tokens at any offset touch at most ⌊(n + S − 2) / S⌋ + 1 blocks of S
         span = self.local + query_tile
@@ -231,8 +210,44 @@ class SparseAttentionConfig:
         return value if isinstance(value, SparseAttentionConfig) else cls.from_dict(value)
 
 
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and all(type(number) is int for number in value)
+def _refuse_edit(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+    raise ValueError(
+        "config.sparse_attention cannot be edited in place: a model would not notice. Of a model change it with "
+        "hf_sparse_attn.set_sparse_attention(model, density=0.25); in a config without a model replace it whole: "
+        'config.sparse_attention = {**config.sparse_attention, "density": 0.25}'
+    )
+
+
+class FrozenList(list[Any]):
+    """A list that refuses to be edited."""
+
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = append = extend = insert = remove = pop = clear = sort = (
+        reverse
+    ) = _refuse_edit
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (list(self),)
+
+    def __deepcopy__(self, memo: Any) -> FrozenList:
+        return self
+
+
+class FrozenDict(dict[str, Any]):
+    """A dict that refuses to be edited."""
+
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = popitem = clear = _refuse_edit
+
+    def pop(self, key: str, *default: Any) -> Any:
+        """As of a dict, as long as that changes nothing:
+        Transformers' ``to_dict`` takes keys out that are not there.
+        """
+        return default[0] if default and key not in self else _refuse_edit(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)
+
+    def __deepcopy__(self, memo: Any) -> FrozenDict:
+        return self
 
 
 class SettingsHolder:
@@ -257,12 +272,6 @@ class StoredSettings(FrozenDict):
         }
         super().__init__({**values, **frozen})
         self.settings, self.in_use = settings, in_use
-
-    def pop(self, key: str, *default: Any) -> Any:
-        """As of a dict, as long as that changes nothing:
-        Transformers' ``to_dict`` takes keys out that are not there.
-        """
-        return default[0] if default and key not in self else refuse_edit(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.settings, self.in_use)

@@ -16,6 +16,7 @@ from ..architectures.class_factory import accepted_names, make_class, makes
 from ..attention.custom_op import know_layer
 from ..attention.interface import SparseAttentionMixin
 from ..config import SettingsHolder, SparseAttentionConfig
+from ..router.budget import check_two_sided
 from ..router.module import SparseRouter
 from ..router.rotary import Rotary, find_rotary
 from .layer_numbers import number_layers, sparse_sites
@@ -163,7 +164,7 @@ def _make_router(
     refuse_features(site)
     # local keys are forced on both sides of a tile: more than the config counted when it was made
     if not getattr(site, "is_causal", True):
-        config.check_two_sided()
+        check_two_sided(config)
     architecture = SUPPORTED[site.config.model_type]
     heads, groups, head_dim = _shape(site)
     rotary = _rotary(model, name, site, architecture)

@@ -61,6 +61,19 @@ def _two_sided_budget(
     return TileBudget(sink, near, last, eligible, free, min(eligible, math.ceil(config.candidate_factor * budget)))
 
 
+def check_two_sided(config: SparseAttentionConfig) -> None:
+    """Raise ValueError if ``min_keys`` is less than the keys that a bidirectional layer forces: ``local`` on both
+    sides.
+    """
+    size, tile = config.block_size, config.query_tile
+    forced = size * (-(-config.sink // size) + 2 * config.near_blocks(tile) - tile // size + 1)
+    if config.min_keys < forced:
+        raise ValueError(
+            f"sparse_attention.min_keys is {config.min_keys}: must be >= {forced} for a bidirectional model, whose "
+            "local keys are forced on both sides"
+        )
+
+
 @lru_cache(maxsize=256)  # every layer of a model asks for the same one, unless each has its own ``heads``
 def make_plan(
     config: SparseAttentionConfig, grid: TileGrid, device: torch.device | str = "cpu", heads: HeadBudgets | None = None

@@ -15,8 +15,8 @@ PACKAGE, KERNELS = ROOT / "hf_sparse_attn", ROOT / "kernels/torch-ext/hf_sparse_
 
 # the rooms of the package: each may import from those above it only
 LAYERS = (
-    ("system",),
     ("config",),
+    ("system",),
     ("architectures",),
     ("router",),
     ("attention",),
