@@ -52,9 +52,10 @@ class TileFeatures:
             queries=self.queries[:, :, which],
         )
 
-    def of_heads(self, heads: list[int]) -> TileFeatures:
-        """What stage 2 scores of some KV heads."""
-        return replace(self, queries=self.queries[:, heads], keys=self.keys[:, heads], exhaustive=())
+    def of_head(self, head: int) -> TileFeatures:
+        """What stage 2 scores of one KV head: views."""
+        which = slice(head, head + 1)
+        return replace(self, queries=self.queries[:, which], keys=self.keys[:, which], exhaustive=())
 
 
 # s_b = log Σ_r exp(ρ_r · κ_b) chooses the candidates; m_b = mean_i Σ_{j ∈ b} softmax_j(q_i · k_j) over
@@ -126,12 +127,11 @@ def stage_two_mass(
         return by_block(mass_of_blocks(features, plan, tiles, blocks, scratch, impl), blocks, plan.grid.blocks)
 
     mass = mass_of(features, plan.best(coarse, tiles, plan.candidates[tiles]))
-    if features.exhaustive:
-        heads = list(features.exhaustive)
+    for head in features.exhaustive:
         mask = plan.eligible_mask(tiles)[:, : coarse.shape[-1]]
         block = torch.arange(mask.shape[1], device=tiles.device, dtype=torch.int64)
-        every = torch.where(mask, block, -1).expand(len(coarse), len(heads), -1, -1)
-        mass[:, heads] = mass_of(features.of_heads(heads), every)
+        every = torch.where(mask, block, -1).expand(len(coarse), 1, -1, -1)
+        mass[:, head : head + 1] = mass_of(features.of_head(head), every)
     return mass
 
 
