@@ -126,7 +126,7 @@ def test_the_operators_pass_opcheck(layer, make_router, routing_inputs):
     plan, tiles = make_plan(router.config, inputs.grid(16, 16)), torch.arange(15)
     with torch.no_grad():
         f = FeatureMaker(router, inputs, plan.grid).features(tiles)
-    features = (f.coarse_queries, f.real, f.router_keys, f.queries, f.reps, f.keys, tiles)
+    features = (f.coarse_queries, f.real, f.router_keys, f.queries, f.reps, f.keys, tiles, [0])
     torch.library.opcheck(
         ops.select.default,
         (*features, 230, 16, 16, plan.sink, plan.columns, plan.width, plan.threshold),

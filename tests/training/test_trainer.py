@@ -235,8 +235,8 @@ def test_an_optimiser_of_the_user_stays_as_it_is(model, rows, tmp_path):
 def test_budgets_and_the_weight_of_the_kl_are_annealed(model, rows, tmp_path, monkeypatch):
     created, original = [], objective.TrainingForward.__init__
 
-    def note(self, *values):
-        original(self, *values)
+    def note(self, *values, **options):
+        original(self, *values, **options)
         created.append(
             (self.step, round(self.kl_weight, 4), routers(model)[0].config.density, routers(model)[0].config.min_keys)
         )
