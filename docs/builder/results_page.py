@@ -29,7 +29,8 @@ TOPICS: dict[str, dict[str, str]] = {  # topic -> file: title
     "Lookups": {
         "needles": "Hidden numbers, without training of the model",
         "ruler": "RULER, after training on it",
-        "lm_eval_niah": "Needles by lm-evaluation-harness",
+        "lm_eval_niah_single": "A needle by lm-evaluation-harness",
+        "lm_eval_niah": "Needles by lm-evaluation-harness, before retrieval heads",
         "lm_eval_ruler": "RULER by lm-evaluation-harness",
         "longlink": "Planted links",
         "longlink_seed_1": "Planted links, seed 1",
