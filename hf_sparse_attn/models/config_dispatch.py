@@ -6,7 +6,7 @@ Of a composite model, which has a text part beside others, only the text part is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -20,6 +20,17 @@ from ..config import ATTN_IMPLEMENTATION, KEY, SparseAttentionConfig, StoredSett
 from ..router.module import SparseRouter
 
 PREFIX = "Sparse"  # of the names of sparse classes
+
+
+def _asked(
+    value: SparseAttentionConfig | Mapping[str, Any], saved: SparseAttentionConfig | Mapping[str, Any]
+) -> SparseAttentionConfig:
+    """The settings ``value`` in place of those of a checkpoint. Retrieval heads that it was ``saved`` with were found
+    with its routers: they stay unless ``value`` names others, or ``"retrieval_heads": []``.
+    """
+    settings, found = SparseAttentionConfig.coerce(value), SparseAttentionConfig.coerce(saved).retrieval_heads
+    named = settings.retrieval_heads or (isinstance(value, Mapping) and "retrieval_heads" in value)
+    return settings if named else settings.changed(retrieval_heads=found)
 
 
 class Dispatcher(type):
@@ -51,7 +62,7 @@ class Dispatcher(type):
         """As `PreTrainedConfig.from_dict`."""
         chosen = cls.choose(config_dict, kwargs)
         if kwargs.get(KEY) is not None:  # a nested config object is not JSON; the stock code expects plain values
-            kwargs[KEY] = SparseAttentionConfig.coerce(kwargs[KEY]).to_dict()
+            kwargs[KEY] = _asked(kwargs[KEY], config_dict.get(KEY) or {}).to_dict()
             config_dict = {**config_dict, KEY: kwargs[KEY]}
         return chosen.from_dict(config_dict, **kwargs)
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import AutoModelForCausalLM
 
 from hf_sparse_attn import DistillationConfig, distill, load_adapter, lora_config, set_sparse_attention
 from hf_sparse_attn.config import SparseAttentionConfig
@@ -152,3 +153,15 @@ def test_an_adapter_brings_the_heads_of_its_routers(model, sparse_llama, real_bu
     # what the base model names itself holds
     own = load_adapter(base(retrieval_heads=[[1, 1]]), tmp_path / "adapter")
     assert own.config.sparse_attention["retrieval_heads"] == [[1, 1]]
+
+
+def test_other_settings_at_loading_leave_the_heads_of_the_routers(model, real_budget, tmp_path):
+    set_sparse_attention(model, retrieval_heads=[[1, 0]])
+    model.save_pretrained(tmp_path)
+
+    def heads(**settings):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, sparse_attention={**real_budget, **settings})
+        return loaded.config.sparse_attention["retrieval_heads"]
+
+    assert heads(min_keys=128) == [[1, 0]]
+    assert heads(retrieval_heads=[[0, 0]]) == [[0, 0]] and heads(retrieval_heads=[]) == []
