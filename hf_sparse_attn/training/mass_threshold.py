@@ -237,7 +237,6 @@ def fit_threshold(
     return threshold, histogram
 
 
-@torch.no_grad()
 def fit_mass_threshold(
     model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, keys: int | None = None, first: int = 0
 ) -> MassFit:

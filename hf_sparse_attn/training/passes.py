@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..architectures import SUPPORTED
@@ -19,8 +20,9 @@ def backbone(model: nn.Module) -> Any:
     return getattr(model, "base_model", model) if SUPPORTED[config.model_type].hands_on else model
 
 
+@torch.no_grad()
 def run_sparse(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], call: SparseCall) -> None:
-    """Forward passes over ``batches`` with ``call``. Gradients are as the caller has them."""
+    """Forward passes over ``batches`` with ``call``, without gradients."""
     device = next(model.parameters()).device
     training = model.training
     model.eval()

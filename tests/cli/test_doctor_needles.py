@@ -7,13 +7,14 @@ import shutil
 
 import pytest
 import torch
+from helpers.cli_messages import message_of
 from helpers.finding_model import byte_tokenizer, finding_model, word_tokenizer_of
 from huggingface_hub import ModelCard
 from transformers import T5Config
 from typer.testing import CliRunner
 
 from hf_sparse_attn import sparsify
-from hf_sparse_attn.cli.commands import app, guarded
+from hf_sparse_attn.cli.commands import app
 from hf_sparse_attn.data.planted_facts import haystacks
 
 TEXT = "It was said by them who went on that nothing came back. " * 400
@@ -44,14 +45,6 @@ def invoke(*arguments):
     done = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False, env={"COLUMNS": "60"})
     assert done.exit_code == 0
     return done
-
-
-def message_of(capsys, *arguments):
-    assert guarded(lambda: app([str(a) for a in arguments], standalone_mode=False)) == 1
-    captured = capsys.readouterr()
-    message = captured.err[captured.err.index("error: ") :]
-    assert captured.out == "" and message.count("\n") == 1
-    return message
 
 
 def test_the_verdict_is_one_line_and_the_json_holds_every_figure(folder, text, tmp_path):

@@ -10,11 +10,12 @@ import sys
 
 import numpy as np
 import pytest
+from helpers.cli_messages import message_of
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from hf_sparse_attn.cli.commands import app, guarded
+from hf_sparse_attn.cli.commands import app
 from hf_sparse_attn.evaluation.baselines import selector_names, unregister_selector
 
 SMALL = (
@@ -60,16 +61,6 @@ def distilled(llama_folder, text, tmp_path_factory):
     done = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return out / "sparse", json.loads((out / "report.json").read_text())
-
-
-def message_of(capsys, *arguments):
-    """What a user sees for a mistake: standard error of one paragraph, exit code 1, nothing on standard output."""
-    assert guarded(lambda: app([str(a) for a in arguments], standalone_mode=False)) == 1
-    captured = capsys.readouterr()
-    # after what transformers says while it loads, which `main` silences
-    message = captured.err[captured.err.index("error: ") :]
-    assert captured.out == "" and message.count("\n") == 1
-    return message
 
 
 def test_doctor_prints_json_on_standard_output(invoke):

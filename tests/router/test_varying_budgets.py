@@ -451,3 +451,15 @@ def test_as_many_blocks_hold_more_mass_by_a_threshold_than_by_a_uniform_budget(r
     assert int(kept.sum()) == count + int(((result.every.indices >= 0) & ~result.free)[:, :, result.counted].sum())
     forced = result.every.scores[~result.free & (result.every.indices >= 0) & result.counted[:, None]].sum()
     assert varying.scores[kept].sum() - forced > 1.02 * uniform
+
+
+def test_passes_that_observe_keep_no_graph(sparse_llama, real_budget, token_ids):
+    """A graph of every window would fill the memory; the caller's own mode stays."""
+
+    class Modes(SparseCall):
+        def on_document(self, router, inputs):
+            modes.append((torch.is_grad_enabled(), model.training))
+
+    model, modes = sparse_llama(real_budget).train(), []
+    run_sparse(model, [{"input_ids": token_ids(1, 160)}], Modes())
+    assert set(modes) == {(False, False)} and torch.is_grad_enabled() and model.training
