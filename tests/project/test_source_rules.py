@@ -25,6 +25,7 @@ LAYERS = (
     ("training",),
     ("benchmarks",),
     ("evaluation",),
+    ("industry",),
     ("experiments",),
     ("cli",),
 )

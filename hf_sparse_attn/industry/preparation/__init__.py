@@ -1,0 +1,1 @@
+"""Exports of a plant -> a tidy dataset with provenance, and a report on its health."""
