@@ -49,7 +49,7 @@ class Quality:
     def __post_init__(self) -> None:
         object.__setattr__(self, "budgets", tuple(self.budgets))
         object.__setattr__(self, "selections", tuple(self.selections))
-        known = (*selector_names(), *FITTED)
+        known = (*selector_names(every=True), *FITTED)
         unknown = sorted(set(self.selections) - set(known))
         if unknown:
             hint = retired(unknown, "quality.selections")
@@ -209,7 +209,9 @@ def _checked_recipe(values: dict[str, Any], smoke: bool, network: bool) -> Recip
             f"minutes is {recipe.minutes}: only runs of task causal_lm are sized by time, this is of task {recipe.task}"
         )
     if recipe.task == "questions" and any(entry.is_fitted for entry in recipe.quality):
-        raise RecipeError(f"quality.selections of the task 'questions' must be of {', '.join(selector_names())}")
+        raise RecipeError(
+            f"quality.selections of the task 'questions' must be of {', '.join(selector_names(every=True))}"
+        )
     return recipe
 
 

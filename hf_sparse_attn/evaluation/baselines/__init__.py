@@ -5,6 +5,7 @@ A selector of one's own is a class beside these: derive it from `BlockSelector`,
 
 from .block_selector import BlockSelector, ScoringCall, SelectorError
 from .equal_budget import selection_calls
+from .first_stages import FirstStage, MeanAndSpread, MeansOfFour, NoFirstStage, PooledStage, SampledQueries, SignBits
 from .key_bounds import MeanStd, MinMax, QuerySelector
 from .reference_selectors import ORACLE_TILES, Oracle, RandomBlocks, WindowAndSink
 from .registry import make_selectors, register_selector, selector_names, unregister_selector
@@ -12,18 +13,27 @@ from .router_selectors import MeanPool, StageOne, TwoStages, Untrained
 
 for _selector in (Oracle, TwoStages, StageOne, Untrained, MeanPool, MinMax, MeanStd, WindowAndSink, RandomBlocks):
     register_selector(_selector)  # in the order of tables
+for _selector in (PooledStage, MeansOfFour, MeanAndSpread, SignBits, NoFirstStage):
+    register_selector(_selector)  # compared where they are named
 
 __all__ = [
     "ORACLE_TILES",
     "BlockSelector",
+    "FirstStage",
+    "MeanAndSpread",
     "MeanPool",
     "MeanStd",
+    "MeansOfFour",
     "MinMax",
+    "NoFirstStage",
     "Oracle",
+    "PooledStage",
     "QuerySelector",
     "RandomBlocks",
+    "SampledQueries",
     "ScoringCall",
     "SelectorError",
+    "SignBits",
     "StageOne",
     "TwoStages",
     "Untrained",

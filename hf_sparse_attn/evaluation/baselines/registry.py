@@ -51,13 +51,16 @@ def unregister_selector(name: str) -> None:
     del _classes[_known(name)]
 
 
-def selector_names() -> tuple[str, ...]:
-    """The names of all selectors, in the order of tables."""
-    return tuple(_classes)
+def selector_names(*, every: bool = False) -> tuple[str, ...]:
+    """The names of the selectors that evaluations compare, in the order of tables.
+
+    ``every``: also of those with a true ``on_request``, which are compared only where they are named.
+    """
+    return tuple(name for name, selector in _classes.items() if every or not getattr(selector, "on_request", False))
 
 
 def make_selectors(names: Iterable[str] | None = None) -> dict[str, Selector]:
-    """Selectors by name, in this order; all of them without ``names``.
+    """Selectors by name, in this order; without ``names`` those of `selector_names`.
 
     Raises:
         SelectorError: a name is unknown.

@@ -18,7 +18,7 @@ from ...data.sources import SourceError, local_model, model_licence
 from ...data.text_documents import read_documents
 from ...data.training_data import training_rows
 from ...data.windows import batches, token_windows
-from ...evaluation.baselines import make_selectors
+from ...evaluation.baselines import make_selectors, selector_names
 from ...evaluation.quality import WindowResult, evaluate_windows, window_losses
 from ...evaluation.statistics import quality_table
 from ...system.files import write_json
@@ -232,7 +232,7 @@ class LanguageRun(TrainingRun):
         """Every window of the recipe's quality entries under every selection; continues after a stop."""
         partial = self.state / f"{name}.partial.json"
         done = [WindowResult(**r) for r in json.loads(partial.read_text())] if partial.exists() else []
-        selectors, varying = make_selectors(), []
+        selectors, varying = make_selectors(selector_names(every=True)), []
         for entry in self.recipe.quality:
             windows = self._eval_windows(entry.length, entry.windows)
             fitted = self._fitted(model, entry) if entry.is_fitted else None
