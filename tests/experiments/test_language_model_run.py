@@ -482,3 +482,4 @@ def test_questions_are_a_task(write_recipe, tmp_path):
             (80, "window + sink", 2),
         ]
     assert "## Answers that stand far back" in (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "log-loss of answers above dense" in (tmp_path / "run" / "report.html").read_text()

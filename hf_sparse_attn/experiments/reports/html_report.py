@@ -11,7 +11,7 @@ import yaml
 from ...system.files import write_text
 from .figures import Rows, quality_plots, speed_plot, training_plot
 from .rendering import render
-from .study_figures import ablation_plot, budget_plot, distance_plot, noise_plot, share_plot
+from .study_figures import ablation_plot, answer_plot, budget_plot, distance_plot, noise_plot, share_plot
 from .words import explained
 
 
@@ -26,6 +26,7 @@ def write_report(path: str | Path, results: dict[str, Any]) -> None:
         **quality_plots(table),
         "training": training_plot(results["distill"]["log"]),
         "speed": speed_plot(results["speed"]) if results["speed"].get("model") else None,
+        "answers": answer_plot(results["quality"]["answers"]) if "answers" in results["quality"] else None,
     }
     _write(path, "report.html", r=results, table_rows=table, words=_names(table), plots=plots, **_origin(results))
 

@@ -39,6 +39,33 @@ def ablation_plot(table: Rows) -> str:
     return figure(draw, width=11, height=1 + 0.26 * len(rows), columns=2)
 
 
+def answer_plot(answers: Rows) -> str:
+    """Log-loss of answers above dense attention's with its interval, by selection, a mark for each task."""
+    sparse = [row for row in answers if row["keys"] is not None]
+    names = list(dict.fromkeys((row["selection"], row["keys"], row["length"]) for row in sparse))
+    tasks = list(dict.fromkeys(row["task"] for row in sparse))
+    # budgets and lengths are named where there are several
+    several = [len({row[key] for row in sparse}) > 1 for key in ("keys", "length")]
+    labels = [name + f", {keys} keys" * several[0] + f" of {length}" * several[1] for name, keys, length in names]
+
+    def draw(axis: Any) -> None:
+        for at, task in enumerate(tasks):
+            rows = [row for row in sparse if row["task"] == task]
+            # the first selection stands at the top, the tasks of one close together
+            y = [-names.index((r["selection"], r["keys"], r["length"])) - 0.5 * at / len(tasks) for r in rows]
+            above = [row["loss_above_dense"] for row in rows]
+            line = axis.plot([a["mean"] for a in above], y, "os^Dv<>"[at % 7], ms=4, label=task)[0]
+            axis.hlines(y, [a["low"] for a in above], [a["high"] for a in above], color=line.get_color(), lw=1.5)
+        axis.axvline(0, color="#444444", lw=0.8)
+        axis.set_xscale("symlog", linthresh=0.1)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set_xlabel("log-loss of the answer above dense attention's (nats a token)")
+        axis.set_yticks([-at - 0.2 for at in range(len(names))], labels)
+        legend(axis, 4)
+
+    return figure(draw, height=1.4 + (0.25 + 0.1 * len(tasks)) * len(names))
+
+
 def distance_plot(answers: Rows) -> str:
     """Normalised accuracy of a LongLink study against the distance of the links, by selection."""
 
