@@ -65,8 +65,7 @@ class SparseCall:
     Args:
         dense: attend densely in every layer (`on_layer` and `on_document` are still called).
         selector: makes the selections instead of the layer's router.
-        decode_from: content position from which queries are routed singly (tiles of 1), as cached decoding does; a
-            negative one counts from the end of each document.
+        decode_from: content position from which queries are routed singly (tiles of 1), as cached decoding does.
 
     Raises:
         TypeError: a function is given for what is a method, a class or a name for a selector, or a subclass is a

@@ -290,7 +290,6 @@ def query_spans(router: SparseRouter, inputs: RoutingInputs, decode_from: int | 
     tile = router.config.query_tile
     if q_len < kv_len and q_len < tile:
         return [(0, q_len, 1)]
-    # decode_from counts from the document's first token, as its keys do, or back from its end
-    start = kv_len if decode_from is None else decode_from if decode_from >= 0 else kv_len + decode_from
-    cut = min(max(start - (kv_len - q_len), 0), q_len)
+    # decode_from counts from the document's first token, as its keys do
+    cut = q_len if decode_from is None else min(max(decode_from - (kv_len - q_len), 0), q_len)
     return [span for span in ((0, cut, tile), (cut, q_len, 1)) if span[0] < span[1]]

@@ -110,8 +110,6 @@ class SparseTrainingConfig:
     kl_tile_share: int = 16  # the KL is computed on one query tile in this many
     # every this-many-th step runs dense, so that gradients reach links that would be cut; 0 = none, 1 = all
     dense_every: int = 4
-    # last tokens of each document that are routed singly in sparse steps, as decoding routes them; 0 = none
-    decode_tokens: int = 0
     anneal: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # e.g. {"density": [1.0, 0.125]}: from, to
     anneal_share: float = 0.5  # the share of all steps after which annealing is done
     seed: int = 0
@@ -122,7 +120,7 @@ class SparseTrainingConfig:
         for name in ("router_lr", "kl_tile_share", "anneal_share"):
             if not getattr(self, name) > 0:
                 self._refuse(name, "> 0")
-        for name in ("kl_weight", "dense_every", "decode_tokens", "seed"):
+        for name in ("kl_weight", "dense_every", "seed"):
             if not getattr(self, name) >= 0:
                 self._refuse(name, ">= 0")
         if self.anneal_share > 1:

@@ -89,9 +89,8 @@ class TrainingForward(SparseCall):
         tile_share: int,
         dense: bool,
         selector: Selector = learned_selector,
-        decode_tokens: int = 0,
     ) -> None:
-        super().__init__(dense=dense, selector=selector, decode_from=-decode_tokens or None)
+        super().__init__(dense=dense, selector=selector)
         self.seed, self.step, self.kl_weight, self.tile_share = seed, step, kl_weight, tile_share
         # by the module: copies of a layer can share its number
         self.layers: dict[SparseRouter, _Layer] = {}
@@ -135,9 +134,7 @@ class TrainingForward(SparseCall):
         layer.tokens += tokens
         # documents count by their tokens: the backward pass divides the sum of gradients by all of them
         layer.carried.weight = layer.tokens
-        # single queries in every second step, where such are routed
-        single = self.decode_from is not None and self.step % 2 == 1
-        query_tile = 1 if single else router.config.query_tile
+        query_tile = router.config.query_tile
         plan = make_plan(router.config, inputs.grid(query_tile, router.config.block_size), inputs.q.device)
         # rounded up: a document with something to select has at least one tile
         count = -(-int(plan.open.sum()) // self.tile_share)
@@ -262,8 +259,7 @@ class SparseObjective:
         if len(config.anneal) > ("kl_weight" in config.anneal):
             set_sparse_attention(_base(self.model), **config.budget(active_routers(self.model)[0].config, step, steps))
         weight = config.annealed(step, steps).get("kl_weight", config.kl_weight)
-        numbers = (config.seed, step, weight, config.kl_tile_share)
-        return TrainingForward(*numbers, config.is_dense(step), decode_tokens=config.decode_tokens)
+        return TrainingForward(config.seed, step, weight, config.kl_tile_share, config.is_dense(step))
 
     def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Groups for an optimiser: the backbone's trainable weights at ``lr``, the routers' at ``router_lr`` without

@@ -46,19 +46,6 @@ def test_a_dense_call_selects_nothing(sparse_llama, real_budget, token_ids):
     assert {name for name, _ in call.calls} == {"on_layer", "on_document"}
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("back", [1, 40, 1000])
-def test_a_negative_decode_from_counts_from_the_end_of_each_document(sparse_llama, real_budget, token_ids, back):
-    model = sparse_llama(real_budget, noise=0.1).eval()
-    ids, lengths = token_ids(1, 360), (160, 200)
-    positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    got = model(ids, position_ids=positions, use_cache=False, sparse_call=SparseCall(decode_from=-back)).logits
-    for document, logits in zip(ids.split(lengths, 1), got.split(lengths, 1), strict=True):
-        call = SparseCall(decode_from=max(document.shape[1] - back, 0))
-        want = model(document, use_cache=False, sparse_call=call).logits
-        torch.testing.assert_close(logits, want, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("name", "hint"),
     [("observer", "observer is a method, on_document"), ("dens", "supported: dense, selector, decode_from")],

@@ -211,7 +211,8 @@ def test_a_selector_that_cannot_be_registered_is_refused(selector, message):
 
 def test_an_unknown_name_is_refused_with_those_there_are(registered):
     with pytest.raises(
-        SelectorError, match=r"no selector 'quset'; known: oracle, two stages, .*random, .*, last keys\. One of your own"
+        SelectorError,
+        match=r"no selector 'quset'; known: oracle, two stages, .*random, .*, last keys\. One of your own",
     ):
         make_selectors(["oracle", "quset"])
     with pytest.raises(SelectorError, match="no selector 'quset'"):

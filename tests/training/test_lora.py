@@ -10,10 +10,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_sparse_attn import SparseCall, SparseTrainingConfig, routers
+from hf_sparse_attn import routers
 from hf_sparse_attn.attention import layer
 from hf_sparse_attn.system.locks import FolderInUseError, sole_use
-from hf_sparse_attn.training import objective, router_loss
 from hf_sparse_attn.training.config import AdaptationConfig
 from hf_sparse_attn.training.lora import adapt, add_lora
 from hf_sparse_attn.training.objective import SparseObjective, TrainingForward
@@ -129,22 +128,6 @@ def test_task_and_kl_reach_separate_weights(model, batches, dense, checkpointing
         and 0 < statistics.kept_mass <= 1
         and statistics.density == (1.0 if dense else pytest.approx(0.727, abs=1e-3))
     )
-
-
-def test_the_last_tokens_are_trained_as_decoding_routes_them(model, token_ids, monkeypatch):
-    tiles = []
-    monkeypatch.setattr(objective, "tile_loss", lambda *args: tiles.append(args[2]) or router_loss.tile_loss(*args))
-    ids = token_ids(1, 160)
-    for step, tile in ((0, model.config.sparse_attention["query_tile"]), (1, 1)):
-        forward = SparseObjective(model, SparseTrainingConfig(decode_tokens=40, dense_every=0)).forward(step, 2)
-        got = model(ids, use_cache=False, sparse_call=forward).logits
-        assert set(tiles) == {tile} and forward.kl_loss() > 0
-        tiles.clear()
-        with torch.no_grad():
-            want = model(ids, use_cache=False, sparse_call=SparseCall(decode_from=120)).logits
-            other = model(ids, use_cache=False).logits
-        torch.testing.assert_close(got, want)
-        assert not torch.equal(want[:, 120:], other[:, 120:])
 
 
 def test_windows_that_fit_the_budget_still_train_the_backbone(model, token_ids):
@@ -348,7 +331,7 @@ def test_impossible_settings_are_refused(name, value):
         AdaptationConfig(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["kl_weight", "dense_every", "decode_tokens", "seed"])
+@pytest.mark.parametrize("name", ["kl_weight", "dense_every", "seed"])
 def test_negative_settings_are_refused(name):
     with pytest.raises(ValueError, match=rf"lora\.{name} is -1: must be >= 0"):
         AdaptationConfig(**{name: -1})
