@@ -67,6 +67,4 @@ def byte_tokenizer():
         show_progress=False,
     )
     tokenizer.train_from_iterator([text for _, _, _, text, *_ in log_lines(40)], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token=CONTROL
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token=CONTROL)

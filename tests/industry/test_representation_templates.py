@@ -45,20 +45,19 @@ PLANT = pl.DataFrame(log_lines(400), schema=EVENTS, orient="row")
         ("opened /var/log/a.log twice", "opened <*> twice"),
         ("read/write/exec double-hummer", "read/write/exec double-hummer"),
         ("x=-3.5,y=2 -7", "x=<*>,y=<*> <*>"),
-        ("温度-5℃ ３.５MPa", "温度<*>℃ <*>MPa"),
+        ("温度-5℃ ３.５MPa", "温度 <*>℃ <*>MPa"),
+        ("安全装置がポンプ3号機で作動", "安全 装置 が ポンプ <*> 号機 で 作動"),
         ("a literal <*> stays one", "a literal <*> stays one"),
         ("", ""),
     ],
 )
-def test_what_varies_is_masked_and_words_stay_as_many(text, expected):
-    frame = lines(text)
-    line = frame.select(masked(MinerSettings().mask))["masked"][0]
-    assert line == expected
-    assert len(line.split()) == len(text.split())
+def test_what_varies_is_masked_and_scripts_without_spaces_get_words(text, expected):
+    line = lines(text).select(masked(MinerSettings().mask))["masked"][0]
+    assert line.split() == expected.split()
 
 
 def test_a_frozen_miner_never_renumbers_and_unseen_lines_are_unknown():
-    miner = TemplateMiner.fit(PLANT)
+    miner = TemplateMiner.fit(PLANT.lazy())
     first = miner.assign(PLANT)
     assert templates(miner)[0] == "valve <*> opened" and len(miner.templates) == 4
     unseen = miner.assign(lines("quite another line about nothing", "short", "", "valve 9999 opened"))
@@ -68,10 +67,10 @@ def test_a_frozen_miner_never_renumbers_and_unseen_lines_are_unknown():
     assert set(first["match"]) == {Match.EXACT.value}
 
 
-@given(st.lists(st.text(max_size=30), max_size=30))
+@given(st.lists(st.text(max_size=30) | st.text("ab ", max_size=9), max_size=60))
 def test_every_line_of_the_training_data_has_its_template_in_any_batch(texts):
     frame = lines(*texts)
-    miner = TemplateMiner.fit(frame)
+    miner = TemplateMiner.fit(frame.lazy())
     whole = miner.assign(frame)
     assert set(whole["match"]) <= {Match.EXACT.value}
     alone = [TemplateMiner.from_dict(miner.to_dict()).assign(lines(text))["number"][0] for text in texts]
@@ -81,15 +80,15 @@ def test_every_line_of_the_training_data_has_its_template_in_any_batch(texts):
 def test_the_nearest_template_is_taken_where_that_is_asked_for():
     frame = lines(*["pump one is on now"] * 3)
     unseen = lines("pump two is on now", "nothing like it at all")
-    assert TemplateMiner.fit(frame).assign(unseen)["number"].to_list() == [0, 0]
-    nearest = TemplateMiner.fit(frame, MinerSettings(nearest=True)).assign(unseen)
+    assert TemplateMiner.fit(frame.lazy()).assign(unseen)["number"].to_list() == [0, 0]
+    nearest = TemplateMiner.fit(frame.lazy(), MinerSettings(nearest=True)).assign(unseen)
     assert nearest["number"].to_list() == [1, 0]
     assert nearest["match"].to_list() == [Match.NEAREST, Match.UNKNOWN]
 
 
 def test_a_given_template_is_taken_as_it_is_and_an_unseen_one_is_unknown():
     frame = lines("user ann in", "user bob in", "valve 1 open", templates=["user <*> in", "user <*> in", None])
-    miner = TemplateMiner.fit(frame)
+    miner = TemplateMiner.fit(frame.lazy())
     assert templates(miner) == ["user <*> in", "valve <*> open"]
     later = lines("user eve in", "user eve in", "valve 3 open", templates=["user <*> out", None, "valve <*> open"])
     # without one, the line of the same log may still fit it
@@ -98,7 +97,7 @@ def test_a_given_template_is_taken_as_it_is_and_an_unseen_one_is_unknown():
 
 def test_the_rarest_templates_beyond_the_limit_are_unknown_and_counted():
     frame = lines(*["alpha beta gamma"] * 3, "one two", *["x y z w"] * 2)
-    miner = TemplateMiner.fit(frame, MinerSettings(max_templates=2))
+    miner = TemplateMiner.fit(frame.lazy(), MinerSettings(max_templates=2))
     assert templates(miner) == ["alpha beta gamma", "x y z w"] and miner.dropped == 1
     assert miner.assign(frame)["number"].to_list() == [1, 1, 1, 0, 2, 2]
 
@@ -108,14 +107,14 @@ def test_the_rarest_templates_beyond_the_limit_are_unknown_and_counted():
 )
 def test_logs_of_no_one_or_odd_lines_are_mined(texts, tmp_path):
     frame = lines(*texts)
-    miner = TemplateMiner.fit(frame)
+    miner = TemplateMiner.fit(frame.lazy())
     assert miner.assign(frame)["number"].to_list() == [1] * len(texts)
     miner.save(tmp_path / "miner.json")
     assert TemplateMiner.load(tmp_path / "miner.json").assign(frame).equals(miner.assign(frame))
 
 
 def test_a_saved_miner_is_loaded_as_it_was_and_a_changed_file_is_refused(tmp_path):
-    miner = TemplateMiner.fit(PLANT)
+    miner = TemplateMiner.fit(PLANT.lazy())
     path = tmp_path / "miner.json"
     miner.save(path)
     loaded = TemplateMiner.load(path)
@@ -137,13 +136,13 @@ def test_a_saved_miner_is_loaded_as_it_was_and_a_changed_file_is_refused(tmp_pat
 
 
 def bins_of(miner, frame, **settings):
-    parameters = ParameterBins.fit(miner, frame, BinSettings(**settings))
+    parameters = ParameterBins.fit(miner, frame.lazy(), BinSettings(**settings))
     return parameters, parameters.encode(miner, frame, miner.assign(frame))
 
 
 def test_numbers_are_binned_by_quantiles_and_few_values_one_by_one():
     frame = lines(*[f"load {n} percent" for n in range(100)], *["alarm from pump", "alarm from fan"] * 20)
-    miner = TemplateMiner.fit(frame)
+    miner = TemplateMiner.fit(frame.lazy())
     parameters, bins = bins_of(miner, frame, bins=4)
     load, alarm = parameters.slots
     assert len(load.edges) == 5 and set(alarm.values) == {"pump", "fan"}
@@ -158,11 +157,11 @@ def test_numbers_are_binned_by_quantiles_and_few_values_one_by_one():
     assert codes.tolist()[3] == -1
 
 
-def test_several_parameters_in_one_japanese_word_are_told_apart():
+def test_several_parameters_in_a_japanese_line_are_told_apart():
     frame = lines(*[f"ポンプ{n % 3 + 1}号機の圧力が{n * 0.1:.1f}MPaに低下" for n in range(300)])
-    parameters, bins = bins_of(TemplateMiner.fit(frame), frame, per_line=2)
+    parameters, bins = bins_of(TemplateMiner.fit(frame.lazy()), frame, per_line=2)
     pump, pressure = parameters.slots
-    assert pump.values == ("1", "2", "3") and (pressure.word, pressure.place) == (0, 1)
+    assert pump.values == ("1", "2", "3") and pressure.edges[-1] == pytest.approx(29.9)
     assert bins[:4, 0].tolist() == [0, 1, 2, 0] and (np.diff(bins[:, 1]) >= 0).all()
 
 
@@ -173,7 +172,7 @@ def test_signs_and_full_width_digits_are_part_of_the_number():
 
 def test_bins_stay_within_their_budget_and_the_places_that_say_most_are_taken():
     frame = lines(*[f"a {n} b {n % 2} c" for n in range(64)], *[f"rare {n} of that" for n in range(32)])
-    miner = TemplateMiner.fit(frame)
+    miner = TemplateMiner.fit(frame.lazy())
     parameters, bins = bins_of(miner, frame, bins=8, budget=9)
     assert [(slot.template, slot.word) for slot in parameters.slots] == [(1, 1)]
     assert parameters.offsets[-1] == 9 and bins.max() == 7
@@ -183,6 +182,6 @@ def test_bins_stay_within_their_budget_and_the_places_that_say_most_are_taken():
 
 
 def test_bins_are_the_same_after_json():
-    parameters, _ = bins_of(TemplateMiner.fit(PLANT), PLANT, per_line=2)
+    parameters, _ = bins_of(TemplateMiner.fit(PLANT.lazy()), PLANT, per_line=2)
     assert len(parameters.slots) > 2
     assert ParameterBins.from_dict(json.loads(json.dumps(parameters.to_dict()))) == parameters

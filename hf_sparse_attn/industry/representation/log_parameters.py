@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from .log_templates import UNKNOWN, WILDCARD, TemplateMiner
 with needs_extra("industry", "parameters of log lines"):
     import polars as pl
 
-SAMPLE = 200_000  # lines, evenly spaced, that bins are made from
+SAMPLE = 100_000  # lines, evenly spaced, that bins are made from
 RAREST = 20  # lines that a place needs
 NUMERIC = 0.99  # share of a place's values that are numbers, from which on it counts as numeric
 COVERED = 0.5  # share of lines that the listed values of a place without numbers must have
@@ -92,23 +92,22 @@ class ParameterBins:
     settings: BinSettings
 
     @classmethod
-    def fit(cls, miner: TemplateMiner, events: pl.DataFrame, settings: BinSettings | None = None) -> ParameterBins:
+    def fit(cls, miner: TemplateMiner, events: pl.LazyFrame, settings: BinSettings | None = None) -> ParameterBins:
         """Bins from ``events`` (columns ``text``, ``template``).
 
         A place with few values gets one bin each, one of numbers quantiles. Each template keeps the places whose bins
-        have most entropy, and of all places those with most bits (lines × entropy) until the budget is spent.
+        tell most bits (lines × entropy), and of all templates those with most until the budget is spent.
         """
         settings = settings or BinSettings()
-        step = max(1, len(events) // SAMPLE)
-        values = _values(miner, events.gather_every(step))
-        found: list[tuple[float, float, Slot]] = []
+        step = max(1, events.select(pl.len()).collect().item() // SAMPLE)
+        sample = events.gather_every(step).collect(engine="streaming")
+        values = _values(miner, sample, miner.assign(sample))
+        found: list[tuple[float, Slot]] = []  # with the bits that it tells of all lines
         for (template, word, place), part in values.group_by("number", "word", "place", maintain_order=True):
             if slot := _slot(int(template), int(word), int(place), part["value"], settings.bins):
-                entropy = _entropy(slot.encode(part["value"]))
-                found.append((entropy, entropy * len(part), slot))
+                found.append((len(part) * _entropy(slot.encode(part["value"])), slot))
         best, spent, taken = list[Slot](), 0, dict[int, int]()
-        # of one template the entropies decide, as all its places have about as many lines
-        for _, _, slot in sorted(found, key=lambda f: (-f[1], f[2].template, f[2].word, f[2].place)):
+        for _, slot in sorted(found, key=lambda f: (-f[0], f[1].template, f[1].word, f[1].place)):
             if taken.get(slot.template, 0) < settings.per_line and spent + slot.bins <= settings.budget:
                 best.append(slot)
                 spent += slot.bins
@@ -133,14 +132,15 @@ class ParameterBins:
         start = np.full((len(miner.templates) + 1, self.settings.per_line), -1, np.int64)
         for slot, column, after in zip(self.slots, columns, offsets[1:], strict=True):
             start[slot.template, column] = after - 1
-        bins = start[assigned["number"].to_numpy()]
+        bins: NDArray[np.int64] = start[assigned["number"].to_numpy()]
         rows = np.flatnonzero((bins >= 0).any(1))
         slots = pl.DataFrame(
             [(s.template, s.word, s.place, at) for at, s in enumerate(self.slots)],
             schema={"number": pl.UInt32, "word": pl.Int64, "place": pl.Int64, "slot": pl.Int64},
             orient="row",
         )
-        values = _values(miner, events[rows], assigned[rows]).join(slots, on=["number", "word", "place"])
+        wanted = {(slot.template, slot.word, slot.place) for slot in self.slots}
+        values = _values(miner, events[rows], assigned[rows], wanted).join(slots, on=["number", "word", "place"])
         for (at,), part in values.group_by("slot"):
             lines = rows[part["line"].to_numpy()]
             bins[lines, columns[int(at)]] = offsets[int(at)] + self.slots[int(at)].encode(part["value"])
@@ -164,17 +164,22 @@ class ParameterBins:
         return cls(tuple(slots), BinSettings(**values["settings"]))
 
 
-def _values(miner: TemplateMiner, events: pl.DataFrame, assigned: pl.DataFrame | None = None) -> pl.DataFrame:
-    """Every parameter of every line: ``line`` (row of ``events``), ``number`` (template), ``word``, ``place``,
-    ``value``.
+def _values(
+    miner: TemplateMiner,
+    events: pl.DataFrame,
+    assigned: pl.DataFrame,
+    wanted: Container[tuple[int, int, int]] | None = None,
+) -> pl.DataFrame:
+    """Parameters of lines: ``line`` (row of ``events``), ``number`` (template), ``word``, ``place``, ``value``; all, or
+    those of the ``wanted`` (template, word, place).
     """
-    assigned = miner.assign(events) if assigned is None else assigned
     distinct = assigned.select("masked", "number").filter(pl.col("number") != UNKNOWN).unique(maintain_order=True)
     places = pl.DataFrame(
         [
-            (line, number, *place)
+            (line, number, match, word, place, constant)
             for line, number in distinct.iter_rows()
-            for place in _places(line, miner.templates[number - 1].text)
+            for match, word, place, constant in _places(line, miner.templates[number - 1].text)
+            if wanted is None or (number, word, place) in wanted
         ],
         schema={
             "masked": pl.String,
@@ -229,5 +234,5 @@ def _slot(template: int, word: int, place: int, values: pl.Series, bins: int) ->
 
 def _entropy(bins: NDArray[np.int64]) -> float:
     """−Σ p log₂ p of the shares p of bins [n], in bits."""
-    shares = np.unique(bins, return_counts=True)[1] / len(bins)
+    shares: NDArray[np.float64] = np.unique(bins, return_counts=True)[1] / len(bins)
     return float(-(shares * np.log2(shares)).sum())

@@ -26,6 +26,8 @@ FORMAT = 1
 UNKNOWN = 0  # number of the template of lines that fit none; mined templates count from 1
 WILDCARD = "<*>"
 LONGEST = 2048  # characters of a masked line that are mined
+LEAF = 64  # templates of a leaf that a line is compared with while they are mined: the first and the latest
+END = ""  # key of a template's number in a tree of words; no word is empty
 CACHED = 1 << 20  # masked lines whose template is remembered
 
 # What a mask takes, first match first: absolute paths, hexadecimal numbers, IPv4 addresses with their port, names with
@@ -43,6 +45,10 @@ MASK = "|".join(
         r"<\*>",
     ]
 )
+
+# Words of scripts without spaces: runs of Katakana or Hiragana, pairs of Chinese characters, of which most words of
+# Japanese technical language are made. Drain needs words to compare lines by.
+UNSPACED = r"\p{Han}{1,2}|[\p{Katakana}ー]+|\p{Hiragana}+"
 
 
 class Match(IntEnum):
@@ -95,21 +101,27 @@ class TemplateMiner:
     def __post_init__(self) -> None:
         self._by_text = {template.text: number for number, template in enumerate(self.templates, 1)}
         self._cache: dict[str, tuple[int, int]] = {}
-        # The tree is always built from the templates, never kept from mining: a loaded miner is the one that was saved.
-        self._drain = _new_drain(self.settings)
+        # built from the templates, never kept from mining: a loaded miner is the one that was saved
+        self._exact: dict[str, Any] = {}
+        self._drain = _Miner(self.settings)
         for number, template in enumerate(self.templates, 1):
-            cluster = LogCluster(template.text.split(), number)
+            words = template.text.split()
+            node = self._exact
+            for word in words:
+                node = node.setdefault(word, {})
+            node.setdefault(END, number)
+            cluster = LogCluster(words, number)
             self._drain.id_to_cluster[number] = cluster
             self._drain.add_seq_to_prefix_tree(self._drain.root_node, cluster)
 
     @classmethod
-    def fit(cls, events: pl.LazyFrame | pl.DataFrame, settings: MinerSettings | None = None) -> TemplateMiner:
+    def fit(cls, events: pl.LazyFrame, settings: MinerSettings | None = None) -> TemplateMiner:
         """Mine the templates of ``events`` (columns ``text`` and ``template`` of `EVENTS`), in their order.
 
         A template that stands in ``template`` (OpenTelemetry's ``log.record.template``) is taken as it is.
         """
         settings = settings or MinerSettings()
-        drain, found = _new_drain(settings), dict[str, list[int]]()  # text or number of the cluster: first row, lines
+        drain, found = _Miner(settings), dict[str, list[int]]()  # text or number of the cluster: first row, lines
         for masked, given, row, count in _distinct(events, settings.mask).iter_rows():
             key = f"={given}" if given is not None else str(drain.add_log_message(masked)[0].cluster_id)
             found.setdefault(key, [row, 0])[1] += count
@@ -153,14 +165,12 @@ class TemplateMiner:
     def _match(self, line: str) -> tuple[int, int]:
         if (known := self._cache.get(line)) is not None:
             return known
-        # the tree alone misses templates whose first word varies: then all of as many words are tried
-        cluster = self._drain.match(line, full_search_strategy="fallback")
-        match = Match.EXACT
-        if cluster is None and self.settings.nearest:
-            words = self._drain.get_content_as_tokens(line)
+        words = line.split()
+        number, match = _walk(self._exact, words), Match.EXACT
+        if not number and self.settings.nearest:
             cluster = self._drain.tree_search(self._drain.root_node, words, self.settings.similarity, True)
-            match = Match.NEAREST
-        answer = (UNKNOWN, Match.UNKNOWN.value) if cluster is None else (cluster.cluster_id, match.value)
+            number, match = (UNKNOWN if cluster is None else cluster.cluster_id), Match.NEAREST
+        answer = (number, match.value if number else Match.UNKNOWN.value)
         if len(self._cache) >= CACHED:
             self._cache.clear()
         self._cache[line] = answer
@@ -193,21 +203,49 @@ class TemplateMiner:
 
 
 def masked(mask: str) -> pl.Expr:
-    """The column ``text`` with ``<*>`` for what varies, at most `LONGEST` characters; null is an empty text."""
+    """The column ``text`` with ``<*>`` for what varies and spaces between words, at most `LONGEST` characters; null is
+    an empty text.
+    """
     text = pl.col("text").fill_null("").str.replace_all(mask, "${1}${2}" + WILDCARD)
+    text = text.str.replace_all(UNSPACED, " ${0} ")
     return text.str.head(LONGEST).alias("masked")
 
 
-def _distinct(events: pl.LazyFrame | pl.DataFrame, mask: str) -> pl.DataFrame:
+def _distinct(events: pl.LazyFrame, mask: str) -> pl.DataFrame:
     """(masked line, given template, first row, count), by first row; of lines with a given template one of them."""
-    frame = events.lazy().with_row_index("row").select(masked(mask), pl.col("template").alias("given"), "row")
+    frame = events.with_row_index("row").select(masked(mask), pl.col("template").alias("given"), "row")
     key = pl.when(pl.col("given").is_null()).then(pl.col("masked")).alias("key")
     groups = frame.group_by(key, "given").agg(pl.col("row").min(), pl.len().alias("count"))
     return groups.select("key", "given", "row", "count").sort("row").collect(engine="streaming")
 
 
-def _new_drain(settings: MinerSettings) -> Drain:
-    return Drain(depth=settings.depth, sim_th=settings.similarity, param_str=WILDCARD)
+class _Miner(Drain):
+    """Drain that compares a line with at most `LEAF` templates of a leaf: free text would make it quadratic."""
+
+    def __init__(self, settings: MinerSettings) -> None:
+        super().__init__(depth=settings.depth, sim_th=settings.similarity, param_str=WILDCARD)
+
+    def fast_match(
+        self, cluster_ids: Any, tokens: Sequence[str], sim_th: float, include_params: bool
+    ) -> LogCluster | None:
+        # the leaf itself: Drain copies it for each new template
+        if isinstance(cluster_ids, list) and len(cluster_ids) > LEAF:
+            del cluster_ids[LEAF // 2 : -LEAF // 2]
+        return super().fast_match(cluster_ids, tokens, sim_th, include_params)
+
+
+def _walk(tree: Mapping[str, Any], words: Sequence[str]) -> int:
+    """Number of the template that fits all ``words``, the one with its words before wildcards furthest left; else 0."""
+    paths = [(tree, 0)]
+    while paths:
+        node, at = paths.pop()
+        if at == len(words):
+            if END in node:
+                return int(node[END])
+            continue
+        # the last one is tried first
+        paths += [(node[word], at + 1) for word in dict.fromkeys((WILDCARD, words[at])) if word in node]
+    return UNKNOWN
 
 
 def digest(values: Mapping[str, Any]) -> str:

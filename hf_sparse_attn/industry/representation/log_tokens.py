@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+from filelock import FileLock
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from ...config import IGNORE_INDEX
@@ -72,19 +74,31 @@ def token_streams(
     for asset in names:
         folder = place / _key(data, asset, settings) / asset
         if not is_whole(folder):
-            encoder = LineEncoder(tokenizer, vocabulary, mode)
-            _write(folder, data, asset, encoder, grid)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            # the other processes of a training run wait for the first
+            with FileLock(f"{folder}.lock"):
+                if not is_whole(folder):
+                    _write(folder, data, asset, encoder, grid)
         streams[asset] = TokenStream(folder, data)
     return streams
 
 
-def log_rows(streams: Mapping[str, TokenStream], length: int, stride: int | None = None) -> DatasetDict | Dataset:
+def log_rows(
+    streams: Mapping[str, TokenStream], length: int, stride: int | None = None, *, bos: int | None = None
+) -> DatasetDict | Dataset:
     """Rows of ``length`` tokens for training and evaluation: ``input_ids``, ``labels``, ``asset``, ``first``.
 
     Token i of a row is token ``first + i`` of ``streams[asset]``, which says where it comes from. Every token is a
     label in one row: where windows overlap (``stride`` < ``length``, and the last window of a part, which ends with it)
     the earlier row has it, and later ones have it as context. A part with fewer tokens is one shorter row. The
     description of each dataset counts rows, labels, shorter rows and the tokens between the parts, which are in none.
+
+    Args:
+        streams: by asset.
+        length: tokens of a row.
+        stride: tokens from one row to the next; ``length`` by default.
+        bos: a token to put before each row, for models that expect one; it is no label. Token 0 of a row then comes
+            from no line, and ``first + 1`` is the first that does.
 
     Returns:
         ``train`` and ``test`` by the split of the data, or one dataset where nothing is split.
@@ -94,47 +108,56 @@ def log_rows(streams: Mapping[str, TokenStream], length: int, stride: int | None
     """
     from datasets import DatasetDict
 
-    step = length if stride is None else stride
-    if length < 2 or not 1 <= step <= length:
+    head = np.array([] if bos is None else [bos], np.int32)
+    size = length - len(head)
+    step = size if stride is None else stride
+    if size < 1 or length < 2 or not 1 <= step <= size:
         raise PlantDataError(
             f"rows of {length} tokens with a stride of {step}",
-            ["take a length of 2 or more", "take a stride from 1 to the length"],
+            ["take a length of 2 or more", f"take a stride from 1 to {max(size, 1)}"],
         )
     if not streams:
         raise PlantDataError("there is no stream of tokens", ["name an asset in token_streams"])
     parts = split_parts(next(iter(streams.values())).data.manifest.split)
-    sets = {part.name: _part_rows(streams, part, length, step) for part in parts}
+    sets = {part.name: _part_rows(streams, part, size, step, head) for part in parts}
     return sets["all"] if len(parts) == 1 else DatasetDict(sets)
 
 
-def _part_rows(streams: Mapping[str, TokenStream], part: Part, length: int, stride: int) -> Dataset:
+def _part_rows(
+    streams: Mapping[str, TokenStream], part: Part, size: int, stride: int, head: NDArray[np.int32]
+) -> Dataset:
     from datasets import Dataset, DatasetInfo, Features, List, Value
 
+    numbers = List(Value("int32"))
+    features = Features({"input_ids": numbers, "labels": numbers, "asset": Value("string"), "first": Value("int64")})
     tables, counts = list[pa.Table](), {"rows": 0, "labels": 0, "short": 0, "outside": 0}
     for asset, stream in streams.items():
         begin, end = _part_tokens(stream, part)
+        starts = [begin + at for at in window_starts(end - begin, size, stride)]
         counts["outside"] += len(stream) - (end - begin)
-        starts = [begin + at for at in window_starts(end - begin, length, stride)]
-        stops = [min(start + length, end) for start in starts]
-        ids = [stream.ids[a:b] for a, b in zip(starts, stops, strict=True)]
-        labels = [row.copy() for row in ids]
-        for at in range(1, len(starts)):
-            labels[at][: stops[at - 1] - starts[at]] = IGNORE_INDEX
-        counts["rows"] += len(ids)
+        counts["rows"] += len(starts)
         counts["labels"] += end - begin
-        counts["short"] += sum(len(row) < length for row in ids)
-        if ids:
-            columns = {"input_ids": _lists(ids), "labels": _lists(labels)}
-            tables.append(pa.table({**columns, "asset": pa.array([asset] * len(ids)), "first": pa.array(starts)}))
+        counts["short"] += int(0 < end - begin < size)
+        if starts:
+            tables.append(_table(asset, stream, starts, min(size, end - begin), head).cast(features.arrow_schema))
     if not tables:
         raise PlantDataError(
             f"no token lies in part {part.name!r} of {', '.join(streams)}",
             ["prepare the data with another split", "name other assets", "see that the asset has logs or sensors"],
         )
-    numbers = List(Value("int32"))
-    features = Features({"input_ids": numbers, "labels": numbers, "asset": Value("string"), "first": Value("int64")})
-    table = pa.concat_tables(tables).cast(features.arrow_schema)
-    return Dataset(table, info=DatasetInfo(description=json.dumps(counts), features=features))
+    return Dataset(pa.concat_tables(tables), info=DatasetInfo(description=json.dumps(counts), features=features))
+
+
+def _table(asset: str, stream: TokenStream, starts: list[int], size: int, head: NDArray[np.int32]) -> pa.Table:
+    """Rows of ``size`` tokens of the stream; labels are those that no earlier row has."""
+    ids = [np.concatenate([head, stream.ids[start : start + size]]) for start in starts]
+    labels = [row.copy() for row in ids]
+    for at, row in enumerate(labels):
+        known = starts[at - 1] + size - starts[at] if at else 0
+        row[: len(head) + known] = IGNORE_INDEX
+    firsts = [start - len(head) for start in starts]
+    columns = {"input_ids": _lists(ids), "labels": _lists(labels), "asset": pa.array([asset] * len(ids))}
+    return pa.table({**columns, "first": pa.array(firsts, pa.int64())})
 
 
 def _lists(rows: list[Any]) -> pa.Array:
@@ -182,6 +205,7 @@ def _batches(
 ) -> Iterator[Segments]:
     """Segments by time, their gaps filled in; the counts are right after the last one."""
     taken, before = 0, None
+    encoder.unknown = encoder.nearest = 0
     for events in data.events(asset).collect_batches(chunk_size=BATCH, maintain_order=True):
         if not len(events):
             continue

@@ -78,9 +78,9 @@ class LogVocabulary:
         """
         settings = settings or VocabularySettings()
         events = training_events(data, data.manifest.assets if assets is None else assets)
-        lines = events.select("text", "template").collect()
+        lines = events.select("text", "template")
         miner = TemplateMiner.fit(lines, settings.miner)
-        counts = events.drop_nulls("origin").group_by("origin").len().collect()
+        counts = events.drop_nulls("origin").group_by("origin").len().collect(engine="streaming")
         origins = counts.sort(["len", "origin"], descending=[True, False])["origin"][: settings.max_origins]
         parameters = ParameterBins.fit(miner, lines, settings.parameters)
         return cls(miner, parameters, tuple(origins), settings.sensor_bins)
@@ -232,8 +232,8 @@ class LogVocabulary:
 
 
 def training_events(data: PlantDataset, assets: Sequence[str]) -> pl.LazyFrame:
-    """Events of ``assets``, each by time, that lie before the end of training."""
-    frame = pl.concat([data.events(asset) for asset in assets])
+    """Events of ``assets`` that lie before the end of training, as they stand."""
+    frame = pl.concat([data.events(asset, in_order=False) for asset in assets])
     split = data.manifest.split
     return frame if split is None else frame.filter(pl.col("time").dt.epoch("ns") < nanoseconds(split.train_end))
 
