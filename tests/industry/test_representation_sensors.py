@@ -85,6 +85,11 @@ def test_a_stray_year_a_step_of_nothing_and_an_unknown_channel_are_refused(tmp_p
         SensorGrid(write_folder(tmp_path / "c", readings=rows), "press", GridSettings(1.0, channels=("oil",)))
 
 
+def test_a_reading_without_a_time_is_refused_with_its_line(tmp_path):
+    with pytest.raises(PlantDataError, match=r"press\.csv, line 3: the reading has no time"):
+        grid_of(tmp_path, [reading(0, 1.0, 2), (None, 0, 1.0, 0, 1, 3)])
+
+
 def test_an_asset_without_readings_has_a_grid_of_no_steps(tmp_path):
     grid = grid_of(tmp_path, [])
     assert len(grid) == 0 and grid.lines(0, 10) == ()

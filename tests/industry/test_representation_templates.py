@@ -181,6 +181,15 @@ def test_bins_stay_within_their_budget_and_the_places_that_say_most_are_taken():
     assert nothing.slots == () and (none == -1).all()
 
 
+def test_a_sample_of_many_lines_has_all_that_recur(monkeypatch):
+    monkeypatch.setattr("hf_sparse_attn.industry.representation.log_parameters.SAMPLE", 500)
+    frame = lines(*[f"{('alpha', 'beta', 'gamma', 'delta')[n % 4]} at {n % 7}" for n in range(2000)])
+    miner = TemplateMiner.fit(frame.lazy())
+    parameters, _ = bins_of(miner, frame)
+    assert len(miner.templates) == len(parameters.slots) == 4
+    assert all(set(slot.values) == set("0123456") for slot in parameters.slots)
+
+
 def test_bins_are_the_same_after_json():
     parameters, _ = bins_of(TemplateMiner.fit(PLANT.lazy()), PLANT, per_line=2)
     assert len(parameters.slots) > 2

@@ -16,7 +16,7 @@ from .log_templates import UNKNOWN, WILDCARD, TemplateMiner
 with needs_extra("industry", "parameters of log lines"):
     import polars as pl
 
-SAMPLE = 100_000  # lines, evenly spaced, that bins are made from
+SAMPLE = 100_000  # lines that bins are made from
 RAREST = 20  # lines that a place needs
 NUMERIC = 0.99  # share of a place's values that are numbers, from which on it counts as numeric
 COVERED = 0.5  # share of lines that the listed values of a place without numbers must have
@@ -99,8 +99,7 @@ class ParameterBins:
         tell most bits (lines × entropy), and of all templates those with most until the budget is spent.
         """
         settings = settings or BinSettings()
-        step = max(1, events.select(pl.len()).collect().item() // SAMPLE)
-        sample = events.gather_every(step).collect(engine="streaming")
+        sample = _sample(events)
         values = _values(miner, sample, miner.assign(sample))
         found: list[tuple[float, Slot]] = []  # with the bits that it tells of all lines
         for (template, word, place), part in values.group_by("number", "word", "place", maintain_order=True):
@@ -162,6 +161,16 @@ class ParameterBins:
             Slot(**{**s, "values": tuple(s["values"]), "edges": tuple(map(float, s["edges"]))}) for s in values["slots"]
         ]
         return cls(tuple(slots), BinSettings(**values["settings"]))
+
+
+def _sample(events: pl.LazyFrame) -> pl.DataFrame:
+    """About `SAMPLE` lines, spread evenly."""
+    count = events.select(pl.len()).collect().item()
+    if count <= SAMPLE:
+        return events.collect()
+    # multiples of the golden ratio (Knuth's multiplicative hash): every n-th line would miss what recurs every n lines
+    mixed = (pl.col("row").cast(pl.UInt64) * 2654435761) % (1 << 32)
+    return events.with_row_index("row").filter(mixed < (1 << 32) * SAMPLE // count).collect(engine="streaming")
 
 
 def _values(

@@ -53,8 +53,8 @@ class SensorGrid:
         left_out: readings that were not used: flagged, or without a finite number.
 
     Raises:
-        PlantDataError: there is no such channel, no reading of the training period to scale a channel by, or the grid
-            would be too large.
+        PlantDataError: there is no such channel, a reading has no time, there is none of the training period to scale
+            a channel by, or the grid would be too large.
     """
 
     def __init__(self, data: PlantDataset, asset: str, settings: GridSettings) -> None:
@@ -66,6 +66,7 @@ class SensorGrid:
             )
         self.numbers = self._channel_numbers()
         self.names = tuple(data.manifest.channels[number].name for number in self.numbers)
+        self._refuse_without_time()
         used = self._used()
         self.left_out = self._of_channels(data.readings(asset, in_order=False)).select(pl.len()).collect().item() - (
             used.select(pl.len()).collect().item()
@@ -94,6 +95,16 @@ class SensorGrid:
                     file=self.data.folder,
                 )
         return [mine[name] for name in names]
+
+    def _refuse_without_time(self) -> None:
+        rows = self._of_channels(self.data.readings(self.asset, in_order=False)).filter(pl.col("time").is_null())
+        for source, line in rows.select("source", "line").head(1).collect().iter_rows():
+            raise PlantDataError(
+                "the reading has no time",
+                ["prepare the data again", "leave the line out"],
+                file=self.data.manifest.sources[source].path,
+                line=line,
+            )
 
     def _of_channels(self, readings: pl.LazyFrame) -> pl.LazyFrame:
         return readings.filter(pl.col("channel").is_in(self.numbers))
@@ -136,6 +147,7 @@ class SensorGrid:
         lasts[rows, columns] = cells["last"].to_numpy()
         lasts = np.maximum.accumulate(lasts, 0)
         ends = self.start + self.step * np.arange(1, shape[0] + 1)[:, None]
+        # a channel before its first reading: no time, which must not overflow
         seen = lasts > np.iinfo(np.int64).min
         self.since_last = np.where(seen, (ends - np.where(seen, lasts, 0)) / NANOSECONDS, np.inf).astype(np.float32)
 
@@ -147,6 +159,7 @@ class SensorGrid:
             known |= self._training_scales(open_ones)
         pairs = [known[number] for number in self.numbers]
         center, scale = (np.array([pair[i] for pair in pairs], np.float64) for i in (0, 1))
+        # a scale of 0 would make every later change infinite
         varies = np.isfinite(scale) & (scale > 0)
         self.unscaled = tuple(name for name, fine in zip(self.names, varies, strict=True) if not fine)
         return center, np.where(varies, scale, 1.0)

@@ -133,6 +133,7 @@ class LineEncoder:
         tokens, match = self.vocabulary.line_tokens(events)
         self.unknown += int((match == Match.UNKNOWN).sum())
         self.nearest += int((match == Match.NEAREST).sum())
+        # the gap is known only once all segments stand by time: 0 holds its place
         full = np.column_stack([np.zeros(len(tokens), np.int64), tokens])
         given = full >= 0
         ids = self.ids[full[given]]

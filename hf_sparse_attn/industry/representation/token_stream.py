@@ -96,6 +96,7 @@ class TokenStream:
         """Where a token comes from. Raises IndexError if there are not so many tokens."""
         if not 0 <= token < len(self):
             raise IndexError(f"token {token} of {len(self)}")
+        # the last segment that starts at the token or before it
         at = int(np.searchsorted(self._firsts, token, side="right")) - 1
         row = self.segments.row(at, named=True)
         offset = token - row["first"]
@@ -130,6 +131,7 @@ class TokenStream:
         rows = part.filter(pl.col("kind") == Kind.LINE.value).select("source", "line")
         steps = part.filter(pl.col("kind") == Kind.STEP.value)["line"]
         if len(steps):
+            # of a step all lines: blocks of a model do not end where channels do
             rows = pl.concat([rows, self.grid.rows(steps.to_list())])
         return line_ranges(self.data.manifest, rows)
 
