@@ -52,7 +52,7 @@ PLANT = pl.DataFrame(log_lines(400), schema=EVENTS, orient="row")
     ],
 )
 def test_what_varies_is_masked_and_scripts_without_spaces_get_words(text, expected):
-    line = lines(text).select(masked(MinerSettings().mask))["masked"][0]
+    line = lines(text).select(masked(MinerSettings()))["masked"][0]
     assert line.split() == expected.split()
 
 

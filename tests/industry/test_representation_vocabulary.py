@@ -53,6 +53,15 @@ def mean_rows(weight, tokenizer, text):
     return weight[tokenizer(text, add_special_tokens=False)["input_ids"]].mean(0)
 
 
+def test_the_bias_of_tied_output_embeddings_starts_from_the_mean_too(tokenizer, vocabulary, make_model):
+    model = make_model(tie_word_embeddings=True)
+    model.lm_head.bias = torch.nn.Parameter(torch.arange(len(tokenizer), dtype=torch.float32))
+    ids = extend_model(model, tokenizer, vocabulary)
+    at = vocabulary.descriptions.index("missing")
+    old = byte_tokenizer()("missing", add_special_tokens=False)["input_ids"]
+    assert model.lm_head.bias[ids[at]].item() == pytest.approx(np.mean(old))
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_new_embeddings_start_from_the_mean_of_their_text_and_old_ones_stay(make_model, tokenizer, vocabulary, tied):
     model = make_model(tie_word_embeddings=tied)
@@ -201,6 +210,8 @@ def test_only_the_training_period_is_fitted(tmp_path):
     settings = VocabularySettings(miner=MinerSettings(max_templates=0), max_origins=0)
     none = LogVocabulary.fit(data, settings)
     assert none.miner.templates == [] and none.origins == () and none.miner.dropped == 50
+    tokens, _ = none.line_tokens(data.events("press").collect())
+    assert (tokens == [none.other_origin, 0, -1]).all()
 
 
 def test_gaps_are_binned_by_powers_of_four_with_bins_for_none_and_for_the_first(vocabulary):

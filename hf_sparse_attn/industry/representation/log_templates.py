@@ -69,6 +69,7 @@ class MinerSettings:
         max_templates: at most so many; the rarest beyond that become unknown.
         nearest: lines that fit no template get the most similar one above ``similarity``, else the unknown one.
         mask: regular expression of what varies; see `MASK`.
+        unspaced: regular expression of a word in scripts without spaces; see `UNSPACED`.
     """
 
     similarity: float = 0.4
@@ -76,6 +77,7 @@ class MinerSettings:
     max_templates: int = 1000
     nearest: bool = False
     mask: str = MASK
+    unspaced: str = UNSPACED
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class TemplateMiner:
         """
         settings = settings or MinerSettings()
         drain, found = _Miner(settings), dict[str, list[int]]()  # text or number of the cluster: first row, lines
-        for masked, given, row, count in _distinct(events, settings.mask).iter_rows():
+        for masked, given, row, count in _distinct(events, settings).iter_rows():
             key = f"={given}" if given is not None else str(drain.add_log_message(masked)[0].cluster_id)
             found.setdefault(key, [row, 0])[1] += count
         mined = {str(cluster.cluster_id): cluster.get_template() for cluster in drain.clusters}
@@ -140,7 +142,7 @@ class TemplateMiner:
         """The templates of ``events`` (columns ``text``, ``template``): a frame with ``masked`` (the masked line),
         ``number`` (of the template) and ``match`` (`Match`), rows as they stand.
         """
-        frame = events.select(masked(self.settings.mask), pl.col("template").alias("given"))
+        frame = events.select(masked(self.settings), pl.col("template").alias("given"))
         lines = frame.filter(pl.col("given").is_null())["masked"].unique(maintain_order=True)
         answers = [self._match(line) for line in lines]
         mined = pl.DataFrame(
@@ -202,18 +204,18 @@ class TemplateMiner:
         return cls.from_dict(load_sealed(path, "log templates"))
 
 
-def masked(mask: str) -> pl.Expr:
+def masked(settings: MinerSettings) -> pl.Expr:
     """The column ``text`` with ``<*>`` for what varies and spaces between words, at most `LONGEST` characters; null is
     an empty text.
     """
-    text = pl.col("text").fill_null("").str.replace_all(mask, "${1}${2}" + WILDCARD)
-    text = text.str.replace_all(UNSPACED, " ${0} ")
+    text = pl.col("text").fill_null("").str.replace_all(settings.mask, "${1}${2}" + WILDCARD)
+    text = text.str.replace_all(settings.unspaced, " ${0} ")
     return text.str.head(LONGEST).alias("masked")
 
 
-def _distinct(events: pl.LazyFrame, mask: str) -> pl.DataFrame:
+def _distinct(events: pl.LazyFrame, settings: MinerSettings) -> pl.DataFrame:
     """(masked line, given template, first row, count), by first row; of lines with a given template one of them."""
-    frame = events.with_row_index("row").select(masked(mask), pl.col("template").alias("given"), "row")
+    frame = events.with_row_index("row").select(masked(settings), pl.col("template").alias("given"), "row")
     key = pl.when(pl.col("given").is_null()).then(pl.col("masked")).alias("key")
     groups = frame.group_by(key, "given").agg(pl.col("row").min(), pl.len().alias("count"))
     return groups.select("key", "given", "row", "count").sort("row").collect(engine="streaming")

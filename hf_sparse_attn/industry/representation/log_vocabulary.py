@@ -18,7 +18,7 @@ from ..dataset import PlantDataset
 from ..errors import PlantDataError
 from .log_parameters import BinSettings, ParameterBins
 from .log_templates import WILDCARD, MinerSettings, TemplateMiner, digest, load_sealed, save_sealed
-from .sensor_bins import bin_centers
+from .sensor_bins import LIMIT, bin_centers
 from .splitting import nanoseconds
 
 with needs_extra("industry", "a vocabulary of logs"):
@@ -177,6 +177,8 @@ class LogVocabulary:
             "miner": self.miner.to_dict(),
             "parameters": self.parameters.to_dict(),
             "origins": list(self.origins),
+            "gap_edges": list(GAP_EDGES),
+            "sensor_limit": LIMIT,
             "sensor_bins": self.sensor_bins,
         }
 
@@ -191,9 +193,15 @@ class LogVocabulary:
 
     @classmethod
     def load(cls, folder: str | Path) -> LogVocabulary:
-        """Raises PlantDataError where `save` wrote none, or the file was changed."""
+        """Raises PlantDataError where `save` of this version wrote none, or the file was changed."""
         values: Mapping[str, Any] = load_sealed(Path(folder) / FILE, "a log vocabulary")
         miner, parameters = TemplateMiner.from_dict(values["miner"]), ParameterBins.from_dict(values["parameters"])
+        if (tuple(values["gap_edges"]), values["sensor_limit"]) != (GAP_EDGES, LIMIT):
+            raise PlantDataError(
+                "has other time gaps or sensor bins than this version",
+                ["install the version that saved it", "fit a vocabulary and train with this version"],
+                file=Path(folder) / FILE,
+            )
         return cls(miner, parameters, tuple(values["origins"]), values["sensor_bins"])
 
     def add_to(self, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -19,7 +19,7 @@ from .splitting import nanoseconds
 with needs_extra("industry", "sensors as patches"):
     import polars as pl
 
-LARGEST = 1 << 31  # cells of a grid
+LARGEST = 1 << 28  # cells of a grid, 17 bytes each
 NANOSECONDS = 1_000_000_000
 
 

@@ -41,19 +41,19 @@ def extend_model(model: Any, tokenizer: PreTrainedTokenizerBase, vocabulary: Log
     if known is not None:
         _refuse_another(known, vocabulary)
         return [int(number) for number in vocabulary.ids(tokenizer)]
-    layers = _embeddings(base)
-    _refuse_foreign(base, tokenizer, layers[0].weight.shape[0])
+    weights = _weights(base)
+    rows = weights[0].shape[0]
+    _refuse_foreign(base, tokenizer, rows)
     encoder = TextEncoder(tokenizer)
     texts = [ids for ids, _ in encoder(vocabulary.descriptions)]
     old = len(tokenizer)
     vocabulary.add_to(tokenizer)
     ids = vocabulary.ids(tokenizer)
-    rows = layers[0].weight.shape[0]
-    means = [_means(weight, texts, old) for weight in _weights(layers)]
+    means = [_means(weight, texts, old) for weight in weights]
     if len(tokenizer) > rows:  # a model may have spare rows
         base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     with torch.no_grad():
-        for weight, mean in zip(_weights(_embeddings(base)), means, strict=True):
+        for weight, mean in zip(_weights(base), means, strict=True):
             weight[torch.from_numpy(ids).long().to(weight.device)] = mean.to(weight)
     entry = {"digest": vocabulary.digest, "tokens": len(vocabulary)}
     for config in {id(c): c for c in (base.config, base.config.get_text_config())}.values():
@@ -61,8 +61,8 @@ def extend_model(model: Any, tokenizer: PreTrainedTokenizerBase, vocabulary: Log
     return [int(number) for number in ids]
 
 
-def _embeddings(model: PreTrainedModel) -> list[Any]:
-    """The layers with the input embeddings and, untied, the output embeddings."""
+def _weights(model: PreTrainedModel) -> list[Tensor]:
+    """Input embeddings [tokens, dim], output embeddings where they are others, and their bias [tokens] if any."""
     ways = ["load the model without quantising its embeddings (llm_int8_skip_modules)", "use a causal language model"]
     given, output = model.get_input_embeddings(), model.get_output_embeddings()
     if output is None:
@@ -77,13 +77,8 @@ def _embeddings(model: PreTrainedModel) -> list[Any]:
         if not isinstance(layer, kind) or not layer.weight.is_floating_point():
             held = getattr(getattr(layer, "weight", None), "dtype", None)
             raise PlantDataError(f"the embeddings ({type(layer).__name__}, {held}) cannot be extended", ways)
-    return [given] if output.weight is given.weight else [given, output]
-
-
-def _weights(layers: list[Any]) -> list[Tensor]:
-    """Weights [tokens, dim] of the layers, and a bias [tokens] where there is one."""
-    weights = [layer.weight for layer in layers]
-    return weights + [layer.bias for layer in layers if getattr(layer, "bias", None) is not None]
+    tied = output.weight is given.weight
+    return [given.weight, *([] if tied else [output.weight]), *([] if output.bias is None else [output.bias])]
 
 
 def _means(weight: Tensor, texts: list[Any], old: int) -> Tensor:
