@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from helpers.event_folders import START, at, wide_readings, write_folder
@@ -13,6 +15,7 @@ from hf_sparse_attn.industry.findings import Quality
 from hf_sparse_attn.industry.representation.forecast_rows import forecast_rows
 from hf_sparse_attn.industry.representation.sensor_bins import LIMIT, MISSING, bin_centers, quantise
 from hf_sparse_attn.industry.representation.sensor_patches import GridSettings, SensorGrid
+from hf_sparse_attn.industry.representation.splitting import window_starts
 
 
 def reading(seconds, value, line, channel=0, quality=0):
@@ -127,6 +130,14 @@ def test_bins_keep_the_order_of_values_and_their_centres(a, b, bins):
     assert quantise(bin_centers(bins), np.ones(bins, bool), bins).tolist() == list(range(1, bins + 1))
     assert np.abs(bin_centers(bins)).max() < LIMIT
     assert quantise(np.array([a]), np.array([False]), bins).tolist() == [MISSING]
+
+
+@given(st.integers(0, 200), st.integers(2, 40), st.data())
+def test_windows_cover_every_place_and_only_the_last_overlaps_unasked(size, length, data):
+    stride = data.draw(st.integers(1, length))
+    starts = window_starts(size, length, stride)
+    assert {at for start in starts for at in range(start, min(size, start + length))} == set(range(size))
+    assert starts == sorted(set(starts)) and all(b - a <= stride for a, b in pairwise(starts))
 
 
 def test_forecast_rows_hold_past_future_and_masks_and_do_not_cross_the_split(tmp_path):

@@ -9,8 +9,6 @@ import numpy as np
 import polars as pl
 import pytest
 from helpers.event_folders import CONTROL, at, byte_tokenizer, event, log_lines, wide_readings, write_folder
-from hypothesis import given
-from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
 from hf_sparse_attn.config import IGNORE_INDEX
@@ -18,7 +16,6 @@ from hf_sparse_attn.industry.errors import PlantDataError
 from hf_sparse_attn.industry.representation.log_tokens import log_rows, token_streams
 from hf_sparse_attn.industry.representation.log_vocabulary import LogVocabulary, VocabularySettings
 from hf_sparse_attn.industry.representation.sensor_patches import GridSettings
-from hf_sparse_attn.industry.representation.splitting import window_starts
 
 TOKENS = 1000  # random ones that are checked in each mode
 
@@ -209,14 +206,6 @@ def test_unseen_lines_are_counted_and_have_the_unknown_template(tmp_path, tokeni
     stream, _ = streams_of(data, tokenizer)
     assert stream.meta["counts"] == {"lines": 51, "unknown": 1, "nearest": 0, "steps": 0}
     assert "<|log:template:0|>" in tokenizer.convert_ids_to_tokens(stream.ids[-3:].tolist())
-
-
-@given(st.integers(0, 200), st.integers(2, 40), st.data())
-def test_windows_cover_every_place_and_only_the_last_overlaps_unasked(size, length, data):
-    stride = data.draw(st.integers(1, length))
-    starts = window_starts(size, length, stride)
-    assert {at for start in starts for at in range(start, min(size, start + length))} == set(range(size))
-    assert starts == sorted(set(starts)) and all(b - a <= stride for a, b in pairwise(starts))
 
 
 @pytest.mark.parametrize("stride", [None, 20])
