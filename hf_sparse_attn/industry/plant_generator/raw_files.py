@@ -92,7 +92,9 @@ class ParquetFile(TextFile):
         self._writer.write_table(table, row_group_size=GROUP)
 
     def close(self) -> None:
-        self._group(pl.concat(self._waiting))
+        # nothing waits after a whole group, or where writing failed
+        if any(map(len, self._waiting)):
+            self._group(pl.concat(self._waiting))
         if self._writer is not None:
             self._writer.close()
         super().close()
