@@ -1,8 +1,8 @@
-"""The verb synth: data whose long-range links are known, as they were planted."""
+"""The verb synth: data whose long-range links are known because they were planted."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -21,9 +21,18 @@ SMALL_SPARSE = "block_size: 16, query_tile: 16, sink: 16, local: 16, dense_below
 def synth(
     out: Annotated[Path, typer.Argument(help="Folder to write the set into.")],
     settings: Annotated[
-        str, typer.Option("--set", help="Fields of LongLinkConfig, e.g. 'family: two_hops, keys: 20'.")
+        str,
+        typer.Option(
+            "--set",
+            help="Fields of LongLinkConfig, e.g. 'family: two_hops, keys: 20'; of PlantSettings for --plant, e.g. "
+            "'days: 90, faults: all'.",
+        ),
     ] = "",
-    seed: Annotated[int, typer.Option(help="The same seed and settings give the same set.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed and settings give the same bytes.")] = 0,
+    plant: Annotated[
+        bool,
+        typer.Option("--plant", help="Write the raw exports of a plant in place of a LongLink set; needs [industry]."),
+    ] = False,
     learn: Annotated[
         bool, typer.Option("--learn", help="Train a small model on such sets, distil its routers, and measure them.")
     ] = False,
@@ -36,13 +45,59 @@ def synth(
     """Make a LongLink set: sequences with planted long-range links, as datasets, with a table of the links.
 
     With --learn also shows what a small model and its routers make of such sets, dense and under every selection.
+    With --plant instead logs and sensor records of machines, with failures whose causes lie minutes to weeks before
+    and with faults of the data, and truth.json, which says where all of these stand.
     """
+    if plant:
+        refused = {"--learn": learn, "--report": report is not None, "--sparse": sparse != SMALL_SPARSE}
+        for option in (name for name, given in refused.items() if given):
+            raise ValueError(f"{option} is about LongLink sets: leave it out, or --plant")
+        _write_plant(out, settings, seed, json_path)
+        return
+    _make_longlink(out, settings, seed, learn, sparse, report, json_path)
+
+
+def _write_plant(out: Path, settings: str, seed: int, json_path: str | None) -> None:
+    from ..industry.plant_generator.plant_settings import PlantSettings
+    from ..industry.plant_generator.plant_writer import write_plant
+
+    chosen = yaml_fields(settings, "--set")
+    known = [field.name for field in fields(PlantSettings) if field.name != "seed"]
+    for name in chosen:
+        if name == "seed":
+            raise ValueError(f"--set {settings!r} holds the seed: give it as --seed")
+        if name not in known:
+            raise ValueError(f"--set {settings!r} holds {name}, which a plant has not: it has {', '.join(known)}")
+    config = PlantSettings(seed=seed, **chosen)
+    truth = write_plant(out, config)
+    far = "no cause leads to a failure" if config.null else f"causes lead to failures after {truth.lag_s / 3600:.3g} h"
+    console.print(
+        f"{config.assets} assets, {config.days} days, {truth.rows:,} lines, {len(truth.failures)} failures, "
+        f"{len(truth.findings)} data faults; {far}: {out}",
+        markup=False,
+        highlight=False,
+    )
+    counts = {name: len(getattr(truth, name)) for name in ("sources", "causes", "failures", "distractors", "findings")}
+    emit(
+        {"settings": truth.settings, "folder": str(out), "lines": truth.rows, "lag_s": truth.lag_s, **counts}, json_path
+    )
+
+
+def _make_longlink(
+    out: Path,
+    settings: str,
+    seed: int,
+    learn: bool,
+    sparse: str,
+    report: Path | None,
+    json_path: str | None,
+) -> None:
     from ..config import SparseAttentionConfig
     from ..experiments.longlink.export import save
     from ..experiments.longlink.families import LongLinkConfig
     from ..experiments.longlink.learning import EVALUATED, LearningConfig, with_routers
     from ..experiments.longlink.learning import learn as train
-    from ..experiments.longlink.planting import plant
+    from ..experiments.longlink.planting import plant as planted
     from ..experiments.longlink.study import study
     from ..experiments.reports.html_report import write_longlink_report
     from ..system.environment import Cost, environment
@@ -54,7 +109,7 @@ def synth(
         config = LongLinkConfig(**yaml_fields(settings, "--set"))
     except TypeError as error:
         raise ValueError(f"--set {settings!r}: {error}") from error
-    save(plant(config, seed), out)
+    save(planted(config, seed), out)
     console.print(
         f"{config.sequences} sequences of {config.length} tokens, {config.links} links each: {out}", markup=False
     )

@@ -19,7 +19,7 @@ with needs_extra("industry", "generated plants"):
 
 FLATTER = 50.0  # a flat sensor's movement is divided by this
 TIME, COPY = "_time", "_copy"  # columns that are not written: true milliseconds; the row is a copy of the one above
-WORDS = ("", "n/a", "Bad", "-")  # what stands in fields without a number
+NO_NUMBERS = (None, "n/a", "Bad", "-")  # what stands in fields without a number; None = nothing
 UNREADABLE = "0000-00-00 00:00:00"
 
 
@@ -93,7 +93,7 @@ class RowFaults:
         """A column as text in which some fields are empty or a word; which."""
         draws = self._random[id(fault)].random(len(values)) / fault.magnitude
         chosen = draws < 1
-        words = pl.Series(WORDS).gather((np.where(chosen, draws, 0) * len(WORDS)).astype(np.int64))
+        words = pl.Series(NO_NUMBERS).gather((np.where(chosen, draws, 0) * len(NO_NUMBERS)).astype(np.int64))
         return words.zip_with(pl.Series(chosen), values.cast(pl.String)), chosen
 
     def rows_at(self, times: npt.NDArray[np.int64], *kinds: str) -> list[int]:

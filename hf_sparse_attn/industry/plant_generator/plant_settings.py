@@ -116,7 +116,7 @@ class PlantSettings:
         value = getattr(self, name)
         # NaN fails the comparison
         if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
-            self._refuse(name, f"a number from {least:g} to {most:g}")
+            self._refuse(name, f"a number from {least:.10g} to {most:.10g}")
 
     def _check_period(self) -> None:
         try:
@@ -144,7 +144,9 @@ class PlantSettings:
             known = FAULTS[kind]
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if value is not None and not (number and known.least <= value <= known.most and value):
-                self._refuse("faults", f"with {kind} from {known.least:g} to {known.most:g} ({known.means}), not 0")
+                self._refuse(
+                    "faults", f"with {kind} from {known.least:.10g} to {known.most:.10g} ({known.means}), not 0"
+                )
         return {
             kind: float(known.default if asked[kind] is None else asked[kind])
             for kind, known in FAULTS.items()

@@ -28,7 +28,7 @@ class Place:
     """Where something stands: first and last line of a file, from 1, both included (of Parquet: rows).
 
     Attributes:
-        count: how many of these lines belong to it.
+        count: how many of these lines, or of the records in them, belong to it.
         channel: the sensor, if it is one.
         records: the same two as numbers of log records, where a line holds several (OpenTelemetry).
     """
@@ -118,7 +118,8 @@ class PlantTruth:
         """JSON-ready; without what is None."""
         values: dict[str, Any] = asdict(self)
         values["findings"] = [finding.to_dict() for finding in self.findings]
-        return {name: _whole(value) for name, value in values.items()}
+        # settings that are None say something
+        return {name: value if name == "settings" else _whole(value) for name, value in values.items()}
 
     def write(self, folder: Path) -> None:
         """Write ``folder/truth.json``."""

@@ -1,0 +1,387 @@
+"""The generated plant: the same bytes by seed, causes and failures where the truth says they stand, a null plant."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from datetime import datetime
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_sparse_attn.industry.errors import PlantDataError
+from hf_sparse_attn.industry.plant_generator import plant_writer
+from hf_sparse_attn.industry.plant_generator.causal_links import lag_of, plan_of
+from hf_sparse_attn.industry.plant_generator.log_stream import LogStream
+from hf_sparse_attn.industry.plant_generator.operating_schedule import schedule_of
+from hf_sparse_attn.industry.plant_generator.plant_settings import DAY, PlantSettings, PlantSettingsError
+from hf_sparse_attn.industry.plant_generator.plant_truth import PlantTruth
+from hf_sparse_attn.industry.plant_generator.plant_writer import write_plant
+from hf_sparse_attn.industry.plant_generator.sensor_signals import Signals
+
+SMALL = {"assets": 2, "start": "2024-10-14", "days": 21, "interval": 300, "channels": 6, "log_lines": 200}
+
+
+def written(folder, **changes):
+    chunk = changes.pop("chunk_days", None)
+    write_plant(folder, PlantSettings(**{**SMALL, **changes}), chunk_days=chunk, progress=False)
+    return folder
+
+
+def digests(folder):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def milliseconds(text):
+    return round(datetime.fromisoformat(text).timestamp() * 1000)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return written(tmp_path_factory.mktemp("plant") / "p", faults="all", seed=5)
+
+
+@pytest.fixture(scope="module")
+def truth(folder):
+    return PlantTruth.read(folder)
+
+
+@pytest.fixture(scope="module")
+def null_truth(tmp_path_factory):
+    return PlantTruth.read(written(tmp_path_factory.mktemp("null") / "p", faults="all", seed=5, null=True))
+
+
+def lines_of(folder, name):
+    return (folder / name).read_text().splitlines()
+
+
+def log_lines(folder, asset):
+    """(milliseconds, text) of every line of an asset's three logs."""
+    for line in lines_of(folder, f"raw/{asset}/maintenance.jsonl"):
+        values = json.loads(line)
+        # from the change of unit on these are seconds
+        yield values["ts"] * (1000 if values["ts"] < 1e11 else 1), values["message"]
+    for line in lines_of(folder, f"raw/{asset}/gateway.otlp.json"):
+        for record in json.loads(line)["resourceLogs"][0]["scopeLogs"][0]["logRecords"]:
+            yield int(record["timeUnixNano"]) // 1_000_000, record["body"]["stringValue"]
+    for line in lines_of(folder, f"raw/{asset}/controller.log"):
+        if line.startswith("- "):  # BGL: UTC
+            _, _, _, _, stamp, *_, text = line.split(" ", 8)
+            yield milliseconds(datetime.strptime(stamp, "%Y-%m-%d-%H.%M.%S.%f").isoformat() + "Z"), text
+        else:
+            yield None, line.partition("] ")[2]
+
+
+# -- the same bytes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("days", [1, 4, 100])
+def test_chunks_of_any_size_give_the_same_bytes(folder, tmp_path, days):
+    assert digests(written(tmp_path / "p", faults="all", seed=5, chunk_days=days)) == digests(folder)
+
+
+def test_another_process_with_other_hashes_and_threads_gives_the_same_bytes(folder, tmp_path):
+    arguments = {**SMALL, "faults": "all", "seed": 5}
+    code = (
+        "from hf_sparse_attn.industry.plant_generator.plant_settings import PlantSettings\n"
+        "from hf_sparse_attn.industry.plant_generator.plant_writer import write_plant\n"
+        f"write_plant({str(tmp_path / 'p')!r}, PlantSettings(**{arguments!r}), progress=False)"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "POLARS_MAX_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    assert digests(tmp_path / "p") == digests(folder)
+
+
+def test_another_seed_gives_other_readings_lines_and_links(folder, tmp_path):
+    other = digests(written(tmp_path / "p", faults="all", seed=6))
+    mine = digests(folder)
+    # of sources with faults of their own the names may differ
+    assert all(mine[name] != other[name] for name in mine.keys() & other.keys())
+
+
+@given(cuts=st.sets(st.integers(1, 5), max_size=5))
+@settings(max_examples=8, deadline=None)
+def test_readings_and_lines_do_not_depend_on_where_chunks_are_cut(cuts):
+    chosen = PlantSettings(days=6, interval=600, log_lines=300, seed=2)
+    schedule = schedule_of(chosen, "a")
+    plan = plan_of(chosen, "a", schedule)
+    edges = [0, *sorted(cuts), 6]
+
+    def record(edges):
+        signals, lines = Signals(chosen, "a", schedule, plan.excursions), LogStream(chosen, "a", schedule, plan.lines)
+        spans = [(chosen.begin + a * DAY, chosen.begin + b * DAY) for a, b in zip(edges, edges[1:], strict=False)]
+        readings = [signals.chunk(*span) for span in spans]
+        wide = {name: np.concatenate([part[1][name] for part in readings]) for name in readings[0][1]}
+        long = [np.concatenate([part[at] for part in readings]) for at in (2, 3, 4)]
+        return wide, long, pl.concat([lines.chunk(*span) for span in spans])
+
+    (wide, long, lines), (whole_wide, whole_long, whole_lines) = record(edges), record([0, 6])
+    assert all(np.array_equal(wide[name], whole_wide[name]) for name in whole_wide)
+    assert all(np.array_equal(*pair) for pair in zip(long, whole_long, strict=True))
+    assert lines.equals(whole_lines)
+
+
+# -- the truth -------------------------------------------------------------------------------------------------------
+
+
+def test_the_truth_is_read_as_it_was_written(folder, truth):
+    again = PlantTruth(**{**truth.__dict__})
+    assert again.to_dict() == json.loads((folder / "truth.json").read_text())
+
+
+def test_sources_have_the_bytes_lines_and_digest_that_the_truth_says(folder, truth):
+    found = digests(folder)
+    for source in truth.sources:
+        path = folder / source.path
+        rows = pl.read_parquet(path).height if path.suffix == ".parquet" else path.read_bytes().count(b"\n")
+        assert (found[source.path], path.stat().st_size, rows) == (source.sha256, source.bytes, source.lines)
+    assert {source.path for source in truth.sources} | {"truth.json"} == found.keys()
+
+
+def test_lines_of_causes_failures_and_look_alikes_stand_where_the_truth_says(folder, truth):
+    checked = Counter()
+    for event in [*truth.causes, *truth.failures, *truth.distractors]:
+        patterns = [re.escape(text).replace(re.escape("<*>"), r"\S+") for text in event.templates]
+        for place in (place for place in event.places if place.channel is None):
+            first, last = place.lines
+            text = re.compile("|".join(patterns))
+            lines = lines_of(folder, place.file)[first - 1 : last]
+            # an OpenTelemetry record has its text, then perhaps its template
+            found = [text.findall(line.replace("<*>", "")) for line in lines]
+            # a burst of background lines may say the same by chance, no less
+            assert found[0] and found[-1] and sum(map(len, found)) >= place.count
+            checked[event.kind] += 1
+    assert set(checked) > {"valve", "seal", "overheating", "trip", "bearing noise", "valve look-alike"}
+
+
+def test_no_line_of_a_cause_stands_anywhere_else(folder, truth):
+    planted = Counter(cause.kind for cause in truth.causes)
+    texts = [text for asset in truth.assets for _, text in log_lines(folder, asset)]
+    assert sum("with part TYPE-B" in text for text in texts) == planted["valve"] > 3
+    assert sum("batch K7" in text for text in texts) == planted["seal"] > 0
+
+
+def test_records_of_opentelemetry_are_counted_through_its_lines(folder, truth):
+    failure = next(f for f in truth.failures if any(place.records for place in f.places))
+    place = next(place for place in failure.places if place.records)
+    records = [
+        record
+        for line in lines_of(folder, place.file)
+        for record in json.loads(line)["resourceLogs"][0]["scopeLogs"][0]["logRecords"]
+    ]
+    for number in place.records:
+        moment = int(records[number - 1]["timeUnixNano"]) // 1_000_000
+        assert milliseconds(failure.start) <= moment <= milliseconds(failure.start) + 1_300_000
+        assert "alarm of" in records[number - 1]["body"]["stringValue"]
+
+
+def test_lags_are_exact_and_near_the_lag_of_the_plant(truth):
+    far = [(cause, failure) for cause, failure in truth.links() if failure.kind == "overheating"]
+    assert len(far) >= truth.settings["assets"] * 10
+    for cause, failure in far:
+        assert milliseconds(failure.start) - milliseconds(cause.start) == round(1000 * cause.lag_s)
+        # two and a half times the jitter, and what a second cause comes later
+        assert abs(cause.lag_s / truth.lag_s - 1) < 2.5 * 0.03 + 0.055
+    near = [cause.lag_s for cause, failure in truth.links() if failure.kind == "trip"]
+    assert near and all(1200 <= lag <= 2400 for lag in near)
+
+
+def test_causes_that_stand_in_for_each_other_share_a_failure(tmp_path):
+    truth = PlantTruth.read(written(tmp_path / "p", assets=1, days=40, pairs=30, interval=3600, lag=3 * 3600))
+    kinds = {cause.id: cause.kind for cause in truth.causes}
+    sets = Counter(tuple(sorted(kinds[c] for c in f.causes)) for f in truth.failures if f.kind == "overheating")
+    assert set(sets) == {("valve",), ("seal",), ("seal", "valve"), ("pressure dip",)}
+
+
+def test_lines_between_cause_and_failure_are_counted(folder, truth):
+    asset = truth.assets[1]  # its text log is in UTC
+    times = np.sort([time for time, _ in log_lines(folder, asset)])
+    # of the lines whose unit changed the milliseconds are lost
+    tolerance = 3
+    for cause, failure in truth.links():
+        if cause.asset == asset:
+            count = np.searchsorted(times, [milliseconds(cause.start), milliseconds(failure.start)])
+            assert abs(int(count[1] - count[0]) - cause.lines_between) <= tolerance
+
+
+def test_a_failure_shows_in_the_rows_of_its_sensor(tmp_path):
+    folder = written(tmp_path / "p", assets=1, zone="UTC")
+    table = pl.read_csv(folder / "raw/press-1/historian.csv")
+    for failure in (f for f in PlantTruth.read(folder).failures if f.channel):
+        place = next(place for place in failure.places if place.channel)
+        first, last = place.lines  # line 2 is row 0
+        times = table["timestamp"][first - 2], table["timestamp"][last - 2]
+        stamps = [milliseconds(text + "+00:00") for text in times]
+        assert milliseconds(failure.start) <= stamps[0] < milliseconds(failure.start) + 300_000
+        assert milliseconds(failure.end) - 300_000 < stamps[1] <= milliseconds(failure.end)
+        values = table[f"{failure.channel} [°C]"].to_numpy()
+        assert values[first - 2 : last - 1].max() > np.median(values[first - 14 : first - 2]) + 5
+
+
+def test_states_cover_the_record_and_the_log_says_each_change(folder, truth):
+    for asset in truth.assets:
+        states = [state for state in truth.states if state["asset"] == asset]
+        assert (states[0]["start"], states[-1]["end"]) == (truth.begin, truth.end)
+        assert all(a["end"] == b["start"] for a, b in zip(states, states[1:], strict=False))
+        said = [text for _, text in log_lines(folder, asset) if "operating state changed to" in text]
+        assert [text.rpartition(" to ")[2] for text in said] == [state["state"] for state in states]
+    assert {state["state"] for state in truth.states} == {"idle", "start-up", "load", "maintenance"}
+
+
+def test_logs_have_about_as_many_lines_as_asked_from_many_templates(tmp_path):
+    folder = written(tmp_path / "p", log_lines=900, zone="UTC")
+    for asset in PlantTruth.read(folder).assets:
+        texts = [text for _, text in log_lines(folder, asset)]
+        assert 0.9 < len(texts) / (900 * 21) < 1.15
+        masked = {
+            re.sub(r"0x\w+|R\d\d-M\d-N\d|\bP\d+|\d[\d.]*|operator|shift-lead|service|scada", "", t) for t in texts
+        }
+        assert 60 <= len(masked) <= 150
+
+
+def test_two_systems_see_one_load_through_clocks_that_can_be_compared(tmp_path):
+    folder = written(tmp_path / "p", assets=1, zone="UTC", interval=60, faults={"clock_offset": -110})
+    wide = pl.read_csv(folder / "raw/press-1/historian.csv")
+    long = pl.read_csv(folder / "raw/press-1/process_data.csv").filter(pl.col("tag") == "MOT.PWR")
+    known = wide["timestamp"].str.to_datetime().dt.epoch("ms").to_numpy() / 1000
+    shown = long["time"].str.to_datetime("%Y-%m-%dT%H:%M:%S%.fZ").dt.epoch("ms").to_numpy() / 1000
+    grid = np.arange(known[0] + 600, known[-1] - 600, 10)
+    steps = np.diff(np.interp(grid, known, wide["power [kW]"].to_numpy()))
+    shifts = range(-300, 301, 10)
+    scores = [
+        np.corrcoef(steps, np.diff(np.interp(grid + shift, shown, long["value"].to_numpy())))[0, 1] for shift in shifts
+    ]
+    assert abs(shifts[int(np.argmax(scores))] + 110) <= 15
+
+
+# -- a null plant ----------------------------------------------------------------------------------------------------
+
+
+def close_pairs(truth, tolerance=0.1):
+    """Pairs of a far failure and a line that causes it whose distance is the plant's lag."""
+    causes = [c for c in truth.causes if c.kind in ("valve", "seal", "pressure dip")]
+    return sum(
+        abs((milliseconds(f.start) - milliseconds(c.start)) / 1000 - truth.lag_s) < tolerance * truth.lag_s
+        for f in truth.failures
+        for c in causes
+        if f.kind == "overheating" and c.asset == f.asset
+    )
+
+
+def test_a_null_plant_has_the_same_causes_and_as_many_failures_but_no_link(truth, null_truth):
+    def lines(truth):
+        return sorted((c.kind, c.start, tuple(c.templates)) for c in truth.causes if c.kind != "bearing noise")
+
+    assert lines(null_truth) == lines(truth)
+    for name in ("causes", "failures", "distractors"):
+        kinds = [Counter(event.kind for event in getattr(t, name)) for t in (truth, null_truth)]
+        assert kinds[0] == kinds[1]
+    assert not null_truth.links() and all(not f.causes for f in null_truth.failures)
+    assert null_truth.lag_s == truth.lag_s
+
+
+def test_only_a_linked_plant_has_failures_the_lag_after_causes(tmp_path):
+    chosen = {"assets": 1, "days": 120, "interval": 3600, "lag": 5.3 * DAY, "log_lines": 20}
+    linked = PlantTruth.read(written(tmp_path / "linked", **chosen))
+    null = PlantTruth.read(written(tmp_path / "null", null=True, **chosen))
+    failures = sum(f.kind == "overheating" for f in linked.failures)
+    assert close_pairs(linked, 0.05) > failures
+    assert close_pairs(null, 0.05) < failures
+
+
+def test_the_seed_draws_the_lag_from_minutes_to_weeks():
+    lags = np.array([lag_of(PlantSettings(seed=seed, days=200)) for seed in range(300)])
+    assert 600 <= lags.min() < 1200 and 14 * DAY < lags.max() <= 21 * DAY
+    # log-uniform: as many below the geometric middle as above
+    assert 0.4 < (lags < np.sqrt(600 * 21 * DAY)).mean() < 0.6
+    assert lag_of(PlantSettings(lag=7200)) == 7200
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"days": 2}, "days is 2: must be a whole number from 3"),
+        ({"days": "60"}, "days is '60'"),
+        ({"assets": True}, "assets is True"),
+        ({"seed": -1}, "seed is -1"),
+        ({"interval": 7}, "interval is 7: must be .* divides a day"),
+        ({"channels": 4}, "channels is 4"),
+        ({"null": 1}, "null is 1: must be true or false"),
+        ({"jitter": float("nan")}, "jitter is nan"),
+        ({"lag": 59}, "lag is 59: must be a number from 60"),
+        ({"start": "2.9.2024"}, "start is '2.9.2024': must be a date like"),
+        ({"start": 2024}, "start is 2024"),
+        ({"zone": "Moon/Crater"}, "zone is 'Moon/Crater': must be an IANA name"),
+        ({"zone": "../etc"}, "zone is"),
+        ({"faults": "gap"}, "faults is 'gap': must be all, a list"),
+        ({"faults": ["nap"]}, "'nap' is none"),
+        ({"faults": {"gap": 1}}, "gap from 60 to"),
+        ({"faults": {"clock_offset": 0}}, "not 0"),
+        ({"faults": {"duplicates": "many"}}, "duplicates from"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused_with_what_can(change, words):
+    with pytest.raises(PlantSettingsError, match=words):
+        PlantSettings(**change)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"pairs": 300}, "room for .* of 100 failures: give more days, fewer pairs"),
+        ({"faults": {"gap": 20 * DAY}}, "gap, and its record has no quiet stretch .* give more days"),
+        ({"faults": ["zone_change"], "zone": "UTC"}, "UTC has no offset from UTC"),
+        ({"faults": ["time_ambiguous"], "start": "2024-10-14", "days": 10}, "no three days of the first twelve"),
+    ],
+)
+def test_what_has_no_room_is_refused_before_anything_is_written(changes, words, tmp_path):
+    with pytest.raises(PlantSettingsError, match=words):
+        written(tmp_path / "p", **changes)
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_folder_that_holds_something_else_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(PlantDataError, match="something else than a generated plant.*another folder"):
+        written(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_plant_is_written_over_by_the_same_settings_only(tmp_path):
+    chosen = {"assets": 1, "days": 3, "interval": 3600}
+    before = digests(written(tmp_path / "p", **chosen))
+    (tmp_path / "p/raw/press-1/historian.csv").write_text("damaged")
+    assert digests(written(tmp_path / "p", **chosen)) == before
+    with pytest.raises(PlantDataError, match="a plant of other settings"):
+        written(tmp_path / "p", **{**chosen, "days": 4})
+    assert digests(tmp_path / "p") == before
+
+
+def test_a_plant_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
+    def full(self, truth):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(plant_writer.AssetWriter, "tell", full)
+    with pytest.raises(OSError, match="no space"):
+        written(tmp_path / "p", assets=1, days=3)
+    assert not list((tmp_path / "p").rglob("*")) and [path.name for path in tmp_path.iterdir()] == ["p"]
+
+
+def test_a_folder_without_a_plant_is_said_with_the_command_that_writes_one(tmp_path):
+    with pytest.raises(PlantDataError, match="hf-sparse-attn synth FOLDER --plant"):
+        PlantTruth.read(tmp_path)
+    (tmp_path / "truth.json").write_text('{"format": 9}')
+    with pytest.raises(PlantDataError, match="format 9"):
+        PlantTruth.read(tmp_path)
