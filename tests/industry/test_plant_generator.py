@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from datetime import datetime
+from itertools import pairwise
 
 import numpy as np
 import polars as pl
@@ -118,7 +119,7 @@ def test_readings_and_lines_do_not_depend_on_where_chunks_are_cut(cuts):
 
     def record(edges):
         signals, lines = Signals(chosen, "a", schedule, plan.excursions), LogStream(chosen, "a", schedule, plan.lines)
-        spans = [(chosen.begin + a * DAY, chosen.begin + b * DAY) for a, b in zip(edges, edges[1:], strict=False)]
+        spans = [(chosen.begin + a * DAY, chosen.begin + b * DAY) for a, b in pairwise(edges)]
         readings = [signals.chunk(*span) for span in spans]
         wide = {name: np.concatenate([part[1][name] for part in readings]) for name in readings[0][1]}
         long = [np.concatenate([part[at] for part in readings]) for at in (2, 3, 4)]
@@ -231,7 +232,7 @@ def test_states_cover_the_record_and_the_log_says_each_change(folder, truth):
     for asset in truth.assets:
         states = [state for state in truth.states if state["asset"] == asset]
         assert (states[0]["start"], states[-1]["end"]) == (truth.begin, truth.end)
-        assert all(a["end"] == b["start"] for a, b in zip(states, states[1:], strict=False))
+        assert all(a["end"] == b["start"] for a, b in pairwise(states))
         said = [text for _, text in log_lines(folder, asset) if "operating state changed to" in text]
         assert [text.rpartition(" to ")[2] for text in said] == [state["state"] for state in states]
     assert {state["state"] for state in truth.states} == {"idle", "start-up", "load", "maintenance"}
@@ -242,9 +243,8 @@ def test_logs_have_about_as_many_lines_as_asked_from_many_templates(tmp_path):
     for asset in PlantTruth.read(folder).assets:
         texts = [text for _, text in log_lines(folder, asset)]
         assert 0.9 < len(texts) / (900 * 21) < 1.15
-        masked = {
-            re.sub(r"0x\w+|R\d\d-M\d-N\d|\bP\d+|\d[\d.]*|operator|shift-lead|service|scada", "", t) for t in texts
-        }
+        parameters = r"0x\w+|R\d\d-M\d-N\d|\bP\d+|\d[\d.]*|operator|shift-lead|service|scada"
+        masked = {re.sub(parameters, "", text) for text in texts}
         assert 60 <= len(masked) <= 150
 
 
@@ -354,7 +354,7 @@ def test_what_has_no_room_is_refused_before_anything_is_written(changes, words, 
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(PlantDataError, match="something else than a generated plant.*another folder"):
+    with pytest.raises(PlantDataError, match=r"something else than a generated plant.*another folder"):
         written(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
