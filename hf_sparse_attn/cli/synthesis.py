@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -60,8 +61,10 @@ def synth(
 def _write_plant(out: Path, settings: str, seed: int, json_path: str | None) -> None:
     from ..industry.plant_generator.plant_settings import PlantSettings
     from ..industry.plant_generator.plant_writer import write_plant
+    from ..system.progress import duration
 
-    chosen = yaml_fields(settings, "--set")
+    # the field null is a name here, and no value to YAML
+    chosen = yaml_fields(re.sub(r"(^|,)(\s*)null(\s*:)", r"\1\2'null'\3", settings), "--set")
     known = [field.name for field in fields(PlantSettings) if field.name != "seed"]
     for name in chosen:
         if name == "seed":
@@ -70,10 +73,10 @@ def _write_plant(out: Path, settings: str, seed: int, json_path: str | None) -> 
             raise ValueError(f"--set {settings!r} holds {name}, which a plant has not: it has {', '.join(known)}")
     config = PlantSettings(seed=seed, **chosen)
     truth = write_plant(out, config)
-    far = "no cause leads to a failure" if config.null else f"causes lead to failures after {truth.lag_s / 3600:.3g} h"
+    links = "causes that lead to nothing" if config.null else f"causes about {duration(truth.lag_s)} before failures"
     console.print(
-        f"{config.assets} assets, {config.days} days, {truth.rows:,} lines, {len(truth.failures)} failures, "
-        f"{len(truth.findings)} data faults; {far}: {out}",
+        f"{config.assets} x {config.days} days, {truth.rows} lines: {len(truth.failures)} failures, {links}, "
+        f"{len(truth.findings)} data faults; {out}",
         markup=False,
         highlight=False,
     )

@@ -18,12 +18,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_sparse_attn.industry.errors import PlantDataError
-from hf_sparse_attn.industry.plant_generator import plant_writer
 from hf_sparse_attn.industry.plant_generator.causal_links import lag_of, plan_of
 from hf_sparse_attn.industry.plant_generator.log_stream import LogStream
 from hf_sparse_attn.industry.plant_generator.operating_schedule import schedule_of
-from hf_sparse_attn.industry.plant_generator.plant_settings import DAY, PlantSettings, PlantSettingsError
+from hf_sparse_attn.industry.plant_generator.plant_settings import DAY, PlantSettings
 from hf_sparse_attn.industry.plant_generator.plant_truth import PlantTruth
 from hf_sparse_attn.industry.plant_generator.plant_writer import write_plant
 from hf_sparse_attn.industry.plant_generator.sensor_signals import Signals
@@ -304,84 +302,3 @@ def test_the_seed_draws_the_lag_from_minutes_to_weeks():
     # log-uniform: as many below the geometric middle as above
     assert 0.4 < (lags < np.sqrt(600 * 21 * DAY)).mean() < 0.6
     assert lag_of(PlantSettings(lag=7200)) == 7200
-
-
-# -- what is refused -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"days": 2}, "days is 2: must be a whole number from 3"),
-        ({"days": "60"}, "days is '60'"),
-        ({"assets": True}, "assets is True"),
-        ({"seed": -1}, "seed is -1"),
-        ({"interval": 7}, "interval is 7: must be .* divides a day"),
-        ({"channels": 4}, "channels is 4"),
-        ({"null": 1}, "null is 1: must be true or false"),
-        ({"jitter": float("nan")}, "jitter is nan"),
-        ({"lag": 59}, "lag is 59: must be a number from 60"),
-        ({"start": "2.9.2024"}, "start is '2.9.2024': must be a date like"),
-        ({"start": 2024}, "start is 2024"),
-        ({"zone": "Moon/Crater"}, "zone is 'Moon/Crater': must be an IANA name"),
-        ({"zone": "../etc"}, "zone is"),
-        ({"faults": "gap"}, "faults is 'gap': must be all, a list"),
-        ({"faults": ["nap"]}, "'nap' is none"),
-        ({"faults": {"gap": 1}}, "gap from 60 to"),
-        ({"faults": {"clock_offset": 0}}, "not 0"),
-        ({"faults": {"duplicates": "many"}}, "duplicates from"),
-    ],
-)
-def test_a_setting_that_cannot_be_is_refused_with_what_can(change, words):
-    with pytest.raises(PlantSettingsError, match=words):
-        PlantSettings(**change)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"pairs": 300}, "room for .* of 100 failures: give more days, fewer pairs"),
-        ({"faults": {"gap": 20 * DAY}}, "gap, and its record has no quiet stretch .* give more days"),
-        ({"faults": ["zone_change"], "zone": "UTC"}, "UTC has no offset from UTC"),
-        ({"faults": ["time_ambiguous"], "start": "2024-10-14", "days": 10}, "no three days of the first twelve"),
-    ],
-)
-def test_what_has_no_room_is_refused_before_anything_is_written(changes, words, tmp_path):
-    with pytest.raises(PlantSettingsError, match=words):
-        written(tmp_path / "p", **changes)
-    assert not (tmp_path / "p").exists()
-
-
-def test_a_folder_that_holds_something_else_is_refused(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(PlantDataError, match=r"something else than a generated plant.*another folder"):
-        written(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-
-
-def test_a_plant_is_written_over_by_the_same_settings_only(tmp_path):
-    chosen = {"assets": 1, "days": 3, "interval": 3600}
-    before = digests(written(tmp_path / "p", **chosen))
-    (tmp_path / "p/raw/press-1/historian.csv").write_text("damaged")
-    assert digests(written(tmp_path / "p", **chosen)) == before
-    with pytest.raises(PlantDataError, match="a plant of other settings"):
-        written(tmp_path / "p", **{**chosen, "days": 4})
-    assert digests(tmp_path / "p") == before
-
-
-def test_a_plant_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
-    def full(self, truth):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(plant_writer.AssetWriter, "tell", full)
-    with pytest.raises(OSError, match="no space"):
-        written(tmp_path / "p", assets=1, days=3)
-    assert not list((tmp_path / "p").rglob("*")) and [path.name for path in tmp_path.iterdir()] == ["p"]
-
-
-def test_a_folder_without_a_plant_is_said_with_the_command_that_writes_one(tmp_path):
-    with pytest.raises(PlantDataError, match="hf-sparse-attn synth FOLDER --plant"):
-        PlantTruth.read(tmp_path)
-    (tmp_path / "truth.json").write_text('{"format": 9}')
-    with pytest.raises(PlantDataError, match="format 9"):
-        PlantTruth.read(tmp_path)
