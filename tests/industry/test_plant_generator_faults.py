@@ -14,7 +14,8 @@ import polars as pl
 import pytest
 
 from hf_sparse_attn.industry.findings import KINDS
-from hf_sparse_attn.industry.plant_generator.plant_settings import FAULTS, PlantSettings
+from hf_sparse_attn.industry.plant_generator.fault_kinds import FAULTS
+from hf_sparse_attn.industry.plant_generator.plant_settings import PlantSettings
 from hf_sparse_attn.industry.plant_generator.plant_writer import write_plant
 
 SMALL = {"assets": 1, "start": "2024-10-19", "days": 16, "interval": 300, "channels": 7, "log_lines": 60, "pairs": 4}

@@ -48,9 +48,12 @@ def digests(folder):
         ({"zone": "../etc"}, "zone is"),
         ({"faults": "gap"}, "faults is 'gap': must be all, a list"),
         ({"faults": ["nap"]}, "'nap' is none"),
-        ({"faults": {"gap": 1}}, "gap from 60 to"),
-        ({"faults": {"clock_offset": 0}}, "not 0"),
-        ({"faults": {"duplicates": "many"}}, "duplicates from"),
+        ({"faults": [["gap"]]}, r"\['gap'\] is none"),
+        ({"faults": {"gap": 60}}, "gap a number from 240 to"),
+        ({"faults": {"clock_offset": 0}}, "clock_offset a number other than 0"),
+        ({"faults": {"duplicates": "many"}}, "duplicates a number from"),
+        ({"faults": {"equal_stamps": 2.5}}, "equal_stamps a whole number from 2 to 80"),
+        ({"faults": {"bad_line": float("nan")}}, "bad_line a whole number"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused_with_what_can(change, words):
@@ -64,13 +67,14 @@ def test_a_setting_that_cannot_be_is_refused_with_what_can(change, words):
         ({"pairs": 300}, "room for .* of 100 failures: give more days, fewer pairs"),
         ({"faults": {"gap": 20 * DAY}}, "gap, and its record has no quiet stretch .* give more days"),
         ({"faults": ["zone_change"], "zone": "UTC"}, "UTC has no offset from UTC"),
+        ({"faults": {"duplicates": 1e-4}, "interval": 3600, "days": 7}, "duplicates is 0.0001, and raw/.* has no row"),
         ({"faults": ["time_ambiguous"], "start": "2024-10-14", "days": 10}, "no three days of the first twelve"),
     ],
 )
-def test_what_has_no_room_is_refused_before_anything_is_written(changes, words, tmp_path):
+def test_what_has_no_room_is_refused_and_nothing_is_written(changes, words, tmp_path):
     with pytest.raises(PlantSettingsError, match=words):
         written(tmp_path / "p", **changes)
-    assert not (tmp_path / "p").exists()
+    assert not list(tmp_path.rglob("*.*"))
 
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path):

@@ -16,7 +16,7 @@ from .log_stream import LogStream
 from .machine_channels import Sensor, sensors_of
 from .message_catalogue import JSON, OTEL, TEXT
 from .operating_schedule import STATES, Schedule, schedule_of
-from .plant_settings import DAY, PlantSettings
+from .plant_settings import DAY, PlantSettings, PlantSettingsError
 from .plant_truth import Place, PlantTruth, iso
 from .random_streams import stream
 from .raw_files import ParquetFile, TextFile
@@ -152,7 +152,11 @@ class AssetWriter:
         table.write(hours * 1000, {COUNTER.name: values})
 
     def tell(self, truth: PlantTruth) -> None:
-        """Add what is true of this asset, after its files are closed."""
+        """Add what is true of this asset, after its files are closed.
+
+        Raises:
+            PlantSettingsError: a data fault is so small that no row has it.
+        """
         known = self.known
         for name, out in self.outs.items():
             offset = [fault.magnitude for fault in known.faults_of(name) if fault.kind == "clock_offset"]
@@ -164,8 +168,15 @@ class AssetWriter:
             for start, end, state in known.schedule.changes()
         ]
         self._tell_events(truth)
-        found = [fault.finding() for fault in known.data_faults]
-        truth.findings += [finding for finding in found if finding is not None]
+        for fault in known.data_faults:
+            finding = fault.finding()
+            if finding is not None:
+                truth.findings.append(finding)
+            elif fault.kind != "dst_fold":  # which a file may have no line in
+                raise PlantSettingsError(
+                    f"a plant's {fault.kind} is {fault.magnitude:g}, and {fault.file} has no row that it fell on: make "
+                    "it larger, or the record longer"
+                )
 
     def _tell_events(self, truth: PlantTruth) -> None:
         plan = self.known.plan

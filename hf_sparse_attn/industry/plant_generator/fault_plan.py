@@ -11,9 +11,10 @@ import numpy.typing as npt
 
 from ..findings import Finding, Severity
 from .causal_links import Plan
+from .fault_kinds import FAULTS
 from .machine_channels import CONVERSIONS, OIL, POWER, PRESSURE, Sensor
 from .operating_schedule import Schedule
-from .plant_settings import DAY, FAULTS, PlantSettings, PlantSettingsError
+from .plant_settings import DAY, PlantSettings, PlantSettingsError
 from .plant_truth import iso
 from .random_streams import stream
 

@@ -5,42 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date, datetime, timedelta
-from typing import Any, NamedTuple
+from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from .fault_kinds import magnitudes
 
 DAY = 86_400  # seconds
 SHORTEST_LAG, LONGEST_LAG = 600.0, 21.0 * DAY  # between which the seed draws the lag, in seconds
 LAG_SHARE = 0.25  # of the record, at most, is the lag that the seed draws: causes need room before the first failure
-
-
-class Magnitude(NamedTuple):
-    """How large a data fault is, unless it is said, and what is allowed."""
-
-    default: float
-    least: float
-    most: float
-    means: str
-
-
-FAULTS: dict[str, Magnitude] = {
-    "duplicates": Magnitude(0.05, 1e-4, 0.5, "share of rows that are followed by their copy"),
-    "clock_offset": Magnitude(37.0, -86_400, 86_400, "seconds that the clock of one source is ahead"),
-    "gap": Magnitude(10_800, 60, 30 * DAY, "seconds without rows"),
-    "stuck_sensor": Magnitude(21_600, 600, 30 * DAY, "seconds of one value"),
-    "flat_sensor": Magnitude(43_200, 600, 30 * DAY, "seconds with a fiftieth of the sensor's movement"),
-    "saturated_sensor": Magnitude(14_400, 600, 30 * DAY, "seconds on the upper limit of the range"),
-    "unit_change": Magnitude(0.5, 0.05, 0.95, "share of the record before °C become °F, or bar kPa"),
-    "zone_change": Magnitude(0.5, 0.05, 0.95, "share of the record before local times become UTC, or UTC local times"),
-    "epoch_unit_change": Magnitude(0.5, 0.05, 0.95, "share of the record before milliseconds become seconds"),
-    "day_first_dates": Magnitude(1, 1, 1, "one file has dates as 13/09/2024"),
-    "time_ambiguous": Magnitude(1, 1, 1, "one file has such dates of the first twelve days of a month only"),
-    "equal_stamps": Magnitude(8, 2, 80, "rows in a row, of 80, with one time stamp"),
-    "backward_jump": Magnitude(1_200, 60, DAY, "seconds of rows that are written too late, as one block"),
-    "bad_line": Magnitude(1, 1, 100, "lines that are cut off"),
-    "time_unreadable": Magnitude(1, 1, 100, "lines whose time stamp is 0000-00-00 00:00:00"),
-    "no_number": Magnitude(0.01, 1e-4, 0.5, "share of a channel's fields that are empty or a word"),
-    "empty_channel": Magnitude(1, 1, 1, "one channel has no number at all"),
-}
 
 
 class PlantSettingsError(ValueError):
@@ -65,7 +37,8 @@ class PlantSettings:
         lag: seconds from cause to failure; None = drawn by the seed, log-uniform from 10 minutes to 3 weeks or a
             quarter of the record.
         jitter: standard deviation of the single lags around it, as a share of it.
-        faults: data faults that are injected, each once: names of `FAULTS`, or names with magnitudes, or "all".
+        faults: data faults that are injected, each once: names of `fault_kinds.FAULTS`, names with magnitudes, or
+            "all".
 
     Raises:
         PlantSettingsError: a setting is impossible.
@@ -92,7 +65,7 @@ class PlantSettings:
             ("days", 3, 3660),
             ("interval", 1, 3600),
             ("channels", 5, 200),
-            ("log_lines", 20, 2_000_000),
+            ("log_lines", 20, 500_000),
         ):
             self._check_integer(name, least, most)
         if self.pairs is not None:
@@ -105,7 +78,10 @@ class PlantSettings:
         if self.lag is not None:
             self._check_number("lag", 60.0, self.days * DAY / 2)
         self._check_period()
-        object.__setattr__(self, "faults", self._magnitudes())
+        try:
+            object.__setattr__(self, "faults", magnitudes(self.faults, self.interval))
+        except ValueError as error:
+            self._refuse("faults", str(error))
 
     def _check_integer(self, name: str, least: int, most: int) -> None:
         value = getattr(self, name)
@@ -130,28 +106,6 @@ class PlantSettings:
             ZoneInfo(self.zone)
         except (TypeError, ValueError, OSError, ZoneInfoNotFoundError):
             self._refuse("zone", "an IANA name like Europe/Berlin, Asia/Tokyo or UTC")
-
-    def _magnitudes(self) -> dict[str, float]:
-        """The data faults with a magnitude each, in the order of `FAULTS`."""
-        if self.faults == "all":
-            return {kind: magnitude.default for kind, magnitude in FAULTS.items()}
-        if isinstance(self.faults, str) or not isinstance(self.faults, Mapping | Sequence):
-            self._refuse("faults", "all, a list like [gap, duplicates], or magnitudes like {gap: 3600}")
-        asked: dict[Any, Any] = dict(self.faults) if isinstance(self.faults, Mapping) else dict.fromkeys(self.faults)
-        for kind, value in asked.items():
-            if kind not in FAULTS:
-                self._refuse("faults", f"of {', '.join(FAULTS)}; {kind!r} is none (dst_fold arises by zone and period)")
-            known = FAULTS[kind]
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if value is not None and not (number and known.least <= value <= known.most and value):
-                self._refuse(
-                    "faults", f"with {kind} from {known.least:.10g} to {known.most:.10g} ({known.means}), not 0"
-                )
-        return {
-            kind: float(known.default if asked[kind] is None else asked[kind])
-            for kind, known in FAULTS.items()
-            if kind in asked
-        }
 
     def _refuse(self, name: str, allowed: str) -> None:
         raise PlantSettingsError(f"a plant's {name} is {getattr(self, name)!r}: must be {allowed}")
