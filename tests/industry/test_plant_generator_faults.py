@@ -174,6 +174,10 @@ def test_a_zone_can_change_from_utc_to_local_times(tmp_path):
         _, truth = written(folder, assets=2, seed=seed, faults=["zone_change"], log_lines=20)
         finding = next(finding for finding in truth.findings if finding.kind == "zone_change")
         assert finding.values["from"] == ("Europe/Berlin" if finding.asset == "press-1" else "UTC")
+        # the clocks are set back after the change: where times are local from then on, an hour occurs twice
+        folds = {finding.source for finding in truth.findings if finding.kind == "dst_fold"}
+        assert ("raw/pump-2/historian.csv" in folds) == (finding.asset == "pump-2")
+        assert ("raw/press-1/historian.csv" in folds) == (finding.asset == "pump-2")
 
 
 def test_epochs_change_from_milliseconds_to_seconds(clean, faulty):

@@ -52,7 +52,8 @@ class AssetPlan:
             DataFault("dst_fold", self.asset, file.path, start, end, values={"zone": self.settings.zone})
             for file in self.files.values()
             for start, end in folds(self.settings)
-            if file.local
+            # one in UTC may change to local times
+            if file.local or any(fault.kind == "zone_change" for fault in self._faults_in(file))
         ]
 
     def _files(self) -> dict[str, RawFile]:
@@ -75,7 +76,10 @@ class AssetPlan:
 
     def faults_of(self, name: str) -> list[DataFault]:
         """The data faults of one of its files."""
-        return [fault for fault in self.data_faults if name in self.files and fault.file == self.files[name].path]
+        return self._faults_in(self.files[name])
+
+    def _faults_in(self, file: RawFile) -> list[DataFault]:
+        return [fault for fault in self.data_faults if fault.file == file.path]
 
     def spans(self, sensors: list[Sensor]) -> list[Span]:
         """Readings of these sensors that show planted events."""

@@ -90,7 +90,7 @@ def plan_of(settings: PlantSettings, asset: str, schedule: Schedule) -> Plan:
         plan.add("distractor", "hot spell", start, _overheating(start, random))
     slots.reserve()
     pairs = slots.linked(lag, "linked")
-    causes = [_cause(plan, *pair, lag, settings, number) for number, pair in enumerate(pairs)]
+    causes = [_cause(plan, time, lag, stream(settings.seed, "cause", asset, at)) for at, (time, _) in enumerate(pairs)]
     starts = [failure for _, failure in (slots.linked(lag, "drawn again") if settings.null else pairs)]
     for number, start in enumerate(starts):
         failure = _far_failure(plan, start, stream(settings.seed, "far", asset, number))
@@ -145,7 +145,6 @@ class _Slots:
         working: list[tuple[int, int]] = []
         idle: list[tuple[int, int]] = []
         for slot in random.permutation(np.array(self.free, dtype=np.int64)).tolist():
-            # whole milliseconds of the day, as log lines have
             start = int(1000 * (slot + random.uniform(0, 3600)))
             deviation = float(np.clip(random.standard_normal(), -HIGHEST, HIGHEST)) * self.settings.jitter
             cause = start - round(1000 * lag * (1 + deviation))
@@ -201,20 +200,19 @@ def _trip(plan: Plan, start: int, random: np.random.Generator) -> PlantedEvent:
     return failure
 
 
-def _cause(plan: Plan, time: int, failure: int, lag: float, settings: PlantSettings, number: int) -> list[PlantedEvent]:
+def _cause(plan: Plan, time: int, lag: float, random: np.random.Generator) -> list[PlantedEvent]:
     """The events that stand for one cause: one, or two of which each would do."""
-    random = stream(settings.seed, "cause", plan.asset, number)
     rule = RULES[int(random.choice(len(RULES), p=RULE_SHARES))]
     if rule == "pressure dip":
         hold, amount = int(random.uniform(1200, 2400)), random.uniform(0.3, 0.5)
         return [plan.add("cause", rule, time, Excursion(PRESSURE, time, 120_000, hold * 1000, 120_000, -amount))]
     causes = []
-    # the second is still before the failure, and within the jitter of the lag
+    # the second is within the jitter of the lag, too
     later = int(1000 * random.uniform(0.2, 1.0) * min(0.05 * lag, 6 * 3600))
     for kind, moment in (("valve", time), ("seal", time + later * (rule == "both"))):
         if rule in (kind, "both"):
-            causes.append(plan.add("cause", kind, min(moment, failure), None))
-            plan.say(kind, min(moment, failure), random)
+            causes.append(plan.add("cause", kind, moment))
+            plan.say(kind, moment, random)
     return causes
 
 

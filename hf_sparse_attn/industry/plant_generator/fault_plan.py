@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..findings import Finding, Severity
+from ..findings import Finding
 from .causal_links import Plan
 from .fault_kinds import FAULTS
 from .machine_channels import CONVERSIONS, OIL, POWER, PRESSURE, Sensor
@@ -26,7 +26,7 @@ TRIES = 2000
 NEEDS_LOAD = ("stuck_sensor", "flat_sensor", "saturated_sensor")  # of a machine at rest nobody could tell
 AT_SHARE = ("unit_change", "zone_change", "epoch_unit_change")  # from a share of the record to its end
 WHOLE_FILE = ("duplicates", "clock_offset", "day_first_dates", "time_ambiguous", "no_number", "empty_channel")
-WORST: dict[str, Severity] = {"dst_fold": "information", "day_first_dates": "information"}  # all others: warning
+NO_ACTION = ("dst_fold", "day_first_dates")  # can be read without loss
 NEVER_FAULTY = (POWER, OIL, "speed")  # compares clocks, shows failures, saturates by itself
 
 
@@ -91,7 +91,7 @@ class DataFault:
             return None
         return Finding(
             self.kind,
-            WORST.get(self.kind, "warning"),
+            "information" if self.kind in NO_ACTION else "warning",
             asset=self.asset,
             source=self.file,
             channel=self.channel,

@@ -42,7 +42,7 @@ class LogStream:
         mean = activity[minutes].mean() * (1 + REPEATED * (1 + COPIES) / 2) * DAY / MINUTE
         self._rates = activity * settings.log_lines / mean
         self._cumulative = _weights(settings, asset).cumsum(axis=1)
-        lines = [*planned, *_state_changes(settings, schedule), *_jobs(settings, asset), *_bursts(settings, asset)]
+        lines = [*planned, *_state_changes(schedule), *_jobs(settings, asset), *_bursts(settings, asset)]
         lines.sort(key=lambda line: line.time)
         self._planned = {
             "time": np.array([line.time for line in lines], dtype=np.int64),
@@ -102,7 +102,7 @@ def _weights(settings: PlantSettings, asset: str) -> npt.NDArray[np.float64]:
     return weights
 
 
-def _state_changes(settings: PlantSettings, schedule: Schedule) -> list[PlannedLine]:
+def _state_changes(schedule: Schedule) -> list[PlannedLine]:
     (number,) = numbers_of("state")
     return [
         # the middle of the share of a word: it is the word
