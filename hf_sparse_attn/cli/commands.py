@@ -16,8 +16,9 @@ from ..system.progress import step
 from .bench import bench
 from .bench_training import training
 from .doctor import doctor
-from .measure import calibrate, evaluate, harness, synth
+from .measure import calibrate, evaluate, harness
 from .options import DtypeOption, JsonOption, TextOption, checked_output, console, emit, load, reserving, windows_of
+from .synthesis import synth
 
 with needs_extra("cli", "the command line"):
     import typer

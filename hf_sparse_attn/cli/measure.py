@@ -1,21 +1,19 @@
-"""Verbs that measure a model: eval, lm-eval, calibrate, synth."""
+"""Verbs that measure a model: eval, lm-eval, calibrate."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from ..system.extras import needs_extra, require_extra
-from .measured_tables import print_links, print_quality, print_tables, show_result, summary_of
+from .measured_tables import print_quality, print_tables, show_result, summary_of
 from .options import (
     ImportOption,
     JsonOption,
     ReportOption,
     SavedDtypeOption,
     TextOption,
-    checked_plot,
     command_line,
     console,
     emit,
@@ -26,13 +24,11 @@ from .options import (
     run_selector_file,
     sparse_options,
     windows_of,
-    yaml_fields,
 )
 
 with needs_extra("cli", "the command line"):
     import typer
 
-SMALL_SPARSE = "block_size: 16, query_tile: 16, sink: 16, local: 16, dense_below: 0, min_keys: 160, max_keys: 160"
 SparseOption = Annotated[str, typer.Option(help="Fields of SparseAttentionConfig to change, e.g. 'query_samples: 32'.")]
 SelectionsOption = Annotated[
     str | None,
@@ -219,64 +215,3 @@ def calibrate(
         emit(result, json_path, None if report is None else partial(write_calibration_report, report, result))
     if missed:
         raise CalibrationError(f"{folder} was not calibrated: {'; '.join(missed)}")
-
-
-@reserving("out")
-def synth(
-    out: Annotated[Path, typer.Argument(help="Folder to write the set into.")],
-    settings: Annotated[
-        str, typer.Option("--set", help="Fields of LongLinkConfig, e.g. 'family: two_hops, keys: 20'.")
-    ] = "",
-    seed: Annotated[int, typer.Option(help="The same seed and settings give the same set.")] = 0,
-    learn: Annotated[
-        bool, typer.Option("--learn", help="Train a small model on such sets, distil its routers, and measure them.")
-    ] = False,
-    sparse: Annotated[str, typer.Option(help="Fields of SparseAttentionConfig for --learn.")] = SMALL_SPARSE,
-    report: Annotated[
-        Path | None, typer.Option(callback=checked_plot, help="Write what --learn found as one HTML page to this path.")
-    ] = None,
-    json_path: JsonOption = None,
-) -> None:
-    """Make a LongLink set: sequences with planted long-range links, as datasets, with a table of the links.
-
-    With --learn also shows what a small model and its routers make of such sets, dense and under every selection.
-    """
-    from ..config import SparseAttentionConfig
-    from ..experiments.longlink.export import save
-    from ..experiments.longlink.families import LongLinkConfig
-    from ..experiments.longlink.learning import EVALUATED, LearningConfig, with_routers
-    from ..experiments.longlink.learning import learn as train
-    from ..experiments.longlink.planting import plant
-    from ..experiments.longlink.study import study
-    from ..experiments.reports.html_report import write_longlink_report
-    from ..system.environment import Cost, environment
-
-    if report is not None and not learn:
-        raise ValueError("--report shows what --learn found: give both")
-    try:
-        # an unknown field is a TypeError of the class
-        config = LongLinkConfig(**yaml_fields(settings, "--set"))
-    except TypeError as error:
-        raise ValueError(f"--set {settings!r}: {error}") from error
-    save(plant(config, seed), out)
-    console.print(
-        f"{config.sequences} sequences of {config.length} tokens, {config.links} links each: {out}", markup=False
-    )
-    if not learn:
-        emit({"config": asdict(config), "seed": seed, "folder": str(out)}, json_path)
-        return
-    learning = LearningConfig.up_to(config.length, seed)
-    with Cost() as cost:
-        model = train(config, learning)
-        with_routers(model, SparseAttentionConfig.from_dict(sparse_options(sparse)), config, learning)
-        # sets that the model did not learn from: a training keeps to its seed's multiple of EVALUATED
-        results = study(model, config, EVALUATED * (seed + 7))
-    document = {
-        "command": command_line(),
-        "environment": environment(),
-        "sparse_attention": model.config.sparse_attention,
-        **cost.figures,
-    }
-    print_links(results)
-    document |= results
-    emit(document, json_path, None if report is None else partial(write_longlink_report, report, document))
