@@ -103,15 +103,15 @@ def _write(parts: Sequence[Part], numbers: list[list[int]], asset: str, table: s
     if frames:
         target.parent.mkdir(parents=True, exist_ok=True)
         rows = pl.concat(frames).select(TABLES[table].names())
-        rows.sink_parquet(target, compression="zstd", compression_level=1, row_group_size=GROUP)
+        rows.sink_parquet(target, compression="snappy", row_group_size=GROUP)
 
 
 def _numbered(path: Path, source: int, numbers: list[int]) -> pl.LazyFrame:
     """The rows of one file with the numbers of their source and channels, and flags that came at its end."""
-    rows = pl.scan_parquet(path)
-    flags = path.with_name(f"{path.stem}-flags.parquet")
+    rows = pl.scan_ipc(path)
+    flags = path.with_name(f"{path.stem}-flags.arrow")
     if flags.is_file():
-        rows = rows.with_row_index("row").join(pl.scan_parquet(flags), on="row", how="left", maintain_order="left")
+        rows = rows.with_row_index("row").join(pl.scan_ipc(flags), on="row", how="left", maintain_order="left")
         rows = rows.with_columns(pl.col("quality") | pl.col("flag").fill_null(0)).drop("row", "flag")
     if numbers and numbers != list(range(len(numbers))) and "channel" in TABLES[path.stem.partition("-")[2]]:
         number = pl.col("channel").replace_strict(range(len(numbers)), numbers, return_dtype=pl.UInt16)

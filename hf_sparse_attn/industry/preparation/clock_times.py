@@ -96,7 +96,7 @@ class StampReader:
                 file=self.file,
             ) from error
         zoned = read.dtype == pl.Datetime("ns", "UTC")
-        offset = texts.str.extract(OFFSET) if zoned else _no_text(len(texts))
+        offset = _offsets(texts) if zoned else _no_text(len(texts))
         return pl.DataFrame({"ns": read.cast(pl.Int64), "offset": offset, "unit": _no_text(len(texts))})
 
     def _numbers(self, texts: pl.Series, lines: pl.Series, frame: pl.DataFrame) -> pl.DataFrame:
@@ -158,7 +158,7 @@ class StampReader:
 
     def _parsed(self, texts: pl.Series, shape: Shape) -> tuple[pl.Series, pl.Series]:
         form = shape.of_order(self._order_of(texts, shape)) if shape.orders else shape.format
-        offset = texts.str.extract(OFFSET) if shape.zoned else _no_text(len(texts))
+        offset = _offsets(texts) if shape.zoned else _no_text(len(texts))
         for pattern, text in shape.replaced:
             texts = texts.str.replace(pattern, text)
         if not shape.has_year:
@@ -179,6 +179,15 @@ class StampReader:
         years = turns.cum_sum() + self._year_turns + (self.first_year or datetime.now(UTC).year)
         self._year_turns += int(turns.sum())
         return (years.cast(pl.String) + " " + texts).alias("text")
+
+
+def _offsets(texts: pl.Series) -> pl.Series:
+    """The offset from UTC at the end of each stamp, as it is written."""
+    first = texts.drop_nulls().head(1).str.extract(OFFSET)
+    # most files have one throughout, and looking for an end is faster than for a pattern
+    if len(first) and first[0] is not None and texts.str.ends_with(first[0]).all():
+        return first.new_from_index(0, len(texts))
+    return texts.str.extract(OFFSET)
 
 
 def _nothing(rows: int) -> pl.Series:

@@ -52,15 +52,16 @@ def _rows(block: Block, layout: CsvLayout) -> tuple[Fields, list[str]]:
     bad = [BadLine(block.first + at, found) for at, found in block.damaged.items()]
     if block.damaged:
         frame = frame.filter(~pl.col("line").is_in([each.line for each in bad]))
-    held: list[str] = []
+    if block.first < layout.first:
+        frame = frame.filter(pl.col("line") >= layout.first)
     quoted = frame["text"].str.contains('"', literal=True)
-    if quoted.any():
-        frame, held = _joined(frame, layout.separator)
-    frame = frame.filter((pl.col("line") >= layout.first) & (pl.col("text").str.strip_chars() != ""))
+    if not quoted.any():
+        return (_split(frame, layout, bad), bad), []
+    frame, held = _joined(frame, layout.separator)
     quoted = frame["text"].str.contains('"', literal=True)
     parts = [_split(frame.filter(~quoted), layout, bad), _parsed(frame.filter(quoted), layout, bad)]
     rows = pl.concat([part for part in parts if part.height] or parts[:1])
-    return (rows.sort("line") if quoted.any() else rows, bad), held
+    return (rows.sort("line"), bad), held
 
 
 def opening_quote(separator: str) -> re.Pattern[str]:
@@ -98,9 +99,9 @@ def _split(frame: pl.DataFrame, layout: CsvLayout, bad: list[BadLine]) -> pl.Dat
     fields = frame["text"].str.count_matches(layout.separator, literal=True) + 1
     fits = fields == layout.width
     if not fits.all():
-        wrong = frame.filter(~fits)["line"].to_list()
-        found = fields.filter(~fits).to_list()
-        bad += [BadLine(line, _counted(count, layout)) for line, count in zip(wrong, found, strict=True)]
+        wrong = frame.with_columns(fields=fields).filter(~fits & (pl.col("text").str.strip_chars() != ""))
+        found = wrong.select("line", "fields").iter_rows()
+        bad += [BadLine(line, _counted(count, layout)) for line, count in found]
         frame = frame.filter(fits)
     names = [str(at) for at in range(layout.width)]
     pieces = frame["text"].str.split_exact(layout.separator, layout.width - 1).struct.rename_fields(names)

@@ -52,7 +52,7 @@ class DateOrder:
             pl.col("one", "two", "three").cast(pl.Int32), digits=pl.col("three").str.len_bytes(), line=lines, text=texts
         ).filter(pl.col("one").is_not_null())
         for key, rows in numbers.group_by("mark", "digits"):
-            self._count((str(key[0]), int(key[1])), rows)  # type: ignore[call-overload]
+            self._count((str(key[0]), int(key[1])), rows)
 
     def _count(self, style: Style, rows: pl.DataFrame) -> None:
         evidence = self._evidence.setdefault(style, _Evidence())

@@ -183,7 +183,7 @@ class FileReader:
             else:
                 flags = repeated_readings(path, known, wide=self.opened.kind == "wide")
             if flags.height:
-                flags.select("row", "flag").write_parquet(path.with_name(f"{path.stem}-flags.parquet"))
+                flags.select("row", "flag").write_ipc(path.with_name(f"{path.stem}-flags.arrow"))
                 every.append(flags)
         return pl.concat(every)
 

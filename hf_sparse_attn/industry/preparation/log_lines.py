@@ -45,8 +45,10 @@ FORMS = {
 }
 GROUPS = ("priority", "stamp", "host", "origin", "level", "text", "label")
 # a stack trace or an indented text goes on from the line above it
-CONTINUES = r"^(?:\s+\S|Caused by:|Traceback \(|\.\.\. \d+ more|[)}\]]|[\w$]+(?:\.[\w$]+)+(?:Exception|Error)\b"
+CONTINUES = (
+    r"^(?:\s+\S|Caused by:|Traceback \(|\.\.\. \d+ more|[)}\]]|[\w$]+(?:\.[\w$]+)+(?:Exception|Error)\b"
     r"|\w+(?:Error|Exception):)"
+)
 MOST = 0.5
 
 
@@ -71,7 +73,7 @@ def log_form(lines: Sequence[str]) -> LogForm | None:
         if name in ("generic", "epoch", "dated") and fits.any():
             sample = found["stamp"].drop_nulls().head(20)
             fits &= name == "epoch" or all(shape_of(stamp) is not None for stamp in sample)
-        share = (fits | (goes_on & fits.any())).sum() / len(held)
+        share = int((fits | (goes_on & fits.any())).sum()) / len(held)
         # of two that read as much the one that tells more
         if share > MOST and (best is None or share > best[0] + 0.02):
             best = share, LogForm(name, pattern)

@@ -1,11 +1,11 @@
-"""What was read of one file, as Parquet by asset, until it is put together with the others."""
+"""What was read of one file, as Arrow by asset, until it is put together with the others."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-import pyarrow.parquet as pq
+import pyarrow as arrow
 
 from ...system.extras import needs_extra
 from ..dataset import EVENTS, READINGS
@@ -68,20 +68,20 @@ def safe_names(names: list[str]) -> dict[str, str]:
 
 
 class PartWriter:
-    """Writes rows of several assets, each table into its own file ``NUMBER-TABLE.parquet`` of a folder."""
+    """Writes rows of several assets, each table into its own file ``NUMBER-TABLE.arrow`` of a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.rows: dict[tuple[str, str], int] = {}  # (asset, table): how many
         self._assets: list[str] = []
-        self._open: dict[tuple[str, str], pq.ParquetWriter] = {}
+        self._open: dict[tuple[str, str], arrow.ipc.RecordBatchFileWriter] = {}
         self._waiting: dict[tuple[str, str], list[pl.DataFrame]] = {}
 
     def path(self, asset: str, table: str) -> Path:
         """Where the rows of an asset are."""
         if asset not in self._assets:
             self._assets.append(asset)
-        return self.folder / f"{self._assets.index(asset)}-{table}.parquet"
+        return self.folder / f"{self._assets.index(asset)}-{table}.arrow"
 
     def write(self, asset: str, table: str, frame: pl.DataFrame) -> None:
         """Append rows; some may wait until `close`. Raises PlantDataError if they are not of the schema."""
@@ -106,8 +106,9 @@ class PartWriter:
             return
         table = pl.concat(frames).to_arrow()
         if key not in self._open:
-            self._open[key] = pq.ParquetWriter(self.path(*key), table.schema, compression="zstd", compression_level=1)
-        self._open[key].write_table(table, row_group_size=GROUP)
+            options = arrow.ipc.IpcWriteOptions(compression="lz4")
+            self._open[key] = arrow.ipc.new_file(self.path(*key), table.schema, options=options)
+        self._open[key].write_table(table)
 
     def close(self) -> None:
         """Write what waits, and end the files."""

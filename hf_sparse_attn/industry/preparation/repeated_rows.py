@@ -17,14 +17,14 @@ def repeated_readings(path: Path, known: pl.DataFrame, *, wide: bool) -> pl.Data
     """Rows of a file of readings that are flagged, schema `FLAGS`; ``row`` counts from 0.
 
     Args:
-        path: Parquet of schema READINGS, in the order of the file.
+        path: Arrow of schema READINGS, in the order of the file.
         known: (channel, time in ns) of rows that are not later than all before them: only these can repeat one. Of a
             wide table its rows, all of whose channels are compared.
         wide: whether rows of one line belong together.
     """
     on = ["time"] if wide else ["channel", "time"]
     wanted = known.select(on).unique().lazy()
-    rows = pl.scan_parquet(path).with_row_index("row").with_columns(pl.col("time").cast(pl.Int64))
+    rows = pl.scan_ipc(path).with_row_index("row").with_columns(pl.col("time").cast(pl.Int64))
     near = rows.join(wanted, on=on, how="semi").sort("row").collect(engine="streaming")
     if near.is_empty():
         return pl.DataFrame(schema=FLAGS)

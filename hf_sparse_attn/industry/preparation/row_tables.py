@@ -130,7 +130,7 @@ class RowTables:
         wrong = wrong | values.is_null()
         if wrong.any():
             for number, rows in chunk.with_columns(wrong=wrong).filter("wrong").group_by("number", maintain_order=True):
-                self.channels[int(number[0])].note(rows["line"], rows["value"], rows["wrong"])  # type: ignore[call-overload]
+                self.channels[int(number[0])].note(rows["line"], rows["value"], rows["wrong"])
         for number, count in chunk["number"].value_counts().iter_rows():
             self.channels[number].readings += count
         chunk = chunk.with_columns(

@@ -18,114 +18,19 @@ with needs_extra("industry", "data of plants"):
 LOOKED_AT = 40  # values of a column
 MOST = 0.8  # share of them that tell what a column holds
 NUMBER = re.compile(r"[+-]?(?:\d[\d ]*(?:[.,]\d+)*|[.,]\d+)(?:[eE][+-]?\d+)?")
-WORDS: dict[str, frozenset[str]] = {  # role: words of a name that tell it
-    "time": frozenset(
-        [
-            "time",
-            "timestamp",
-            "datetime",
-            "date",
-            "ts",
-            "epoch",
-            "zeit",
-            "datum",
-            "uhrzeit",
-            "zeitstempel",
-            "日時",
-            "時刻",
-            "日付",
-            "時間",
-        ]
-    ),
-    "channel": frozenset(
-        [
-            "tag",
-            "tagname",
-            "tagid",
-            "channel",
-            "sensor",
-            "sensorid",
-            "sensorname",
-            "point",
-            "pointname",
-            "pointid",
-            "variable",
-            "parameter",
-            "signal",
-            "item",
-            "metric",
-            "measurement",
-            "attribute",
-            "messstelle",
-            "kanal",
-            "タグ",
-            "タグ名",
-            "チャンネル",
-            "信号",
-            "信号名",
-            "項目",
-            "項目名",
-            "センサ",
-            "センサー",
-        ]
-    ),
-    "value": frozenset(["value", "val", "reading", "wert", "messwert", "値", "測定値", "計測値"]),
-    "unit": frozenset(["unit", "units", "uom", "eu", "einheit", "単位"]),
-    "quality": frozenset(
-        ["quality", "status", "qual", "confidence", "questionable", "substituted", "annotated", "品質", "ステータス"]
-    ),
-    "asset": frozenset(
-        [
-            "asset",
-            "machine",
-            "equipment",
-            "device",
-            "turbine",
-            "plant",
-            "engine",
-            "pump",
-            "anlage",
-            "maschine",
-            "機器",
-            "設備",
-            "装置",
-            "号機",
-            "機械",
-        ]
-    ),
-    "text": frozenset(
-        [
-            "message",
-            "msg",
-            "text",
-            "description",
-            "event",
-            "log",
-            "body",
-            "content",
-            "メッセージ",
-            "内容",
-            "説明",
-            "イベント",
-        ]
-    ),
-    "level": frozenset(["level", "severity", "priority", "loglevel", "severitytext", "レベル", "重要度"]),
-    "origin": frozenset(
-        [
-            "source",
-            "origin",
-            "component",
-            "logger",
-            "node",
-            "host",
-            "hostname",
-            "service",
-            "module",
-            "facility",
-            "発生元",
-        ]
-    ),
+NAMES = {  # role: words of a name that tell it
+    "time": "time timestamp datetime date ts epoch zeit datum uhrzeit zeitstempel 日時 時刻 日付 時間",
+    "channel": "tag tagname tagid channel sensor sensorid sensorname point pointname pointid variable parameter signal "
+    "item metric measurement attribute messstelle kanal タグ タグ名 チャンネル 信号 信号名 項目 項目名 センサ センサー",
+    "value": "value val reading wert messwert 値 測定値 計測値",
+    "unit": "unit units uom eu einheit 単位",
+    "quality": "quality status qual confidence questionable substituted annotated 品質 ステータス",
+    "asset": "asset machine equipment device turbine plant engine pump anlage maschine 機器 設備 装置 号機 機械",
+    "text": "message msg text description event log body content メッセージ 内容 説明 イベント",
+    "level": "level severity priority loglevel severitytext レベル 重要度",
+    "origin": "source origin component logger node host hostname service module facility 発生元",
 }
+WORDS = {role: frozenset(words.split()) for role, words in NAMES.items()}
 WAYS = [
     "name the column of the time: --column time=NAME (two of them: time=DATE+CLOCK)",
     "name the form: --form csv-wide, csv-long or csv-events",

@@ -174,7 +174,7 @@ def _collect(stretches: dict[int, _Stretch], rows: pl.DataFrame) -> None:
     for hour, group in rows.group_by(pl.col("local") // HOUR, maintain_order=True):
         lines, times = group["line"], group["ns"]
         stretch = _Stretch(group.height, *map(int, (lines.min(), lines.max(), times.min(), times.max())))  # type: ignore[arg-type]
-        key = int(hour[0])  # type: ignore[call-overload]
+        key = int(hour[0])
         if key in stretches:
             stretches[key].add(stretch)
         else:
