@@ -100,7 +100,7 @@ def _table(text: TextFile, lines: list[str], settings: IngestSettings) -> Opened
     if layout is None:
         return None
     columns, names = layout.columns, list(layout.names)
-    if settings.form is None and not columns.form.endswith("events") and _is_log(lines):
+    if settings.form is None and not columns.form.endswith("events") and _is_log(lines, columns.has_numbers):
         return None
 
     def chunks() -> Iterator[Chunk]:
@@ -121,10 +121,10 @@ def _table(text: TextFile, lines: list[str], settings: IngestSettings) -> Opened
     )
 
 
-def _is_log(lines: list[str]) -> bool:
-    """Whether what looks like a table is a log: syslog, or lines as of BGL."""
+def _is_log(lines: list[str], has_numbers: bool) -> bool:
+    """Whether what looks like a table is a log with separators in its texts."""
     form = log_form(lines)
-    return form is not None and form.name in ("syslog3164", "syslog5424", "labelled", "dated")
+    return form is not None and (not has_numbers or form.name not in ("generic", "epoch"))
 
 
 def _kind(columns: Columns) -> Literal["wide", "long", "events"]:

@@ -17,7 +17,7 @@ with needs_extra("industry", "data of plants"):
 
 LOOKED_AT = 40  # values of a column
 MOST = 0.8  # share of them that tell what a column holds
-NUMBER = re.compile(r"[+-]?(?:\d[\d ]*(?:[.,]\d+)*|[.,]\d+)(?:[eE][+-]?\d+)?")
+NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:[., ']\d{3})+(?:[.,]\d+)?|\d+(?:[.,]\d*)?|[.,]\d+)(?:[eE][+-]?\d+)?")
 NAMES = {  # role: words of a name that tell it
     "time": "time timestamp datetime date ts epoch zeit datum uhrzeit zeitstempel 日時 時刻 日付 時間",
     "channel": "tag tagname tagid channel sensor sensorid sensorname point pointname pointid variable parameter signal "
@@ -46,6 +46,7 @@ class Columns:
     time: tuple[int, ...]  # one, or a date and a time of day
     values: tuple[int, ...] = ()  # of a wide table
     roles: Mapping[str, int] = field(default_factory=dict)  # of a long table and of events; "asset" of any
+    has_numbers: bool = True  # whether any of the values looks like a number
 
 
 def words_of(name: str) -> set[str]:
@@ -60,7 +61,7 @@ def kind_of(values: Sequence[str]) -> str:
     held = [value.strip() for value in values if value.strip()][:LOOKED_AT]
     if not held:
         return "empty"
-    shapes = [None if NUMBER.fullmatch(text) and len(text) != 8 else shape_of(text) for text in held]
+    shapes = [None if NUMBER.fullmatch(text) else shape_of(text) for text in held]
     full = sum(shape is not None and shape.has_date and shape.has_clock for shape in shapes)
     dates = sum(shape is not None and shape.has_date and not shape.has_clock for shape in shapes)
     clocks = sum(shape is not None and not shape.has_date for shape in shapes)
@@ -101,7 +102,8 @@ def columns_of(
         values = tuple(
             at for at in range(len(names)) if at not in other and (kinds[at] != "empty" or names[at].strip())
         )
-        return Columns(form, time, values, {role: at for role, at in roles.items() if role == "asset"})
+        has_numbers = any(kinds[at] in ("number", "epoch") for at in values)
+        return Columns(form, time, values, {role: at for role, at in roles.items() if role == "asset"}, has_numbers)
     return Columns(form, time, (), _complete(form, names, samples, kinds, time, roles, file))
 
 
@@ -142,7 +144,8 @@ def _time(names: Sequence[str], kinds: Sequence[str], settings: IngestSettings, 
     epochs = [at for at, kind in enumerate(kinds) if kind == "epoch"]
     # what is called a time, or stands first without a name: other numbers may look like days or seconds
     likely = [at for at in epochs if called[at]] or [at for at in epochs[:1] if at == 0 and not names[0].strip()]
-    return (likely[0],) if likely else ()
+    # 20240131 and a time of day
+    return (likely[0], *(clocks if len(clocks) == 1 else ())) if likely else ()
 
 
 def _roles(
