@@ -48,7 +48,8 @@ def assemble(parts: Sequence[Part], folder: Path, settings: dict[str, Any]) -> t
     """
     if len(parts) > MOST_SOURCES:
         raise PlantDataError(
-            f"{len(parts)} files are given, at most {MOST_SOURCES} are read", ["join files", "prepare them in groups"]
+            f"{len(parts)} files are given, at most {MOST_SOURCES} are read",
+            ["join files", "prepare them in groups", "name fewer with a narrower glob"],
         )
     folders = safe_names(list(dict.fromkeys(asset for part in parts for asset in part.assets)))
     channels, numbers = _channels(parts, folders)
@@ -89,7 +90,7 @@ def _channels(parts: Sequence[Part], folders: dict[str, str]) -> tuple[list[Chan
     if len(channels) > MOST_CHANNELS:
         raise PlantDataError(
             f"the files have {len(channels)} channels, at most {MOST_CHANNELS} are numbered",
-            ["name the column of the tag: --column channel=NAME", "prepare the files in groups"],
+            ["name the column of the tag: --column channel=NAME", "prepare the files in groups", "leave files out"],
         )
     return channels, numbers
 

@@ -92,7 +92,11 @@ class StampReader:
         except pl.exceptions.PolarsError as error:
             raise PlantDataError(
                 f"time_format {form!r} is no format of time stamps ({error})",
-                ["write it as strftime does, such as '%d.%m.%Y %H:%M:%S'", f"name a unit: {', '.join(UNITS)}"],
+                [
+                    "write it as strftime does, such as '%d.%m.%Y %H:%M:%S'",
+                    f"name a unit: {', '.join(UNITS)}",
+                    "leave it out",
+                ],
                 file=self.file,
             ) from error
         zoned = read.dtype == pl.Datetime("ns", "UTC")

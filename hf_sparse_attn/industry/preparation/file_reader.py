@@ -86,10 +86,15 @@ class FileReader:
         flags = self._flags()
         duplicates = {*flags.filter(pl.col("flag") == Quality.DUPLICATE.value)["line"].to_list()}
         about = self.evidence.about
+        clock = self.evidence.findings(self.order, duplicates)
+        # stamps that a clock showed twice are told by what was done to the clock
+        for first, last in self.evidence.repeated:
+            twice = pl.col("time").is_between(first, last) & (pl.col("flag") == Quality.EQUAL_STAMP.value)
+            flags = flags.filter(~twice)
         findings = [
             *bad_lines(about, self.bad, self.bad_count),
             *order_of_dates(about, self.stamps),
-            *self.evidence.findings(self.order, duplicates),
+            *clock,
             *repeated(about, flags, self.opened.kind, self.good),
             *channel_findings(about, self.tables.channels),
         ]

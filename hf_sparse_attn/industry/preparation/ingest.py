@@ -58,7 +58,8 @@ def ingest(
         files = source_files(sources)
     except SourceError as error:
         raise PlantDataError(
-            str(error), ["name files, or globs in quotes", "name the files of folders: 'FOLDER/*.csv'"]
+            str(error),
+            ["name files, or globs in quotes", "name the files of folders: 'FOLDER/*.csv'", "check the folder"],
         ) from error
     assets = asset_names(files, settings)
     place = parts or folder / PARTS
@@ -78,7 +79,7 @@ def ingest(
 def asset_names(files: Sequence[SourceFile], settings: IngestSettings) -> list[str]:
     """The machine of each file: by the globs of the user, else its name without endings.
 
-    Files of one name in different folders are of different machines: the folder's name stands before theirs.
+    Where folders hold files of one name, each folder is a machine, and its name that of its files.
 
     Raises:
         PlantDataError: a glob of the user matches no file.
@@ -89,16 +90,20 @@ def asset_names(files: Sequence[SourceFile], settings: IngestSettings) -> list[s
     folders: dict[str, set[Path]] = {}
     for file, stem in zip(files, stems, strict=True):
         folders.setdefault(stem, set()).add(Path(file.path).resolve().parent)
+    by_folder = any(len(places) > 1 for places in folders.values())
     for file, stem in zip(files, stems, strict=True):
         chosen = next((name for name, globs in settings.assets.items() if _matches(file.path, globs)), None)
         if chosen is not None:
             used.add(chosen)
-        apart = len(folders[stem]) > 1
-        names.append(chosen or (f"{Path(file.path).resolve().parent.name}-{stem}" if apart else stem))
+        names.append(chosen or (Path(file.path).resolve().parent.name if by_folder else stem))
     if missing := [name for name in settings.assets if name not in used]:
         raise PlantDataError(
             f"asset {missing[0]!r} has no file: none matches {', '.join(settings.assets[missing[0]])}",
-            ["quote the glob, so that the shell leaves it", f"give its files, too: there are {len(files)}"],
+            [
+                "quote the glob, so that the shell leaves it",
+                f"give its files, too: there are {len(files)}",
+                "leave this asset out",
+            ],
         )
     return names
 
@@ -122,11 +127,15 @@ def _stem(file: SourceFile) -> str:
 def _part(file: SourceFile, asset: str, settings: IngestSettings, place: Path, progress: Progress, task: int) -> Part:
     """What is read of a file: kept from an earlier run, or new."""
     if file.format == "hub":
-        raise PlantDataError(f"{file.path} is a dataset of the Hub", ["save it as Parquet, and name that file"])
+        raise PlantDataError(
+            f"{file.path} is a dataset of the Hub", ["save it as Parquet", "name the files of a copy", "leave it out"]
+        )
     try:
         same = json.dumps([FORMAT, READ, identity(file), asset, settings.to_dict()])
     except SourceError as error:
-        raise PlantDataError(str(error), ["check its path and permissions"], file=file.path) from error
+        raise PlantDataError(
+            str(error), ["check its path", "check its permissions", "name a copy of it"], file=file.path
+        ) from error
     target = place / hashlib.sha256(same.encode()).hexdigest()[:32]
     if (target / RECORD).is_file():
         return Part(target, read_json(target / RECORD))

@@ -68,16 +68,23 @@ class IngestSettings:
                     ["name one such as Europe/Berlin or Asia/Tokyo", "say UTC", "install the package tzdata"],
                 ) from error
         if self.form is not None and self.form not in FORMS:
-            raise PlantDataError(f"form {self.form!r} is not known", [f"name one of {', '.join(FORMS)}"])
+            raise PlantDataError(
+                f"form {self.form!r} is not known",
+                [f"name one of {', '.join(FORMS)}", "leave it out", "convert the file"],
+            )
         if self.encoding is not None:
             try:
                 "".encode(self.encoding)
             except LookupError as error:
                 raise PlantDataError(
-                    f"encoding {self.encoding!r} is not known", ["name one such as utf-8, cp932 or cp1252"]
+                    f"encoding {self.encoding!r} is not known",
+                    ["name one such as utf-8, cp932 or cp1252", "leave it out", "convert the file"],
                 ) from error
         if not 0 <= self.max_bad_share < 1:
-            raise PlantDataError(f"max_bad_share is {self.max_bad_share}", ["give a share from 0 to below 1"])
+            raise PlantDataError(
+                f"max_bad_share is {self.max_bad_share}",
+                ["give a share from 0 to below 1", "1 % is 0.01", "leave it out"],
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""

@@ -92,7 +92,11 @@ def _whole(text: TextFile) -> Iterator[tuple[list[Record], list[BadLine]]]:
         if size > LARGEST_WHOLE:
             raise PlantDataError(
                 f"holds JSON over several lines, more than {LARGEST_WHOLE >> 20} MB, which is read as a whole",
-                ["write one object a line: jq -c '.[]', or jq -c '.resourceLogs[]' for OpenTelemetry", "split it"],
+                [
+                    "write one object a line: jq -c '.[]', or jq -c '.resourceLogs[]' for OpenTelemetry",
+                    "split it",
+                    "leave it out",
+                ],
                 file=text.file.path,
             )
         whole += block.lines.to_list()

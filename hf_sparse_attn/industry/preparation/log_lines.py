@@ -35,15 +35,16 @@ FORMS = {
     r"(?:-|(?:\[(?:[^\]\\]|\\.)*\])+)(?: \x{FEFF}?(?P<text>.*))?$",
     "syslog3164": rf"^(?:{PRIORITY})?(?P<stamp>(?:{MONTHS}) [ \d]\d \d{{2}}:\d{{2}}:\d{{2}}(?:\.\d+)?) (?P<host>\S+) "
     r"(?:(?P<origin>[^\s:\[]+)(?:\[[^\]]*\])?: )?(?P<text>.*)$",
-    "labelled": rf"^(?P<label>\S+) \d{{9,10}} \d{{4}}\.\d{{2}}\.\d{{2}} (?P<origin>\S+) (?P<stamp>{DOTTED}) \S+ \S+ "
-    r"\S+ (?P<level>\S+) ?(?P<text>.*)$",
+    # its seconds since 1970 are the same everywhere, the date behind them is of an unknown zone
+    "labelled": r"^(?P<label>\S+) (?P<epoch>\d{9,10}) \d{4}\.\d{2}\.\d{2} (?P<origin>\S+) "
+    r"\d{4}-\d{2}-\d{2}-\d{2}\.\d{2}\.\d{2}(?P<fraction>\.\d+)? \S+ \S+ \S+ (?P<level>\S+) ?(?P<text>.*)$",
     # a host and a program behind a stamp with a year, as rsyslog and systemd write them
     "dated": r"^(?P<stamp>\d{4}-\d{2}-\d{2}T\S+) (?P<host>\S+) (?P<origin>[^\s:\[]+)(?:\[[^\]]*\])?: "
     r"(?P<text>.*)$",
     "generic": rf"^\s*[\[(<|]?\s*(?P<stamp>{STAMP})\s*[\])>|]?{REST}",
     "epoch": rf"^\s*\[?(?P<stamp>\d{{10}}(?:\.\d+|\d{{3}}|\d{{6}}|\d{{9}})?)\]?[\s:,;|-]{REST}",
 }
-GROUPS = ("priority", "stamp", "host", "origin", "level", "text", "label")
+GROUPS = ("priority", "stamp", "epoch", "fraction", "host", "origin", "level", "text", "label")
 # a stack trace or an indented text goes on from the line above it
 CONTINUES = (
     r"^(?:\s+\S|Caused by:|Traceback \(|\.\.\. \d+ more|[)}\]]|[\w$]+(?:\.[\w$]+)+(?:Exception|Error)\b"
@@ -119,7 +120,7 @@ def _groups(lines: pl.Series, pattern: str) -> pl.DataFrame:
         range(8), SEVERITIES, default=None, return_dtype=pl.String
     )
     return found.select(
-        pl.col("stamp"),
+        pl.coalesce("stamp", pl.col("epoch") + pl.col("fraction").fill_null("")).alias("stamp"),
         pl.coalesce("origin", "host").alias("origin"),
         pl.coalesce("level", severity).str.to_uppercase().alias("level"),
         pl.col("text"),

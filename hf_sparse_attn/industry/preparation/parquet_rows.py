@@ -32,7 +32,9 @@ def parquet_names(path: str) -> tuple[list[str], list[list[str]]]:
             file=path,
         ) from error
     if batch is None:
-        raise PlantDataError("holds no rows", ["leave it out", "export it again"], file=path)
+        raise PlantDataError(
+            "holds no rows", ["leave it out", "export it again", "check what filtered its rows"], file=path
+        )
     frame = pl.from_arrow(batch)
     assert isinstance(frame, pl.DataFrame)
     return names, [[str(value) for value in column.drop_nulls()] for column in frame.iter_columns()]
@@ -46,7 +48,9 @@ def parquet_rows(path: str, used: list[int]) -> Iterator[tuple[pl.DataFrame, lis
         for batch in opened.iter_batches(ROWS, columns=[names[at] for at in used], use_threads=False):
             if stamp(os.stat(path)) != before:
                 raise PlantDataError(
-                    "changed while it was read", ["wait until it is written", "name a copy of it"], file=path
+                    "changed while it was read",
+                    ["wait until it is written", "name a copy of it", "stop what writes it"],
+                    file=path,
                 )
             frame = pl.from_arrow(batch)
             assert isinstance(frame, pl.DataFrame)

@@ -91,7 +91,8 @@ class PartWriter:
             CHECKS[table].validate(frame.head(CHECKED))
         except (pa.errors.SchemaError, pa.errors.SchemaErrors) as error:
             raise PlantDataError(
-                f"rows that were read are not of the schema of {table}: {error}", ["report this as a fault of prep"]
+                f"rows that were read are not of the schema of {table}: {error}",
+                ["report this as a fault of prep", "name the form: --form", "leave the file out"],
             ) from error
         key = (asset, table)
         self.rows[key] = self.rows.get(key, 0) + frame.height

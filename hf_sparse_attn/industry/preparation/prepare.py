@@ -66,7 +66,7 @@ def refuse_other_folder(out: Path) -> None:
     if foreign := sorted(path.name for path in out.iterdir() if not path.name.startswith(".")):
         raise PlantDataError(
             f"holds {foreign[0]!r} and no dataset.json: prep writes into a folder of its own",
-            ["name a new folder", "empty this one"],
+            ["name a new folder", "empty this one", "name a folder in it"],
             file=out,
         )
 

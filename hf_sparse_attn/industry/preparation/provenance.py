@@ -55,7 +55,11 @@ def locate(dataset: PlantDataset, asset: str, table: Table, row: int) -> Place:
     frame = dataset.readings(asset, in_order=False) if table == "readings" else dataset.events(asset, in_order=False)
     found = frame.select("source", "line").slice(row, 1).collect()
     if found.is_empty() or row < 0:
-        raise PlantDataError(f"{table} of {asset} have no row {row}", ["count rows from 0"], file=dataset.folder)
+        raise PlantDataError(
+            f"{table} of {asset} have no row {row}",
+            ["count rows from 0", "ask for rows with in_order=False", "open the dataset anew"],
+            file=dataset.folder,
+        )
     source, line = found.row(0)
     return places(dataset, source, [line])[0]
 
@@ -87,7 +91,11 @@ def rows_of(dataset: PlantDataset, file: str, line: int) -> list[tuple[str, Tabl
     numbers = [at for at, source in enumerate(dataset.manifest.sources) if source.path == str(file)]
     if not numbers:
         known = ", ".join(source.path for source in dataset.manifest.sources[:5])
-        raise PlantDataError(f"was not read from {file}", [f"name one of {known}"], file=dataset.folder)
+        raise PlantDataError(
+            f"was not read from {file}",
+            [f"name one of {known}", "write the path as it was given", "prepare that file, too"],
+            file=dataset.folder,
+        )
     here = (pl.col("source") == numbers[0]) & (pl.col("line") == line)
     found: list[tuple[str, Table, int]] = []
     for asset in dataset.manifest.assets:

@@ -72,7 +72,7 @@ class RowTables:
             if len(self.channels) >= MOST_CHANNELS:
                 raise PlantDataError(
                     f"has more than {MOST_CHANNELS} channels, the last one {name!r}",
-                    ["name the column of the tag: --column channel=NAME", "split the file"],
+                    ["name the column of the tag: --column channel=NAME", "split the file", "leave it out"],
                     file=self.opened.file.path,
                 )
             self._numbers[key] = len(self.channels)

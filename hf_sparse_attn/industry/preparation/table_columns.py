@@ -116,7 +116,11 @@ def column_named(name: str, names: Sequence[str], file: str) -> int:
         return int(name) - 1
     raise PlantDataError(
         f"has no column {name!r}",
-        [f"name one of {', '.join(repr(each) for each in plain[:20])}", f"give a number from 1 to {len(names)}"],
+        [
+            f"name one of {', '.join(repr(each) for each in plain[:20])}",
+            f"give a number from 1 to {len(names)}",
+            "leave the option out",
+        ],
         file=file,
     )
 

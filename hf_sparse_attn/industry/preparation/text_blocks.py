@@ -84,7 +84,9 @@ def text_file(file: SourceFile, encoding: str | None) -> TextFile:
         if not part.isascii() and len(strange) < SAMPLE:
             strange += b"\n".join(BEYOND.findall(part))
     if size == 0:
-        raise PlantDataError("is empty", ["leave it out", "export it again"], file=file.path)
+        raise PlantDataError(
+            "is empty", ["leave it out", "export it again", "check what should have written it"], file=file.path
+        )
     told = encoding or wide or _told(check, bytes(strange), file.path)
     head = start[: 1 << 16].replace(b"\0", b"")
     return TextFile(file, told, carriage_returns=b"\r" in head and b"\n" not in head)
@@ -109,7 +111,7 @@ def _told(check: EncodingCheck, strange: bytes, path: str) -> str:
     if 2 * check.in_words > check.beyond_ascii:
         raise PlantDataError(
             f"is in an encoding that cannot be told: not UTF-8, with {check.beyond_ascii} bytes beyond ASCII",
-            ["say --encoding, such as cp1251, gb18030 or cp949", "convert it to UTF-8 with iconv"],
+            ["say --encoding, such as cp1251, gb18030 or cp949", "convert it to UTF-8 with iconv", "leave it out"],
             file=path,
         )
     return "cp1252" if check.first_control is not None else "latin-1"
@@ -137,7 +139,7 @@ def blocks(text: TextFile) -> Iterator[Block]:
             if len(held) > LARGEST_WHOLE:
                 raise PlantDataError(
                     f"has a line of more than {LARGEST_WHOLE >> 20} MB",
-                    ["split it", "say its --encoding, if its lines end in another way"],
+                    ["split it", "say its --encoding, if its lines end in another way", "leave it out"],
                     file=text.file.path,
                     line=line,
                 )

@@ -65,6 +65,7 @@ class ZoneEvidence:
         self._missing: dict[int, _Stretch] = {}
         self._changes: dict[str, list[Change]] = {"offset": [], "unit": []}
         self._above: dict[str, tuple[Any, int]] = {}
+        self.repeated: list[tuple[int, int]] = []  # times (ns) that a clock showed twice, as it was set back
 
     def add(self, rows: pl.DataFrame) -> None:
         """Take rows in order: line, ns (UTC), local (ns), offset, unit, ambiguous, second, missing."""
@@ -96,7 +97,14 @@ class ZoneEvidence:
 
     def findings(self, order: TimeOrder, duplicates: set[int]) -> list[Finding]:
         """What was found, and the rows that run backwards; ``duplicates`` are lines of rows that occur twice."""
-        found = [self._fold(hour, stretch) for hour, stretch in sorted(self._folds.items())]
+        jumps = self._jumps(order, duplicates)
+        changed = min((each.lines[0] for each in jumps if each.kind == "zone_change" and each.lines), default=None)
+        found = [
+            self._fold(hour, stretch)
+            for hour, stretch in sorted(self._folds.items())
+            # a clock that was set to another zone before has no such hour
+            if changed is None or hour in self._resolved or stretch.first < changed
+        ]
         found += [
             self._of("dst_gap", "warning", stretch, values={"zone": self.zone})
             for _, stretch in sorted(self._missing.items())
@@ -107,7 +115,7 @@ class ZoneEvidence:
             values = {"from": was or "dates", "to": now or "dates"}
             stretch = _Stretch(1, line, line, before, time)
             found.append(self._of("epoch_unit_change", "warning", stretch, values=values))
-        return [*_limited(found), *_limited(self._jumps(order, duplicates))]
+        return [*_limited(found), *_limited(jumps)]
 
     def _of(self, kind: str, severity: Any, rows: _Stretch, values: dict[str, Any] | None = None) -> Finding:
         return replace(
@@ -147,6 +155,8 @@ class ZoneEvidence:
             rows = _Stretch(len(jumps), min(lines), max(lines), time, before)
             kind, severity, values = self._cause(jumps[0], order, duplicates)
             found.append(self._of(kind, severity, rows, values))
+            if kind != "backward_jump":
+                self.repeated.append((time, before))
         if order.backward > len(order.jumps):
             left = order.backward - len(order.jumps)
             found.append(replace(self.about, kind="backward_jump", severity="warning", count=left))
