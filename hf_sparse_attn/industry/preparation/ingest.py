@@ -54,13 +54,7 @@ def ingest(
     Raises:
         PlantDataError: a file cannot be read; the message names the place and ways on.
     """
-    try:
-        files = source_files(sources)
-    except SourceError as error:
-        raise PlantDataError(
-            str(error),
-            ["name files, or globs in quotes", "name the files of folders: 'FOLDER/*.csv'", "check the folder"],
-        ) from error
+    files = _files(sources)
     assets = asset_names(files, settings)
     place = parts or folder / PARTS
     place.mkdir(parents=True, exist_ok=True)
@@ -74,6 +68,16 @@ def ingest(
     if parts is None:
         shutil.rmtree(place)
     return manifest, findings
+
+
+def _files(sources: Sequence[str]) -> list[SourceFile]:
+    try:
+        return source_files(sources)
+    except SourceError as error:
+        raise PlantDataError(
+            str(error),
+            ["name files, or globs in quotes", "name the files of folders: 'FOLDER/*.csv'", "check the folder"],
+        ) from error
 
 
 def asset_names(files: Sequence[SourceFile], settings: IngestSettings) -> list[str]:

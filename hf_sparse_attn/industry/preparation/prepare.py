@@ -44,10 +44,10 @@ def prepare(
         PlantDataError: ``out`` holds something else, or a file cannot be read.
         OSError: ``out`` cannot be written.
     """
+    refuse_other_folder(out)
     from .analysis import AnalysisSettings, analyse
     from .health import write_health
 
-    refuse_other_folder(out)
     with replaced_folder(out, MANIFEST) as new:
         # beside the temporary folder, which goes when the process is killed
         manifest, found = ingest(sources, new, settings, parts=out / PARTS, shown=shown)
