@@ -76,6 +76,22 @@ def test_columns_of_a_long_table_without_names_are_told_by_what_they_hold(tmp_pa
     assert data.manifest.sources[0].form == "csv-long"
 
 
+def test_a_preamble_with_as_many_fields_is_no_header(tmp_path):
+    head = ["Report;Mill;North", "From;2024-01-15 00:00;", "Zeit;Druck;Temp"]
+    data, findings = read(tmp_path, write(tmp_path / "a.csv", [*head, *(f"{each};1,5;2" for each in stamps(40))]))
+    assert [each.name for each in data.manifest.channels] == ["Druck", "Temp"] and not findings
+
+
+def test_a_column_of_states_beside_one_sensor_is_no_column_of_tags(tmp_path):
+    lines = ["time,a,mode", *(f"{each},{at},{'RUN' if at % 2 else 'STOP'}" for at, each in enumerate(stamps(40)))]
+    data, findings = read(tmp_path, write(tmp_path / "a.csv", lines))
+    assert [each.name for each in data.manifest.channels] == ["a", "mode"]
+    assert [(each.kind, each.channel, each.count) for each in findings] == [("no_number", "mode", 40)]
+    lines = ["Horodatage;Repere;Mesure", *(f"{each};T{tag};{tag},5" for each in stamps(20) for tag in range(3))]
+    data, _ = read(tmp_path, write(tmp_path / "b.csv", lines))
+    assert [each.name for each in data.manifest.channels] == ["T0", "T1", "T2"]
+
+
 def test_fields_that_come_up_later_in_json_are_channels(tmp_path):
     lines = [
         json.dumps({"ts": each, "oil": {"in": at}, **({"late": True} if at > 30 else {})})

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .ingest_settings import IngestSettings
-from .table_columns import NUMBER, Columns, columns_of, kind_of
+from .table_columns import NUMBER, WORDS, Columns, columns_of, kind_of, words_of
 
 SEPARATORS = (";", "\t", ",", "|")
 MOST = 0.8  # share of the lines behind the header that have as many fields as most
@@ -105,8 +105,9 @@ def _first_of_data(full: list[tuple[int, list[str]]], width: int) -> int | None:
 def _header(above: list[list[str]], width: int) -> tuple[list[str], list[str | None]]:
     """(names, units) from the rows above the data."""
     fitting = [row for row in above if width - 1 <= len(row) <= width]
-    # a preamble of as many fields stands before the header: its rows are mostly empty
-    fitting = [row for row in fitting if sum(bool(field.strip()) for field in row) >= 0.5 * width] or fitting[-1:]
+    # rows of a preamble are mostly empty, or say a time or a number
+    named = [row for row in fitting if sum(bool(field.strip()) for field in row) >= 0.5 * width]
+    fitting = [row for row in named if all(kind_of([field]) in ("text", "empty") for field in row)] or fitting[-1:]
     if not fitting:
         return [f"column {at + 1}" for at in range(width)], [None] * width
     header = [field.strip() for field in fitting[-1]]
@@ -128,6 +129,8 @@ def _header(above: list[list[str]], width: int) -> tuple[list[str], list[str | N
 
 def _are_units(row: list[str], names: list[str]) -> bool:
     held = [field.strip() for field in row if field.strip()]
+    if any(words_of(field) & WORDS["time"] for field in held):  # the names themselves
+        return False
     return (
         bool(held)
         and len({*held}) <= len({*names})

@@ -193,9 +193,11 @@ def _form(
         tags = roles.get("channel", next((at for at in texts if at not in roles.values()), None))
         if tags is not None and len([at for at in numbers if at not in (tags, *roles.values())]) == 0:
             return f"{prefix}-long"  # type: ignore[return-value]
-    # without names: a text that repeats, and one number
+    # one number beside a text that repeats: a tag, if the table has no names or times repeat, too; else a state
     repeats = [at for at in texts if len({*samples[at]}) < 0.5 * len(samples[at])]
-    if len(numbers) == 1 and repeats and "asset" not in roles and len(rest) <= 4:
+    clock = samples[time[-1]]
+    tagged = names[0] == "column 1" or len({*clock}) < 0.9 * len(clock)
+    if len(numbers) == 1 and repeats and tagged and "asset" not in roles and len(rest) <= 4:
         return f"{prefix}-long"  # type: ignore[return-value]
     if "text" in roles and not numbers:
         return f"{prefix}-events"  # type: ignore[return-value]
