@@ -1,5 +1,5 @@
 """Command line ``hf-sparse-attn``: run, ablate, distill, eval, lm-eval, calibrate, synth, card, bench, architectures,
-doctor.
+doctor, prep.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from .bench_training import training
 from .doctor import doctor
 from .measure import calibrate, evaluate, harness
 from .options import DtypeOption, JsonOption, TextOption, checked_output, console, emit, load, reserving, windows_of
+from .plant_data import prep
 from .synthesis import synth
 
 with needs_extra("cli", "the command line"):
@@ -52,6 +53,7 @@ app.command(name="lm-eval")(harness)
 app.command()(calibrate)
 app.command()(synth)
 app.command()(doctor)
+app.command()(prep)
 
 
 @app.command()

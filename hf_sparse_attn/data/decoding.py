@@ -74,7 +74,7 @@ class EncodingCheck:
         )
         at = part.find(b"\0")
         # in UTF-16 every second byte of ASCII is zero; from an even byte on pairs stay together
-        if name := marked[0] if marked else _utf_16(part[at & ~1 : (at & ~1) + 200]) if at >= 0 else "":
+        if name := marked[0] if marked else utf_16_of(part[at & ~1 : (at & ~1) + 200]) if at >= 0 else "":
             raise SourceError(
                 f"{self.path} looks like {name[:6].upper()}: convert it to UTF-8, `{_convert(name, self.path)}`"
             )
@@ -125,7 +125,7 @@ def _dropped(path: str) -> str:
     return rf"tr -d '\000' < {path} > NEW"
 
 
-def _utf_16(raw: bytes) -> str:
+def utf_16_of(raw: bytes) -> str:
     """Every other byte of letters of ASCII is zero: which UTF-16 that is, or nothing."""
     first, second = raw[::2].count(0), raw[1::2].count(0)
     if len(raw) < 8 or (first and second) or max(first, second) < 0.2 * len(raw):
