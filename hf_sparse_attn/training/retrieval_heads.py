@@ -39,7 +39,9 @@ MOST_HEADS = 0.03  # share of a model's KV heads, at least one: each costs as mu
 
 @dataclass(frozen=True)
 class RetrievalHead:
-    """Softmax mass, of 1, that a KV head's tiles give to what they repeat: all of it, and what stage 1 loses of it."""
+    """Softmax mass, of 1, that a KV head's tiles give to what they repeat: all of it, and what stage 1 loses of it beyond
+    what it loses of as many other blocks.
+    """
 
     layer: int
     head: int
@@ -59,7 +61,8 @@ class Repetition:
 
 
 class PlantedMass(SparseCall):
-    """Of a dense pass over a row with ``repetitions``: (all, lost) mass on their sources, by layer a [G, 2] for each.
+    """Of a dense pass over a row with ``repetitions``: (all, lost) mass on their sources, by layer a [G, 2] for each;
+    lost is counted beyond what is lost of as many other blocks.
 
     Only the first row of a batch is read.
     """
@@ -80,11 +83,15 @@ class PlantedMass(SparseCall):
         passed = plan.best(stage_one_scores(features, plan, tiles), tiles, plan.candidates[tiles])[0]
         # column 0 takes the empty entries
         member = torch.zeros(*mass.shape[:2], grid.blocks + 1, device=mass.device, dtype=torch.bool)
-        lost = mass * ~member.scatter_(-1, passed + 1, True)[..., 1:]
+        eligible = plan.eligible_mask(tiles)
+        lost = mass * eligible * ~member.scatter_(-1, passed + 1, True)[..., 1:]
         for place, repetition in enumerate(self.repetitions):
             first, last = (end // config.block_size for end in (repetition.source, repetition.source + SPAN))
-            sums = [x[:, place, first : last + 1].sum(-1) for x in (mass, lost)]
-            self.mass.setdefault(router.layer, []).append(torch.stack(sums, -1).cpu())
+            planted, missed = (x[:, place, first : last + 1].sum(-1) for x in (mass, lost))
+            # what a tile loses of any other blocks says nothing about a lookup
+            blocks, others = last + 1 - first, int(eligible[place].sum()) - (last + 1 - first)
+            usual = (lost[:, place].sum(-1) - missed) * (blocks / max(others, 1))
+            self.mass.setdefault(router.layer, []).append(torch.stack([planted, missed - usual], -1).cpu())
 
 
 def planted_row(
