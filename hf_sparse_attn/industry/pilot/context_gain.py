@@ -1,0 +1,185 @@
+"""What a cheap model gains on held-out time from context beyond the near one, and from the same context shuffled."""
+
+# Shapes: T steps of the joint record, B blocks and one for the rest, m features, 2^m patterns of them, N effects.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...system.extras import needs_extra
+from .block_bootstrap import drawn_weights, interval
+from .cause_candidates import JointRecord
+from .lag_scan import LagWindows, strongest
+from .timeline import Array
+
+with needs_extra("industry", "the pilot's cheap model"):
+    from sklearn.linear_model import PoissonRegressor
+
+FOLDS = 5  # stretches of time with equally many effects
+MOST_LINKS = 3  # features of each of the two contexts
+SHUFFLES = 19
+RIDGE = 0.1  # of the coefficients, in effects
+PRIOR = 2.0  # effects at a constant rate, added in training: a link that never failed there may fail later
+
+Feature = tuple[str, int, int]  # candidate, first and last lag in steps, the last excluded
+
+
+@dataclass(frozen=True)
+class ContextGain:
+    """Gain in bits an effect on held-out time, with an interval over blocks of time.
+
+    ``multiple`` 1: over a constant rate; else over the near context. ``shuffled``: mean gain with far blocks shuffled;
+    ``p``: share of shuffles that gain as much, the data itself counted in; both None where nothing was gained.
+    """
+
+    multiple: float
+    gain: float
+    low: float
+    high: float
+    shuffled: float | None = None
+    p: float | None = None
+
+
+class _Record:
+    """A joint record with what all folds share: block and fold of every step."""
+
+    def __init__(self, record: JointRecord, windows: LagWindows) -> None:
+        self.record, self.windows = record, windows
+        steps = np.arange(record.length)
+        # block 0: heads of assets, shorter than a block
+        self.block = record.block_of(steps) + 1
+        self.blocks = len(record.blocks) + 1
+        self.inside = np.zeros(record.length, bool)
+        for first, last in record.spans:
+            self.inside[first:last] = True
+        effects = np.bincount(self.block[record.effects], minlength=self.blocks)
+        before = np.cumsum(effects) - effects
+        self.fold_of_block = np.minimum(before * FOLDS // max(len(record.effects), 1), FOLDS - 1)
+        self.fold = self.fold_of_block[self.block]
+
+    def select(self, effects: Array, first: int, last: int) -> list[Feature]:
+        """The strongest links of ``effects`` with lags in [first, last) that pass a Bonferroni limit of 5 %."""
+        allowed = (self.windows.first >= first) & (self.windows.last <= last)
+        if not allowed.any() or not len(effects):
+            return []
+        found = strongest(self.record, self.windows, effects)
+        limit = np.log10(max(len(found), 1) * allowed.sum() / 0.05)
+        ranked = sorted(
+            (
+                (float(statistic[w]), name, int(w))
+                for name, (statistic, *_) in found.items()
+                for w in np.flatnonzero(allowed & (statistic > limit))
+            ),
+            reverse=True,
+        )
+        chosen: list[Feature] = []
+        for _, name, w in ranked:
+            feature = (name, int(self.windows.first[w]), int(self.windows.last[w]))
+            if len(chosen) < MOST_LINKS and not any(_overlap(feature, other) for other in chosen):
+                chosen.append(feature)
+        return chosen
+
+    def present(self, feature: Feature) -> Array:
+        """Bool [T]: a step has the candidate in the window of lags before it."""
+        name, first, last = feature
+        marks = np.zeros(self.record.length + 1, np.int64)
+        for shift, sign in ((first, 1), (last, -1)):
+            np.add.at(marks, np.minimum(self.record.causes[name] + shift, self.record.length), sign)
+        return np.cumsum(marks[:-1]) > 0
+
+
+def _overlap(a: Feature, b: Feature) -> bool:
+    return a[0] == b[0] and a[1] < b[2] and b[1] < a[2]
+
+
+# λ(t) = exp(β₀ + Σ β_k x_k(t)), ridge on β, x_k(t) = 1 if candidate k lies in its window of lags before step t.
+# Gain of a block = Σ_effects log2(λ / λ') − Σ_steps (λ − λ') / ln 2: log-likelihood of a Poisson process, in bits
+def _rates(counts: Array, effects: Array, features: int) -> Array:
+    """Rate of an effect a step for every pattern, from steps [2^m] and effects [2^m] of training."""
+    effects = effects + PRIOR * counts / counts.sum()
+    overall = effects.sum() / counts.sum()
+    if not features:
+        return np.full(len(counts), overall)
+    bits = (np.arange(len(counts))[:, None] >> np.arange(features)) & 1
+    seen = counts > 0
+    # relative to the overall rate: the solver's tolerance knows no rates of 1e-5
+    expected = counts[seen] * overall
+    model = PoissonRegressor(alpha=RIDGE / effects.sum(), solver="newton-cholesky", tol=1e-8)
+    model.fit(bits[seen], effects[seen] / expected, sample_weight=expected)
+    rates: Array = overall * model.predict(bits)
+    return rates
+
+
+def _block_scores(shared: _Record, columns: list[Array], fold: int) -> tuple[Array, Array]:
+    """(Σ log2 λ over effects, Σ λ over steps) of every block of ``fold``, float64 [B] each, 0 elsewhere."""
+    code = sum(
+        (column.astype(np.int64) << n for n, column in enumerate(columns)), np.zeros(shared.record.length, np.int64)
+    )
+    size = 1 << len(columns)
+    place = shared.block * size + code
+    steps = np.bincount(place[shared.inside], minlength=shared.blocks * size).reshape(-1, size)
+    effects = np.bincount(place[shared.record.effects], minlength=shared.blocks * size).reshape(-1, size)
+    held = shared.fold_of_block == fold
+    rates = _rates(steps[~held].sum(0), effects[~held].sum(0), len(columns))
+    logs = np.where(held, (effects * np.log2(np.maximum(rates, 1e-12))).sum(1), 0)
+    return logs, np.where(held, (steps * rates).sum(1), 0)
+
+
+def _gain(shared: _Record, near: int, most: int, order: Array | None) -> Array:
+    """Gain in bits of context ``most`` over context ``near`` by block, float64 [B]; over a constant rate if near is 0.
+
+    With ``order`` far history is that of other blocks.
+    """
+    record, total = shared.record, np.zeros(shared.blocks)
+    where = None if order is None else record.moved(np.arange(record.length), order)
+    for fold in range(FOLDS):
+        effects = record.effects[shared.fold[record.effects] != fold]
+        far = shared.select(effects if order is None else record.moved(effects, order), max(near, 1), most)
+        if not far:
+            continue
+        base = [shared.present(f) for f in shared.select(effects, 1, near)]
+        more = [shared.present(f) for f in far]
+        logs, mass = _block_scores(shared, base + [x if where is None else x[where] for x in more], fold)
+        base_logs, base_mass = _block_scores(shared, base, fold)
+        total += logs - base_logs - (mass - base_mass) / np.log(2)
+    return total
+
+
+def context_gains(
+    record: JointRecord, near: int, multiples: tuple[float, ...], *, level: float = 0.95, seed: int = 0
+) -> list[ContextGain]:
+    """Gains of the contexts ``near`` × 1 and × each of ``multiples``, on five held-out stretches of time.
+
+    Links are chosen and fitted on the other four. Intervals are at ``level`` for all multiples together (Bonferroni).
+    """
+    shared = _Record(record, LagWindows(round(near * max(multiples))))
+    weights = drawn_weights(shared.blocks, seed)
+    effects = np.bincount(shared.block[record.effects], minlength=shared.blocks)
+    rng, gains = np.random.default_rng(seed), []
+    orders = [record.shuffled(rng) for _ in range(SHUFFLES)]
+    for multiple in (1.0, *multiples):
+        by_block = _gain(shared, 0 if multiple == 1 else near, round(near * multiple), None)
+
+        def an_effect(w: Array, by_block: Array = by_block) -> float:
+            number = float(w @ effects)
+            return float(w @ by_block) / number if number else float("nan")
+
+        bounds = interval(an_effect, weights, 1 - (1 - level) / len(multiples))
+        gain, shuffled = bounds["value"] or 0.0, None
+        if multiple > 1 and gain > 0:
+            shuffled = [
+                _gain(shared, near, round(near * multiple), order).sum() / len(record.effects) for order in orders
+            ]
+        gains.append(
+            ContextGain(
+                multiple=multiple,
+                gain=gain,
+                low=bounds["low"] if bounds["low"] is not None else 0.0,
+                high=bounds["high"] if bounds["high"] is not None else 0.0,
+                shuffled=None if shuffled is None else float(np.mean(shuffled)),
+                p=None if shuffled is None else (1 + sum(bool(s >= gain) for s in shuffled)) / (1 + len(shuffled)),
+            )
+        )
+    return gains
