@@ -1,1 +1,1 @@
-"""Does far history help on the data of this plant, and what do simple detectors reach on it at the same alarm budget?"""
+"""Does far history help on the data of this plant, and what do simple detectors reach at the same alarm budget?"""

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -41,13 +40,13 @@ def drawn_weights(blocks: int, seed: int, draws: int = DRAWS) -> Array:
     return rng.multinomial(blocks, np.full(blocks, 1 / blocks), size=draws)
 
 
-def interval(measure: Callable[[Array], float], weights: Array, level: float = 0.95) -> dict[str, Any]:
-    """Value, low and high of ``measure``, a function of the weight of each block; None where it is not defined.
+def interval(measure: Callable[[Array], Array], weights: Array, level: float = 0.95) -> dict[str, float | None]:
+    """Value, low and high of ``measure``, a function of weights [R, B] to [R]; None where it is not defined.
 
     ``undefined``: share of draws without a value, e.g. because no fault was drawn; the interval is over the others.
     """
-    value = measure(np.ones(weights.shape[1], np.int64))
-    drawn = np.array([measure(w) for w in weights])
+    value = float(measure(np.ones((1, weights.shape[1]), np.int64))[0])
+    drawn = measure(weights)
     known = drawn[~np.isnan(drawn)]
     low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2]) if len(known) else (np.nan, np.nan)
     numbers = {"value": value, "low": float(low), "high": float(high)}
@@ -55,3 +54,11 @@ def interval(measure: Callable[[Array], float], weights: Array, level: float = 0
         **{name: None if np.isnan(number) else number for name, number in numbers.items()},
         "undefined": 1 - len(known) / len(drawn),
     }
+
+
+def ratio(numerators: Array, denominators: Array) -> Array:
+    """Quotients float64 [R], NaN where the denominator is 0."""
+    quotients: Array = np.divide(
+        numerators, denominators, out=np.full(len(numerators), np.nan), where=denominators != 0
+    )
+    return quotients

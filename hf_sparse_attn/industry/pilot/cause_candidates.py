@@ -170,7 +170,8 @@ def joint_record(timelines: list[Timeline], most_lag: int, target: str | None = 
             [f"name one of {', '.join(timelines[0].templates[:5])}, …", "leave the target out to use the faults"],
         )
     block, offset, group = block_steps(timelines), 0, 0
-    spans, effects, blocks, groups, causes = [], [], [], [], {}
+    causes: dict[str, list[Array]] = {}
+    spans, effects, blocks, groups = [], [], [], []
     for timeline in timelines:
         steps = timeline.onsets() if target is None else _kind_steps(timeline, target)
         effects.append(steps + offset)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...system.extras import needs_extra
-from .block_bootstrap import drawn_weights, interval
+from .block_bootstrap import drawn_weights, interval, ratio
 from .cause_candidates import JointRecord
 from .lag_scan import LagWindows, strongest
 from .timeline import Array
@@ -94,7 +94,7 @@ def _overlap(a: Feature, b: Feature) -> bool:
     return a[0] == b[0] and a[1] < b[2] and b[1] < a[2]
 
 
-# λ(t) = exp(β₀ + Σ β_k x_k(t)), ridge on β, x_k(t) = 1 if candidate k lies in its window of lags before step t.
+# λ(t) = exp(β₀ + Σ β_k x_k(t)), x_k(t) = 1 if candidate k lies in its window of lags before step t; ridge on β_k.
 # Gain of a block = Σ_effects log2(λ / λ') − Σ_steps (λ − λ') / ln 2: log-likelihood of a Poisson process, in bits
 def _rates(counts: Array, effects: Array, features: int) -> Array:
     """Rate of an effect a step for every pattern, from steps [2^m] and effects [2^m] of training."""
@@ -162,9 +162,8 @@ def context_gains(
     for multiple in (1.0, *multiples):
         by_block = _gain(shared, 0 if multiple == 1 else near, round(near * multiple), None)
 
-        def an_effect(w: Array, by_block: Array = by_block) -> float:
-            number = float(w @ effects)
-            return float(w @ by_block) / number if number else float("nan")
+        def an_effect(w: Array, by_block: Array = by_block) -> Array:
+            return ratio(w @ by_block, (w @ effects).astype(np.float64))
 
         bounds = interval(an_effect, weights, 1 - (1 - level) / len(multiples))
         gain, shuffled = bounds["value"] or 0.0, None

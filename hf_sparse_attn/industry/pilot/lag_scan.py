@@ -1,4 +1,4 @@
-"""Which candidate comes before the effects, and how long before: all candidates × all lags, under family-wise control."""
+"""Which candidate comes before the effects, and how long before: all candidates × all lags, family-wise."""
 
 # Shapes: N effects, E edges of lags, W windows of lags, P shuffles.
 
@@ -70,7 +70,7 @@ class LagWindows:
         end = record.spans[np.searchsorted(record.spans[:, 0], causes, side="right") - 1, 1]
         apart = np.append(np.diff(causes), record.length)
         reach = np.minimum((self.last - self.first)[:, None], apart)
-        covered = np.clip(end - causes - self.first[:, None], 0, reach).sum(1)
+        covered: Array = np.clip(end - causes - self.first[:, None], 0, reach).sum(1)
         return covered / record.steps
 
 
@@ -81,7 +81,8 @@ def evidence_table(coverage: Array, effects: int) -> Array:
     counts = np.arange(effects + 1)
     with np.errstate(divide="ignore"):
         tail = binom.logsf(counts - 1, effects, np.clip(coverage, 1e-12, 1)[:, None])
-    return (-np.maximum(tail, -1e4) / np.log(10)).astype(np.float32)
+    table: Array = (-np.maximum(tail, -1e4) / np.log(10)).astype(np.float32)
+    return table
 
 
 def strongest(record: JointRecord, windows: LagWindows, effects: Array) -> dict[str, tuple[Array, Array, Array]]:

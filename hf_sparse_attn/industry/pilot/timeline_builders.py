@@ -122,7 +122,8 @@ def _count_events(events: pl.LazyFrame, steps: int, most: int) -> tuple[Array, t
     kind = pl.when(level == "").then(masked).otherwise(level + " " + masked).alias("kind")
     table = events.group_by("step", kind).len().collect()
     totals = table.group_by("kind").agg(pl.col("len").sum()).sort(["len", "kind"], descending=[True, False])
-    kept, notes = totals["kind"].to_list()[:most], ()
+    kept = totals["kind"].to_list()[:most]
+    notes: tuple[str, ...] = ()
     names = [*kept, OTHER] if len(totals) > most else kept
     if len(totals) > most:
         notes = (f"{len(totals) - most} of {len(totals)} kinds of events are counted together as {OTHER}",)
@@ -269,7 +270,7 @@ def _step_means(numbers: Array, at: Array, steps: int) -> Array:
 def _nanoseconds(text: str | None, file: Path | None = None, line: int | None = None, column: str | None = None) -> int:
     """ns since 1970 of an ISO 8601 text, UTC if it names no zone."""
     zoned = ZONED.fullmatch((text or "").strip())
-    sign, hours, minutes = (zoned.group(2), zoned.group(3), zoned.group(4)) if zoned else (None, None, None)
+    sign, hours, minutes = zoned.group(2, 3, 4) if zoned else (None, None, None)
     try:
         moment = np.datetime64(zoned.group(1) if zoned else (text or "").strip(), "ns")
     except ValueError as error:
@@ -282,7 +283,7 @@ def _nanoseconds(text: str | None, file: Path | None = None, line: int | None = 
         ) from error
     if np.isnat(moment):
         raise PlantDataError("a time is missing", ["fill it in", "drop the line"], file=file, line=line, column=column)
-    offset = 0 if sign is None else (int(hours) * 60 + int(minutes)) * (-1 if sign == "-" else 1)
+    offset = (int(hours or 0) * 60 + int(minutes or 0)) * (-1 if sign == "-" else 1)
     return int(moment.astype(np.int64)) - offset * 60 * 10**9
 
 

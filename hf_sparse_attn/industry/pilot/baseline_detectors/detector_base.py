@@ -1,4 +1,4 @@
-"""What a detector of this comparison is, and the parts that several share: scaling by state, sums of a trailing window."""
+"""What a detector of this comparison is, and what several share: scaling by state, sums of a trailing window."""
 
 # Shapes: T steps, C channels, K kinds of events.
 
