@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -161,13 +161,7 @@ class SurpriseDetector(BaseDetector):  # type: ignore[misc]
 def _token_rows(X: Rows, vocabulary: int) -> list[Array]:
     """Rows of token ids, int64 [L] each."""
     if hasattr(X, "column_names"):
-        if "input_ids" not in X.column_names:
-            raise PlantDataError(
-                f"the dataset has the columns {', '.join(X.column_names)}",
-                ["rename the one with token ids to input_ids", "tokenise it first"],
-                column="input_ids",
-            )
-        X = X["input_ids"]
+        X = _column(X, "input_ids")
     rows = []
     for n, row in enumerate(X):
         ids = np.asarray(row)
@@ -185,16 +179,23 @@ def _token_rows(X: Rows, vocabulary: int) -> list[Array]:
     return rows
 
 
+def _column(X: Rows, name: str) -> Sequence[Any]:
+    """A column of a `datasets.Dataset`. Raises PlantDataError if X is none or has no such column."""
+    names = getattr(X, "column_names", ())
+    if name not in names:
+        raise PlantDataError(
+            f"{type(X).__name__} with the columns {', '.join(names) or '(none)'} has no {name}",
+            ["give a datasets.Dataset with that column", "rename the one that holds it", "set baseline=False"],
+            column=name,
+        )
+    column: Sequence[Any] = cast("Dataset", X)[name]
+    return column
+
+
 def _moments(X: Rows) -> tuple[list[str], list[int]]:
     """(Operating state, hour of the week from Monday 0:00 UTC) of every row."""
-    missing = [c for c in ("state", "time") if c not in getattr(X, "column_names", ())]
-    if missing:
-        raise PlantDataError(
-            f"a baseline by state and hour of the week needs the columns {' and '.join(missing)}",
-            ["give a datasets.Dataset with both", "set baseline=False"],
-            column=missing[0],
-        )
-    return [str(state) for state in X["state"]], [_hour_of_week(time, n) for n, time in enumerate(X["time"])]
+    states, times = _column(X, "state"), _column(X, "time")
+    return [str(state) for state in states], [_hour_of_week(time, n) for n, time in enumerate(times)]
 
 
 def _hour_of_week(time: object, row: int) -> int:

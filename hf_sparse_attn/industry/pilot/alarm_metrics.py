@@ -77,7 +77,7 @@ class Matching:
 def match_events(alarms: Array, faults: Array, before: int, after: int) -> Matching:
     """Match alarms [A], by time, one to one with faults [F, 2] (first step, last excluded) whose window holds them.
 
-    A window reaches from ``before`` steps ahead of the fault to ``after`` steps past its end. A second alarm in it is no
+    A window reaches from ``before`` steps ahead of the fault to ``after`` past its end. A second alarm in it is no
     hit, but repeats what is known, so it is no false one either.
     """
     opens, closes = faults[:, 0] - before, faults[:, 1] + after

@@ -159,16 +159,7 @@ def joint_record(timelines: list[Timeline], most_lag: int, target: str | None = 
     Raises:
         PlantDataError: the timelines have different steps, or no timeline knows the kind of event.
     """
-    if len({t.step for t in timelines}) != 1:
-        raise PlantDataError(
-            f"timelines of different steps: {sorted({t.step / 1e9 for t in timelines})} s",
-            ["build them with the same step_seconds", "run the pilot once for each step", "leave assets out"],
-        )
-    if target is not None and not any(target in t.templates for t in timelines):
-        raise PlantDataError(
-            f"no asset has events of kind {target!r}",
-            [f"name one of {', '.join(timelines[0].templates[:5])}, …", "leave the target out to use the faults"],
-        )
+    _check_alike(timelines, target)
     block, offset, group = block_steps(timelines), 0, 0
     causes: dict[str, list[Array]] = {}
     spans, effects, blocks, groups = [], [], [], []
@@ -195,6 +186,19 @@ def joint_record(timelines: list[Timeline], most_lag: int, target: str | None = 
         block=block,
         step_seconds=timelines[0].step / 1e9,
     )
+
+
+def _check_alike(timelines: list[Timeline], target: str | None) -> None:
+    if len({t.step for t in timelines}) != 1:
+        raise PlantDataError(
+            f"timelines of different steps: {sorted({t.step / 1e9 for t in timelines})} s",
+            ["build them with the same step_seconds", "run the pilot once for each step", "leave assets out"],
+        )
+    if target is not None and not any(target in t.templates for t in timelines):
+        raise PlantDataError(
+            f"no asset has events of kind {target!r}",
+            [f"name one of {', '.join(timelines[0].templates[:5])}, …", "leave the target out to use the faults"],
+        )
 
 
 def _at_most(effects: Array) -> Array:

@@ -46,7 +46,7 @@ class _Record:
     """A joint record with what all folds share: block and fold of every step."""
 
     def __init__(self, record: JointRecord, windows: LagWindows) -> None:
-        self.record, self.windows = record, windows
+        self.record, self.windows, self.coverages = record, windows, windows.coverages(record)
         steps = np.arange(record.length)
         # block 0: heads of assets, shorter than a block
         self.block = record.block_of(steps) + 1
@@ -59,17 +59,20 @@ class _Record:
         self.fold_of_block = np.minimum(before * FOLDS // max(len(record.effects), 1), FOLDS - 1)
         self.fold = self.fold_of_block[self.block]
 
-    def select(self, effects: Array, first: int, last: int) -> list[Feature]:
-        """The strongest links of ``effects`` with lags in [first, last) that pass a Bonferroni limit of 5 %."""
+    def strongest(self, effects: Array) -> dict[str, tuple[Array, Array]]:
+        """`lag_scan.strongest` of some of the effects."""
+        return strongest(self.record, self.windows, self.coverages, effects)
+
+    def select(self, found: dict[str, tuple[Array, Array]], first: int, last: int) -> list[Feature]:
+        """The strongest links with lags in [first, last) that pass a Bonferroni limit of 5 %."""
         allowed = (self.windows.first >= first) & (self.windows.last <= last)
-        if not allowed.any() or not len(effects):
+        if not allowed.any() or not found:
             return []
-        found = strongest(self.record, self.windows, effects)
-        limit = np.log10(max(len(found), 1) * allowed.sum() / 0.05)
+        limit = np.log10(len(found) * allowed.sum() / 0.05)
         ranked = sorted(
             (
                 (float(statistic[w]), name, int(w))
-                for name, (statistic, *_) in found.items()
+                for name, (statistic, _) in found.items()
                 for w in np.flatnonzero(allowed & (statistic > limit))
             ),
             reverse=True,
@@ -127,24 +130,41 @@ def _block_scores(shared: _Record, columns: list[Array], fold: int) -> tuple[Arr
     return logs, np.where(held, (steps * rates).sum(1), 0)
 
 
-def _gain(shared: _Record, near: int, most: int, order: Array | None) -> Array:
-    """Gain in bits of context ``most`` over context ``near`` by block, float64 [B]; over a constant rate if near is 0.
+class _Fold:
+    """A held-out stretch of time: the effects outside of it, and the model of the near context fitted there."""
 
-    With ``order`` far history is that of other blocks.
-    """
-    record, total = shared.record, np.zeros(shared.blocks)
-    where = None if order is None else record.moved(np.arange(record.length), order)
-    for fold in range(FOLDS):
-        effects = record.effects[shared.fold[record.effects] != fold]
-        far = shared.select(effects if order is None else record.moved(effects, order), max(near, 1), most)
-        if not far:
-            continue
-        base = [shared.present(f) for f in shared.select(effects, 1, near)]
-        more = [shared.present(f) for f in far]
-        logs, mass = _block_scores(shared, base + [x if where is None else x[where] for x in more], fold)
-        base_logs, base_mass = _block_scores(shared, base, fold)
-        total += logs - base_logs - (mass - base_mass) / np.log(2)
-    return total
+    def __init__(self, shared: _Record, number: int, near: int) -> None:
+        self.shared, self.number = shared, number
+        self.effects = shared.record.effects[shared.fold[shared.record.effects] != number]
+        links = shared.select(shared.strongest(self.effects), 1, near) if len(self.effects) else []
+        self.near = [shared.present(feature) for feature in links]
+        self.near_scores = _block_scores(shared, self.near, number)
+
+    def gain_over(self, base: tuple[Array, Array], columns: list[Array]) -> Array:
+        """Gain in bits of the model with ``columns`` over one with the scores ``base``, by block, float64 [B]."""
+        logs, mass = _block_scores(self.shared, columns, self.number)
+        gain: Array = logs - base[0] - (mass - base[1]) / np.log(2)
+        return gain
+
+    def gains(self, near: int, contexts: list[int], order: Array | None) -> Array:
+        """Gain of each context over the near one by block, float64 [contexts, B]; with ``order`` far history is that of
+        other blocks.
+        """
+        record, shared = self.shared.record, self.shared
+        gains = np.zeros((len(contexts), shared.blocks))
+        if not len(self.effects):
+            return gains
+        found = shared.strongest(self.effects if order is None else record.moved(self.effects, order))
+        where = slice(None) if order is None else record.moved(np.arange(record.length), order)
+        chosen: list[Feature] = []
+        for n, most in enumerate(contexts):
+            far, before = shared.select(found, near, most), chosen
+            if far == before and n:
+                gains[n] = gains[n - 1]
+            elif far:
+                gains[n] = self.gain_over(self.near_scores, self.near + [shared.present(f)[where] for f in far])
+            chosen = far
+        return gains
 
 
 def context_gains(
@@ -155,30 +175,33 @@ def context_gains(
     Links are chosen and fitted on the other four. Intervals are at ``level`` for all multiples together (Bonferroni).
     """
     shared = _Record(record, LagWindows(round(near * max(multiples))))
+    folds = [_Fold(shared, number, near) for number in range(FOLDS)]
+    contexts = [round(near * multiple) for multiple in multiples]
+    rng, counts = np.random.default_rng(seed), np.bincount(shared.block[record.effects], minlength=shared.blocks)
     weights = drawn_weights(shared.blocks, seed)
-    effects = np.bincount(shared.block[record.effects], minlength=shared.blocks)
-    rng, gains = np.random.default_rng(seed), []
-    orders = [record.shuffled(rng) for _ in range(SHUFFLES)]
-    for multiple in (1.0, *multiples):
-        by_block = _gain(shared, 0 if multiple == 1 else near, round(near * multiple), None)
-
-        def an_effect(w: Array, by_block: Array = by_block) -> Array:
-            return ratio(w @ by_block, (w @ effects).astype(np.float64))
-
-        bounds = interval(an_effect, weights, 1 - (1 - level) / len(multiples))
-        gain, shuffled = bounds["value"] or 0.0, None
-        if multiple > 1 and gain > 0:
-            shuffled = [
-                _gain(shared, near, round(near * multiple), order).sum() / len(record.effects) for order in orders
-            ]
+    by_block = sum((f.gains(near, contexts, None) for f in folds), np.zeros((len(contexts), shared.blocks)))
+    shuffled = np.zeros((0, len(contexts)))
+    if (by_block.sum(1) > 0).any():
+        orders = [record.shuffled(rng) for _ in range(SHUFFLES)]
+        totals = [[f.gains(near, contexts, order).sum(1) for f in folds] for order in orders]
+        shuffled = np.sum(totals, 1) / len(record.effects)
+    constant = sum((f.gain_over(_block_scores(shared, [], f.number), f.near) for f in folds), np.zeros(shared.blocks))
+    level = 1 - (1 - level) / len(multiples)
+    gains = [_interval(1.0, constant, counts, weights, level, None)]
+    for n, multiple in enumerate(multiples):
         gains.append(
-            ContextGain(
-                multiple=multiple,
-                gain=gain,
-                low=bounds["low"] if bounds["low"] is not None else 0.0,
-                high=bounds["high"] if bounds["high"] is not None else 0.0,
-                shuffled=None if shuffled is None else float(np.mean(shuffled)),
-                p=None if shuffled is None else (1 + sum(bool(s >= gain) for s in shuffled)) / (1 + len(shuffled)),
-            )
+            _interval(multiple, by_block[n], counts, weights, level, shuffled[:, n] if len(shuffled) else None)
         )
     return gains
+
+
+def _interval(
+    multiple: float, by_block: Array, counts: Array, weights: Array, level: float, shuffled: Array | None
+) -> ContextGain:
+    """From gains and numbers of effects by block [B], with gains an effect of every shuffle."""
+    bounds = interval(lambda w: ratio(w @ by_block, (w @ counts).astype(np.float64)), weights, level)
+    gain, low, high = (float(bounds[name] or 0.0) for name in ("value", "low", "high"))
+    if shuffled is None or gain <= 0:
+        return ContextGain(multiple, gain, low, high)
+    p = (1 + int((shuffled >= gain).sum())) / (1 + len(shuffled))
+    return ContextGain(multiple, gain, low, high, float(shuffled.mean()), p)

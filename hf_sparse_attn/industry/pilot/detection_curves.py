@@ -8,6 +8,7 @@ import numpy as np
 
 from ...system.extras import needs_extra
 from .alarm_metrics import check_scores
+from .block_bootstrap import ratio
 from .timeline import Array
 
 with needs_extra("industry", "the measures of the pilot"):
@@ -52,7 +53,7 @@ class BlockCurves:
         hits, alarms = weights @ self._above(self.labels), weights @ self.alarms
         precision = np.divide(hits, alarms, out=np.zeros_like(hits), where=alarms > 0)
         areas: Array = (np.diff(hits, prepend=0) * precision).sum(1)
-        return np.divide(areas, hits[:, -1], out=np.full(len(hits), np.nan), where=hits[:, -1] > 0)
+        return ratio(areas, hits[:, -1])
 
     def volume(self, weights: Array, most_width: int) -> Array:
         """`vus_pr` for weights [R, B] of the blocks, float64 [R]; NaN without a label."""

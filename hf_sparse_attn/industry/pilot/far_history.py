@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import PlantDataError
 from .cause_candidates import JointRecord, joint_record
 from .context_gain import ContextGain, context_gains
-from .lag_scan import LagLink, LagWindows, evidence_table, scan
+from .lag_scan import LagLink, LagWindows, evidence, scan
 from .timeline import Timeline
 
 LONGEST_LAG = 1 / 4  # of a record: a lag has to fit several times for a coincidence to show
@@ -60,15 +60,7 @@ def far_history(
     Raises:
         PlantDataError: the near context is not shorter than a quarter of the shortest record, or timelines differ.
     """
-    if not timelines:
-        raise PlantDataError("no timeline was given", ["build one with timeline_from_dataset or timeline_from_csv"])
-    near, quarter = timelines[0].steps_in(near_seconds), int(min(map(len, timelines)) * LONGEST_LAG)
-    if near >= quarter:
-        raise PlantDataError(
-            f"the near context of {near} steps is no shorter than a quarter of the record, {quarter} steps",
-            ["take a shorter near context", "take a longer record", "leave short assets out"],
-        )
-    reached = tuple(sorted({min(multiple, quarter / near) for multiple in multiples}))
+    near, reached = _contexts(timelines, near_seconds, multiples)
     longest = round(near * reached[-1])
     record = joint_record(timelines, longest, target)
     found = scan(record, longest, near, level=level, seed=seed)
@@ -87,6 +79,25 @@ def far_history(
     )
 
 
+def _contexts(
+    timelines: list[Timeline], near_seconds: float, multiples: tuple[float, ...]
+) -> tuple[int, tuple[float, ...]]:
+    """(Steps of the near context, multiples of it that the record reaches)."""
+    if not timelines:
+        raise PlantDataError("no timeline was given", ["build one with timeline_from_dataset or timeline_from_csv"])
+    if not multiples or min(multiples) <= 1:
+        raise PlantDataError(
+            f"multiples of the near context: {multiples}", ["name at least one, all above 1", "leave them out"]
+        )
+    near, quarter = timelines[0].steps_in(near_seconds), int(min(map(len, timelines)) * LONGEST_LAG)
+    if near >= quarter:
+        raise PlantDataError(
+            f"the near context of {near} steps is no shorter than a quarter of the record, {quarter} steps",
+            ["take a shorter near context", "take a longer record", "leave short assets out"],
+        )
+    return near, tuple(sorted({min(multiple, quarter / near) for multiple in multiples}))
+
+
 def _detectable(record: JointRecord, near: int, longest: int, critical: float) -> float | None:
     effects = len(record.effects)
     if not effects or not np.isfinite(critical):
@@ -95,5 +106,5 @@ def _detectable(record: JointRecord, near: int, longest: int, critical: float) -
     # the narrow window nearest to the geometric middle of the far lags
     middle = int(np.abs(np.log(windows.first / np.sqrt(near * longest))).argmin())
     covered = effects * (windows.last[middle] - windows.first[middle]) / record.steps
-    enough = np.flatnonzero(evidence_table(np.array([covered]), effects)[0] > critical)
+    enough = np.flatnonzero(evidence(np.arange(effects + 1), np.float64(covered), effects) > critical)
     return float(enough[0] / effects) if len(enough) else None

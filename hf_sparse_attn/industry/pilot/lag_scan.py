@@ -65,6 +65,10 @@ class LagWindows:
         at = np.searchsorted(causes, effects[..., None] - self.edges, side="right")
         return np.concatenate([(at[..., :-span] > at[..., span:]).sum(1) for span in SPANS], -1)
 
+    def coverages(self, record: JointRecord) -> dict[str, Array]:
+        """`coverage` of every candidate."""
+        return {name: self.coverage(record, causes) for name, causes in record.causes.items()}
+
     def coverage(self, record: JointRecord, causes: Array) -> Array:
         """Share of the record's steps that have a cause in each window before them, float64 [W]."""
         end = record.spans[np.searchsorted(record.spans[:, 0], causes, side="right") - 1, 1]
@@ -76,42 +80,42 @@ class LagWindows:
 
 # statistic = −log10 P(X ≥ hits), X binomial with N effects and the coverage. It only ranks: p comes from the largest
 # statistic over all candidates and windows when blocks are shuffled (Westfall & Young 1993)
-def evidence_table(coverage: Array, effects: int) -> Array:
-    """The statistic for every number of hits, float32 [W, N + 1]."""
-    counts = np.arange(effects + 1)
+def evidence(hits: Array, coverage: Array, effects: int) -> Array:
+    """The statistic of ``hits`` of ``effects``, float64 of their shape."""
     with np.errstate(divide="ignore"):
-        tail = binom.logsf(counts - 1, effects, np.clip(coverage, 1e-12, 1)[:, None])
-    table: Array = (-np.maximum(tail, -1e4) / np.log(10)).astype(np.float32)
-    return table
+        tail = binom.logsf(hits - 1, effects, np.clip(coverage, 1e-12, 1))
+    statistic: Array = -np.maximum(tail, -1e4) / np.log(10)
+    return statistic
 
 
-def strongest(record: JointRecord, windows: LagWindows, effects: Array) -> dict[str, tuple[Array, Array, Array]]:
-    """For every candidate (statistic [W], hits [W], coverage [W]) with ``effects`` [N]."""
-    found = {}
-    for name, causes in record.causes.items():
-        coverage = windows.coverage(record, causes)
-        hits = windows.hits(causes, effects[None])[0]
-        found[name] = (evidence_table(coverage, len(effects))[np.arange(len(hits)), hits], hits, coverage)
-    return found
+def strongest(
+    record: JointRecord, windows: LagWindows, coverages: dict[str, Array], effects: Array
+) -> dict[str, tuple[Array, Array]]:
+    """For every candidate (statistic [W], hits [W]) with ``effects`` [N]."""
+    hits = {name: windows.hits(causes, effects[None])[0] for name, causes in record.causes.items()}
+    return {name: (evidence(h, coverages[name], len(effects)), h) for name, h in hits.items()}
 
 
 def scan(record: JointRecord, most_lag: int, near: int, *, level: float = 0.01, seed: int = 0) -> Scan:
     """Scan all candidates and lags from 1 to ``most_lag`` steps; far is from ``near`` steps on."""
     windows = LagWindows(most_lag)
     far = windows.first >= near
-    found = strongest(record, windows, record.effects)
-    if not found or not len(record.effects):
+    coverages = windows.coverages(record)
+    if not coverages or not len(record.effects):
         return Scan(None, None, float("inf"), 0)
+    found = strongest(record, windows, coverages, record.effects)
     best = _best(found, np.ones_like(far)), _best(found, far)
-    nulls = _null_maxima(record, windows, far, [statistic for *_, statistic in best], seed)
+    nulls = _null_maxima(record, windows, coverages, far, [statistic for *_, statistic in best], seed)
     links = [
-        _link(record, windows, found, *at, p=(1 + int((null >= at[2]).sum())) / (1 + len(null)))
+        _link(
+            record, windows, coverages[at[0]], found[at[0]][1], at, p=(1 + int((null >= at[2]).sum())) / (1 + len(null))
+        )
         for at, null in zip(best, nulls, strict=True)
     ]
     return Scan(links[0], links[1] if far.any() else None, float(np.quantile(nulls[1], 1 - level)), len(nulls[0]))
 
 
-def _best(found: dict[str, tuple[Array, Array, Array]], allowed: Array) -> tuple[str, int, float]:
+def _best(found: dict[str, tuple[Array, Array]], allowed: Array) -> tuple[str, int, float]:
     """(Candidate, window, statistic) of the largest statistic in the allowed windows."""
     tops = {name: np.where(allowed, statistic, -1.0) for name, (statistic, *_) in found.items()}
     name = max(tops, key=lambda n: tops[n].max())
@@ -119,12 +123,18 @@ def _best(found: dict[str, tuple[Array, Array, Array]], allowed: Array) -> tuple
 
 
 def _null_maxima(
-    record: JointRecord, windows: LagWindows, far: Array, observed: list[float], seed: int
+    record: JointRecord,
+    windows: LagWindows,
+    coverages: dict[str, Array],
+    far: Array,
+    observed: list[float],
+    seed: int,
 ) -> tuple[Array, Array]:
     """Largest statistics at any lag and beyond the near context, float64 [P] each, with shuffled effects."""
     rng, size = np.random.default_rng(seed), len(record.effects)
     batch = max(1, BATCH // (size * len(windows.edges)))
-    tables = {n: evidence_table(windows.coverage(record, c), size) for n, c in record.causes.items()}
+    counts = np.arange(size + 1)
+    tables = {n: evidence(counts, c[:, None], size).astype(np.float32) for n, c in coverages.items()}
     column, maxima = np.arange(len(far)), np.zeros((0, 2))
     while len(maxima) < SHUFFLES:
         count = min(batch, SHUFFLES - len(maxima), 50)
@@ -141,21 +151,15 @@ def _null_maxima(
 
 
 def _link(
-    record: JointRecord,
-    windows: LagWindows,
-    found: dict[str, tuple[Array, Array, Array]],
-    name: str,
-    window: int,
-    statistic: float,
-    p: float,
+    record: JointRecord, windows: LagWindows, coverage: Array, hits: Array, best: tuple[str, int, float], p: float
 ) -> LagLink:
+    name, window, statistic = best
     causes, effects = record.causes[name], record.effects
     # lags that straddle the window's edge belong to the same link
     low, high = windows.first[window] / RATIO, windows.last[window] * RATIO
     ends = np.searchsorted(causes, effects[:, None] - np.array([high, low]), side="right")
     inside = np.concatenate([effect - causes[a:b] for effect, (a, b) in zip(effects, ends, strict=True)])
     quantiles = np.quantile(inside, [0.5, 0.1, 0.9]) if len(inside) else (windows.first[window],) * 3
-    _, hits, coverage = found[name]
     return LagLink(
         source=name,
         lag=float(quantiles[0]) * record.step_seconds,

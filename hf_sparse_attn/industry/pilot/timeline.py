@@ -13,6 +13,7 @@ from ..errors import PlantDataError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 DAY = 86_400 * 10**9  # nanoseconds
+NO_STATE = "(none)"  # name of the state of steps that no operating state covers
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,13 +106,15 @@ class Timeline:
         first, last = self.fault_steps().T
         np.add.at(marks, first, 1)
         np.add.at(marks, last, -1)
-        return np.cumsum(marks[:-1]) > 0
+        inside: Array = np.cumsum(marks[:-1]) > 0
+        return inside
 
     def fault_steps(self) -> Array:
         """First and last step (excluded) that each fault overlaps, int64 [F, 2], cut to the record."""
         begin = int(self.times[0])
         first, last = (self.faults[:, 0] - begin) // self.step, -((begin - self.faults[:, 1]) // self.step)
-        return np.clip(np.stack([first, last], 1), 0, len(self))
+        steps: Array = np.clip(np.stack([first, last], 1), 0, len(self))
+        return steps
 
     def onsets(self) -> Array:
         """Steps in which a fault starts, int64; faults that start outside of the record have none."""

@@ -21,8 +21,8 @@ RULE = {
         f"Worth it: a cause beyond the near context precedes the faults (family-wise p ≤ {LEVEL} by shuffled blocks of "
         "time), and a model gains on held-out time from that context (95 % interval above 0, all contexts together, "
         f"and p ≤ {SHUFFLED_LEVEL} against the same context with far blocks shuffled); or a contender with the far "
-        "context has a higher average precision than itself with the near one (95 % interval of the difference above 0, all "
-        "contenders together). "
+        "context has a higher average precision than itself with the near one (95 % interval of the difference above "
+        "0, all contenders together). "
         "A link without a gain: the data cannot tell. "
         f"Neither, and a cause of {MOST_DETECTABLE:.0%} of the faults would have shown: no evidence; else the data "
         "cannot tell."
@@ -74,36 +74,14 @@ def decide(far: FarHistory, best_baseline: str | None, contenders: tuple[Contend
     """
     reasons = (*_link_reasons(far), *(_contender_reason(c) for c in contenders))
     linked = far.far is not None and far.far.p <= LEVEL
-    gained = [g for g in far.gains if g.multiple > 1 and g.low > 0 and g.p is not None and g.p <= SHUFFLED_LEVEL]
-    ahead = [c for c in contenders if c.low > 0]
     if far.effects < LEAST_EFFECTS:
         return _cannot_tell(far, (*reasons, f"{far.effects} faults, {LEAST_EFFECTS} are needed"))
-    if linked and gained:
-        # the shortest context whose gain lies within a tenth of the largest
-        most = max(g.gain for g in gained)
-        best = next(g for g in gained if g.gain >= 0.9 * most)
-        numbers = f"{best.gain:.2f}", f"{best.low:.2f}", f"{best.high:.2f}"
-        return _worth(
-            far,
-            reasons,
-            "{} bits a fault ({} to {})".format(*numbers),
-            "故障1件あたり{}ビット({}〜{})".format(*numbers),
-        )
-    if ahead:
-        lead = max(ahead, key=lambda c: c.difference)
-        differences = lead.far, f"{lead.difference:.3f}", f"{lead.low:.3f}", f"{lead.high:.3f}"
-        return _worth(
-            far,
-            reasons,
-            "{1} in average precision ({2} to {3}, {0})".format(*differences),
-            "平均適合率で{1}({2}〜{3}、{0})".format(*differences),
-        )
+    if gain := (_shown_gain(far) if linked else None) or _contender_lead(contenders):
+        return _worth(far, reasons, *gain)
     if linked:
         return _cannot_tell(far, (*reasons, "a far link, but no gain on held-out time that excludes 0"))
     if far.detectable is None or far.detectable > MOST_DETECTABLE:
-        return _cannot_tell(
-            far, (*reasons, "a far cause of most faults would not have shown in a record of this length")
-        )
+        return _cannot_tell(far, (*reasons, "a far cause of most faults would not show in a record of this length"))
     if best_baseline is None:
         return _cannot_tell(far, (*reasons, "the evaluation holds no fault: no detector could be judged"))
     return Verdict(
@@ -113,6 +91,29 @@ def decide(far: FarHistory, best_baseline: str | None, contenders: tuple[Contend
             "ja": f"{duration(far.near, 'ja')}より前の履歴が役立つ証拠はありません。{best_baseline} を使ってください。",
         },
         (*reasons, f"a cause of {far.detectable:.0%} of the faults would have shown"),
+    )
+
+
+def _shown_gain(far: FarHistory) -> tuple[str, str] | None:
+    """The cheap model's gain in words, English and Japanese, of the shortest context within a tenth of the best."""
+    gained = [g for g in far.gains if g.multiple > 1 and g.low > 0 and g.p is not None and g.p <= SHUFFLED_LEVEL]
+    if not gained:
+        return None
+    most = max(g.gain for g in gained)
+    best = next(g for g in gained if g.gain >= 0.9 * most)
+    numbers = f"{best.gain:.2f}", f"{best.low:.2f}", f"{best.high:.2f}"
+    return "{} bits a fault ({} to {})".format(*numbers), "故障1件あたり{}ビット({}〜{})".format(*numbers)
+
+
+def _contender_lead(contenders: tuple[ContenderGain, ...]) -> tuple[str, str] | None:
+    ahead = [c for c in contenders if c.low > 0]
+    if not ahead:
+        return None
+    lead = max(ahead, key=lambda c: c.difference)
+    numbers = lead.far, f"{lead.difference:.3f}", f"{lead.low:.3f}", f"{lead.high:.3f}"
+    return (
+        "{1} in average precision ({2} to {3}, {0})".format(*numbers),
+        "平均適合率で{1}({2}〜{3}、{0})".format(*numbers),
     )
 
 
