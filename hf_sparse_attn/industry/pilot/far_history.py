@@ -106,5 +106,5 @@ def _detectable(record: JointRecord, near: int, longest: int, critical: float) -
     # the narrow window nearest to the geometric middle of the far lags
     middle = int(np.abs(np.log(windows.first / np.sqrt(near * longest))).argmin())
     covered = effects * (windows.last[middle] - windows.first[middle]) / record.steps
-    enough = np.flatnonzero(evidence(np.arange(effects + 1), np.float64(covered), effects) > critical)
+    enough = np.flatnonzero(evidence(np.arange(effects + 1), np.array(covered), effects) > critical)
     return float(enough[0] / effects) if len(enough) else None
