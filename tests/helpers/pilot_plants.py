@@ -56,5 +56,5 @@ def plant(seed, *, pairs=20, lag=2000, jitter=0.03, cause="event", linked=True, 
         states=((hours >= 6) & (hours < 22)).astype(np.int32),
         state_names=("idle", "load"),
         train_steps=int(steps * 0.6),
-        test_from=int(steps * 0.6) + 288,
+        test_from=int(steps * 0.6) + 1440 // step,
     )

@@ -10,12 +10,12 @@ from hf_sparse_attn.industry.pilot.lag_scan import LagLink
 from hf_sparse_attn.industry.pilot.verdict import RULE, ContenderGain, decide, duration
 
 
-def result(*, effects=20, p=0.002, low=0.4, shuffle_p=0.05, detectable=0.3):
+def result(*, effects=20, p=0.002, gain=1.2, low=0.4, shuffle_p=0.05, detectable=0.3):
     link = LagLink("E 7", 86400.0, 80000.0, 90000.0, 18, effects, 2.0, 9.0, p)
     gains = (
         ContextGain(1.0, 0.0, 0.0, 0.0),
-        ContextGain(4, 1.2, low, 2.0, 0.0, shuffle_p),
-        ContextGain(16, 1.25, low, 2.1, 0.0, shuffle_p),
+        ContextGain(4, gain, low, 2.0, 0.0, shuffle_p),
+        ContextGain(16, gain + 0.05 if gain else 0.0, low, 2.1, 0.0, shuffle_p),
     )
     return FarHistory(effects, 21600.0, 345600.0, 604800.0, 30, 499, link, link, gains, detectable)
 
@@ -38,6 +38,7 @@ UNKNOWN = ("The data cannot tell (n = 20).", "このデータでは判断でき�
         ({"p": 0.2}, NONE),
         ({"p": 0.2, "low": -0.1}, NONE),
         ({"low": -0.1}, UNKNOWN),
+        ({"gain": 0.0, "low": 0.0}, NONE),
         ({"shuffle_p": 0.3}, UNKNOWN),
         ({"p": 0.2, "detectable": 0.9}, UNKNOWN),
         ({"p": 0.2, "detectable": None}, UNKNOWN),

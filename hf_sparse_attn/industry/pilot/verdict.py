@@ -23,8 +23,8 @@ RULE = {
         f"and p ≤ {SHUFFLED_LEVEL} against the same context with far blocks shuffled); or a contender with the far "
         "context has a higher average precision than itself with the near one (95 % interval of the difference above "
         "0, all contenders together). "
-        "A link without a gain: the data cannot tell. "
-        f"Neither, and a cause of {MOST_DETECTABLE:.0%} of the faults would have shown: no evidence; else the data "
+        "A link with a gain that may be chance: the data cannot tell. "
+        f"Otherwise, if a cause of {MOST_DETECTABLE:.0%} of the faults would have shown: no evidence; else the data "
         "cannot tell."
     ),
     "ja": (
@@ -33,7 +33,7 @@ RULE = {
         "かつ未使用期間でモデルがその文脈から利得を得る場合(全文脈を通した95%区間が0を超え、"
         f"遠いブロックを並べ替えた同じ文脈に対して p ≤ {SHUFFLED_LEVEL})。"
         "または、遠い文脈を使う候補の平均適合率が、近い文脈の同じ候補を上回る場合(差の95%区間が0を超える。全候補を通して)。"
-        "関連はあるが利得がない場合:判断できません。"
+        "関連はあるが利得が偶然かもしれない場合:判断できません。"
         f"どちらもなく、故障の{MOST_DETECTABLE:.0%}に共通する原因なら検出できたはずの場合:証拠なし。それ以外は判断できません。"
     ),
 }
@@ -78,8 +78,8 @@ def decide(far: FarHistory, best_baseline: str | None, contenders: tuple[Contend
         return _cannot_tell(far, (*reasons, f"{far.effects} faults, {LEAST_EFFECTS} are needed"))
     if gain := (_shown_gain(far) if linked else None) or _contender_lead(contenders):
         return _worth(far, reasons, *gain)
-    if linked:
-        return _cannot_tell(far, (*reasons, "a far link, but no gain on held-out time that excludes 0"))
+    if linked and max(g.gain for g in far.gains if g.multiple > 1) > 0:
+        return _cannot_tell(far, (*reasons, "a far link, whose gain on held-out time may be chance"))
     if far.detectable is None or far.detectable > MOST_DETECTABLE:
         return _cannot_tell(far, (*reasons, "a far cause of most faults would not show in a record of this length"))
     if best_baseline is None:

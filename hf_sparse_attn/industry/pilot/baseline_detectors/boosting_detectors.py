@@ -43,14 +43,15 @@ class BoostedForecast(ChannelDetector):
     def fit(self, train: Timeline) -> BoostedForecast:
         self.scaler = StateScaler().fit(train)
         z = self.scaler.z(train)
-        self.channels = np.argsort(-train.observed.sum(0), kind="stable")[:MOST_CHANNELS]
         border = max(1, round(0.8 * len(train)))
+        readings = train.observed[:border].sum(0)
+        self.channels = [n for n in np.argsort(-readings, kind="stable")[:MOST_CHANNELS] if readings[n]]
         self.models, self.spreads = [], []
         for channel in self.channels:
             features = self._features(train, z[:, channel])
             seen = np.flatnonzero(~np.isnan(z[:, channel]))
             early = seen[seen < border]
-            rows = early[sample_rows(len(early), MOST_ROWS, self.seed)] if len(early) else seen
+            rows = early[sample_rows(len(early), MOST_ROWS, self.seed)]
             model = HistGradientBoostingRegressor(max_iter=60, random_state=self.seed, early_stopping=False)
             self.models.append(model.fit(features[rows], z[rows, channel]))
             late = seen[seen >= border] if (seen >= border).any() else seen

@@ -6,7 +6,7 @@ import numpy as np
 from scipy.signal import lfilter
 
 from ..timeline import DAY, Array, Timeline
-from .detector_base import HOUR, ChannelDetector, StateScaler, TimelineDetector, filled_z
+from .detector_base import HOUR, ChannelDetector, StateScaler, TimelineDetector, filled_z, robust_spread
 
 
 class RandomScores(TimelineDetector):
@@ -48,8 +48,7 @@ class Ewma(ChannelDetector):
         self.scaler = StateScaler().fit(train)
         means = self._means(train)
         self.center = np.median(means, 0)
-        spread = 1.4826 * np.median(np.abs(means - self.center), 0)
-        self.spread = np.where(spread > 0, spread, 1.0)
+        self.spread = robust_spread(means - self.center)
         return self
 
     def scores(self, timeline: Timeline) -> Array:
@@ -76,9 +75,7 @@ class SeasonalNaive(ChannelDetector):
     def fit(self, train: Timeline) -> SeasonalNaive:
         days = 7 if len(train) * train.step >= 21 * DAY else 1
         self.season = train.steps_in(days * DAY / 1e9)
-        residual = self._residual(train)
-        scale = [1.4826 * np.median(np.abs(column[~np.isnan(column)])) for column in residual.T]
-        self.scale = np.array([s if s > 0 else 1.0 for s in scale])  # NaN of an empty channel is not above 0 either
+        self.scale = robust_spread(self._residual(train))
         return self
 
     def scores(self, timeline: Timeline) -> Array:

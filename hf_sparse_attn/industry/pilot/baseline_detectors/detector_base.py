@@ -76,6 +76,12 @@ def _center_and_scale(column: Array) -> tuple[float, float]:
     return center, scale
 
 
+def robust_spread(residuals: Array) -> Array:
+    """1.4826 · median |residual| of every column [T, C], 1 where that is 0 or nothing was observed; float64 [C]."""
+    seen = [column[~np.isnan(column)] for column in residuals.T]
+    return np.array([(1.4826 * float(np.median(np.abs(s))) if len(s) else 0.0) or 1.0 for s in seen])
+
+
 def trailing_sum(numbers: Array, steps: int) -> Array:
     """Sums of the last ``steps`` rows, the row itself included, float64 of the shape of ``numbers``."""
     total = np.cumsum(numbers, 0, dtype=np.float64)

@@ -6,12 +6,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ....system.extras import needs_extra
 from ..timeline import Array, Timeline
 from .detector_base import HOUR, EventDetector, trailing_sum
-
-with needs_extra("industry", "the baselines of the pilot"):
-    from sklearn.decomposition import PCA
 
 CHUNK = 65_536  # steps whose features are held at a time
 REPEATS = 3  # of one kind in one step that a sequence holds
@@ -32,8 +28,8 @@ class NewTemplate(EventDetector):
         return rarest
 
 
-# SPE = |(I − P Pᵀ) y|², P the components that hold 95 % of the variance of y = scaled log counts of a trailing hour.
-# Xu, Huang, Fox, Patterson, Jordan, SOSP 2009
+# SPE = |(I − P Pᵀ) y|², P the components that hold 95 % of the variance of y = scaled log counts of a trailing hour, at
+# most half of them: independent kinds would leave no rest. Xu, Huang, Fox, Patterson, Jordan, SOSP 2009
 class EventCountPca(EventDetector):
     """Squared distance of the trailing hour's event counts from the subspace of training."""
 
@@ -42,16 +38,20 @@ class EventCountPca(EventDetector):
     def fit(self, train: Timeline) -> EventCountPca:
         rows = self._log_counts(train)
         self.center, spread = rows.mean(0), rows.std(0)
-        # a kind that training never saw counts as it stands
-        self.spread = np.where(spread > 0, spread, 1.0)
-        self.pca = PCA(n_components=0.95, svd_solver="full").fit((rows - self.center) / self.spread)
+        # a kind that training never saw weighs as the rarest that it saw
+        self.spread = np.where(spread > 0, spread, spread[spread > 0].min(initial=1.0))
+        scaled = (rows - self.center) / self.spread
+        variances, vectors = np.linalg.eigh(scaled.T @ scaled)
+        shares = np.cumsum(variances[::-1]) / max(variances.sum(), 1e-12)
+        kept = min(int(np.searchsorted(shares, 0.95)) + 1, len(shares) // 2)
+        self.components = vectors[:, ::-1][:, :kept]
         return self
 
     def scores(self, timeline: Timeline) -> Array:
         rows, scores = self._log_counts(timeline), np.empty(len(timeline))
         for at in range(0, len(rows), CHUNK):
             scaled = (rows[at : at + CHUNK] - self.center) / self.spread
-            rest = scaled - self.pca.inverse_transform(self.pca.transform(scaled))
+            rest = scaled - scaled @ self.components @ self.components.T
             scores[at : at + CHUNK] = (rest**2).sum(1)
         return scores
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..timeline import Array, Timeline
-from .detector_base import ChannelDetector, StateScaler
+from .detector_base import ChannelDetector, StateScaler, robust_spread
 
 MOST_CHANNELS = 8
 BATCH = 32
@@ -41,9 +41,7 @@ class PretrainedForecaster(ChannelDetector):
         self.model = TimesFmModelForPrediction.from_pretrained(self.checkpoint).eval()
         self.scaler = StateScaler().fit(train)
         self.channels = np.argsort(-train.observed.sum(0), kind="stable")[:MOST_CHANNELS]
-        residual = self._residual(train)
-        spread = [1.4826 * np.median(column[~np.isnan(column)]) for column in residual.T]
-        self.spread = np.array([s if s > 0 else 1.0 for s in spread])
+        self.spread = robust_spread(self._residual(train))
         return self
 
     def scores(self, timeline: Timeline) -> Array:
