@@ -113,13 +113,13 @@ def pilot(
         PlantDataError: no timelines; timelines of one name or of different steps; scores of a contender that are
             missing or no finite numbers.
     """
-    settings, timelines = settings or PilotSettings(), list(timelines)
-    names = [t.asset for t in timelines]
+    settings, timelines, names = settings or PilotSettings(), list(timelines), [t.asset for t in timelines]
     if not timelines or len(set(names)) < len(names):
         raise PlantDataError(
             f"{len(names)} timelines of assets {', '.join(names) or '(none)'}",
             ["give at least one timeline", "give every asset a name of its own"],
         )
+    given = {c.name: [_scores_of(c, t) for t in timelines] for c in contenders}  # refused before hours of work
     far = far_history(
         timelines,
         near_seconds=settings.near,
@@ -130,7 +130,7 @@ def pilot(
     blocks = block_numbers(timelines, settings.block or default_block_seconds(timelines))
     evaluation = Evaluation(timelines, settings, blocks, drawn_weights(int(blocks.max()) + 1, settings.seeds[0]))
     baselines = [_baseline_row(n, timelines, settings, evaluation) for n in range(len(all_detectors()))]
-    scores = {c.name: evaluation.scaled([_scores_of(c, t) for t in timelines]) for c in contenders}
+    scores = {name: evaluation.scaled(parts) for name, parts in given.items()}
     others = [TableRow(name, evaluation.measure(parts)) for name, parts in scores.items()]
     return PilotResult(
         settings=settings,
