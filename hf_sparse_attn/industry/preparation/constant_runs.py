@@ -1,0 +1,159 @@
+"""Runs of one value in a channel: stuck sensors, and sensors on the limit of their range."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .channel_series import Bools, ChannelSeries, Floats, Ints, quantum
+
+LEAST_RUN = 12  # readings
+TAIL = 3.0  # times as long as the longest run that chance would leave
+FALSE_RUNS = 0.01  # runs expected by chance beyond the tail in a whole record
+LEAST_HISTORY = 30  # runs, below which a channel has no usual length
+DISCRETE = 8  # values, up to which a channel is a switch: it may hold each for any time
+RECURRING = 4  # as many runs of a similar length are how the channel works
+RESTS = 0.3  # share of a state's readings in long runs, from which on the channel rests in that state
+MOST_LIMITS = 6  # levels looked at, those with the most readings in plateaus
+TOPS = 4  # plateaus on one value that make a limit
+CLIPPED = 12  # readings on a limit at least
+CLIP_RATIO = 6.0  # readings on a limit against those one resolution below it
+
+
+@dataclass(frozen=True)
+class ConstantRuns:
+    """Runs of equal values: start (r,), length (r,) in readings, value (r,), state of the machine (r,)."""
+
+    starts: Ints
+    lengths: Ints
+    values: Floats
+    states: Ints
+
+
+def constant_runs(values: Floats, states: Ints) -> ConstantRuns:
+    """Runs in ``values`` (n,); ``states`` (n,) is that of the machine, of a run that at its middle."""
+    starts = np.append(0, np.flatnonzero(values[1:] != values[:-1]) + 1)
+    lengths = np.diff(np.append(starts, len(values)))
+    return ConstantRuns(starts, lengths, values[starts], states[starts + lengths // 2])
+
+
+def usual_longest(lengths: Ints) -> float:
+    """What a run must exceed to be no longer chance: 3 times the length beyond which an exponential tail through the
+    95th and the 99.5th percentile expects `FALSE_RUNS` of these runs (r,).
+    """
+    low, high = np.quantile(lengths, [0.95, 0.995])
+    scale = (high - low) / np.log(10)
+    return max(float(LEAST_RUN), TAIL * float(low + scale * np.log(0.05 * len(lengths) / FALSE_RUNS)))
+
+
+def find_stuck(series: ChannelSeries, states: Ints, others_moving: Floats) -> list[slice]:
+    """Stretches in which the channel holds one value for far longer than it ever does in that state of the machine.
+
+    Args:
+        states: (n,) state at each reading.
+        others_moving: (n,) share of the other channels that move, NaN where there are none.
+    """
+    values = series.values
+    if len(values) < LEAST_HISTORY or len(np.unique(values[:: max(1, len(values) // 5000)])) <= DISCRETE:
+        return []
+    runs = constant_runs(values, states)
+    if len(runs.starts) < LEAST_HISTORY:
+        return []
+    long = runs.lengths >= LEAST_RUN
+    resting = _resting_values(runs, long)
+    bottom = float(values.min())
+    stuck = []
+    for state in np.unique(runs.states[long]):
+        here = runs.states == state
+        history = here & ~np.isin(runs.values, resting)
+        lengths = runs.lengths[history if history.sum() >= LEAST_HISTORY else ~np.isin(runs.values, resting)]
+        if len(lengths) < LEAST_HISTORY:
+            continue
+        analog = np.quantile(lengths, 0.995) <= 2
+        for run in np.flatnonzero(here & (runs.lengths > usual_longest(lengths))).tolist():
+            stretch = slice(int(runs.starts[run]), int(runs.starts[run] + runs.lengths[run]))
+            moving = others_moving[stretch]
+            alone = bool(np.isnan(moving).all())
+            busy = not alone and float(np.nanmean(moving)) >= 0.5
+            at_rest = runs.values[run] in resting or runs.values[run] in (0.0, bottom)
+            if _rests_in(runs, long, here, run) or (at_rest and not alone and not busy):
+                continue
+            if _similar(runs, here, run) >= RECURRING and not (analog and busy):
+                continue
+            stuck.append(stretch)
+    return sorted(stuck, key=lambda stretch: stretch.start)
+
+
+def _resting_values(runs: ConstantRuns, long: Bools) -> Floats:
+    """Values that the channel comes back to and holds, such as the zero of a pump that is off."""
+    values, counts = np.unique(runs.values[long], return_counts=True)
+    return values[counts >= 3]
+
+
+def _rests_in(runs: ConstantRuns, long: Bools, here: Bools, run: int) -> bool:
+    others = here.copy()
+    others[run] = False
+    total = runs.lengths[others].sum()
+    return bool(total) and float(runs.lengths[others & long].sum() / total) > RESTS
+
+
+def _similar(runs: ConstantRuns, here: Bools, run: int) -> int:
+    return int(np.sum(here & (runs.lengths >= runs.lengths[run] / 3))) - 1
+
+
+def on_limit(series: ChannelSeries, stretch: slice) -> bool:
+    """Whether a stretch of one value lies on the highest or lowest value of the channel."""
+    value = series.values[stretch.start]
+    return bool(value >= series.values.max() or value <= series.values.min())
+
+
+def find_clipped(series: ChannelSeries, resting: Bools) -> list[slice]:
+    """Stretches in which values are cut off at one level: plateaus on the same value again and again, nothing beyond
+    it in between, and far more readings on it than one resolution further in.
+
+    Args:
+        resting: (n,) where the machine rests: a zero there is no limit.
+    """
+    found = []
+    for sign in (1.0, -1.0):
+        values = sign * series.values
+        runs = constant_runs(values, np.zeros(len(values), np.int64))
+        for value in _limits(runs, values, resting):
+            stretch = _clipped_stretch(runs, values, float(value))
+            if stretch is not None and np.mean(resting[stretch][values[stretch] == value]) < 0.5:
+                found.append(stretch)
+    return sorted(found, key=lambda stretch: stretch.start)
+
+
+def _limits(runs: ConstantRuns, values: Floats, resting: Bools) -> Floats:
+    """Values on which several plateaus lie: runs of 3 readings and more with lower values on both sides."""
+    inner = np.arange(1, len(runs.starts) - 1)
+    top = (runs.values[inner] > runs.values[inner - 1]) & (runs.values[inner] > runs.values[inner + 1])
+    plateaus = inner[top & (runs.lengths[inner] >= 3)]
+    plateaus = plateaus[~resting[runs.starts[plateaus] + runs.lengths[plateaus] // 2]]
+    levels, at, counts = np.unique(runs.values[plateaus], return_inverse=True, return_counts=True)
+    readings = np.bincount(at, runs.lengths[plateaus]) * (counts >= TOPS)
+    order = np.argsort(-readings, kind="stable")[:MOST_LIMITS]
+    return levels[order[readings[order] > 0]]
+
+
+def _clipped_stretch(runs: ConstantRuns, values: Floats, value: float) -> slice | None:
+    on = np.flatnonzero(runs.values == value)
+    # the longest stretch without anything beyond the limit
+    pieces = np.cumsum(runs.values > value)[on]
+    piece = on[pieces == np.argmax(np.bincount(pieces, runs.lengths[on]))]
+    if len(piece) < TOPS:
+        return None
+    stretch = slice(int(runs.starts[piece[0]]), int(runs.starts[piece[-1]] + runs.lengths[piece[-1]]))
+    inside = values[stretch]
+    below = inside[inside < value]
+    count = len(inside) - len(below)
+    step = quantum(inside)
+    if len(below) < TOPS or count < CLIPPED or np.mean(runs.lengths[piece] >= 3) < 0.2:
+        return None
+    # width below the limit in which a signal that is not cut off would be about as often as on it
+    width = 3 * step if step > 0 else 0.3 * float(np.median(np.abs(np.diff(inside)[np.diff(inside) != 0])))
+    near = float(np.sum(below >= value - width * 1.001)) / (3 if step > 0 else 1)
+    deep = float(value - np.quantile(below, 0.05)) >= 8 * step
+    return stretch if deep and count >= CLIP_RATIO * max(near, 1.0) else None
