@@ -22,6 +22,7 @@ from .robust_scaling import training_scale
 from .sensor_checks import check_sampling, check_unit, check_values
 from .source_clocks import SourceClock, SourceSpan, clock_findings, compare_clocks
 from .source_gaps import gaps_by_source
+from .unit_changes import UnitChange, find_unit_changes, first_unit
 
 with needs_extra("industry", "the analysis of plant data"):
     import polars as pl
@@ -222,12 +223,14 @@ def _analyse_asset(
 ) -> list[Finding]:
     """Findings of one asset; fills in scales in ``channels``."""
     flags = np.zeros(sum(count.rows for count in asset.counts), np.uint16)
-    grid, findings = _sampling(asset, manifest, offsets, flags)
+    grid, units, findings = _sampling(asset, manifest, offsets, flags)
     states = find_states(grid, most=settings.max_states, names=settings.state_names)
     write_atomically(asset.folder / "states.parquet", states.frame().write_parquet)
     train_end = int(np.datetime64(split.train_end.removesuffix("Z"), "ns").astype(np.int64)) if split else 2**62
     for series in read_channels(asset.readings, channels, asset.counts, offsets):
-        faults = check_values(series, manifest.sources, states.at(series.times), grid)
+        # what is in another unit is no other fault
+        one_unit = replace(series, values=first_unit(series.values, units[series.number]))
+        faults = check_values(one_unit, manifest.sources, states.at(series.times), grid)
         findings += faults.findings
         flags[series.rows] |= faults.flags
         wrong = (flags[series.rows] & ~np.uint16(Quality.AFTER_GAP)) > 0
@@ -239,8 +242,8 @@ def _analyse_asset(
 
 def _sampling(
     asset: _Asset, manifest: Manifest, offsets: Mapping[int, float], flags: Flags
-) -> tuple[AssetGrid, list[Finding]]:
-    """The asset's channels on one grid, and their gaps and changes of unit; flags go to ``flags`` (rows,)."""
+) -> tuple[AssetGrid, dict[int, list[UnitChange]], list[Finding]]:
+    """The asset's channels on one grid, changes of unit by channel, and findings; flags go to ``flags`` (rows,)."""
     counts = [count for count in asset.counts if count.numbers > 1]
     spacing = [(count.end - count.start) / SECOND / (count.numbers - 1) for count in counts]
     shift = {source: round(seconds * SECOND) for source, seconds in offsets.items()}
@@ -248,17 +251,19 @@ def _sampling(
     end = max((count.end - shift.get(count.source, 0) for count in counts), default=0)
     grid = AssetGrid.over(start, end, float(np.median(spacing)) if spacing else 1.0)
     findings: list[Finding] = []
+    units: dict[int, list[UnitChange]] = {}
     for series in read_channels(asset.readings, manifest.channels, asset.counts, offsets):
         sampling = check_sampling(series, manifest.sources, _end_of_files(series, counts, shift))
-        unit = check_unit(series, manifest.sources)
+        units[series.number] = find_unit_changes(series.values)
+        unit = check_unit(series, manifest.sources, units[series.number])
         findings += sampling.findings + unit.findings
         flags[series.rows] |= sampling.flags | unit.flags
-        grid.add(series, unit.flags > 0)
+        grid.add(replace(series, values=first_unit(series.values, units[series.number])))
     channels: dict[str, int] = {}
     for count in asset.counts:
         path = manifest.sources[count.source].path
         channels[path] = channels.get(path, 0) + (count.numbers > 0)
-    return grid, gaps_by_source(findings, channels)
+    return grid, units, gaps_by_source(findings, channels)
 
 
 def _end_of_files(series: ChannelSeries, counts: list[ChannelRows], shift: Mapping[int, int]) -> int:

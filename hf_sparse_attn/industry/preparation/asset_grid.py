@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .channel_series import SECOND, Bools, ChannelSeries, Floats, Ints
+from .channel_series import SECOND, ChannelSeries, Floats, Ints
 
 STEPS = 40_000  # of a grid at most
 READINGS_A_STEP = 4  # of the slower channels: fewer tell no movement
@@ -39,12 +39,10 @@ class AssetGrid:
         """Number of the step that each time (n,) lies in; the ends for what lies outside."""
         return np.clip((times - self.start) // self.step, 0, self.steps - 1)
 
-    def add(self, series: ChannelSeries, left_out: Bools | None = None) -> None:
-        """Add a channel; readings in ``left_out`` (n,) do not count."""
-        times, values = series.times, series.values
-        if left_out is not None and left_out.any():
-            times, values = times[~left_out], values[~left_out]
-        at = self.steps_of(times)
+    def add(self, series: ChannelSeries) -> None:
+        """Add a channel."""
+        values = series.values
+        at = self.steps_of(series.times)
         with np.errstate(invalid="ignore", divide="ignore"):
             count = np.bincount(at, minlength=self.steps)
             self.means[series.number] = np.bincount(at, values, self.steps) / count

@@ -52,6 +52,10 @@ class ChannelSeries:
     def __len__(self) -> int:
         return len(self.times)
 
+    def seconds(self, stretch: slice) -> float:
+        """From the first to the last reading of a stretch."""
+        return float(self.times[stretch][-1] - self.times[stretch][0]) / SECOND
+
     def finding(
         self,
         kind: str,

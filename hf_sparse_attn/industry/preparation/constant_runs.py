@@ -15,10 +15,14 @@ LEAST_HISTORY = 30  # runs, below which a channel has no usual length
 DISCRETE = 8  # values, up to which a channel is a switch: it may hold each for any time
 RECURRING = 4  # as many runs of a similar length are how the channel works
 RESTS = 0.3  # share of a state's readings in long runs, from which on the channel rests in that state
+BESIDE = 20  # readings on each side of a run that tell how it was reached
 MOST_LIMITS = 6  # levels looked at, those with the most readings in plateaus
 TOPS = 4  # plateaus on one value that make a limit
-CLIPPED = 12  # readings on a limit at least
-CLIP_RATIO = 6.0  # readings on a limit against those one resolution below it
+CLIPPED = 50  # readings on a limit at least
+CLIPPED_SHARE = 0.05  # of the readings in between, at least
+ONE_RUN = 0.7  # of the readings on a limit in a single run, at most
+CLIP_RATIO = 3.0  # readings on a limit against those one resolution below it, where many come in plateaus
+CLIP_SURE = 20.0  # the same where few do
 
 
 @dataclass(frozen=True)
@@ -103,14 +107,26 @@ def _similar(runs: ConstantRuns, here: Bools, run: int) -> int:
 
 
 def on_limit(series: ChannelSeries, stretch: slice) -> bool:
-    """Whether a stretch of one value lies on the highest or lowest value of the channel."""
-    value = series.values[stretch.start]
-    return bool(value >= series.values.max() or value <= series.values.min())
+    """Whether a stretch of one value is one of a signal that is cut off: on the highest or lowest value of the channel,
+    or reached and left in usual steps from one side only. A sensor that comes unstuck jumps.
+    """
+    values = series.values
+    value = float(values[stretch.start])
+    if value >= values.max() or value <= values.min():
+        return True
+    width = int(np.clip((stretch.stop - stretch.start) // 5, BESIDE, 3 * BESIDE))
+    before, after = values[max(0, stretch.start - width) : stretch.start], values[stretch.stop : stretch.stop + width]
+    if min(len(before), len(after)) < BESIDE:
+        return False
+    step = float(np.median(np.abs(np.diff(np.concatenate((before[-BESIDE:], after[:BESIDE]))))))
+    joined = max(abs(before[-1] - value), abs(after[0] - value)) <= 3 * step
+    one_side = max(before.max(), after.max()) <= value or min(before.min(), after.min()) >= value
+    return bool(joined and one_side)
 
 
-def find_clipped(series: ChannelSeries, resting: Bools) -> list[slice]:
-    """Stretches in which values are cut off at one level: plateaus on the same value again and again, nothing beyond
-    it in between, and far more readings on it than one resolution further in.
+def find_clipped(series: ChannelSeries, resting: Bools) -> list[tuple[slice, float]]:
+    """Stretches in which values are cut off at one level, each with that level: plateaus on it again and again,
+    nothing beyond it in between, and far more readings on it than one resolution further in.
 
     Args:
         resting: (n,) where the machine rests: a zero there is no limit.
@@ -122,8 +138,8 @@ def find_clipped(series: ChannelSeries, resting: Bools) -> list[slice]:
         for value in _limits(runs, values, resting):
             stretch = _clipped_stretch(runs, values, float(value))
             if stretch is not None and np.mean(resting[stretch][values[stretch] == value]) < 0.5:
-                found.append(stretch)
-    return sorted(found, key=lambda stretch: stretch.start)
+                found.append((stretch, sign * float(value)))
+    return sorted(found, key=lambda clipped: clipped[0].start)
 
 
 def _limits(runs: ConstantRuns, values: Floats, resting: Bools) -> Floats:
@@ -150,10 +166,13 @@ def _clipped_stretch(runs: ConstantRuns, values: Floats, value: float) -> slice 
     below = inside[inside < value]
     count = len(inside) - len(below)
     step = quantum(inside)
-    if len(below) < TOPS or count < CLIPPED or np.mean(runs.lengths[piece] >= 3) < 0.2:
+    if len(below) < TOPS or count < max(CLIPPED, CLIPPED_SHARE * len(inside)):
         return None
+    if runs.lengths[piece].max() > ONE_RUN * count:
+        return None  # stuck, rather
     # width below the limit in which a signal that is not cut off would be about as often as on it
     width = 3 * step if step > 0 else 0.3 * float(np.median(np.abs(np.diff(inside)[np.diff(inside) != 0])))
     near = float(np.sum(below >= value - width * 1.001)) / (3 if step > 0 else 1)
     deep = float(value - np.quantile(below, 0.05)) >= 8 * step
-    return stretch if deep and count >= CLIP_RATIO * max(near, 1.0) else None
+    plateaus = np.mean(runs.lengths[piece] >= 3) >= 0.2
+    return stretch if deep and count >= (CLIP_RATIO if plateaus else CLIP_SURE) * max(near, 1.0) else None

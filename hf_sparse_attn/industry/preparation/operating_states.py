@@ -94,10 +94,11 @@ def _scaled_levels(grid: AssetGrid) -> tuple[Floats, Bools]:
         if scale > 0:
             columns.append(np.clip((mean - center) / scale, -CLIP, CLIP))
     if not columns:
-        seen = ~np.isnan(np.array([*grid.means.values(), np.full(grid.steps, np.nan)])).all(axis=0)
-        return np.zeros((int(seen.sum()), 0)), seen
+        read = [~np.isnan(mean) for mean in grid.means.values()]
+        constant: Bools = np.logical_or.reduce(read) if read else np.zeros(grid.steps, bool)
+        return np.zeros((int(constant.sum()), 0)), constant
     levels = np.stack(columns, axis=1)
-    seen = ~np.isnan(levels).all(axis=1)
+    seen: Bools = np.logical_or.reduce(~np.isnan(levels), axis=1)
     # a slow channel holds its last value; before its first it is at its median
     for column in levels.T:
         known = np.flatnonzero(~np.isnan(column))

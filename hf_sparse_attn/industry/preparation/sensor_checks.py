@@ -14,14 +14,14 @@ from .asset_grid import AssetGrid
 from .channel_series import SECOND, Bools, ChannelSeries, Flags, Floats, Ints, true_stretches
 from .constant_runs import LEAST_RUN, constant_runs, find_clipped, find_stuck, on_limit
 from .sampling_gaps import find_gaps
-from .unit_changes import find_unit_changes
+from .unit_changes import UnitChange
 
 BLOCK = 32  # readings whose movement is compared
 FLAT_BLOCKS = 3  # in a row
+INTERRUPTED = 2  # blocks that do not end a flat stretch
 FLAT = 0.25  # of the usual movement in this state of the machine
 FLAT_SPREAD = 0.5  # of the usual spread within a block
 FLAT_RECURS = 0.02  # share of other blocks as calm, from which on the channel is calm at times
-STUCK_ENDS = 2  # readings beside a stuck stretch that do not count as moving
 LONG_GAP = 3600.0  # seconds, from which on a gap is a warning however slow the channel
 MANY_MISSING = 10  # usual intervals, likewise
 
@@ -72,10 +72,10 @@ def check_sampling(series: ChannelSeries, sources: Sequence[Source], end: int) -
     return faults
 
 
-def check_unit(series: ChannelSeries, sources: Sequence[Source]) -> SensorFaults:
-    """Stretches in another unit than the first reading."""
+def check_unit(series: ChannelSeries, sources: Sequence[Source], changes: Sequence[UnitChange]) -> SensorFaults:
+    """Stretches in another unit than the first reading; ``changes`` of `find_unit_changes`."""
     faults = SensorFaults.none(len(series))
-    for change in find_unit_changes(series.values):
+    for change in changes:
         conversion = change.conversion
         values = {"from": conversion.old, "to": conversion.new, "factor": conversion.factor, "shift": conversion.shift}
         faults.add(series, sources, "unit_change", Quality.OTHER_UNIT, change.stretch, values)
@@ -93,32 +93,40 @@ def check_values(series: ChannelSeries, sources: Sequence[Source], states: Ints,
     if len(series) == 0:
         return faults
     others = grid.others_moving(series.number)[grid.steps_of(series.times)]
+    for stretch, limit in find_clipped(series, _resting(series, states)):
+        _add_clipped(faults, series, sources, stretch, limit)
     for stretch in find_stuck(series, states, others):
-        limit = on_limit(series, stretch)
-        kind, flag = ("saturated_sensor", Quality.SATURATED) if limit else ("stuck_sensor", Quality.STUCK)
-        seconds = float(series.times[stretch][-1] - series.times[stretch][0]) / SECOND
-        faults.add(
-            series, sources, kind, flag, stretch, {"value": float(series.values[stretch.start]), "seconds": seconds}
-        )
-    for stretch in find_clipped(series, _resting(series, states)):
-        inside = series.values[stretch]
-        limit_value = float(
-            inside.max() if np.sum(inside == inside.max()) > np.sum(inside == inside.min()) else inside.min()
-        )
-        on = np.zeros(len(series), bool)
-        on[stretch] = inside == limit_value
-        if not faults.flags[on].any():
-            faults.flags[on] |= np.uint16(Quality.SATURATED)
-            values = {"value": limit_value, "share": float(np.mean(inside == limit_value))}
-            faults.findings.append(
-                series.finding("saturated_sensor", "warning", stretch, sources, count=int(on.sum()), values=values)
-            )
-    for stretch, ratio in find_flat(series.values, states, others):
         if not faults.flags[stretch].any():
-            seconds = float(series.times[stretch][-1] - series.times[stretch][0]) / SECOND
-            values = {"ratio": ratio, "seconds": seconds}
-            faults.add(series, sources, "flat_sensor", Quality.FLAT, stretch, values)
+            cut_off = on_limit(series, stretch)
+            kind, flag = ("saturated_sensor", Quality.SATURATED) if cut_off else ("stuck_sensor", Quality.STUCK)
+            values = {"value": float(series.values[stretch.start]), "seconds": series.seconds(stretch)}
+            faults.add(series, sources, kind, flag, stretch, values)
+    for episode in find_flat(series.values, states, others):
+        stretch = slice(episode.stretches[0].start, episode.stretches[-1].stop)
+        if not faults.flags[stretch].any():
+            values = {"ratio": episode.ratio, "seconds": series.seconds(stretch)}
+            count = sum(part.stop - part.start for part in episode.stretches)
+            for part in episode.stretches:
+                faults.flags[part] |= np.uint16(Quality.FLAT)
+            faults.findings.append(
+                series.finding("flat_sensor", "warning", stretch, sources, count=count, values=values)
+            )
     return faults
+
+
+def _add_clipped(
+    faults: SensorFaults, series: ChannelSeries, sources: Sequence[Source], stretch: slice, limit: float
+) -> None:
+    inside = series.values[stretch]
+    on = np.zeros(len(series), bool)
+    on[stretch] = inside == limit
+    if not faults.flags[on].any():
+        faults.flags[on] |= np.uint16(Quality.SATURATED)
+        values = {"value": limit, "share": float(np.mean(inside == limit)), "seconds": series.seconds(stretch)}
+        count = int(on.sum())
+        faults.findings.append(
+            series.finding("saturated_sensor", "warning", stretch, sources, count=count, values=values)
+        )
 
 
 def _resting(series: ChannelSeries, states: Ints) -> Bools:
@@ -130,9 +138,18 @@ def _resting(series: ChannelSeries, states: Ints) -> Bools:
     return np.asarray(share[states] > 0.5)
 
 
-def find_flat(values: Floats, states: Ints, others_moving: Floats) -> list[tuple[slice, float]]:
-    """Stretches in which values move far less than in the same state at other times, but move; each with the ratio of
-    its movement to the usual one.
+@dataclass(frozen=True)
+class FlatEpisode:
+    """Stretches of readings that move far less than usual, with nothing that moves as usual in between; ``ratio`` of
+    their movement to the usual one.
+    """
+
+    stretches: list[slice]
+    ratio: float
+
+
+def find_flat(values: Floats, states: Ints, others_moving: Floats) -> list[FlatEpisode]:
+    """Where values move far less than in the same state at other times, but move.
 
     Args:
         values: (n,)
@@ -145,28 +162,38 @@ def find_flat(values: Floats, states: Ints, others_moving: Floats) -> list[tuple
     cut = values[: blocks * BLOCK].reshape(blocks, BLOCK)
     steps = np.abs(np.diff(cut, axis=1))
     movement, spread, moving = steps.mean(axis=1), cut.std(axis=1), (steps > 0).mean(axis=1)
+    others = others_moving[: blocks * BLOCK].reshape(blocks, BLOCK)[:, BLOCK // 2]
     state = states[BLOCK // 2 :: BLOCK][:blocks]
-    usual, usual_spread, usual_moving = (_by_state(of, state) for of in (movement, spread, moving))
-    # too coarse a resolution: hardly a reading differs from the one before it
-    told = (usual > 0) & (usual_moving > 0.25)
-    calm = told & (movement < FLAT * usual) & (spread < FLAT_SPREAD * usual_spread)
-    flat = []
-    for stretch in true_stretches(calm):
-        inside = slice(stretch.start * BLOCK, stretch.stop * BLOCK)
-        same = state == state[stretch.start]
-        same[stretch] = False
-        recurs = float(np.mean(calm[same])) > FLAT_RECURS if same.any() else True
-        others = others_moving[inside]
-        rests = not np.isnan(others).all() and float(np.nanmean(others)) < 0.5
-        constant = not np.any(movement[stretch] > 0)
-        if stretch.stop - stretch.start >= FLAT_BLOCKS and not (recurs or rests or constant):
-            flat.append((inside, float(np.mean(movement[stretch] / usual[stretch]))))
-    return flat
-
-
-def _by_state(of: Floats, state: Ints) -> Floats:
-    """(blocks,) Median of ``of`` over the blocks of the same state."""
-    medians = np.zeros(len(of))
+    episodes = []
     for label in np.unique(state):
-        medians[state == label] = np.median(of[state == label])
-    return medians
+        of_state = np.flatnonzero(state == label)
+        usual, usual_spread = np.median(movement[of_state]), np.median(spread[of_state])
+        # too coarse a resolution, or at rest: hardly a reading differs from the one before it
+        if usual == 0 or np.median(moving[of_state]) <= 0.25:
+            continue
+        calm = (movement[of_state] < FLAT * usual) & (spread[of_state] < FLAT_SPREAD * usual_spread)
+        for stretch in _closed(calm):
+            mine = of_state[stretch]
+            elsewhere = np.delete(calm, stretch)
+            recurs = len(elsewhere) == 0 or float(elsewhere.mean()) > FLAT_RECURS
+            rests = not np.isnan(others[mine]).all() and float(np.nanmean(others[mine])) < 0.5
+            if len(mine) >= FLAT_BLOCKS and not recurs and not rests and np.any(movement[mine] > 0):
+                episodes.append(FlatEpisode(_joined(mine), float(movement[mine].mean() / usual)))
+    return sorted(episodes, key=lambda episode: episode.stretches[0].start)
+
+
+def _closed(calm: Bools) -> list[slice]:
+    """Runs of calm blocks, over short interruptions: the machine is switched while the sensor hangs."""
+    joined: list[slice] = []
+    for stretch in true_stretches(calm):
+        if joined and stretch.start - joined[-1].stop <= INTERRUPTED:
+            joined[-1] = slice(joined[-1].start, stretch.stop)
+        else:
+            joined.append(stretch)
+    return joined
+
+
+def _joined(blocks: Ints) -> list[slice]:
+    """Readings of ascending blocks (b,), neighbouring blocks as one stretch."""
+    parts = np.split(blocks, np.flatnonzero(np.diff(blocks) > 1) + 1)
+    return [slice(int(part[0]) * BLOCK, (int(part[-1]) + 1) * BLOCK) for part in parts]

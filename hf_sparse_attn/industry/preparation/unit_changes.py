@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from .channel_series import Floats
+from .channel_series import Floats, Ints, true_stretches
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ CONVERSIONS = (*_FORTH, *(conversion.inverse for conversion in _FORTH), SIGN)
 FACTORS = np.array([conversion.factor for conversion in CONVERSIONS])
 SHIFTS = np.array([conversion.shift for conversion in CONVERSIONS])
 
-WINDOW = 400  # readings on each side whose level and spread are compared
+WINDOWS = (100, 400)  # readings on each side whose spreads are compared
 NEXT = 25  # readings on each side that must join after conversion
 LEAST_SIDE = 50  # readings on each side of a change
 LARGE = 8.0  # a jump against the usual step, at least
@@ -58,18 +58,26 @@ MOST_JUMPS = 400  # that are looked at, the largest
 UNSEEN = 3.0  # times as large as nearly all others a jump must be
 REVERSED = 1.5  # the same of a change of sign: a machine that is switched off jumps half as far
 OTHER_JUMPS = 4  # as large, at most
+LONGER = 3.0  # times as long as at any other time values must stay in that range
 JOINS = 5.0  # usual steps within which both sides join after conversion
 SPREADS = 1.4  # factor within which the ratio of spreads is that of the units
-LEVEL = 5.0  # a level must be as many spreads away from zero for a factor to show in it
+LEAST_FACTOR = 10.0  # of a change that was not seen itself
+SAME_LEVEL = 0.1  # its level to a tenth
+LEVEL = 4.0  # a level must be as many spreads away from zero for a factor to show in it
 MOST_CHANGES = 20  # in one channel
 
 
 @dataclass(frozen=True)
 class UnitChange:
-    """Readings ``stretch`` lie in another unit than those before it."""
+    """Readings ``stretch`` lie in another unit than those before it.
+
+    ``factor`` and ``shift`` lead from the unit of the first reading to that of the stretch.
+    """
 
     stretch: slice
     conversion: Conversion
+    factor: float
+    shift: float
 
 
 def find_unit_changes(values: Floats) -> list[UnitChange]:
@@ -97,7 +105,7 @@ def _stretches(changes: list[tuple[int, Conversion]], count: int) -> list[UnitCh
         factor, shift = conversion.factor * factor, conversion.factor * shift + conversion.shift
         stop = changes[number + 1][0] if number + 1 < len(changes) else count
         if abs(factor - 1) > 1e-6 or abs(shift) > 1e-6:
-            found.append(UnitChange(slice(start, stop), conversion))
+            found.append(UnitChange(slice(start, stop), conversion, factor, shift))
     return found
 
 
@@ -113,30 +121,68 @@ def _first_change(values: Floats) -> tuple[int, Conversion] | None:
         places = np.sort(places[np.argsort(-jumps[places - 1], kind="stable")[:MOST_JUMPS]])
     for at in places.tolist():
         matches = sorted((misfit, number) for number, misfit in _matches(values, at))
-        matches = [match for match in matches if _unlike_others(jumps, at, CONVERSIONS[match[1]])]
+        matches = [match for match in matches if _unlike_others(values, jumps, at, CONVERSIONS[match[1]])]
         if matches:
             return at, CONVERSIONS[matches[0][1]]
+    return _changed_at_rest(values, places)
+
+
+def _changed_at_rest(values: Floats, places: Ints) -> tuple[int, Conversion] | None:
+    """A change while the machine rested at zero shows when it is switched next: everything before is far smaller than
+    everything after, or the other way round.
+    """
+    size = np.abs(values)
+    before = np.maximum.accumulate(size)
+    after = np.maximum.accumulate(size[::-1])[::-1]
+    for at in places.tolist():
+        large = after[at] >= LEAST_FACTOR / 2 * before[at - 1]
+        small = before[at - 1] >= LEAST_FACTOR / 2 * after[at]
+        if not (large or small):
+            continue
+        sides = [side[np.abs(side) > 0.2 * np.abs(side).max()] for side in (values[:at], values[at:])]
+        if min(len(side) for side in sides) < LEAST_SIDE:
+            continue
+        ratio = float(np.median(sides[1]) / np.median(sides[0]))
+        steps = _step(sides[1]) / max(_step(sides[0]), 1e-300)
+        for conversion in CONVERSIONS:
+            factor = conversion.factor
+            if conversion.shift == 0 and max(factor, 1 / factor) >= LEAST_FACTOR and ratio > 0:
+                close = abs(np.log(ratio / factor)) < SAME_LEVEL and 1 / SPREADS < steps / factor < SPREADS
+                if close:
+                    return at, conversion
     return None
 
 
-def _unlike_others(jumps: Floats, at: int, conversion: Conversion) -> bool:
-    """Whether the jump before ``at`` stands out among all others, both sides taken in the unit of smaller numbers.
+def _unlike_others(values: Floats, jumps: Floats, at: int, conversion: Conversion) -> bool:
+    """Whether the jump before ``at`` stands out: a machine that is switched jumps by as much again and again.
 
-    A machine that is switched jumps by as much again and again. The first unit may return: then what follows the next
-    jump of this size counts in the first unit.
+    Either hardly any other jump is as large. Or hardly any is with both sides in the unit of smaller numbers, and
+    values stay for longer in their range after the jump than at any other time; the first unit may return with the
+    next large jump.
     """
-    jump = float(jumps[at - 1])
-    factor = abs(conversion.factor)
+    jump, factor = float(jumps[at - 1]), abs(conversion.factor)
     least = jump / (REVERSED if conversion is SIGN else UNSEEN)
-    before, after = jumps[: at - 1] * min(factor, 1.0), jumps[at:] / max(factor, 1.0)
-    others = int(np.sum(before >= least))
-    large = after >= least
-    if factor < 1 and large.any():
-        back = int(np.argmax(large)) + 1
-        others += min(int(np.sum(large)), 1 + int(np.sum(after[back:] * factor >= least)))
-    else:
-        others += int(np.sum(large))
-    return others <= OTHER_JUMPS
+    before, after = jumps[: at - 1], jumps[at:]
+    if int(np.sum(before >= least) + np.sum(after >= least)) <= OTHER_JUMPS:
+        return True
+    if factor > 1:
+        return int(np.sum(before >= least) + np.sum(after >= least * factor)) <= OTHER_JUMPS
+    large = np.flatnonzero(after >= least)
+    back = at + int(large[0]) + 1 if len(large) else len(values)
+    rest = np.concatenate((values[:at], values[back:]))
+    low, high = np.quantile(values[at:back], [0.01, 0.99])
+    visits = true_stretches((rest >= low) & (rest <= high))
+    longest = max((visit.stop - visit.start for visit in visits), default=0)
+    others = np.sum(before * factor >= least) + np.sum(jumps[back:] * factor >= least)
+    return bool(back - at >= LONGER * longest and others <= OTHER_JUMPS)
+
+
+def first_unit(values: Floats, changes: Sequence[UnitChange]) -> Floats:
+    """``values`` (n,) with every stretch in another unit put back into that of the first reading."""
+    restored = values.copy() if changes else values
+    for change in changes:
+        restored[change.stretch] = (values[change.stretch] - change.shift) / change.factor
+    return restored
 
 
 def _without_spikes(values: Floats) -> Floats:
@@ -147,9 +193,11 @@ def _without_spikes(values: Floats) -> Floats:
 
 
 def _step(values: Floats) -> float:
-    """Usual step between neighbours, (n,): of coarse values the mean, as most do not move."""
-    steps = np.abs(np.diff(values))
-    return max(1.4826 * float(np.median(steps)), float(steps.mean()))
+    """Usual step between neighbours, (n,): a mean, as most coarse values do not move, without the largest twentieth,
+    as machines are switched.
+    """
+    steps = np.sort(np.abs(np.diff(values)))
+    return float(steps[: max(1, int(0.95 * len(steps)))].mean())
 
 
 def _matches(values: Floats, at: int) -> Iterator[tuple[int, float]]:
@@ -157,7 +205,9 @@ def _matches(values: Floats, at: int) -> Iterator[tuple[int, float]]:
     before, after = values[at - NEXT : at], values[at : at + NEXT]
     if np.ptp(before) == 0 or np.ptp(after) == 0:
         return  # a constant has no spread to compare
-    near_before, near_after = float(np.median(before[-5:])), float(np.median(after[:5]))
+    # medians of five, brought to the moment of the jump along their slope
+    near_before = float(np.median(before[-5:]) + 3 * np.median(np.diff(before[-5:])))
+    near_after = float(np.median(after[:5]) - 2 * np.median(np.diff(after[:5])))
     # rounding hides steps below the resolution
     moves = np.abs(np.diff(before))
     step_before, step_after = max(_step(before), float(moves[moves > 0].min()) / 2), _step(after)
@@ -165,12 +215,14 @@ def _matches(values: Floats, at: int) -> Iterator[tuple[int, float]]:
     misfits = np.abs(near_after - (FACTORS * near_before + SHIFTS)) / tolerances
     # the conversion must say more of the jump than nothing at all
     tells = abs(near_after - near_before) > 2 * tolerances
-    informative = (SHIFTS != 0) | (abs(near_before) > LEVEL * before.std())
+    level = min(abs(near_before) / before.std(), abs(near_after) / after.std())
+    informative = (SHIFTS != 0) | (level > LEVEL)
     candidates = np.flatnonzero((misfits < 1) & tells & informative)
     if len(candidates) == 0:
         return
-    spreads = _step(values[max(0, at - WINDOW) : at]), _step(values[at : at + WINDOW])
+    # over a short and a long stretch: the machine may be switched in one of them
+    ratios = [_step(values[at : at + width]) / _step(values[max(0, at - width) : at]) for width in WINDOWS]
     for number in candidates.tolist():
-        ratio = spreads[1] / (spreads[0] * abs(float(FACTORS[number])))
-        if 1 / SPREADS < ratio < SPREADS:
-            yield number, float(misfits[number]) + abs(float(np.log(ratio)))
+        off = min(abs(float(np.log(ratio / abs(FACTORS[number])))) for ratio in ratios)
+        if off < np.log(SPREADS):
+            yield number, float(misfits[number]) + off
