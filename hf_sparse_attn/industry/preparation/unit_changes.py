@@ -50,7 +50,7 @@ CONVERSIONS = (*_FORTH, *(conversion.inverse for conversion in _FORTH), SIGN)
 FACTORS = np.array([conversion.factor for conversion in CONVERSIONS])
 SHIFTS = np.array([conversion.shift for conversion in CONVERSIONS])
 
-WINDOWS = (100, 400)  # readings on each side whose spreads are compared
+WINDOWS = (50, 100, 400)  # readings on each side whose spreads are compared
 NEXT = 25  # readings on each side that must join after conversion
 LEAST_SIDE = 50  # readings on each side of a change
 LARGE = 8.0  # a jump against the usual step, at least
@@ -135,8 +135,8 @@ def _changed_at_rest(values: Floats, places: Ints) -> tuple[int, Conversion] | N
     before = np.maximum.accumulate(size)
     after = np.maximum.accumulate(size[::-1])[::-1]
     for at in places.tolist():
-        large = after[at] >= LEAST_FACTOR / 2 * before[at - 1]
-        small = before[at - 1] >= LEAST_FACTOR / 2 * after[at]
+        large = np.median(size[at : at + NEXT]) >= LEAST_FACTOR / 2 * before[at - 1]
+        small = np.median(size[at - NEXT : at]) >= LEAST_FACTOR / 2 * after[at]
         if not (large or small):
             continue
         sides = [side[np.abs(side) > 0.2 * np.abs(side).max()] for side in (values[:at], values[at:])]
@@ -192,12 +192,17 @@ def _without_spikes(values: Floats) -> Floats:
     return np.concatenate((values[:1], middle, values[-1:]))
 
 
-def _step(values: Floats) -> float:
+def _step(values: Floats, order: int = 1) -> float:
     """Usual step between neighbours, (n,): a mean, as most coarse values do not move, without the largest twentieth,
     as machines are switched.
     """
-    steps = np.sort(np.abs(np.diff(values)))
+    steps = np.sort(np.abs(np.diff(values, order)))
     return float(steps[: max(1, int(0.95 * len(steps)))].mean())
+
+
+def _noise(values: Floats) -> float:
+    """Spread around a level that may rise or fall, (n,): what second differences leave."""
+    return max(_step(values, 2), 1e-300)
 
 
 def _matches(values: Floats, at: int) -> Iterator[tuple[int, float]]:
@@ -221,7 +226,7 @@ def _matches(values: Floats, at: int) -> Iterator[tuple[int, float]]:
     if len(candidates) == 0:
         return
     # over a short and a long stretch: the machine may be switched in one of them
-    ratios = [_step(values[at : at + width]) / _step(values[max(0, at - width) : at]) for width in WINDOWS]
+    ratios = [_noise(values[at : at + width]) / _noise(values[max(0, at - width) : at]) for width in WINDOWS]
     for number in candidates.tolist():
         off = min(abs(float(np.log(ratio / abs(FACTORS[number])))) for ratio in ratios)
         if off < np.log(SPREADS):
