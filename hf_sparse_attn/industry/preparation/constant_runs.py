@@ -112,7 +112,9 @@ def on_limit(series: ChannelSeries, stretch: slice) -> bool:
     """
     values = series.values
     value = float(values[stretch.start])
-    if value >= values.max() or value <= values.min():
+    elsewhere = int(np.sum(values == value)) - (stretch.stop - stretch.start)
+    # the zero of a machine that is off is no limit
+    if (value >= values.max() or value <= values.min()) and elsewhere < LEAST_RUN:
         return True
     width = int(np.clip((stretch.stop - stretch.start) // 5, BESIDE, 3 * BESIDE))
     before, after = values[max(0, stretch.start - width) : stretch.start], values[stretch.stop : stretch.stop + width]

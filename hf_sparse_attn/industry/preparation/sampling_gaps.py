@@ -69,8 +69,11 @@ def _local_medians(intervals: Floats) -> Floats:
     if whole == 0:
         return np.full(len(intervals), np.median(intervals))
     medians = np.median(intervals[:whole].reshape(-1, BLOCK), axis=1)
+    # a rate may change within a block: the slowest of three blocks is usual
+    around = np.concatenate((medians[:1], medians, medians[-1:]))
+    slowest = np.maximum(np.maximum(around[:-2], around[1:-1]), around[2:])
     # what is left over goes by the last whole block
-    return np.repeat(np.append(medians, medians[-1]), BLOCK)[: len(intervals)]
+    return np.repeat(np.append(slowest, slowest[-1]), BLOCK)[: len(intervals)]
 
 
 def _irregular_threshold(intervals: Floats) -> float:

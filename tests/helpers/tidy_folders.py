@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import polars as pl
+from scipy.signal import lfilter
 
 from hf_sparse_attn.industry.dataset import EVENTS, READINGS, Channel, Manifest, Source
 
@@ -16,8 +17,6 @@ DAY = 86400
 
 def autoregression(rng, count, phi, scale=1.0):
     """AR(1) of standard deviation ``scale``, shape (count,)."""
-    from scipy.signal import lfilter
-
     noise = rng.normal(size=count) * np.sqrt(1 - phi**2)
     noise[0] = rng.normal()
     return scale * lfilter([1.0], [1.0, -phi], noise)
@@ -102,10 +101,7 @@ def clean_plant(seed, *, days=30, interval=60.0, load_levels=(1.0, 0.8)):
     seconds = np.arange(0, days * DAY, interval)
     on = on_off(rng, seconds)
     count = len(seconds)
-    warm = np.zeros(count)
     keep = np.exp(-interval / 1800)
-    from scipy.signal import lfilter
-
     warm = lfilter([1 - keep], [1, -keep], on)
     room = 20 + 4 * np.sin(2 * np.pi * seconds / DAY) + autoregression(rng, count, 0.999, 1.0)
     slow = autoregression(rng, count, 0.98)
