@@ -15,6 +15,7 @@ LEAST_HISTORY = 30  # runs, below which a channel has no usual length
 DISCRETE = 8  # values, up to which a channel is a switch: it may hold each for any time
 RECURRING = 4  # as many runs of a similar length are how the channel works
 RESTS = 0.3  # share of a state's readings in long runs, from which on the channel rests in that state
+INTO = 0.2  # share of a run in a state that counts
 BESIDE = 20  # readings on each side of a run that tell how it was reached
 MOST_LIMITS = 6  # levels looked at, those with the most readings in plateaus
 TOPS = 4  # plateaus on one value that make a limit
@@ -36,10 +37,16 @@ class ConstantRuns:
 
 
 def constant_runs(values: Floats, states: Ints) -> ConstantRuns:
-    """Runs in ``values`` (n,); ``states`` (n,) is that of the machine, of a run that at its middle."""
+    """Runs in ``values`` (n,); ``states`` (n,) by rising activity: of a run that at its middle, of a long one the most
+    active of those it reaches far into.
+    """
     starts = np.append(0, np.flatnonzero(values[1:] != values[:-1]) + 1)
     lengths = np.diff(np.append(starts, len(values)))
-    return ConstantRuns(starts, lengths, values[starts], states[starts + lengths // 2])
+    state = states[starts + lengths // 2]
+    for run in np.flatnonzero(lengths >= LEAST_RUN).tolist():
+        shares = np.bincount(states[starts[run] : starts[run] + lengths[run]]) / lengths[run]
+        state[run] = np.flatnonzero(shares >= INTO)[-1] if np.any(shares >= INTO) else state[run]
+    return ConstantRuns(starts, lengths, values[starts], state)
 
 
 def usual_longest(lengths: Ints) -> float:
@@ -120,8 +127,10 @@ def on_limit(series: ChannelSeries, stretch: slice) -> bool:
     before, after = values[max(0, stretch.start - width) : stretch.start], values[stretch.stop : stretch.stop + width]
     if min(len(before), len(after)) < BESIDE:
         return False
-    step = float(np.median(np.abs(np.diff(np.concatenate((before[-BESIDE:], after[:BESIDE]))))))
-    joined = max(abs(before[-1] - value), abs(after[0] - value)) <= 3 * step
+    moves = np.abs(np.concatenate((np.diff(before[-BESIDE:]), np.diff(after[:BESIDE]))))
+    # coarse readings mostly do not move, and then by one resolution
+    step = max(3 * float(moves.mean()), 1.5 * float(moves[moves > 0].min(initial=np.inf))) if moves.any() else 0.0
+    joined = max(abs(before[-1] - value), abs(after[0] - value)) <= step
     one_side = max(before.max(), after.max()) <= value or min(before.min(), after.min()) >= value
     return bool(joined and one_side)
 

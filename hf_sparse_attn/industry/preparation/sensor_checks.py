@@ -177,7 +177,7 @@ def find_flat(values: Floats, states: Ints, others_moving: Floats) -> list[FlatE
             elsewhere = np.delete(calm, stretch)
             recurs = len(elsewhere) == 0 or float(elsewhere.mean()) > FLAT_RECURS
             rests = not np.isnan(others[mine]).all() and float(np.nanmean(others[mine])) < 0.5
-            if len(mine) >= FLAT_BLOCKS and not recurs and not rests and np.any(movement[mine] > 0):
+            if len(mine) >= FLAT_BLOCKS and not recurs and not rests and np.median(movement[mine]) > 0:
                 episodes.append(FlatEpisode(_joined(mine), float(movement[mine].mean() / usual)))
     return sorted(episodes, key=lambda episode: episode.stretches[0].start)
 
