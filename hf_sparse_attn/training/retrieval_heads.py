@@ -39,8 +39,8 @@ MOST_HEADS = 0.03  # share of a model's KV heads, at least one: each costs as mu
 
 @dataclass(frozen=True)
 class RetrievalHead:
-    """Softmax mass, of 1, that a KV head's tiles give to what they repeat: all of it, and what stage 1 loses of it beyond
-    what it loses of as many other blocks.
+    """Softmax mass, of 1, that a KV head's tiles give to what they repeat: all of it, and what stage 1 loses of it
+    beyond what it loses of as many other blocks.
     """
 
     layer: int

@@ -11,10 +11,12 @@ from .reference_selectors import ORACLE_TILES, Oracle, RandomBlocks, WindowAndSi
 from .registry import make_selectors, register_selector, selector_names, unregister_selector
 from .router_selectors import MeanPool, StageOne, TwoStages, Untrained
 
-for _selector in (Oracle, TwoStages, StageOne, Untrained, MeanPool, MinMax, MeanStd, WindowAndSink, RandomBlocks):
+_selectors: tuple[type, ...] = (
+    *(Oracle, TwoStages, StageOne, Untrained, MeanPool, MinMax, MeanStd, WindowAndSink, RandomBlocks),
+    *(PooledStage, MeansOfFour, MeanAndSpread, SignBits, NoFirstStage),  # compared where they are named
+)
+for _selector in _selectors:
     register_selector(_selector)  # in the order of tables
-for _selector in (PooledStage, MeansOfFour, MeanAndSpread, SignBits, NoFirstStage):
-    register_selector(_selector)  # compared where they are named
 
 __all__ = [
     "ORACLE_TILES",
