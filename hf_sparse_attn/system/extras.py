@@ -15,7 +15,7 @@ EXTRAS = {  # extra of pyproject.toml: the modules that it brings and this packa
     "triton": ("triton",),
     "trl": ("trl",),
     "lm-eval": ("lm_eval",),
-    "industry": ("polars", "pandera", "drain3", "ruptures", "sklearn", "pyod"),
+    "industry": ("polars", "pandera", "drain3", "ruptures", "sklearn", "scipy", "pyod"),
 }
 
 

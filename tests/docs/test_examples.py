@@ -1,6 +1,6 @@
 """Every Python block of README.md and docs/ runs: on a tiny model, in the order of the page, as a reader would.
 
-A block with the mark ``tiny`` names a real model and real texts; the tiny ones stand in for them here. One with the
+A block with a mark names a real model and real texts; the tiny ones stand in for them here. One with the
 mark ``needs NAME`` is left out, by name, where that package is not installed.
 """
 
@@ -78,7 +78,7 @@ def reader(stand_ins, tmp_path, monkeypatch):
 
 def run(block, page, stand_ins, names):
     code = block.code
-    if block.mark == "tiny":
+    if block.mark is not None:
         for real in (*MODELS, *TEXTS):
             code = code.replace(f'"{real}"', repr(stand_ins[real]))
     # an error shows the page and its line

@@ -7,10 +7,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binom
 
+from ...system.extras import needs_extra
 from .cause_candidates import JointRecord
 from .timeline import Array
+
+with needs_extra("industry", "a pilot"):
+    from scipy.stats import binom
 
 RATIO = 1.07  # of neighbouring edges
 SPANS = (2, 4, 8)  # edges that a window covers: 14, 31 and 72 %

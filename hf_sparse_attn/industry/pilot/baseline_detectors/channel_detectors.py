@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.signal import lfilter
 
+from ....system.extras import needs_extra
 from ..timeline import DAY, Array, Timeline
 from .detector_base import HOUR, ChannelDetector, StateScaler, TimelineDetector, filled_z, robust_spread
+
+with needs_extra("industry", "a pilot"):
+    from scipy.signal import lfilter
 
 
 class RandomScores(TimelineDetector):
