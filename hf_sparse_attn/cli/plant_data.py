@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 from ..system.extras import needs_extra
-from .options import JsonOption, command_line, console, emit, reserving
+from .options import JsonOption, command_line, console, emit, reserving, yaml_fields
 
 with needs_extra("cli", "the command line"):
     import typer
@@ -41,6 +41,12 @@ ColumnOption = Annotated[
 FormOption = Annotated[
     str | None, typer.Option(help="csv-wide, csv-long, csv-events, the same of parquet, jsonl, text or otel.")
 ]
+AnalysisOption = Annotated[
+    str,
+    typer.Option(
+        help="Fields of AnalysisSettings, such as 'context: 86400, correct_clocks: true, state_names: {load: running}'."
+    ),
+]
 
 
 @reserving("out")
@@ -57,6 +63,7 @@ def prep(
     form: FormOption = None,
     encoding: Annotated[str | None, typer.Option(help="Such as utf-8, cp932 or cp1252; default told.")] = None,
     max_bad_share: Annotated[float, typer.Option(help="Share of lines that may be unreadable.")] = 0.01,
+    analysis: AnalysisOption = "",
     language: Annotated[str, typer.Option(help="Of the report: en or ja.")] = "en",
     json_path: JsonOption = None,
 ) -> None:
@@ -64,6 +71,7 @@ def prep(
 
     Every row keeps its file and line. Exit code 0: fine, 1: warnings, 2: unusable. An interrupted call continues.
     """
+    from ..industry.preparation.analysis import AnalysisSettings
     from ..industry.preparation.ingest_settings import IngestSettings
     from ..industry.preparation.prepare import prepare
 
@@ -79,7 +87,8 @@ def prep(
         encoding=encoding,
         max_bad_share=max_bad_share,
     )
-    health = prepare(files, out, settings, cast(Literal["ja", "en"], language), shown=True)
+    chosen = _analysis_settings(AnalysisSettings, analysis)
+    health = prepare(files, out, settings, cast(Literal["ja", "en"], language), analysis=chosen, shown=True)
     console.print(f"{out / 'health.html'}: {STATES[health.status]}", highlight=False, markup=False, soft_wrap=True)
     emit(_result(out, health), json_path)
     raise typer.Exit(health.status)
@@ -89,6 +98,13 @@ def _result(out: Path, health: Any) -> dict[str, Any]:
     from ..system.files import read_json
 
     return {"command": command_line(), "out": str(out), "status": health.status, **read_json(out / "health.json")}
+
+
+def _analysis_settings(cls: Any, text: str) -> Any:
+    try:
+        return cls(**yaml_fields(text, "--analysis"))
+    except TypeError as error:  # a field that there is not
+        raise ValueError(f"--analysis {text!r}: {error}") from error
 
 
 def _globs(texts: list[str]) -> dict[str, tuple[str, ...]]:

@@ -57,7 +57,9 @@ class Plant:
         """Write the folder of prepared data; rows stand by time in each file, as a logger writes them."""
         paths = list(dict.fromkeys([*(s.source for s in self.sensors), *(path for _, _, path in self.lines)]))
         channels = [Channel(asset, s.name, paths.index(s.source), unit=s.unit) for s in self.sensors]
-        manifest = Manifest([asset], [Source(path, "csv-long", "00", 0, 0) for path in paths], channels, {"zone": zone})
+        manifest = Manifest(
+            [asset], [Source(path, "csv-long", "00", 0, 0) for path in paths], channels, {"ingest": {"zone": zone}}
+        )
         place = folder / "assets" / asset
         place.mkdir(parents=True)
         if self.sensors:

@@ -118,7 +118,7 @@ def test_the_page_asks_for_nothing_and_escapes_what_it_shows(prepared):
 def test_an_unknown_zone_or_language_is_refused_and_nothing_is_written(prepared, tmp_path):
     _, manifest = prepared
     with pytest.raises(PlantDataError, match="Asia/Edo"):
-        write_health(tmp_path, replace(manifest, settings={"zone": "Asia/Edo"}), [], "en")
+        write_health(tmp_path, replace(manifest, settings={"ingest": {"zone": "Asia/Edo"}}), [], "en")
     with pytest.raises(ValueError, match="'de'"):
         write_health(tmp_path, manifest, [], "de")
     assert list(tmp_path.iterdir()) == []

@@ -13,8 +13,6 @@ from hf_sparse_attn.industry.dataset import PlantDataset
 from hf_sparse_attn.industry.errors import PlantDataError
 from hf_sparse_attn.industry.preparation.prepare import refuse_other_folder
 
-HEALTH = "hf_sparse_attn.industry.preparation.health"
-
 
 def table(path, count=400):
     return write(
@@ -27,7 +25,6 @@ def prep(*arguments):
 
 
 def test_a_folder_is_prepared_with_its_report_and_again_with_other_files(tmp_path):
-    pytest.importorskip(HEALTH, reason="the report is not here")
     out = tmp_path / "out"
     done = prep(table(tmp_path / "press.csv"), "--out", out, "--json", tmp_path / "r.json", "--language", "ja")
     assert done.exit_code in (0, 1), done.output
@@ -40,7 +37,6 @@ def test_a_folder_is_prepared_with_its_report_and_again_with_other_files(tmp_pat
 
 
 def test_what_cannot_be_read_leaves_an_earlier_folder_as_it_was(tmp_path):
-    pytest.importorskip(HEALTH, reason="the report is not here")
     out = tmp_path / "out"
     prep(table(tmp_path / "press.csv"), "--out", out)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -75,3 +71,13 @@ def test_a_folder_with_other_files_is_not_written_into(tmp_path):
 def test_options_that_are_none_are_named(arguments, message, tmp_path):
     done = prep(table(tmp_path / "a.csv"), "--out", tmp_path / "out", *arguments)
     assert isinstance(done.exception, ValueError) and message in str(done.exception)
+
+
+def test_what_is_analysed_can_be_set_and_a_field_that_there_is_not_is_refused(tmp_path):
+    out, file = tmp_path / "out", table(tmp_path / "press.csv")
+    prep(file, "--out", out, "--zone", "Asia/Tokyo", "--analysis", "context: 600, state_names: {idle: Ruhe}")
+    settings = PlantDataset(out).manifest.settings
+    assert settings["analysis"]["context"] == 600 and settings["analysis"]["state_names"] == {"idle": "Ruhe"}
+    assert "Asia/Tokyo" in (out / "health.html").read_text()
+    done = prep(file, "--out", out, "--analysis", "contxt: 600")
+    assert isinstance(done.exception, ValueError) and "contxt" in str(done.exception)

@@ -67,7 +67,7 @@ class _View:
     def __init__(self, manifest: Manifest, language: Language) -> None:
         self.manifest, self.language = manifest, language
         self.words, self.kinds = WORDS[language], KIND_WORDS[language]
-        name = str(manifest.settings.get("zone") or "UTC")
+        name = str(manifest.settings.get("ingest", {}).get("zone") or "UTC")
         try:
             self.zone = ZoneInfo(name)
         except (ZoneInfoNotFoundError, ValueError):
