@@ -58,17 +58,42 @@ def test_a_cycle_that_repeats_exactly_verifies_nothing():
 def test_findings_name_offset_reference_and_what_could_not_be_compared():
     sources = [Source(path, "csv-long", "00", 1, 1) for path in ("plc.csv", "scada.csv", "late.log")]
     clocks = [
-        SourceClock("press", (1,), (0,), ClockOffset(36.8, 20.0, 10.0, ("a", "b"), 3)),
+        SourceClock("press", (1,), (0,), ClockOffset(36.8, 20.0, 10.0, ("a", "b"), 3, by_lines=False)),
         SourceClock("press", (2,), (0,), None),
     ]
     off, unverified = clock_findings(clocks, sources, False)
     assert (off.kind, off.severity, off.source) == ("clock_offset", "warning", "scada.csv")
     assert off.values["offset_s"] == 36.8 and off.values["reference"] == "plc.csv" and not off.values["corrected"]
     assert (unverified.kind, unverified.severity) == ("clock_unverified", "information")
-    agreeing = SourceClock("press", (1,), (0,), ClockOffset(1.0, 20.0, 10.0, ("a", "b"), 3))
+    agreeing = SourceClock("press", (1,), (0,), ClockOffset(1.0, 20.0, 10.0, ("a", "b"), 3, by_lines=False))
     assert clock_findings([agreeing], sources, False) == []
 
 
 def test_files_of_a_rotation_are_one_clock(tmp_path):
     spans = [SourceSpan(n, f"plc-2024-0{n + 1}.csv", 10, 0, n * 100, n * 100 + 99) for n in range(3)]
     assert compare_clocks("press", tmp_path, spans, 100.0) == []
+
+
+def test_a_clock_that_was_set_in_between_has_two_offsets():
+    """Two records of one signal: the second is 40 s ahead, and an hour more from the middle on."""
+    rng = np.random.default_rng(3)
+    steps, step = 4000, 10.0
+    signal = np.cumsum(rng.normal(size=steps))
+    times = (np.arange(steps) * step * 1e9).astype(np.int64)
+    late = times + np.where(np.arange(steps) < steps // 2, 40, 3640) * 10**9
+    one, two = ClockSignal("a", times, signal), ClockSignal("b", late, signal + rng.normal(scale=0.05, size=steps))
+    offset = estimate_offset([one], [two], 7200.0)
+    assert offset.before == pytest.approx(40, abs=step) and offset.seconds == pytest.approx(3640, abs=step)
+
+
+def test_the_highest_of_many_chance_peaks_is_no_offset():
+    """Lines at random times against sensors that jump: 36 pairs and 1440 lags, five times."""
+    rng = np.random.default_rng(0)
+    found = 0
+    for _ in range(5):
+        times = (np.arange(3000) * 60e9).astype(np.int64)
+        jumps = [rng.standard_t(2, size=3000).cumsum() for _ in range(6)]
+        sensors = [ClockSignal(f"s{n}", times, values) for n, values in enumerate(jumps)]
+        lines = [ClockSignal(f"l{n}", np.sort(rng.integers(0, times[-1], 40)), None) for n in range(6)]
+        found += estimate_offset(sensors, lines, 43200.0) is not None
+    assert found == 0

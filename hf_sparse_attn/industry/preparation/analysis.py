@@ -184,7 +184,8 @@ def _offsets(clocks: list[SourceClock]) -> dict[int, float]:
     best: dict[int, tuple[float, float]] = {}
     for clock in clocks:
         for source in clock.sources:
-            if clock.is_off and clock.offset is not None:
+            # a clock that was set in between has no one offset to correct by
+            if clock.is_off and clock.offset is not None and clock.offset.before is None:
                 best[source] = max(best.get(source, (0.0, 0.0)), (clock.offset.z, clock.offset.seconds))
     return {source: seconds for source, (_, seconds) in best.items()}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -11,12 +11,14 @@ import numpy.typing as npt
 from .channel_series import SECOND, Bools, Floats, Ints
 
 LEAST_Z = 6.0  # of the peak, for an offset that counts as verified
+HALF_Z = 4.0  # of the peak in each half of the record, where the whole one's must stand, too
 UNIQUE = 1.25  # of the peak against the next highest: what repeats itself has several
 STEPS = 2**16  # of the common grid at most: the end of a longer record is used
 LEAST_STEPS = 200
 ORDER = 8  # of the autoregression that whitens
 CLIP = 6.0  # standard deviations: single jumps must not decide alone
 AROUND = 10  # steps around the peak that belong to it
+AGREED = 2.0  # steps that the peak of a half may lie off
 LEAST_EVENTS = 10  # of one kind
 SHORTEST_STEP = 1.0  # seconds
 
@@ -47,7 +49,9 @@ class ClockSignal:
 class ClockOffset:
     """``seconds`` that a clock is ahead of the reference; ``z`` of the peak; ``step`` of the grid in seconds.
 
-    ``signals``: the pair with the highest peak; ``pairs``: how many agreed to tell it.
+    ``signals``: the pair with the highest peak; ``pairs``: how many agreed to tell it; ``by_lines``: only pairs with
+    log lines did, which tell an offset to about a step. ``before``: the seconds of the first half of the record,
+    where one of the clocks was set in between.
     """
 
     seconds: float
@@ -55,6 +59,18 @@ class ClockOffset:
     step: float
     signals: tuple[str, str]
     pairs: int
+    by_lines: bool
+    before: float | None = None
+
+
+@dataclass(frozen=True)
+class _Peak:
+    """Of a pair of signals: ``z``, ``seconds`` that the second is ahead, the names, whether one of them is a log."""
+
+    z: float
+    seconds: float
+    signals: tuple[str, str]
+    by_lines: bool
 
 
 @dataclass(frozen=True)
@@ -84,7 +100,8 @@ def estimate_offset(reference: Sequence[ClockSignal], other: Sequence[ClockSigna
     `UNIQUE` times the next highest. With r0 the peak, r1 its higher neighbour, r2 the one beyond and r-1 that on the
     other side, (r1 - r-1) / (r1 - r-1 + r0 - r2) of a step is added: exact for steps at random times whatever the shape
     of the peak, within 0.07 of a step for band-limited signals. Of several pairs the median counts, weighted by z
-    squared: a delay between two sensors is not that of their clocks.
+    squared: a delay between two sensors is not that of their clocks. Each half of the record must have a peak there, z
+    >= `HALF_Z`: the highest of many pairs and lags is high by chance, but not in the same place twice.
 
     Args:
         most: seconds, the largest offset that is sought.
@@ -93,9 +110,37 @@ def estimate_offset(reference: Sequence[ClockSignal], other: Sequence[ClockSigna
     if grid is None:
         return None
     start, step, steps = grid
+    peaks = _peaks(reference, other, grid, most, LEAST_Z)
+    starts = (start, start + int(steps // 2 * step * SECOND))
+    halves = [_peaks(reference, other, (first, step, steps // 2), most, HALF_Z) for first in starts]
+    if peaks:
+        offset = _agreed(peaks, step)
+        if all(any(abs(peak.seconds - offset.seconds) <= AGREED * step for peak in half) for half in halves):
+            return offset
+    return _changed(halves, step)
+
+
+def _changed(halves: list[list[_Peak]], step: float) -> ClockOffset | None:
+    """The offset of the second half where each half has one of its own by sensors: a clock that was set in between."""
+    certain = [[peak for peak in half if peak.z >= LEAST_Z and not peak.by_lines] for half in halves]
+    if not all(certain):
+        return None
+    first, second = (_agreed(half, step) for half in certain)
+    return replace(second, before=first.seconds)
+
+
+def _peaks(
+    reference: Sequence[ClockSignal],
+    other: Sequence[ClockSignal],
+    grid: tuple[int, float, int],
+    most: float,
+    least_z: float,
+) -> list[_Peak]:
+    """The certain peak of every pair of signals that has one, on the grid: start (ns), step (seconds), steps."""
+    start, step, steps = grid
     lags = min(int(most / step), steps // 2)
     if lags < 2 * AROUND:
-        return None
+        return []
     size = 1 << int(np.ceil(np.log2(steps + lags)))
     levels = _levels(reference, start, step, steps, 0.0)
     count = len(levels)
@@ -107,19 +152,22 @@ def estimate_offset(reference: Sequence[ClockSignal], other: Sequence[ClockSigna
             by_level = one.signal.events == two.signal.events
             product = np.conj(one.level if by_level else one.activity) * (two.level if by_level else two.activity)
             correlation = np.fft.irfft(product, size)
-            peak = _peak(np.concatenate((correlation[-lags:], correlation[: lags + 1])), lags)
+            peak = _peak(np.concatenate((correlation[-lags:], correlation[: lags + 1])), lags, least_z)
             if peak is not None:
                 residual = two.signal.residual - one.signal.residual
-                peaks.append((peak[1], peak[0] * step + residual, (one.signal.name, two.signal.name)))
-    return _agreed(peaks, step) if peaks else None
+                by_lines = one.signal.events or two.signal.events
+                names = (one.signal.name, two.signal.name)
+                peaks.append(_Peak(peak[1], peak[0] * step + residual, names, by_lines))
+    return peaks
 
 
-def _agreed(peaks: list[tuple[float, float, tuple[str, str]]], step: float) -> ClockOffset:
-    peaks = sorted(peaks, key=lambda peak: peak[1])
-    weights = np.cumsum([z**2 for z, _, _ in peaks])
-    seconds = peaks[int(np.searchsorted(weights, weights[-1] / 2))][1]
-    z, _, signals = max(peaks, key=lambda peak: (abs(peak[1] - seconds) <= step, peak[0]))
-    return ClockOffset(seconds, z, step, signals, sum(abs(at - seconds) <= step for _, at, _ in peaks))
+def _agreed(peaks: list[_Peak], step: float) -> ClockOffset:
+    peaks = sorted(peaks, key=lambda peak: peak.seconds)
+    weights = np.cumsum([peak.z**2 for peak in peaks])
+    seconds = peaks[int(np.searchsorted(weights, weights[-1] / 2))].seconds
+    near = [peak for peak in peaks if abs(peak.seconds - seconds) <= step]
+    best = max(near, key=lambda peak: peak.z)
+    return ClockOffset(seconds, best.z, step, best.signals, len(near), all(peak.by_lines for peak in near))
 
 
 def _common_grid(reference: Sequence[ClockSignal], other: Sequence[ClockSignal]) -> tuple[int, float, int] | None:
@@ -202,13 +250,13 @@ def _prediction(signals: Sequence[Floats]) -> Floats:
     return weights
 
 
-def _peak(correlation: Floats, lags: int) -> tuple[float, float] | None:
+def _peak(correlation: Floats, lags: int, least_z: float) -> tuple[float, float] | None:
     """Place in steps and z of the highest peak of ``correlation`` (2 * lags + 1,), None where it is not certain."""
     size = np.abs(correlation)
     at = int(np.argmax(size))
     others: Bools = np.abs(np.arange(len(size)) - at) > AROUND
     noise = float(correlation[others].std())
-    if noise == 0 or size[at] < LEAST_Z * noise or size[at] < UNIQUE * size[others].max():
+    if noise == 0 or size[at] < least_z * noise or size[at] < UNIQUE * size[others].max():
         return None
     inside = min(max(at, 2), len(size) - 3)
     before, peak, after = (np.sign(correlation[at]) * correlation[inside + side] for side in (-1, 0, 1))

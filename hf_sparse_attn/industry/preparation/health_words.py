@@ -157,6 +157,8 @@ VALUE_WORDS: dict[str, tuple[str, str]] = {
     "usual_seconds": ("Usual interval", "通常の間隔"),
     "context_s": ("Planned context", "計画した文脈"),
     "value": ("Value", "値"),
+    "episodes": ("Episodes", "回数"),
+    "before_s": ("Offset before", "以前のずれ"),
     "share": ("Share of the stretch", "区間に占める割合"),
     "ratio": ("Movement against the usual", "通常に対する動き"),
     "from": ("From unit", "元の単位"),
@@ -173,4 +175,4 @@ VALUE_WORDS: dict[str, tuple[str, str]] = {
     "at_end": ("Until the end of the record", "記録の終わりまで"),
     "regular": ("Reports at regular intervals", "一定間隔で記録"),
 }
-DURATIONS = {"seconds", "usual_seconds", "context_s", "offset_s"}
+DURATIONS = {"seconds", "usual_seconds", "context_s", "offset_s", "before_s"}

@@ -21,6 +21,7 @@ FLAT_BLOCKS = 3  # in a row
 INTERRUPTED = 2  # blocks that do not end a flat stretch
 FLAT = 0.25  # of the usual movement in this state of the machine
 FLAT_SPREAD = 0.5  # of the usual spread within a block
+RECURS = 3  # episodes on one limit, from which on they are how the machine is run
 FLAT_RECURS = 0.02  # share of other blocks as calm, from which on the channel is calm at times
 LONG_GAP = 3600.0  # seconds, from which on a gap is a warning however slow the channel
 MANY_MISSING = 10  # usual intervals, likewise
@@ -93,25 +94,56 @@ def check_values(series: ChannelSeries, sources: Sequence[Source], states: Ints,
     if len(series) == 0:
         return faults
     others = grid.others_moving(series.number)[grid.steps_of(series.times)]
+    # first: readings that hardly move hold one value for a while, again and again
+    for episode in find_flat(series.values, states, others):
+        _add_flat(faults, series, sources, episode)
     for stretch, limit in find_clipped(series, _resting(series, states)):
         _add_clipped(faults, series, sources, stretch, limit)
-    for stretch in find_stuck(series, states, others):
-        if not faults.flags[stretch].any():
-            cut_off = on_limit(series, stretch)
-            kind, flag = ("saturated_sensor", Quality.SATURATED) if cut_off else ("stuck_sensor", Quality.STUCK)
-            values = {"value": float(series.values[stretch.start]), "seconds": series.seconds(stretch)}
-            faults.add(series, sources, kind, flag, stretch, values)
-    for episode in find_flat(series.values, states, others):
-        stretch = slice(episode.stretches[0].start, episode.stretches[-1].stop)
-        if not faults.flags[stretch].any():
-            values = {"ratio": episode.ratio, "seconds": series.seconds(stretch)}
-            count = sum(part.stop - part.start for part in episode.stretches)
-            for part in episode.stretches:
-                faults.flags[part] |= np.uint16(Quality.FLAT)
-            faults.findings.append(
-                series.finding("flat_sensor", "warning", stretch, sources, count=count, values=values)
-            )
+    stuck = [stretch for stretch in find_stuck(series, states, others) if not faults.flags[stretch].any()]
+    cut_off = [on_limit(series, stretch) for stretch in stuck]
+    for value, at_limit in _by_value(series, [s for s, cut in zip(stuck, cut_off, strict=True) if cut]).items():
+        if len(at_limit) >= RECURS:
+            _note_recurring(faults, series, sources, value, at_limit)
+        else:
+            for stretch in at_limit:
+                values = {"value": value, "seconds": series.seconds(stretch)}
+                faults.add(series, sources, "saturated_sensor", Quality.SATURATED, stretch, values)
+    for stretch in (s for s, cut in zip(stuck, cut_off, strict=True) if not cut):
+        values = {"value": float(series.values[stretch.start]), "seconds": series.seconds(stretch)}
+        faults.add(series, sources, "stuck_sensor", Quality.STUCK, stretch, values)
     return faults
+
+
+def _by_value(series: ChannelSeries, stretches: Sequence[slice]) -> dict[float, list[slice]]:
+    by_value: dict[float, list[slice]] = {}
+    for stretch in stretches:
+        by_value.setdefault(float(series.values[stretch.start]), []).append(stretch)
+    return by_value
+
+
+def _note_recurring(
+    faults: SensorFaults, series: ChannelSeries, sources: Sequence[Source], value: float, stretches: Sequence[slice]
+) -> None:
+    """A limit that the channel comes back to, as a drive at full speed does: told once, and nothing is flagged."""
+    whole = slice(stretches[0].start, stretches[-1].stop)
+    values = {
+        "value": value,
+        "episodes": len(stretches),
+        "seconds": max(series.seconds(stretch) for stretch in stretches),
+    }
+    count = sum(stretch.stop - stretch.start for stretch in stretches)
+    faults.findings.append(
+        series.finding("saturated_sensor", "information", whole, sources, count=count, values=values)
+    )
+
+
+def _add_flat(faults: SensorFaults, series: ChannelSeries, sources: Sequence[Source], episode: FlatEpisode) -> None:
+    stretch = slice(episode.stretches[0].start, episode.stretches[-1].stop)
+    values = {"ratio": episode.ratio, "seconds": series.seconds(stretch)}
+    for part in episode.stretches:
+        faults.flags[part] |= np.uint16(Quality.FLAT)
+    count = sum(part.stop - part.start for part in episode.stretches)
+    faults.findings.append(series.finding("flat_sensor", "warning", stretch, sources, count=count, values=values))
 
 
 def _add_clipped(

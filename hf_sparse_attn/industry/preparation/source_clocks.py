@@ -21,7 +21,8 @@ with needs_extra("industry", "clocks of sources"):
 MOST_SIGNALS = 12  # of one clock: channels with the most readings, kinds of lines with the most lines
 MOST_LINES = 1_000_000  # of logs, of which kinds of lines are counted
 OVERLAP = 0.1  # of the shorter of two files of a rotation, at most
-LEAST_OFFSET, OFFSET_STEPS = 2.0, 0.4  # seconds, and steps of the grid: below, clocks agree as far as can be told
+# seconds, and steps of the grid, of logs: below, clocks agree as far as can be told
+LEAST_OFFSET, OFFSET_STEPS, LINE_STEPS = 2.0, 0.4, 1.0
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,10 @@ class SourceClock:
     def is_off(self) -> bool:
         """Whether it is off by more than can be told from agreement."""
         offset = self.offset
-        return offset is not None and abs(offset.seconds) > max(LEAST_OFFSET, OFFSET_STEPS * offset.step)
+        if offset is None:
+            return False
+        steps = LINE_STEPS if offset.by_lines else OFFSET_STEPS
+        return abs(offset.seconds) > max(LEAST_OFFSET, steps * offset.step)
 
 
 def compare_clocks(asset: str, folder: Path, spans: Sequence[SourceSpan], most: float) -> list[SourceClock]:
@@ -88,6 +92,8 @@ def clock_findings(clocks: Sequence[SourceClock], sources: Sequence[Source], cor
             found = clock.offset
             values = {"offset_s": round(found.seconds, 1), "z": round(found.z, 1), "pairs": found.pairs, **files}
             values["corrected"] = corrected
+            if found.before is not None:
+                values["before_s"] = round(found.before, 1)
             findings.append(Finding("clock_offset", "warning", clock.asset, path, values=values))
     return findings
 
