@@ -18,6 +18,8 @@ LEAST_STEPS = 200
 ORDER = 8  # of the autoregression that whitens
 CLIP = 6.0  # standard deviations: single jumps must not decide alone
 AROUND = 10  # steps around the peak that belong to it
+REFINED, SHIFTS = 100_000, 121  # readings and shifts that an offset is refined by
+ALIKE = 0.5  # correlation of changes, from which on two sensors record the same
 AGREED = 2.0  # steps that the peak of a half may lie off
 LEAST_EVENTS = 10  # of one kind
 SHORTEST_STEP = 1.0  # seconds
@@ -116,8 +118,29 @@ def estimate_offset(reference: Sequence[ClockSignal], other: Sequence[ClockSigna
     if peaks:
         offset = _agreed(peaks, step)
         if all(any(abs(peak.seconds - offset.seconds) <= AGREED * step for peak in half) for half in halves):
-            return offset
+            return _refined(offset, reference, other)
     return _changed(halves, step)
+
+
+def _refined(offset: ClockOffset, reference: Sequence[ClockSignal], other: Sequence[ClockSignal]) -> ClockOffset:
+    """The offset to a fraction of a step, where two sensors tell it that move alike: the shift at which changes of the
+    one, between its own readings, correlate best with those of the other, interpolated.
+    """
+    one = next(signal for signal in reference if signal.name == offset.signals[0])
+    two = next(signal for signal in other if signal.name == offset.signals[1])
+    if one.values is None or two.values is None:
+        return offset
+    times, values = two.times[-REFINED:], two.values[-REFINED:]
+    change = np.diff(values)
+    shifts = offset.seconds + offset.step * np.linspace(-1.5, 1.5, SHIFTS)
+    alike = np.zeros(SHIFTS)
+    for at, shift in enumerate(shifts):
+        moved = np.diff(np.interp(times - round(shift * SECOND), one.times, one.values))
+        spread = float(moved.std() * change.std())
+        alike[at] = abs(float(np.mean((moved - moved.mean()) * (change - change.mean())))) / spread if spread else 0.0
+    if alike.max() < ALIKE:
+        return offset
+    return replace(offset, seconds=float(shifts[int(alike.argmax())]))
 
 
 def _changed(halves: list[list[_Peak]], step: float) -> ClockOffset | None:

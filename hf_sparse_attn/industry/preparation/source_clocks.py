@@ -22,7 +22,7 @@ MOST_SIGNALS = 12  # of one clock: channels with the most readings, kinds of lin
 MOST_LINES = 1_000_000  # of logs, of which kinds of lines are counted
 OVERLAP = 0.1  # of the shorter of two files of a rotation, at most
 # seconds, and steps of the grid, of logs: below, clocks agree as far as can be told
-LEAST_OFFSET, OFFSET_STEPS, LINE_STEPS = 2.0, 0.4, 1.0
+LEAST_OFFSET, OFFSET_STEPS, LINE_STEPS = 2.0, 0.4, 2.0
 
 
 @dataclass(frozen=True)
