@@ -1,0 +1,298 @@
+"""A small Llama made for a vocabulary of logs and trained from scratch on rows of tokens: minutes of a CPU's core."""
+
+# Shapes: B rows of a step, N tokens of a row, n tokens that are predicted.
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from ...config import IGNORE_INDEX
+from ...system.files import read_json, replaced_folder, write_atomically, write_json
+from ...system.locks import sole_use
+from ...system.progress import bar
+from ...training.run_identity import differences, rows_hash
+from ..errors import PlantDataError
+from ..representation.log_vocabulary import KEY, LogVocabulary
+
+PAD, UNKNOWN = 0, 1
+STEP_TOKENS = 4096
+WARM_UP = 0.1  # of the steps
+SAVE_SECONDS = 60.0  # between checkpoints
+# Base of the rotary frequencies by the longest rows: with a smaller one too few of a small head's pairs keep their
+# phase over that many tokens to tell keys apart (measured on links over 2048 to 16384 tokens)
+ROPE_THETA = ((8192, 1e7), (math.inf, 1e8))
+CHECKPOINT, LOG, MODEL = "training.pt", "log.json", "model"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Training on pieces of rows of one length."""
+
+    length: int
+    batch: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class SmallModelConfig:
+    """The model, and how it is trained: on pieces of rows that grow longer, so that near links are learnt first.
+
+    Attributes:
+        layers, hidden, heads, groups: of the Llama; ``groups`` are KV heads.
+        lr: largest learning rate of AdamW; a small model bears large steps.
+        stages: in their order; the last one's length is the longest context that is learnt.
+        seed: of weights and pieces.
+    """
+
+    layers: int = 2
+    hidden: int = 64
+    heads: int = 4
+    groups: int = 2
+    lr: float = 3e-3
+    stages: tuple[Stage, ...] = (Stage(128, 32, 250), Stage(512, 8, 100), Stage(1024, 4, 100), Stage(2048, 4, 200))
+    seed: int = 0
+
+    @classmethod
+    def up_to(cls, length: int, seed: int = 0) -> SmallModelConfig:
+        """Stages of 128, 512, 1024 … tokens up to ``length``, a few minutes of one core at 4096."""
+        lengths = [512 << i for i in range(max(1, math.ceil(math.log2(length / 512)))) if 512 << i < length]
+        middle = [Stage(size, max(1, STEP_TOKENS // size), 100) for size in lengths]
+        return cls(
+            stages=(
+                Stage(min(128, length), 32, 250),
+                *middle,
+                Stage(length, max(1, 2 * STEP_TOKENS // length), 200),
+            ),
+            seed=seed,
+        )
+
+    @property
+    def longest(self) -> int:
+        return max(stage.length for stage in self.stages)
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    def stage_at(self, step: int) -> Stage:
+        """The stage of optimiser step ``step``, from 0."""
+        ends = np.cumsum([stage.steps for stage in self.stages])
+        return self.stages[int(np.searchsorted(ends, step, side="right"))]
+
+
+def vocabulary_tokenizer(vocabulary: LogVocabulary) -> PreTrainedTokenizerBase:
+    """A tokenizer with the tokens of the vocabulary, padding and an unknown token, for template mode alone."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    words = Tokenizer(WordLevel({"<pad>": PAD, "<unk>": UNKNOWN}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>")
+    vocabulary.add_to(tokenizer)
+    return tokenizer
+
+
+def new_model(tokens: int, config: SmallModelConfig, vocabulary: LogVocabulary | None = None) -> PreTrainedModel:
+    """A dense Llama with random weights, the same for the same seed, over ``tokens`` ids.
+
+    With ``vocabulary`` its config names it, as that of an extended model does.
+    """
+    torch.manual_seed(config.seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=tokens,
+            hidden_size=config.hidden,
+            intermediate_size=2 * config.hidden,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.groups,
+            max_position_embeddings=config.longest,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": next(theta for length, theta in ROPE_THETA if config.longest <= length),
+            },
+            pad_token_id=PAD,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+    if vocabulary is not None:
+        setattr(model.config, KEY, {"digest": vocabulary.digest, "tokens": len(vocabulary)})
+    return model
+
+
+def train_small_model(
+    model: PreTrainedModel,
+    rows: Any,
+    config: SmallModelConfig,
+    *,
+    folder: str | Path | None = None,
+    progress: bool = True,
+) -> list[float]:
+    """Train all weights of ``model`` on random pieces of ``rows``, in place, deterministically by the seed.
+
+    Args:
+        model: of `new_model`.
+        rows: a dataset or list of rows with ``input_ids`` [N] and ``labels`` [N], as `log_rows` makes them.
+        config: the stages.
+        folder: where the run is saved: at least every minute, and the model (``folder/model``) at the end. A run that
+            was stopped continues from there with the same result; one that is finished is loaded.
+        progress: show a progress bar on the terminal.
+
+    Returns:
+        The loss in nats a token of every step.
+
+    Raises:
+        PlantDataError: a row is shorter than the longest stage, or ``folder`` holds another run.
+        NonFiniteLossError: the loss or a gradient is NaN or infinite; nothing is saved after that.
+        FolderInUseError: another process trains in ``folder``.
+    """
+    pieces = _Pieces(rows, config)
+    if folder is None:
+        return _Run(model, pieces, config, None).train(progress)
+    with sole_use(folder):
+        return _Run(model, pieces, config, Path(folder)).train(progress)
+
+
+class _Pieces:
+    """Batches of random pieces of rows: (ids, labels), both int64 [B, N]."""
+
+    def __init__(self, rows: Any, config: SmallModelConfig) -> None:
+        self.rows, self.config = rows, config
+        if not len(rows):
+            raise PlantDataError("there is no row to learn from", ["make rows: log_rows(…)", "take a longer record"])
+        shortest = min(len(rows[at]["input_ids"]) for at in {0, len(rows) - 1})
+        if shortest < config.longest:
+            raise PlantDataError(
+                f"a row has {shortest} tokens, the longest stage asks for {config.longest}",
+                ["make longer rows", "take shorter stages: SmallModelConfig.up_to", "leave the asset out"],
+            )
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        stage, generator = self.config.stage_at(step), np.random.default_rng([self.config.seed, step])
+        ids, labels = list[Any](), list[Any]()
+        for _ in range(stage.batch):
+            row = self.rows[int(generator.integers(len(self.rows)))]
+            start = int(generator.integers(len(row["input_ids"]) - stage.length + 1))
+            for column, into in (("input_ids", ids), ("labels", labels)):
+                into.append(np.asarray(row[column], np.int64)[start : start + stage.length])
+        return torch.from_numpy(np.stack(ids)), torch.from_numpy(np.stack(labels))
+
+
+class _Run:
+    """A training that can be stopped."""
+
+    def __init__(self, model: PreTrainedModel, pieces: _Pieces, config: SmallModelConfig, folder: Path | None) -> None:
+        self.model, self.pieces, self.config, self.folder = model, pieces, config, folder
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, config.lr, total_steps=config.steps, pct_start=WARM_UP
+        )
+        self.losses: list[float] = []
+        self.saved = time.monotonic()
+        shape = model.config.to_dict()
+        self.identity = json.loads(
+            json.dumps(
+                {
+                    "settings": asdict(config),
+                    "vocabulary": {"size": shape["vocab_size"], KEY: shape.get(KEY)},
+                    "the rows": "" if folder is None else rows_hash(pieces.rows),
+                }
+            )
+        )
+
+    def train(self, progress: bool) -> list[float]:
+        if self._is_finished():
+            return self.losses
+        self.model.train()
+        with bar(progress) as shown:
+            task = shown.add_task("learning the logs", total=self.config.steps, completed=len(self.losses), info="")
+            for step in range(len(self.losses), self.config.steps):
+                self.losses.append(self._step(step))
+                self._save_if_due()
+                length = self.config.stage_at(step).length
+                shown.update(task, advance=1, info=f"{length} tokens, loss {self.losses[-1]:.3f}")
+        self.model.eval()
+        if self.folder is not None:
+            with replaced_folder(self.folder / MODEL, valid="config.json") as new:
+                self.model.save_pretrained(new)
+            write_json(self.folder / LOG, {"identity": self.identity, "losses": self.losses})
+            (self.folder / CHECKPOINT).unlink(missing_ok=True)
+        return self.losses
+
+    def _step(self, step: int) -> float:
+        ids, labels = (part.to(self.model.device) for part in self.pieces.batch(step))
+        # a hidden state predicts the next token; logits of labelled tokens only
+        hidden, target = self.model.base_model(ids, use_cache=False).last_hidden_state[:, :-1], labels[:, 1:]
+        labelled = target != IGNORE_INDEX
+        loss = F.cross_entropy(self.model.get_output_embeddings()(hidden[labelled]).float(), target[labelled])
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if not (torch.isfinite(loss) and torch.isfinite(norm)):
+            from ...training.trainer import NonFiniteLossError  # Trainer is heavy, and only its error is needed
+
+            raise NonFiniteLossError(
+                f"the loss is {float(loss.detach())} and the gradient's norm {float(norm)} in step {step + 1} of "
+                f"{self.config.steps}: lower lr ({self.config.lr:g})"
+            )
+        self.optimizer.step()
+        self.schedule.step()
+        return float(loss.detach())
+
+    def _is_finished(self) -> bool:
+        """Whether the folder holds the whole run, which is loaded then; of a part of one the state is loaded."""
+        if self.folder is None:
+            return False
+        if (self.folder / LOG).exists():
+            known = read_json(self.folder / LOG)
+            self._refuse_another(known["identity"])
+            self.model.load_state_dict(LlamaForCausalLM.from_pretrained(self.folder / MODEL).state_dict())
+            self.model.eval()
+            self.losses = known["losses"]
+            return True
+        if (self.folder / CHECKPOINT).exists():
+            state = torch.load(self.folder / CHECKPOINT, weights_only=True, map_location="cpu")
+            self._refuse_another(state["identity"])
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            self.losses = state["losses"]
+        return False
+
+    def _refuse_another(self, known: dict[str, Any]) -> None:
+        if different := differences(known, self.identity):
+            raise PlantDataError(
+                f"holds another run, different in {different}",
+                ["give another folder", "remove the folder", "take the settings and rows that it was begun with"],
+                file=self.folder,
+            )
+
+    def _save_if_due(self) -> None:
+        if self.folder is None or time.monotonic() - self.saved < SAVE_SECONDS:
+            return
+        state = {
+            "identity": self.identity,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "losses": self.losses,
+        }
+        write_atomically(self.folder / CHECKPOINT, lambda temporary: torch.save(state, temporary))
+        self.saved = time.monotonic()
