@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -137,7 +138,7 @@ def test_surprise_of_segments_is_the_sum_of_their_tokens_with_time_kind_and_wind
     by_token = dict(zip(tokens.tolist(), nats, strict=True))
     spans = list(windows(len(stream), reading))
     assert len(measured) == len(stream.segments) and len(spans) > 3
-    for at, (first, stop) in enumerate(zip(firsts, firsts[1:], strict=False)):
+    for at, (first, stop) in enumerate(pairwise(firsts)):
         mine = [by_token[token] for token in range(first, stop) if token in by_token]
         assert math.isclose(sum(mine), measured.nats[at], rel_tol=1e-6) and len(mine) == measured.tokens[at]
         assert measured.window_starts[at] == next(s for s, new, end in spans if new <= first < end)

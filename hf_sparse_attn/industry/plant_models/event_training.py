@@ -1,4 +1,4 @@
-"""A causal model of the Hub learns a plant's events: routers are distilled, then LoRA and the new embeddings trained."""
+"""A causal model of the Hub learns a plant's events: routers are distilled, then LoRA and new embeddings trained."""
 
 # Shapes: N tokens of a row.
 

@@ -169,7 +169,7 @@ def failure_ahead(states: NDArray[np.float32], labels: FailureLabels) -> Failure
     # standardised: the penalty is to weigh all dimensions alike
     model: Pipeline = make_pipeline(StandardScaler(), LogisticRegression(max_iter=MOST_ITERATIONS))
     model.fit(states[labels.train], labels.ahead[labels.train])
-    probabilities = model.predict_proba(states)[:, 1]
+    probabilities = model.predict_proba(states)[:, 1].astype(np.float64)
     truth = labels.ahead[labels.test]
     both = 0 < truth.sum() < len(truth)
     precision = float(average_precision_score(truth, probabilities[labels.test])) if both else None

@@ -1,4 +1,4 @@
-"""What surprise is usual: median and spread by operating state and hour of the week, and how far above it others lie."""
+"""What surprise is usual: median and spread by operating state and hour of the week, and how far above it one lies."""
 
 # Shapes: S segments, T steps.
 
