@@ -116,6 +116,8 @@ def test_a_step_of_the_grid_has_its_highest_score_and_silence_the_lowest():
     grid = np.arange(4) * 10
     scores = scores_on_grid(np.array([35, 1, 9, 10, 12]), np.array([7.0, 1.0, 3.0, np.nan, -2.0]), grid)
     assert scores.tolist() == [3.0, -2.0, -2.0, 7.0]
+    late = scores_on_grid(np.array([1, 35, 48]), np.array([1.0, 7.0, 9.0]), grid)  # a step that ends after the record
+    assert late.tolist() == [1.0, 1.0, 1.0, 9.0]
 
 
 @given(st.lists(st.tuples(st.integers(0, 99), st.floats(-50, 50)), min_size=1, max_size=40), st.randoms())
@@ -134,8 +136,8 @@ def test_scores_on_a_grid_do_not_depend_on_the_order_of_segments(pairs, random):
 @pytest.mark.parametrize(
     ("times", "scores", "grid", "message"),
     [
-        ([40], [1.0], [0, 10, 20, 30], "1 lie outside of the grid"),
-        ([-1], [1.0], [0, 10], "1 lie outside of the grid"),
+        ([40], [1.0], [0, 10, 20, 30], "0 lie before the grid and 1 behind it"),
+        ([-1, 3], [1.0, 1.0], [0, 10], "1 lie before the grid"),
         ([1], [np.inf], [0, 10], "1 are infinite"),
         ([1], [np.nan], [0, 10], "1 are NaN"),
         ([], [], [0, 10], "of 0 scores"),

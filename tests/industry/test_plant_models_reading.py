@@ -155,6 +155,14 @@ def test_stock_models_are_read_densely_alone(stock_llama, stream):
         surprise(stock, stream, Reading("sparse", KEYS, 64, 32))
 
 
+def test_a_model_that_would_run_all_windows_densely_is_not_called_sparse(sparse_llama, real_budget, stream):
+    large = sparse_llama({**real_budget, "dense_below": 2048}, noise=0.3)
+    with pytest.raises(PlantDataError, match=r"fewer than dense_below=2048 tokens densely, so all windows of 160"):
+        surprise(large, stream, Reading("sparse", None, 160, 100))
+    dense = surprise(large, stream, Reading("dense", None, 160, 100)).nats
+    assert np.abs(surprise(large, stream, Reading("sparse", KEYS, 160, 100)).nats - dense).max() > 1e-3
+
+
 def test_reading_leaves_the_model_in_its_mode_and_with_its_budget(model, stream):
     model.train()
     with pytest.raises(ValueError, match="min_keys"):

@@ -36,7 +36,8 @@ class Reading:
     Attributes:
         attends: to all of the window (dense), to what its routers select (sparse), or to the first tokens and the
             nearest ones (window).
-        keys: at most so many for a query, forced ones included; None: the budget that the model's settings give.
+        keys: at most so many for a query, forced ones included; None: as the model is set up, with its calibration if
+            it has one, and dense below its ``dense_below`` tokens.
         length: tokens of a window.
         past: tokens before it that each token has in its window at least, where the stream has so many.
         singly: route each query by itself, as generation does. Else ``query_tile`` neighbouring queries share one
@@ -104,10 +105,10 @@ def language_model(model: Any) -> Any:
 
 @contextmanager
 def reading_call(model: nn.Module, reading: Reading) -> Iterator[dict[str, Any]]:
-    """Arguments of a forward pass that reads so. A calibration of the model is set aside for as long.
+    """Arguments of a forward pass that reads so. With a number of keys a calibration is set aside for as long.
 
     Raises:
-        PlantDataError: the model has no routers, and is not to be read densely.
+        PlantDataError: the model is not to be read densely, but has no routers, or would run all windows densely.
         ValueError: fewer keys than what is forced.
     """
     if not routers(model):
@@ -122,9 +123,22 @@ def reading_call(model: nn.Module, reading: Reading) -> Iterator[dict[str, Any]]
         yield {"sparse_call": SparseCall(dense=True)}
         return
     selector = learned_selector if reading.attends == "sparse" else make_selectors([WINDOW])[WINDOW]
-    # no window is so short that it is read densely under another name
+    call = SparseCall(selector=selector, decode_from=0 if reading.singly else None)
+    if reading.keys is None:
+        _refuse_dense(routers(model)[0].config.dense_below, reading)
+        yield {"sparse_call": call}
+        return
+    # at equal budget no window is so short that it is read densely under another name
     with sparse_attention_as(model, dense_below=0, **fixed_budget(reading.keys)):
-        yield {"sparse_call": SparseCall(selector=selector, decode_from=0 if reading.singly else None)}
+        yield {"sparse_call": call}
+
+
+def _refuse_dense(dense_below: int, reading: Reading) -> None:
+    if reading.length < dense_below:
+        raise PlantDataError(
+            f"the model runs fewer than dense_below={dense_below} tokens densely, so all windows of {reading.length}",
+            ["take longer windows", "name a number of keys", "set_sparse_attention(model, dense_below=0)"],
+        )
 
 
 def windows(tokens: int, reading: Reading) -> Iterator[tuple[int, int, int]]:

@@ -70,7 +70,7 @@ class SurpriseBaseline:
         """Fit on the segments that end before ``train_end`` (nanoseconds since 1970) alone.
 
         Args:
-            surprise: of one asset, or of several in a row.
+            surprise: of one asset.
             states: the operating state of each segment [S], see `states_at`.
             train_end: the end of training.
             zone: the plant's time zone, by whose clock shifts begin.
@@ -129,7 +129,8 @@ def scores_on_grid(
 ) -> NDArray[np.float64]:
     """The highest score within each step of a regular grid, float64 [T].
 
-    A step in which nothing was scored, or only NaN, gets the lowest of all scores: silence is no alarm here.
+    A step in which nothing was scored, or only NaN, gets the lowest of all scores: silence is no alarm here. What is
+    later than the grid belongs to its last step: a sensor step may end after the last reading.
 
     Args:
         times: int64 [S], nanoseconds since 1970, in any order.
@@ -137,7 +138,7 @@ def scores_on_grid(
         grid_times: int64 [T], starts of the steps.
 
     Raises:
-        PlantDataError: the grid is not regular, a score lies outside of it or is infinite, or there is none.
+        PlantDataError: the grid is not regular, a score lies before it or is infinite, or none lies within it.
     """
     steps = np.unique(np.diff(grid_times))
     if len(steps) != 1 or steps[0] <= 0:
@@ -146,16 +147,16 @@ def scores_on_grid(
             ["give the times of a regular grid of 2 steps or more, such as Timeline.times"],
         )
     at = (times - grid_times[0]) // steps[0]
-    outside = (at < 0) | (at >= len(grid_times))
-    if outside.any() or np.isinf(scores).any() or not np.isfinite(scores).any():
+    early, late = at < 0, at >= len(grid_times)
+    if early.any() or np.isinf(scores).any() or not np.isfinite(scores[~late]).any():
         raise PlantDataError(
-            f"of {len(scores)} scores {int(outside.sum())} lie outside of the grid, {int(np.isinf(scores).sum())} are "
-            f"infinite and {int(np.isnan(scores).sum())} are NaN",
+            f"of {len(scores)} scores {int(early.sum())} lie before the grid and {int(late.sum())} behind it, "
+            f"{int(np.isinf(scores).sum())} are infinite and {int(np.isnan(scores).sum())} are NaN",
             ["make the grid of the same asset", "leave out what lies outside", "score again with a finite model"],
         )
     highest = np.full(len(grid_times), -np.inf)
     given = ~np.isnan(scores)
-    np.maximum.at(highest, at[given], scores[given])
+    np.maximum.at(highest, np.minimum(at, len(grid_times) - 1)[given], scores[given])
     highest[np.isinf(highest)] = scores[given].min()
     return highest
 
