@@ -7,19 +7,20 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from helpers.event_folders import byte_tokenizer, log_lines, write_folder
 from helpers.planted_log import PlantedLog
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparse_attn.industry.errors import PlantDataError
-from hf_sparse_attn.industry.plant_models import small_model
+from hf_sparse_attn.industry.plant_models import scratch_training
 from hf_sparse_attn.industry.plant_models.event_training import EventTraining, learn_events, save_events
 from hf_sparse_attn.industry.plant_models.next_event import next_events, template_tokens
+from hf_sparse_attn.industry.plant_models.scratch_training import train_small_model
 from hf_sparse_attn.industry.plant_models.small_model import (
     SmallModelConfig,
     Stage,
     new_model,
-    train_small_model,
     vocabulary_tokenizer,
 )
 from hf_sparse_attn.industry.plant_models.stream_reading import Reading
@@ -73,21 +74,21 @@ def test_the_same_seed_learns_the_same_and_another_one_something_else(log):
 
 
 def test_a_run_that_was_stopped_ends_as_one_that_was_not_and_a_finished_one_is_loaded(log, tmp_path, monkeypatch):
-    monkeypatch.setattr(small_model, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(scratch_training, "SAVE_SECONDS", 0.0)
     whole = learn(log)
-    step = small_model._Run._step
+    step = scratch_training._Run._step
 
     def stopping(run, at):
         if at == 4:
             raise StoppedError
         return step(run, at)
 
-    monkeypatch.setattr(small_model._Run, "_step", stopping)
+    monkeypatch.setattr(scratch_training._Run, "_step", stopping)
     with pytest.raises(StoppedError):
         learn(log, folder=tmp_path)
     assert not (tmp_path / "model").exists() and (tmp_path / "training.pt").exists()
     steps = []
-    monkeypatch.setattr(small_model._Run, "_step", lambda run, at: (steps.append(at), step(run, at))[1])
+    monkeypatch.setattr(scratch_training._Run, "_step", lambda run, at: (steps.append(at), step(run, at))[1])
     resumed = learn(log, folder=tmp_path)
     assert steps == [4, 5] and resumed[0] == whole[0] and same(resumed[1], whole[1])
     assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(".")) == ["log.json", "model"]
@@ -96,7 +97,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not_and_a_finished_one_is_l
 
 
 def test_a_folder_with_another_run_is_refused(log, tmp_path, monkeypatch):
-    monkeypatch.setattr(small_model, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(scratch_training, "SAVE_SECONDS", 0.0)
     learn(log, folder=tmp_path)
     with pytest.raises(PlantDataError, match=r"different in settings\.lr"):
         learn(log, dataclasses.replace(TINY, lr=1e-4), folder=tmp_path)
@@ -105,8 +106,8 @@ def test_a_folder_with_another_run_is_refused(log, tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_no_number_stops_and_leaves_what_was_saved(log, tmp_path, monkeypatch):
-    monkeypatch.setattr(small_model, "SAVE_SECONDS", 0.0)
-    step = small_model._Run._step
+    monkeypatch.setattr(scratch_training, "SAVE_SECONDS", 0.0)
+    step = scratch_training._Run._step
 
     def overflowing(run, at):
         if at == LAST:
@@ -114,7 +115,7 @@ def test_a_loss_that_is_no_number_stops_and_leaves_what_was_saved(log, tmp_path,
                 run.model.lm_head.weight[0] = torch.inf
         return step(run, at)
 
-    monkeypatch.setattr(small_model._Run, "_step", overflowing)
+    monkeypatch.setattr(scratch_training._Run, "_step", overflowing)
     with pytest.raises(NonFiniteLossError, match="step 6 of 6: lower lr"):
         learn(log, folder=tmp_path)
     saved = torch.load(tmp_path / "training.pt", weights_only=True)
@@ -125,6 +126,12 @@ def test_a_loss_that_is_no_number_stops_and_leaves_what_was_saved(log, tmp_path,
 def test_rows_shorter_than_the_longest_stage_are_refused(log):
     with pytest.raises(PlantDataError, match="a row has 40 tokens, the longest stage asks for 48"):
         train_small_model(new_model(log.vocabulary, TINY), log.rows(40), TINY, progress=False)
+    uneven = [*log.rows(48), *log.rows(40), *log.rows(48)]  # of several assets
+    for rows in (uneven, Dataset.from_list(uneven)):
+        with pytest.raises(PlantDataError, match="a row has 40 tokens"):
+            train_small_model(new_model(log.vocabulary, TINY), rows, TINY, progress=False)
+    picked = Dataset.from_list(uneven).select(range(len(log.rows(48))))
+    assert len(train_small_model(new_model(log.vocabulary, TINY), picked, TINY, progress=False)) == TINY.steps
     with pytest.raises(PlantDataError, match="no row to learn from"):
         train_small_model(new_model(log.vocabulary, TINY), [], TINY, progress=False)
 

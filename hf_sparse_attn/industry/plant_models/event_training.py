@@ -19,6 +19,7 @@ from ...training.distillation import DistillationReport, distill
 from ...training.lora import adapt
 from ..errors import PlantDataError
 from ..representation.log_vocabulary import LogVocabulary
+from .scratch_training import row_lengths
 
 ROUTERS, ADAPTER = "routers.pt", "adapter"
 
@@ -118,18 +119,13 @@ def token_rows(rows: Any) -> Any:
     """
     if not len(rows):
         raise PlantDataError("there is no row to learn from", ["make rows: log_rows(…)", "take a longer record"])
-    names = ["input_ids", "labels"]
-    if hasattr(rows, "with_format"):
-        lengths = np.unique([len(row) for row in rows.data.column("input_ids")])
-        rows = rows.select_columns(names).with_format("torch")
-    else:
-        lengths = np.unique([len(row["input_ids"]) for row in rows])
+    lengths = np.unique(row_lengths(rows))
     if len(lengths) > 1:
         raise PlantDataError(
             f"rows of {lengths.min()} to {lengths.max()} tokens do not make batches",
             ["take shorter rows: log_rows(…, length)", "leave out the asset with less than a row"],
         )
-    return rows
+    return rows.select_columns(["input_ids", "labels"]).with_format("torch") if hasattr(rows, "with_format") else rows
 
 
 def save_events(

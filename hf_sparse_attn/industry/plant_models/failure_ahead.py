@@ -17,6 +17,7 @@ from ...system.extras import needs_extra
 from ..errors import PlantDataError
 from ..representation.token_stream import TokenStream
 from .stream_reading import Reading, read
+from .surprise_baseline import grid_step
 
 with needs_extra("industry", "failure ahead"):
     from sklearn.linear_model import LogisticRegression
@@ -87,7 +88,7 @@ def step_states(
     Raises:
         PlantDataError: the grid is not regular, or the model lacks routers or tokens.
     """
-    step = _step(grid_times)
+    step = grid_step(grid_times)
     firsts = stream.segments["first"].to_numpy()
     steps = (stream.segments["stop"].to_numpy() - 1 - grid_times[0]) // step
     sums, counts = None, np.zeros(len(grid_times), np.int64)
@@ -129,7 +130,7 @@ def failure_labels(
     Raises:
         PlantDataError: the grid is not regular, the horizon is not positive, or a failure ends before it starts.
     """
-    step = _step(grid_times)
+    step = grid_step(grid_times)
     failures = np.asarray(failures, np.int64).reshape(-1, 2)
     if horizon <= 0 or (failures[:, 0] >= failures[:, 1]).any() or test_start < train_end:
         raise PlantDataError(
@@ -175,13 +176,3 @@ def failure_ahead(states: NDArray[np.float32], labels: FailureLabels) -> Failure
     precision = float(average_precision_score(truth, probabilities[labels.test])) if both else None
     runs = int(truth[0]) + int((np.diff(truth.astype(np.int8)) == 1).sum())
     return FailureAhead(probabilities, precision, float(truth.mean()), len(truth), runs)
-
-
-def _step(grid_times: NDArray[np.int64]) -> int:
-    steps = np.unique(np.diff(grid_times))
-    if len(steps) != 1 or steps[0] <= 0:
-        raise PlantDataError(
-            f"the {len(grid_times)} times of the grid are not regular",
-            ["give the times of a regular grid of 2 steps or more, such as Timeline.times"],
-        )
-    return int(steps[0])

@@ -140,13 +140,7 @@ def scores_on_grid(
     Raises:
         PlantDataError: the grid is not regular, a score lies before it or is infinite, or none lies within it.
     """
-    steps = np.unique(np.diff(grid_times))
-    if len(steps) != 1 or steps[0] <= 0:
-        raise PlantDataError(
-            f"the {len(grid_times)} steps of the grid are {len(steps)} lengths apart",
-            ["give the times of a regular grid of 2 steps or more, such as Timeline.times"],
-        )
-    at = (times - grid_times[0]) // steps[0]
+    at = (times - grid_times[0]) // grid_step(grid_times)
     early, late = at < 0, at >= len(grid_times)
     if early.any() or np.isinf(scores).any() or not np.isfinite(scores[~late]).any():
         raise PlantDataError(
@@ -159,6 +153,17 @@ def scores_on_grid(
     np.maximum.at(highest, np.minimum(at, len(grid_times) - 1)[given], scores[given])
     highest[np.isinf(highest)] = scores[given].min()
     return highest
+
+
+def grid_step(grid_times: NDArray[np.int64]) -> int:
+    """Length of the steps of a grid [T]. Raises PlantDataError unless it is regular and has 2 steps or more."""
+    steps = np.unique(np.diff(grid_times))
+    if len(steps) != 1 or steps[0] <= 0:
+        raise PlantDataError(
+            f"the {len(grid_times)} steps of the grid are {len(steps)} lengths apart",
+            ["give the times of a regular grid of 2 steps or more, such as Timeline.times"],
+        )
+    return int(steps[0])
 
 
 def _frame(surprise: Surprise, states: NDArray[Any], zone: str) -> pl.DataFrame:
