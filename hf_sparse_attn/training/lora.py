@@ -48,16 +48,28 @@ LOGGED = (
 
 
 # W' = W + (alpha / rank) · B A, with B = 0 at the start: LoRA, Hu et al. 2021, arXiv:2106.09685
-def add_lora(model: PreTrainedModel, config: AdaptationConfig, task_type: str | None = "CAUSAL_LM") -> Any:
+def add_lora(
+    model: PreTrainedModel,
+    config: AdaptationConfig,
+    task_type: str | None = "CAUSAL_LM",
+    new_tokens: Sequence[int] = (),
+) -> Any:
     """A PeftModel of the sparse ``model``: LoRA on ``target_modules``, the routers trained and saved with
-    the adapter.
+    the adapter, as are the rows of ``new_tokens`` in the input and the output embeddings.
     """
     from peft import get_peft_model  # heavy, and needed in this stage only
 
-    targets = list(config.target_modules)
-    return get_peft_model(
-        model, lora_config(model, r=config.rank, lora_alpha=config.alpha, target_modules=targets, task_type=task_type)
-    )
+    options: dict[str, Any] = {"target_modules": list(config.target_modules), "task_type": task_type}
+    if new_tokens:
+        options["trainable_token_indices"] = {name: sorted(new_tokens) for name in _embedding_names(model)}
+    return get_peft_model(model, lora_config(model, r=config.rank, lora_alpha=config.alpha, **options))
+
+
+def _embedding_names(model: PreTrainedModel) -> list[str]:
+    """Module names of the input embeddings and, untied, of the output embeddings."""
+    given, output = model.get_input_embeddings(), model.get_output_embeddings()
+    layers = [given] if output is None or output.weight is given.weight else [given, output]
+    return [next(name for name, module in model.named_modules() if module is layer) for layer in layers]
 
 
 def adapt(
@@ -68,6 +80,7 @@ def adapt(
     steps: int | None = None,
     folder: str | Path | None = None,
     task_type: str | None = "CAUSAL_LM",
+    new_tokens: Sequence[int] = (),
     progress: bool = True,
 ) -> tuple[Any, list[dict[str, Any]]]:
     """Train LoRA and routers of ``model`` on ``rows``, e.g. of `hf_sparse_attn.data.training_rows`.
@@ -79,6 +92,7 @@ def adapt(
         folder: where checkpoints go, and the adapter in the end; a run that was stopped continues from the last
             complete one.
         task_type: of PEFT; None for models that are no language models.
+        new_tokens: ids whose embeddings are trained too, such as those that a vocabulary was extended by.
 
     Returns:
         (the PeftModel, one log row per step). Call ``merge_and_unload()`` on it for a plain sparse model.
@@ -93,7 +107,7 @@ def adapt(
     steps = _check_rows(rows, config, steps)
     # LoRA's first weights are drawn from the global generator
     torch.manual_seed(config.seed)
-    peft_model = add_lora(model, config, task_type)
+    peft_model = add_lora(model, config, task_type, new_tokens)
     use_cache = getattr(model.config, "use_cache", None)
     if folder is None:
         with tempfile.TemporaryDirectory() as output:
