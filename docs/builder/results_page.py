@@ -28,6 +28,7 @@ TOPICS: dict[str, dict[str, str]] = {  # topic -> file: title
     },
     "Lookups": {
         "needles": "Hidden numbers, without training of the model",
+        "first_stages": "Which first stage loses hidden numbers",
         "ruler": "RULER, after training on it",
         "lm_eval_niah_single": "A needle by lm-evaluation-harness",
         "lm_eval_niah": "Needles by lm-evaluation-harness, before retrieval heads",

@@ -54,7 +54,7 @@ class SmallModelConfig:
 
     @classmethod
     def up_to(cls, length: int, seed: int = 0) -> SmallModelConfig:
-        """Stages of 128, 512, 1024 … tokens up to ``length``, a few minutes of one core at 4096."""
+        """Stages of 128, 512, 1024 … tokens up to ``length``."""
         lengths = [512 << i for i in range(max(1, math.ceil(math.log2(length / 512)))) if 512 << i < length]
         middle = [Stage(size, max(1, STEP_TOKENS // size), 100) for size in lengths]
         return cls(
