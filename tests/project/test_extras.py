@@ -32,6 +32,7 @@ BROUGHT = {
     "huggingface_hub": "transformers",
     "packaging": "transformers",
     "tqdm": "transformers",
+    "tokenizers": "transformers",
     "jinja2": "torch",
     "psutil": "accelerate",
     "filelock": "datasets",
