@@ -4,6 +4,7 @@ from datetime import UTC, datetime, timedelta
 
 import polars as pl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from hf_sparse_attn.industry.dataset import EVENTS, READINGS, Channel, Manifest, PlantDataset, Source, Split
@@ -68,3 +69,11 @@ def byte_tokenizer():
     )
     tokenizer.train_from_iterator([text for _, _, _, text, *_ in log_lines(40)], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token=CONTROL)
+
+
+def vocabulary_tokenizer(vocabulary):
+    """A tokenizer with the tokens of the vocabulary, padding and an unknown token, for template mode alone."""
+    words = Tokenizer(WordLevel({"<pad>": 0, "<unk>": 1}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>")
+    vocabulary.add_to(tokenizer)
+    return tokenizer

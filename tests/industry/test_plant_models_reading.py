@@ -9,11 +9,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from helpers.event_folders import log_lines, wide_readings, write_folder
+from helpers.event_folders import log_lines, vocabulary_tokenizer, wide_readings, write_folder
 
 from hf_sparse_attn.data.model_inputs import NonFiniteError
 from hf_sparse_attn.industry.errors import PlantDataError
-from hf_sparse_attn.industry.plant_models.small_model import vocabulary_tokenizer
 from hf_sparse_attn.industry.plant_models.stream_reading import Reading, read, reading_call, windows
 from hf_sparse_attn.industry.plant_models.surprise import surprise, window_nats
 from hf_sparse_attn.industry.representation.log_tokens import token_streams

@@ -7,14 +7,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers.event_folders import byte_tokenizer, log_lines, wide_readings, write_folder
+from helpers.event_folders import byte_tokenizer, log_lines, vocabulary_tokenizer, wide_readings, write_folder
 from sklearn.metrics import average_precision_score
 
 from hf_sparse_attn.industry.errors import PlantDataError
+from hf_sparse_attn.industry.pilot.alarm_metrics import check_scores
+from hf_sparse_attn.industry.pilot.dataset_timeline import timeline_from_dataset
 from hf_sparse_attn.industry.plant_models import reading_cost as costs
 from hf_sparse_attn.industry.plant_models.failure_ahead import failure_ahead, failure_labels, step_states
 from hf_sparse_attn.industry.plant_models.next_event import by_lag, cause_gains, next_events, template_tokens
-from hf_sparse_attn.industry.plant_models.small_model import vocabulary_tokenizer
 from hf_sparse_attn.industry.plant_models.stream_reading import Reading
 from hf_sparse_attn.industry.plant_models.surprise import surprise
 from hf_sparse_attn.industry.plant_models.surprise_baseline import SurpriseBaseline, scores_on_grid, states_at
@@ -277,16 +278,14 @@ def test_times_are_measured_in_turn_and_the_model_is_left_as_it_was(model):
 
 
 def test_scores_on_the_grid_of_a_timeline_are_what_a_pilot_takes(model, tmp_path):
-    metrics = pytest.importorskip("hf_sparse_attn.industry.pilot.alarm_metrics")
-    timelines = pytest.importorskip("hf_sparse_attn.industry.pilot.dataset_timeline")
     data = write_folder(tmp_path / "data", log_lines(80), wide_readings(60), split=(300, 360))
     vocabulary = LogVocabulary.fit(data, VocabularySettings(sensor_bins=8))
     stream = token_streams(data, vocabulary_tokenizer(vocabulary), vocabulary, grid=GridSettings(40.0))["press"]
-    timeline = timelines.timeline_from_dataset(data, "press", step_seconds=20.0, faults=[])
+    timeline = timeline_from_dataset(data, "press", step_seconds=20.0, faults=[])
     measured = surprise(model, stream, READING)
     states = states_at(data, "press", measured.times)
     train_end = int(timeline.times[timeline.train_steps - 1]) + timeline.step
     scored = SurpriseBaseline.fit(measured, states, train_end, least=5).score(measured, states)
     scores = scores_on_grid(measured.times, scored.scores, timeline.times)
-    metrics.check_scores(scores, len(timeline))
+    check_scores(scores, len(timeline))
     assert step_states(model, stream, timeline.times, READING).shape == (len(timeline), 64)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as compute
+from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...models.attach import no_routers, routers
@@ -19,7 +21,6 @@ from ...training.distillation import DistillationReport, distill
 from ...training.lora import adapt
 from ..errors import PlantDataError
 from ..representation.log_vocabulary import LogVocabulary
-from .scratch_training import row_lengths
 
 ROUTERS, ADAPTER = "routers.pt", "adapter"
 
@@ -142,3 +143,11 @@ def save_events(
         tokenizer.save_pretrained(new)
         vocabulary.save(new)
     return merged
+
+
+def row_lengths(rows: Any) -> NDArray[np.int64]:
+    """Tokens of each row of a dataset or list, int64 [rows]."""
+    if hasattr(rows, "with_format"):
+        column = rows.with_format("arrow")[:].column("input_ids")
+        return np.asarray(compute.list_value_length(column).to_numpy(), np.int64)
+    return np.array([len(row["input_ids"]) for row in rows], np.int64)
