@@ -68,7 +68,7 @@ def test_no_detector_raises_more_alarms_than_the_budget(result):
 
 
 def test_a_contender_with_far_context_is_held_against_itself_with_the_near_one(result):
-    assert any(reason.startswith("model 64 × against model 1 ×: +") for reason in result.verdict.reasons)
+    assert any(reason["en"].startswith("model 64 × against model 1 ×: +") for reason in result.verdict.reasons)
 
 
 def test_the_result_is_written_as_json_with_the_rule_of_the_verdict(result, tmp_path):

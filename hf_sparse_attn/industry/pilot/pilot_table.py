@@ -38,6 +38,9 @@ class PilotSettings:
         target: kind of event whose causes are sought; None: the faults.
         seeds: of detectors that draw numbers.
         forecaster: folder of a TimesFM checkpoint.
+
+    Raises:
+        PlantDataError: a time, or the budget, is below what it can be.
     """
 
     near: float = 6 * 3600.0
@@ -50,6 +53,13 @@ class PilotSettings:
     target: str | None = None
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     forecaster: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("near", "alarms_a_day", "block", "cool_down", "ahead", "tolerance"):
+            value, zero = getattr(self, name), name in ("cool_down", "ahead", "tolerance")
+            # NaN fails both comparisons
+            if value is not None and not (value > 0 or (zero and value == 0)):
+                raise PlantDataError(f"{name} is {value}", ["give a number above 0", "leave it out for the default"])
 
 
 @dataclass(frozen=True)
