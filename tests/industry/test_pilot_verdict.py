@@ -38,7 +38,7 @@ UNKNOWN = ("The data cannot tell (n = 20).", "このデータでは判断でき�
         ({"p": 0.2}, NONE),
         ({"p": 0.2, "low": -0.1}, NONE),
         ({"low": -0.1}, UNKNOWN),
-        ({"gain": 0.0, "low": 0.0}, NONE),
+        ({"gain": 0.0, "low": 0.0}, UNKNOWN),
         ({"shuffle_p": 0.3}, UNKNOWN),
         ({"p": 0.2, "detectable": 0.9}, UNKNOWN),
         ({"p": 0.2, "detectable": None}, UNKNOWN),

@@ -189,9 +189,11 @@ def _scores_of(contender: Contender, timeline: Timeline) -> Array:
 
 
 def _best(rows: list[TableRow]) -> str | None:
-    """Name of the baseline with the highest average precision; random scores are no choice."""
+    """Name of the baseline with the highest average precision, of those that find a fault at the budget if any does;
+    random scores are no choice.
+    """
     judged = {
-        row.name: row.measures.average_precision["value"] or 0.0
+        row.name: (row.measures.found > 0, row.measures.average_precision["value"])
         for row in rows[1:]
         if row.measures is not None and row.measures.average_precision["value"] is not None
     }

@@ -26,7 +26,7 @@ RULE = {
         f"and p ≤ {SHUFFLED_LEVEL} against the same context with far blocks shuffled); or a contender with the far "
         "context has a higher average precision than itself with the near one (95 % interval of the difference above "
         "0, all contenders together). "
-        "A link with a gain that may be chance: the data cannot tell. "
+        "A link without such a gain: the data cannot tell. "
         f"Otherwise, if a cause of {MOST_DETECTABLE:.0%} of the faults would have shown: no evidence; else the data "
         "cannot tell."
     ),
@@ -36,14 +36,14 @@ RULE = {
         "かつ未使用期間でモデルがその文脈から利得を得る場合(全文脈を通した95%区間が0を超え、"
         f"遠いブロックを並べ替えた同じ文脈に対して p ≤ {SHUFFLED_LEVEL})。"
         "または、遠い文脈を使う候補の平均適合率が、近い文脈の同じ候補を上回る場合(差の95%区間が0を超える。全候補を通して)。"
-        "関連はあるが利得が偶然かもしれない場合:判断できません。"
+        "関連はあるがそのような利得がない場合:判断できません。"
         f"どちらもなく、故障の{MOST_DETECTABLE:.0%}に共通する原因なら検出できたはずの場合:証拠なし。それ以外は判断できません。"
     ),
 }
 
-MAY_BE_CHANCE = {
-    "en": "a far link, whose gain on held-out time may be chance",
-    "ja": "遠い過去との関連はありますが、未使用期間での利得は偶然かもしれません",
+NOT_SURE = {
+    "en": "a far link, from which the cheap model does not surely gain on held-out time",
+    "ja": "遠い過去との関連はありますが、簡単なモデルの未使用期間での利得は確かではありません",
 }
 WOULD_NOT_SHOW = {
     "en": "a far cause of most faults would not show in a record of this length",
@@ -98,8 +98,8 @@ def decide(far: FarHistory, best_baseline: str | None, contenders: tuple[Contend
         return _cannot_tell(far, (*reasons, _few(far.effects)))
     if gain := (_shown_gain(far) if linked else None) or _contender_lead(contenders):
         return _worth(far, reasons, *gain)
-    if linked and max(g.gain for g in far.gains if g.multiple > 1) > 0:
-        return _cannot_tell(far, (*reasons, MAY_BE_CHANCE))
+    if linked:
+        return _cannot_tell(far, (*reasons, NOT_SURE))
     if far.detectable is None or far.detectable > MOST_DETECTABLE:
         return _cannot_tell(far, (*reasons, WOULD_NOT_SHOW))
     if best_baseline is None:
