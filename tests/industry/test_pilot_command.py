@@ -165,6 +165,7 @@ def test_of_a_single_machine_the_column_asset_may_be_missing(tmp_path):
         (("folder", "--faults", "f.csv", "--near", "6 hours"), "--near is '6 hours'"),
         (("folder", "--faults", "f.csv", "--multiples", "4;16"), "--multiples is '4;16'"),
         (("folder", "--faults", "f.csv", "--alarms-a-day", "0"), "alarms_a_day is 0"),
+        (("folder", "--faults", "f.csv", "--alarms-a-day", "inf"), "alarms_a_day is inf"),
         (("folder", "--faults", "f.csv", "--language", "de"), "--language is 'de': give one of en, ja"),
         (("folder", "--faults", "f.csv"), "holds no prepared data"),
     ],

@@ -11,7 +11,7 @@ import numpy as np
 from ...system.extras import needs_extra
 from .block_bootstrap import drawn_weights, interval, ratio
 from .cause_candidates import JointRecord
-from .lag_scan import LagWindows, by_calendar, strongest
+from .lag_scan import LagWindows, strongest
 from .timeline import Array
 
 with needs_extra("industry", "the pilot's cheap model"):
@@ -58,6 +58,10 @@ class _Record:
         before = np.cumsum(effects) - effects
         self.fold_of_block = np.minimum(before * FOLDS // max(len(record.effects), 1), FOLDS - 1)
         self.fold = self.fold_of_block[self.block]
+
+    def strongest(self, effects: Array) -> dict[str, tuple[Array, Array]]:
+        """`lag_scan.strongest` of some of the effects."""
+        return strongest(self.record, self.windows, self.coverages, effects)
 
     def select(self, found: dict[str, tuple[Array, Array]], first: int, last: int) -> list[Feature]:
         """The strongest links with lags in [first, last) that pass a Bonferroni limit of 5 %."""
@@ -129,19 +133,12 @@ def _block_scores(shared: _Record, columns: list[Array], fold: int) -> tuple[Arr
 class _Fold:
     """A held-out stretch of time: the effects outside of it, and the model of the near context fitted there."""
 
-    def __init__(self, shared: _Record, number: int, near: int, seed: int) -> None:
+    def __init__(self, shared: _Record, number: int, near: int) -> None:
         self.shared, self.number = shared, number
         self.effects = shared.record.effects[shared.fold[shared.record.effects] != number]
-        some = len(self.effects) > 0
-        plain = shared.coverages
-        self.coverages = by_calendar(shared.record, shared.windows, plain, self.effects, seed) if some else plain
-        links = shared.select(self.strongest(self.effects), 1, near) if some else []
+        links = shared.select(shared.strongest(self.effects), 1, near) if len(self.effects) else []
         self.near = [shared.present(feature) for feature in links]
         self.near_scores = _block_scores(shared, self.near, number)
-
-    def strongest(self, effects: Array) -> dict[str, tuple[Array, Array]]:
-        """`lag_scan.strongest` of some of the effects."""
-        return strongest(self.shared.record, self.shared.windows, self.coverages, effects)
 
     def gain_over(self, base: tuple[Array, Array], columns: list[Array]) -> Array:
         """Gain in bits of the model with ``columns`` over one with the scores ``base``, by block, float64 [B]."""
@@ -157,7 +154,7 @@ class _Fold:
         gains = np.zeros((len(contexts), shared.blocks))
         if not len(self.effects):
             return gains
-        found = self.strongest(self.effects if order is None else record.moved(self.effects, order))
+        found = shared.strongest(self.effects if order is None else record.moved(self.effects, order))
         where = slice(None) if order is None else record.moved(np.arange(record.length), order)
         chosen: list[Feature] = []
         for n, most in enumerate(contexts):
@@ -178,7 +175,7 @@ def context_gains(
     Links are chosen and fitted on the other four. Intervals are at ``level`` for all multiples together (Bonferroni).
     """
     shared = _Record(record, LagWindows(round(near * max(multiples))))
-    folds = [_Fold(shared, number, near, seed) for number in range(FOLDS)]
+    folds = [_Fold(shared, number, near) for number in range(FOLDS)]
     contexts = [round(near * multiple) for multiple in multiples]
     rng, counts = np.random.default_rng(seed), np.bincount(shared.block[record.effects], minlength=shared.blocks)
     weights = drawn_weights(shared.blocks, seed)

@@ -58,7 +58,7 @@ class PilotSettings:
         for name in ("near", "alarms_a_day", "block", "cool_down", "ahead", "tolerance"):
             value, zero = getattr(self, name), name in ("cool_down", "ahead", "tolerance")
             # NaN fails both comparisons
-            if value is not None and not (value > 0 or (zero and value == 0)):
+            if value is not None and not (0 < value < float("inf") or (zero and value == 0)):
                 raise PlantDataError(f"{name} is {value}", ["give a number above 0", "leave it out for the default"])
 
 
