@@ -1,5 +1,5 @@
 """Command line ``hf-sparse-attn``: run, ablate, distill, eval, lm-eval, calibrate, synth, card, bench, architectures,
-doctor, prep.
+doctor, prep, pilot.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .doctor import doctor
 from .measure import calibrate, evaluate, harness
 from .options import DtypeOption, JsonOption, TextOption, checked_output, console, emit, load, reserving, windows_of
 from .plant_data import prep
+from .plant_pilot import pilot
 from .synthesis import synth
 
 with needs_extra("cli", "the command line"):
@@ -54,6 +55,7 @@ app.command()(calibrate)
 app.command()(synth)
 app.command()(doctor)
 app.command()(prep)
+app.command()(pilot)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from scipy.stats import binom
 from hf_sparse_attn.industry.errors import PlantDataError
 from hf_sparse_attn.industry.pilot.cause_candidates import block_steps, event_causes, joint_record, shift_causes
 from hf_sparse_attn.industry.pilot.far_history import far_history
-from hf_sparse_attn.industry.pilot.lag_scan import LagWindows, evidence
+from hf_sparse_attn.industry.pilot.lag_scan import LagWindows, by_calendar, evidence
 from hf_sparse_attn.industry.pilot.timeline import DAY
 
 SMALL = {"days": 100, "step": 15, "kinds": 20, "channels": 2}  # 96 steps a day
@@ -148,3 +148,20 @@ def test_what_cannot_be_tested_is_refused_with_a_way_on():
         far_history([])
     with pytest.raises(PlantDataError, match="multiples"):
         far_history([line], multiples=(1,))
+
+
+def test_a_candidate_with_the_daily_rhythm_of_the_faults_counts_by_that_rhythm():
+    line = plant(0, lag=300, pairs=2, linked=False, **SMALL)
+    rng, days = np.random.default_rng(0), np.arange(95)  # on more days it would count as bursts
+    counts = np.zeros_like(line.counts)
+    counts[days * 96 + 20, 3] = 1  # every morning
+    counts[rng.choice(len(line), 12, replace=False), 4] = 1
+    at = line.times[rng.choice(days, 30, replace=False) * 96 + 40]  # at noon
+    record = joint_record([replace(line, counts=counts, faults=np.sort(np.stack([at, at + line.step], 1), 0))], 400)
+    windows = LagWindows(400)
+    plain = windows.coverages(record)
+    shares = by_calendar(record, windows, plain, record.effects, 0)
+    morning, rare = "INFO event 3", "INFO event 4"
+    near = (windows.first <= 20) & (windows.last > 20)
+    assert (plain[morning][near] < 0.2).any() and (shares[morning][near] > 0.8).all()
+    assert np.abs(shares[rare] - plain[rare]).mean() < 0.05

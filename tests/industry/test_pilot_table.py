@@ -68,7 +68,7 @@ def test_no_detector_raises_more_alarms_than_the_budget(result):
 
 
 def test_a_contender_with_far_context_is_held_against_itself_with_the_near_one(result):
-    assert any(reason.startswith("model 64 × against model 1 ×: +") for reason in result.verdict.reasons)
+    assert any(reason["en"].startswith("model 64 × against model 1 ×: +") for reason in result.verdict.reasons)
 
 
 def test_the_result_is_written_as_json_with_the_rule_of_the_verdict(result, tmp_path):
@@ -103,3 +103,12 @@ def test_the_machine_temperature_of_nab_has_too_few_faults_to_tell(monkeypatch):
     result = pilot([timeline_from_csv(NAB / "machine_temperature_system_failure.csv", NAB / "windows.json")])
     assert result.verdict.sentence["en"] == "The data cannot tell (n = 4)."
     assert result.rows[1].measures.average_precision["value"] > 5 * result.base_rate
+
+
+def test_a_detector_that_finds_nothing_at_the_budget_is_not_advised(result):
+    random, first, second = result.rows[0], result.rows[1], result.rows[2]
+    blind = replace(second, measures=replace(second.measures, found=0, average_precision={"value": 0.9}))
+    finds = replace(first, measures=replace(first.measures, found=2, average_precision={"value": 0.1}))
+    assert pilot_table._best([random, finds, blind]) == first.name
+    none = replace(finds, measures=replace(finds.measures, found=0))
+    assert pilot_table._best([random, none, blind]) == second.name

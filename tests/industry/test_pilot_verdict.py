@@ -38,7 +38,7 @@ UNKNOWN = ("The data cannot tell (n = 20).", "このデータでは判断でき�
         ({"p": 0.2}, NONE),
         ({"p": 0.2, "low": -0.1}, NONE),
         ({"low": -0.1}, UNKNOWN),
-        ({"gain": 0.0, "low": 0.0}, NONE),
+        ({"gain": 0.0, "low": 0.0}, UNKNOWN),
         ({"shuffle_p": 0.3}, UNKNOWN),
         ({"p": 0.2, "detectable": 0.9}, UNKNOWN),
         ({"p": 0.2, "detectable": None}, UNKNOWN),
@@ -48,12 +48,13 @@ UNKNOWN = ("The data cannot tell (n = 20).", "このデータでは判断でき�
 def test_the_sentence_follows_from_link_gain_and_power(change, expected):
     verdict = decide(result(**change), "EWMA")
     assert (verdict.sentence["en"], verdict.sentence["ja"]) == expected
+    assert all(set(reason) == {"en", "ja"} and all(reason.values()) for reason in verdict.reasons)
 
 
 def test_few_faults_never_tell_whatever_else_is_found():
     verdict = decide(result(effects=9), "EWMA", (ContenderGain("far", "near", 0.4, 0.3, 0.5),))
     assert verdict.answer == "cannot tell" and verdict.sentence["en"] == "The data cannot tell (n = 9)."
-    assert "9 faults, 10 are needed" in verdict.reasons
+    assert {"en": "9 faults, 10 are needed", "ja": "故障は9件で、10件必要です"} in verdict.reasons
 
 
 def test_a_contender_that_gains_from_its_context_is_evidence_and_one_that_may_not_is_none():

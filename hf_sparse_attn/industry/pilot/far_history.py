@@ -85,7 +85,7 @@ def _contexts(
     """(Steps of the near context, multiples of it that the record reaches)."""
     if not timelines:
         raise PlantDataError("no timeline was given", ["build one with timeline_from_dataset or timeline_from_csv"])
-    if not multiples or min(multiples) <= 1:
+    if not multiples or not all(multiple > 1 for multiple in multiples):
         raise PlantDataError(
             f"multiples of the near context: {multiples}", ["name at least one, all above 1", "leave them out"]
         )

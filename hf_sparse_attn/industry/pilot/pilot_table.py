@@ -38,6 +38,9 @@ class PilotSettings:
         target: kind of event whose causes are sought; None: the faults.
         seeds: of detectors that draw numbers.
         forecaster: folder of a TimesFM checkpoint.
+
+    Raises:
+        PlantDataError: a time, or the budget, is below what it can be.
     """
 
     near: float = 6 * 3600.0
@@ -50,6 +53,13 @@ class PilotSettings:
     target: str | None = None
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     forecaster: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("near", "alarms_a_day", "block", "cool_down", "ahead", "tolerance"):
+            value, zero = getattr(self, name), name in ("cool_down", "ahead", "tolerance")
+            # NaN fails both comparisons
+            if value is not None and not (0 < value < float("inf") or (zero and value == 0)):
+                raise PlantDataError(f"{name} is {value}", ["give a number above 0", "leave it out for the default"])
 
 
 @dataclass(frozen=True)
@@ -179,9 +189,11 @@ def _scores_of(contender: Contender, timeline: Timeline) -> Array:
 
 
 def _best(rows: list[TableRow]) -> str | None:
-    """Name of the baseline with the highest average precision; random scores are no choice."""
+    """Name of the baseline with the highest average precision, of those that find a fault at the budget if any does;
+    random scores are no choice.
+    """
     judged = {
-        row.name: row.measures.average_precision["value"] or 0.0
+        row.name: (row.measures.found > 0, row.measures.average_precision["value"])
         for row in rows[1:]
         if row.measures is not None and row.measures.average_precision["value"] is not None
     }

@@ -11,6 +11,7 @@ import numpy as np
 from ..errors import PlantDataError
 from .timeline import Array, merged_intervals
 
+SPANS = {"s": 1, "min": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}  # seconds
 ZONED = re.compile(r"(.*\d:?\d\d(?:\.\d+)?)\s*(?:Z|([+-])(\d\d):?(\d\d))")
 
 
@@ -38,8 +39,23 @@ def nanoseconds(text: str | None, file: Path | None = None, line: int | None = N
     return int(moment.astype(np.int64)) - offset * 60 * 10**9
 
 
+def span_seconds(text: str, name: str = "the duration") -> float:
+    """Seconds of a text like 90s, 5min, 6h, 2d or 1w.
+
+    Raises:
+        PlantDataError: it is no such text, or not above 0; the message calls it ``name``.
+    """
+    parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h|d|w)", text.strip())
+    if parts is None or not float(parts[1]):
+        raise PlantDataError(
+            f"{name} is {text!r}",
+            ["write a number above 0 and a unit, such as 5min or 6h", f"units are {', '.join(SPANS)}", "leave it out"],
+        )
+    return float(parts[1]) * SPANS[parts[2]]
+
+
 def fault_intervals(spans: Sequence[tuple[str, str]], file: Path | None) -> Array:
-    """Intervals int64 [F, 2] in ns of (start, end) texts, by time, those that touch as one.
+    """Intervals int64 [F, 2] in ns of (start, end) texts, by time, those that touch as one; a point lasts 1 ns.
 
     Raises:
         PlantDataError: a text is no time, or a fault ends before it starts.
@@ -48,4 +64,6 @@ def fault_intervals(spans: Sequence[tuple[str, str]], file: Path | None) -> Arra
     for (start, end), span in zip(pairs, spans, strict=True):
         if end < start:
             raise PlantDataError(f"a fault ends before it starts: {span}", ["swap them", "drop it"], file=file)
-    return merged_intervals(np.array(pairs, np.int64).reshape(-1, 2))
+    intervals = np.array(pairs, np.int64).reshape(-1, 2)
+    intervals[:, 1] = np.maximum(intervals[:, 1], intervals[:, 0] + 1)
+    return merged_intervals(intervals)
