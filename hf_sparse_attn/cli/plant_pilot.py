@@ -82,11 +82,12 @@ def pilot(
             timelines, notes = _of_folder(folder, faults, kind, asset, step, windows)
         result = judged(timelines, settings)
     result = replace(result, notes=(*notes, *result.notes))
-    _show(result, words)
     document = {"command": command_line(), "environment": environment(), **cost.figures, **result.to_dict()}
     emit(
         document, json_path, None if out is None else lambda: write_text(out, pilot_page(result, words, command_line()))
     )
+    # last: a pipe that closes early costs no file
+    _show(result, words)
 
 
 def _of_csv(csv: Path, windows: Path | None, given: list[str]) -> tuple[list[Timeline], tuple[str, ...]]:
