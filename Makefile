@@ -75,7 +75,7 @@ test-aot: $(TRITON)  ## the Triton kernels compiled for four GPUs, none needed
 	$(PYTEST) --confcutdir tests/aot -m "not slow" tests/aot
 
 test-browser: $(STAMP) $(CHROMIUM)  ## every kind of HTML report in Chromium, on a wide screen and on a phone's
-	$(BIN)/python -m pytest -m "slow or not slow" tests/experiments/test_reports_in_a_browser.py tests/industry/test_health_page.py
+	$(BIN)/python -m pytest -m "slow or not slow" tests/experiments/test_reports_in_a_browser.py tests/industry/test_health_page.py tests/industry/test_pilot_page.py
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

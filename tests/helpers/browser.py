@@ -30,6 +30,15 @@ FLAGS = (
 READ_END, WRITE_END = 3, 4  # the descriptors that Chromium reads commands from and writes answers to
 PATIENCE = 60  # seconds for one answer
 
+# how far a page is too wide, what lies outside of it, and how many texts are too small
+READABLE = """(() => { const root = document.documentElement; return {
+  overflow: root.scrollWidth - root.clientWidth,
+  outside: [...document.body.querySelectorAll("*")].filter(e => e.getClientRects().length && !e.closest(".scroll, svg")
+    && (e.getBoundingClientRect().right > root.clientWidth + 1)).map(e => e.outerHTML.slice(0, 80)),
+  small: [...document.body.querySelectorAll("p, dd, dt, li, code, span")]
+    .filter(e => e.textContent.trim() && parseFloat(getComputedStyle(e).fontSize) < 14).length,
+}; })()"""
+
 
 def find_browser() -> Path | None:
     """The browser that `make test-browser` unpacked, else one that is installed, else None."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 from html import unescape
 
 import pytest
-from helpers.browser import Browser, find_browser
+from helpers.browser import READABLE, Browser, find_browser
 from helpers.tidy_folders import clean_plant
 
 from hf_sparse_attn.industry.dataset import Split
@@ -124,15 +124,6 @@ def test_an_unknown_zone_or_language_is_refused_and_nothing_is_written(prepared,
     assert list(tmp_path.iterdir()) == []
 
 
-MEASURE = """(() => { const root = document.documentElement; return {
-  overflow: root.scrollWidth - root.clientWidth,
-  outside: [...document.body.querySelectorAll("*")].filter(e => e.getClientRects().length && !e.closest(".scroll, svg")
-    && (e.getBoundingClientRect().right > root.clientWidth + 1)).map(e => e.outerHTML.slice(0, 80)),
-  small: [...document.body.querySelectorAll("p, dd, dt, li, code, span")]
-    .filter(e => e.textContent.trim() && parseFloat(getComputedStyle(e).fontSize) < 14).length,
-}; })()"""
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(find_browser() is None, reason="no Chromium: make test-browser fetches one")
 @pytest.mark.parametrize("language", ["en", "ja"])
@@ -142,6 +133,6 @@ def test_the_page_is_readable_in_a_browser(prepared, language, width, mobile):
     long = replace(EVERY[0], source="exports/" + "very-long-name-" * 12 + ".csv", channel="X" * 120)
     page(prepared, [*EVERY, long], language)
     with Browser(find_browser()) as browser:
-        visit = browser.visit(folder / "health.html", MEASURE, width=width, height=844, mobile=mobile)
+        visit = browser.visit(folder / "health.html", READABLE, width=width, height=844, mobile=mobile)
     assert (visit.errors, visit.requests) == ([], [])
     assert visit.measured == {"overflow": 0, "outside": [], "small": 0}

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from helpers.browser import READABLE, Browser, find_browser
 from helpers.pilot_plants import plant
 
 from hf_sparse_attn.industry.pilot import pilot_table
@@ -147,3 +148,16 @@ def test_a_table_row_has_a_cell_for_every_column(result):
     for row in map(view.row, result.rows):
         assert len(row["cells"]) in (0, len(view.columns()) - 1)
         assert bool(row["cells"]) != bool(row["missing"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_browser() is None, reason="no Chromium: make test-browser fetches one")
+@pytest.mark.parametrize("language", ["en", "ja"])
+@pytest.mark.parametrize(("width", "mobile"), [(1280, False), (390, True)], ids=["desk", "phone"])
+def test_the_page_is_readable_in_a_browser(result, tmp_path, language, width, mobile):
+    page = tmp_path / "pilot.html"
+    page.write_text(pilot_page(result, language, "hf-sparse-attn pilot " + "a-long-name-" * 20), encoding="utf-8")
+    with Browser(find_browser()) as browser:
+        visit = browser.visit(page, READABLE, width=width, height=844, mobile=mobile)
+    assert (visit.errors, visit.requests) == ([], [])
+    assert visit.measured == {"overflow": 0, "outside": [], "small": 0}
