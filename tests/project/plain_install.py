@@ -34,7 +34,18 @@ def check_what_is_there():
         if not result.name.startswith(("hf_sparse_attn.cli.", "hf_sparse_attn.recipes.")) and not result.name.endswith(
             "__main__"
         ):
-            import_module(result.name)
+            import_or_name_the_extra(result.name)
+
+
+def import_or_name_the_extra(name):
+    """The plain install has all modules but those of plants, which say what brings their packages."""
+    from hf_sparse_attn.system.extras import MissingExtraError
+
+    try:
+        import_module(name)
+    except MissingExtraError as error:
+        assert name.startswith("hf_sparse_attn.industry."), error
+        assert "pip install 'hf_sparse_attn[industry]'" in str(error), error
 
 
 def check_the_files_of_the_package():
