@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import polars as pl
 import pytest
+from helpers.paths import DATA
 
 from hf_sparse_attn.industry.dataset import PlantDataset
 from hf_sparse_attn.industry.preparation.ingest import ingest
 from hf_sparse_attn.industry.preparation.ingest_settings import IngestSettings
 
-SHARED = Path("/work/shared/data")
-
 
 def shared_file(name):
     """A file of real data; the test is skipped where it is not there."""
-    path = SHARED / name
+    path = DATA / name
     if not path.is_file():
         pytest.skip(f"{name} is not here")
     return path

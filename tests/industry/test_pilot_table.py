@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.paths import DATA
 from helpers.pilot_plants import plant
 
 from hf_sparse_attn.industry.errors import PlantDataError
@@ -16,7 +16,7 @@ from hf_sparse_attn.industry.pilot.baseline_detectors import detector_registry
 from hf_sparse_attn.industry.pilot.csv_timeline import timeline_from_csv
 from hf_sparse_attn.industry.pilot.pilot_table import Contender, PilotSettings, pilot
 
-NAB = Path("/work/shared/data/nab")
+NAB = DATA / "nab"
 SMALL = {"days": 60, "step": 30, "kinds": 6, "channels": 2}
 
 

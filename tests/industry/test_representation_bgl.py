@@ -8,14 +8,14 @@ from datetime import UTC, datetime
 import polars as pl
 import pytest
 from helpers.event_folders import byte_tokenizer
-from helpers.paths import ROOT
+from helpers.paths import DATA
 from tokenizers import pre_tokenizers
 
 from hf_sparse_attn.industry.dataset import EVENTS, Manifest, PlantDataset, Source
 from hf_sparse_attn.industry.representation.log_tokens import token_streams
 from hf_sparse_attn.industry.representation.log_vocabulary import LogVocabulary
 
-LOG = ROOT.parent / "shared/data/loghub/BGL_2k.log"
+LOG = DATA / "loghub" / "BGL_2k.log"
 pytestmark = pytest.mark.skipif(not LOG.is_file(), reason=f"{LOG} is not there")
 
 
