@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
+from ..offline_page import render_page
 from .context_gain import ContextGain
 from .evaluation_period import Bounds, Measures
 from .gain_chart import gain_chart
@@ -26,15 +25,9 @@ def pilot_page(result: PilotResult, language: Language, command: str | None = No
     """
     if language not in get_args(Language):
         raise ValueError(f"language={language!r}: one of {', '.join(get_args(Language))}")
-    environment = Environment(
-        loader=PackageLoader("hf_sparse_attn", "industry/pilot/templates"),
-        undefined=StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     view, settings = PilotView(result, language), result.settings
-    return environment.get_template("pilot.html").render(
+    return render_page(
+        "pilot.html",
         language=language,
         words=view.words,
         light=LIGHTS[result.verdict.answer],

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any, get_args
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from ...system.extras import needs_extra
 from ..dataset import Manifest, PlantDataset
 from ..errors import PlantDataError
 from ..findings import Finding
+from ..offline_page import render_page
 from .channel_series import iso_utc
 from .finding_words import KIND_WORDS
 from .health_status import RANK, TOPICS, Health
@@ -36,16 +35,10 @@ def health_page(folder: Path, manifest: Manifest, health: Health, language: Lang
     """
     if language not in get_args(Language):
         raise ValueError(f"language={language!r}: one of {', '.join(get_args(Language))}")
-    environment = Environment(
-        loader=PackageLoader("hf_sparse_attn", "industry/preparation/templates"),
-        undefined=StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     view = _View(manifest, language)
     timelines = asset_timelines(folder, manifest, health.findings)
-    return environment.get_template("health.html").render(
+    return render_page(
+        "health.html",
         language=language,
         words=view.words,
         symbols=SYMBOLS,
