@@ -13,7 +13,7 @@ from hf_sparse_attn.industry.findings import Quality
 from hf_sparse_attn.industry.preparation.asset_grid import AssetGrid
 from hf_sparse_attn.industry.preparation.channel_series import SECOND, ChannelSeries, quantum
 from hf_sparse_attn.industry.preparation.operating_states import find_states
-from hf_sparse_attn.industry.preparation.sampling_gaps import find_gaps, observed_mask, time_since_last
+from hf_sparse_attn.industry.preparation.sampling_gaps import find_gaps
 from hf_sparse_attn.industry.preparation.sensor_checks import check_sampling, check_values
 from hf_sparse_attn.industry.preparation.unit_changes import find_unit_changes, first_unit
 
@@ -91,12 +91,6 @@ def test_a_sensor_that_falls_silent_before_the_others_has_a_gap_until_the_end():
     short = replace(sensor, seconds=sensor.seconds[:2000], values=sensor.values[:2000])
     faults = check_sampling(series(short), SOURCES, START + int(sensor.seconds[-1]) * SECOND)
     assert [(f.kind, f.severity, f.values["at_end"]) for f in faults.findings] == [("gap", "warning", True)]
-
-
-def test_observed_steps_and_the_time_since_the_last_reading():
-    times, grid = times_of([0.0, 10.0, 35.0]), times_of(np.arange(-10.0, 60.0, 10.0))
-    assert observed_mask(times, grid).tolist() == [False, True, True, False, True, False, False]
-    assert time_since_last(times, grid).tolist() == [np.inf, 0, 0, 10, 20, 5, 15]
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .channel_series import SECOND, Bools, Floats, Ints
+from .channel_series import SECOND, Floats, Ints
 
 BLOCK = 512  # intervals over which the usual one is taken: a channel may change its rate
 REGULAR = 0.9  # share of intervals of at most 1.5 usual ones, from which on sampling counts as regular
@@ -86,32 +86,3 @@ def _irregular_threshold(intervals: Floats) -> float:
     exponential = base + np.median(above - base) / np.log(2) * np.log(expected)
     pareto = base * expected ** (np.median(np.log(above / base)) / np.log(2))
     return float(max(exponential, pareto))
-
-
-def observed_mask(times: Ints, grid: Ints) -> Bools:
-    """Whether a reading lies in each step of a grid.
-
-    Args:
-        times: (n,) ascending, nanoseconds.
-        grid: (m,) ascending starts of steps; the last step is as long as the one before it.
-
-    Returns:
-        (m,) True where a reading has ``grid[i] <= time < grid[i + 1]``.
-    """
-    edges = np.append(grid, grid[-1] + (grid[-1] - grid[-2] if len(grid) > 1 else SECOND))
-    counts: Ints = np.diff(np.searchsorted(times, edges))
-    return counts > 0
-
-
-def time_since_last(times: Ints, grid: Ints) -> Floats:
-    """Seconds since the last reading at each point of ``grid`` (m,), infinite before the first.
-
-    Args:
-        times: (n,) ascending, nanoseconds.
-        grid: (m,) nanoseconds.
-    """
-    before = np.searchsorted(times, grid, side="right") - 1
-    since = np.full(len(grid), np.inf)
-    known = before >= 0
-    since[known] = (grid[known] - times[before[known]]) / SECOND
-    return since
